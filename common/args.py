@@ -1,0 +1,391 @@
+"""Flags that several scripts share, their cross-checks, and the echo of the configuration that follows from them.
+
+Only this module and the scripts see the argparse Namespace; everything below them takes plain values.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import os
+import secrets
+import shlex
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from huggingface_hub import get_token
+
+from common import UserError
+
+SECRET_FLAGS = ("hub_token",)
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one sentence on stderr (on one process of each node) and exit code 2."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message):
+        exit_with(self.prog, message)
+
+
+def exit_with(prog, message):
+    """Print `prog: error: message` as one line and exit with code 2; only the first process of a node prints."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def user_errors(main):
+    """Decorator of a script's main(args): a UserError ends the run as `parser.error` would."""
+
+    @functools.wraps(main)
+    def wrapped(args):
+        try:
+            return main(args)
+        except UserError as error:
+            exit_with(os.path.basename(sys.argv[0]), error)
+
+    return wrapped
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def non_negative_int(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, it is {value}")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {value}")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not (0.0 < value < float("inf")):
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return value
+
+
+def non_negative_float(text):
+    value = float(text)
+    if not (0.0 <= value < float("inf")):
+        raise argparse.ArgumentTypeError(f"must be a number that is not negative, not {text}")
+    return value
+
+
+def int_list(text):
+    """`1,2,4` -> [1, 2, 4], all at least 1."""
+    return [positive_int(part) for part in text.split(",") if part.strip()]
+
+
+for _type, _name in [(positive_int, "positive whole number"), (non_negative_int, "whole number")]:
+    _type.__name__ = _name  # argparse names the type in its message for text that is no number
+for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
+    _type.__name__ = _name
+int_list.__name__ = "list of whole numbers"
+
+
+def add_teacher_arguments(parser):
+    add = parser.add_argument_group("teacher").add_argument
+    add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
+    add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
+    add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
+    add("--revision", help="hub revision of everything without a revision flag of its own")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+    yes_no = argparse.BooleanOptionalAction
+    add("--cast_teacher_unet", action=yes_no, default=True, help="run the teacher in the dtype of --mixed_precision")
+
+
+def add_data_arguments(parser):
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--train_shards_path_or_url", required=True, help="tars (braces, globs, http://, pipe:) or an image folder"
+    )
+    add("--resolution", type=positive_int, default=512, help="side of the square training images, in pixels")
+    add("--interpolation_type", default="bilinear", help="bilinear, bicubic, nearest or nearest-exact")
+    add("--center_crop", action="store_true", help="crop the middle instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--min_image_size", type=non_negative_int, default=0, help="skip images whose shorter side is less")
+    add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions replaced by the empty one")
+    add("--max_train_samples", type=positive_int, help="use at most so many distinct samples")
+    add(
+        "--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together"
+    )
+    add("--data_seed", type=non_negative_int, help="seed of the sample order and the crops; without it, --seed")
+    add("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
+    add("--data_timeout", type=non_negative_int, default=600, help="seconds without a batch after which the run stops")
+    add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
+
+
+def add_training_arguments(parser, output_dir, tracker_project_name):
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default=output_dir, help="where checkpoints, logs and the result go")
+    add("--seed", type=non_negative_int, help="makes the run repeatable; without it one is drawn and saved")
+    add("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per update")
+    add("--num_train_epochs", type=positive_int, default=100, help="passes over the data, without --max_train_steps")
+    add("--max_train_steps", type=positive_int, help="updates; overrides --num_train_epochs")
+    add("--learning_rate", type=non_negative_float, default=1e-4)
+    add("--scale_lr", action="store_true", help="multiply the learning rate by processes x batch x accumulation")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="over --max_train_steps updates")
+    add(
+        "--lr_warmup_steps", type=non_negative_int, default=500, help="updates of warm-up, if the scheduler has it"
+    )
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes")
+    add("--adam_beta1", type=fraction, default=0.9)
+    add("--adam_beta2", type=fraction, default=0.999)
+    add("--adam_weight_decay", type=non_negative_float, default=1e-2)
+    add("--adam_epsilon", type=positive_float, default=1e-8)
+    add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's attention")
+    add("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
+    add("--dry_run", action="store_true", help="check everything, print the derived configuration, write nothing")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
+    add("--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep; without it, all")
+    add("--resume_from_checkpoint", help="latest, a name under --output_dir, or a path")
+
+    add = parser.add_argument_group("logging and validation").add_argument
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, none; several with commas")
+    add("--logging_dir", default="logs", help="for trackers, under --output_dir")
+    add("--logging_steps", type=positive_int, default=10, help="updates between two log entries")
+    add("--tracker_project_name", default=tracker_project_name)
+    add("--validation_steps", type=non_negative_int, default=200, help="updates between two sample grids; 0: never")
+    add("--validation_prompts", action="append", help="repeatable, or @FILE; default: captions of the data")
+    add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
+
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", action="store_true", help="upload the result and its card")
+    add("--hub_token", help="better: log in once, the token then never stands on a command line")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
+    add("--hub_private_repo", action="store_true", help="create the repository as a private one")
+
+
+def check_training_arguments(parser, args):
+    """Cross-checks that need no file and no model; each ends in `parser.error`."""
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision=fp16 needs a GPU (on a CPU it would silently run in fp32); use bf16 or no")
+    if args.enable_xformers_memory_efficient_attention:
+        if importlib.util.find_spec("xformers") is None:
+            parser.error("--enable_xformers_memory_efficient_attention: xformers is not installed; drop the flag")
+        if not torch.cuda.is_available():
+            parser.error("--enable_xformers_memory_efficient_attention needs a GPU, xformers has no CPU kernels")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or drop the flag")
+    args.report_to = check_trackers(parser, args.report_to)
+    if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
+        parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
+    args.validation_prompts = read_prompts(parser, args.validation_prompts)
+
+
+def check_trackers(parser, report_to):
+    """`tensorboard,wandb` -> ["tensorboard", "wandb"]; `all` -> those installed; `none` -> []."""
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if names == ["none"]:
+        return []
+    if names == ["all"]:
+        return available
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            parser.error(f"--report_to={name}: no such tracker; use tensorboard, wandb, comet_ml, all or none")
+        if name not in available:
+            parser.error(f"--report_to={name}: {name} is not installed; pip install it, or use tensorboard or none")
+    return names
+
+
+def read_prompts(parser, values):
+    """Repeated strings and @FILE (one prompt a line) -> one list, or None when nothing was given."""
+    prompts = []
+    for value in values or []:
+        if not value.startswith("@"):
+            prompts.append(value)
+            continue
+        try:
+            with open(value[1:], encoding="utf-8") as file:
+                prompts += [line.strip() for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--validation_prompts={value}: the file cannot be read ({error})")
+    if values and not prompts:
+        parser.error("--validation_prompts names no prompt; drop it to use captions of the training data")
+    return prompts or None
+
+
+def resolve_seed(seed, saved_seed=None):
+    """The seed of the run, equal on all ranks: --seed, else the resumed run's, else a drawn one."""
+    if seed is None:
+        seed = saved_seed if saved_seed is not None else secrets.randbelow(2**32)
+    return broadcast_object_list([seed])[0]
+
+
+def image_options(args):
+    """The flags of `data.decode_image_text`."""
+    names = ("resolution", "interpolation_type", "center_crop", "random_flip", "proportion_empty_prompts")
+    return {name: getattr(args, name) for name in (*names, "min_image_size")}
+
+
+def data_options(args, accelerator):
+    """The flags of `data.TrainingData`, with this process's place among the others."""
+    return {
+        "batch_size": args.train_batch_size,
+        "seed": args.data_seed,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "num_workers": args.dataloader_num_workers,
+        "max_train_samples": args.max_train_samples,
+        "shuffle_block_samples": args.shuffle_block_samples,
+        "max_skip_ratio": args.max_skip_ratio,
+        "data_timeout": args.data_timeout,
+        "pin_memory": accelerator.device.type == "cuda",
+        "skipped_log": None if args.dry_run else Path(args.output_dir, "skipped_samples.jsonl"),
+        "report": accelerator.print,
+    }
+
+
+def make_accelerator(args):
+    """accelerate's engine as the flags ask for it; trackers write under output_dir."""
+    diffusers.utils.logging.set_verbosity_error()  # a training run's own lines should be found among the libraries'
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.dry_run else args.report_to or None,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def resolve_steps(args, num_samples, world_size):
+    """Fill in --max_train_steps from --num_train_epochs and apply --scale_lr. Returns the total batch size.
+
+    num_samples: how many distinct samples an epoch has, or None where the shards do not tell.
+    """
+    total_batch_size = args.train_batch_size * world_size * args.gradient_accumulation_steps
+    if args.max_train_steps is None:
+        if num_samples is None:
+            raise UserError("--max_train_steps is needed, the number of samples in remote shards is not known")
+        args.max_train_steps = math.ceil(num_samples / total_batch_size) * args.num_train_epochs
+    return total_batch_size
+
+
+def make_optimizer(args, parameters, total_batch_size):
+    """AdamW (fused on CUDA) or bitsandbytes' 8-bit AdamW over the list of trainable `parameters`."""
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer_class, options = AdamW8bit, {}
+    else:
+        optimizer_class, options = torch.optim.AdamW, {"fused": torch.cuda.is_available()}
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate * (total_batch_size if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        **options,
+    )
+
+
+def start_trackers(accelerator, project_name, config, run_id):
+    """Start every tracker with the run's flags; a resumed run continues under its old id."""
+    options = {"wandb": {"id": run_id, "resume": "allow"}, "comet_ml": {"experiment_key": run_id}}
+    accelerator.init_trackers(project_name, tracker_config(config), options)
+
+
+def sum_counters(counters):
+    """Every rank's {"read": n, class: n, ...} -> {"samples_read", "samples_skipped", "skipped/CLASS" if any}."""
+    total = {name: sum(rank[name] for rank in counters) for name in counters[0]}
+    read = total.pop("read")
+    classes = {f"skipped/{name}": n for name, n in total.items() if n}
+    return {"samples_read": read, "samples_skipped": sum(total.values())} | classes
+
+
+def log_progress(accelerator, progress, values, step):
+    """Send {name: number} to the trackers and show it on the progress bar."""
+    accelerator.log(values, step=step)
+    progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+
+
+def derived_configuration(
+    counts, *, world_size, total_batch_size, max_train_steps, num_samples, compute_bytes, teacher_bytes, use_8bit_adam
+):
+    """What follows from the flags, for people to check before a long run: {name: text}.
+
+    counts: as from `models.count_parameters_and_flops`. Memory is what the weights, gradients, optimizer states and
+    the target network take on each process; activations come on top. FLOPs count 2 per multiply-add: student forward
+    and backward (3 forwards), target, teacher with and without the caption, VAE and text encoder.
+    """
+    unet, frozen = counts["unet_parameters"], counts["vae_parameters"] + counts["text_encoder_parameters"]
+    memory = unet * (4 + 4 + (2 if use_8bit_adam else 8) + 4 + teacher_bytes) + frozen * compute_bytes
+    flops = 6 * counts["unet_forward_flops"] + counts["vae_encode_flops"] + counts["text_encode_flops"]
+    known = num_samples is not None
+    return {
+        "processes": str(world_size),
+        "samples per update": str(total_batch_size),
+        "updates": str(max_train_steps),
+        "samples per epoch": str(num_samples) if known else "not counted",
+        "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
+        "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
+        "parameters": f"{unet / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
+        "memory per process": f"{memory / 2**30:.3f} GiB without activations",
+        "FLOPs per sample": f"{flops / 1e9:.2f} G",
+    }
+
+
+def public_args(args):
+    """The flags as JSON-able {name: value}, without secrets: for trackers, checkpoints, cards and logs."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in SECRET_FLAGS}
+
+
+def tracker_config(values):
+    """{name: value} as every tracker takes it: numbers, strings and booleans; the rest as text."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
+
+
+def command_line():
+    """The command as it was typed, for the model card; the value of a secret flag is masked."""
+    words, masked = [os.path.basename(sys.argv[0])], False
+    for word in sys.argv[1:]:
+        name = word.split("=")[0].lstrip("-")
+        if masked:
+            words.append("***")
+        else:
+            words.append(f"--{name}=***" if name in SECRET_FLAGS and "=" in word else word)
+        masked = name in SECRET_FLAGS and "=" not in word
+    return "accelerate launch " + shlex.join(words)
+
+
+def echo(title, values):
+    """Print a block of `name: value` lines, aligned."""
+    width = max(len(name) for name in values)
+    print(f"{title}\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items()), flush=True)

@@ -1,0 +1,215 @@
+"""Checkpoints that are complete or do not exist, and resuming from them.
+
+`checkpoint-N/` is written as `checkpoint-N.tmp/` by all ranks, synchronised to disk, given a COMPLETE file with the
+size of every file, and only then renamed; older ones are pruned after that. A run that dies at any point leaves the
+last complete checkpoint intact. Nothing is unpickled but tensors and plain containers (`weights_only`).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_model, save_model
+
+from common import UserError
+
+COMPLETE = "COMPLETE"
+STATE = "training_state.json"
+# Resuming may change these; anything else that differs from the checkpoint's run is an error.
+MAY_CHANGE = frozenset(
+    "output_dir resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
+    "logging_dir logging_steps report_to tracker_project_name validation_steps validation_prompts "
+    "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
+    "push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run".split()
+)
+
+# These too, where --data_seed changes: the data then start afresh.
+DATA_FLAGS = frozenset(
+    "data_seed train_shards_path_or_url max_train_samples shuffle_block_samples train_batch_size".split()
+)
+
+
+def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
+    """Check, before anything is loaded, that a run may write to `output_dir`; create it. Main process only.
+
+    Raises UserError when it holds anything and the run does not resume, or when it cannot be written to. With
+    `dry_run` nothing is created; the nearest existing parent is asked instead.
+    """
+    output_dir = Path(output_dir)
+    flag = f"--output_dir={output_dir}"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{flag} is a file; name a folder")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not resume_from_checkpoint:
+        raise UserError(f"{flag} is not empty; name a new folder, or pass --resume_from_checkpoint=latest to continue")
+    if dry_run:
+        parent = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{flag} cannot be written to; name another folder")
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".write_test"
+        probe.write_bytes(bytes(1 << 20))
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def completeness(checkpoint):
+    """None for a complete checkpoint folder, else what is wrong with it, in words."""
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / COMPLETE).is_file():
+        return f"it has no {COMPLETE} file: the save did not finish"
+    try:
+        sizes = json.loads((checkpoint / COMPLETE).read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {COMPLETE} file cannot be read"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"its file {name} is missing"
+        if file.stat().st_size != size:
+            return f"its file {name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _step(checkpoint):
+    suffix = checkpoint.name.removeprefix("checkpoint-")
+    return int(suffix) if suffix.isdigit() else -1
+
+
+def list_checkpoints(output_dir):
+    """The folders `checkpoint-N` under output_dir, oldest first, complete or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
+    return sorted(found, key=_step)
+
+
+def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
+    """The checkpoint folder that --resume_from_checkpoint means, or None when there is nothing to resume.
+
+    `latest` is the newest complete one under output_dir (an incomplete one is reported and passed over; with none the
+    run starts anew); anything else is a name under output_dir or a path. Raises UserError for a named checkpoint that
+    is missing or incomplete.
+    """
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint == "latest":
+        for checkpoint in reversed(list_checkpoints(output_dir)):
+            problem = completeness(checkpoint)
+            if problem is None:
+                return checkpoint
+            report(f"{checkpoint} is passed over: {problem}")
+        report(f"no complete checkpoint under {output_dir}: the run starts anew")
+        return None
+    flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
+    for candidate in (Path(output_dir, resume_from_checkpoint), Path(resume_from_checkpoint)):
+        if candidate.is_dir():
+            problem = completeness(candidate)
+            if problem:
+                raise UserError(f"{flag}: the checkpoint cannot be used, {problem}; pass `latest` or an earlier one")
+            return candidate
+    raise UserError(f"{flag}: there is no such checkpoint, neither under {output_dir} nor as a path; pass `latest`")
+
+
+def read_state(checkpoint):
+    """The JSON part of a checkpoint: global_step, args, versions, data, counters."""
+    return json.loads(Path(checkpoint, STATE).read_text())
+
+
+def check_same_run(checkpoint, saved_args, args):
+    """UserError that lists every argument which differs from the checkpoint's and may not change on resume.
+
+    Arguments that one side does not have (another version's flags) are compared as None.
+    """
+    may_change = MAY_CHANGE | (DATA_FLAGS if saved_args.get("data_seed") != args.get("data_seed") else set())
+    names = sorted((saved_args.keys() | args.keys()) - may_change)
+    changed = [n for n in names if saved_args.get(n) != args.get(n)]
+    if changed:
+        listed = ", ".join(f"--{n} was {saved_args.get(n)!r} and is {args.get(n)!r}" for n in changed)
+        raise UserError(f"--resume_from_checkpoint={checkpoint} is of another configuration: {listed}")
+
+
+def remove_leftovers(output_dir):
+    """Finish saves that lack nothing but their rename, delete the others' `.tmp` folders. Main process only."""
+    for leftover in sorted(Path(output_dir).glob("checkpoint-*.tmp")):
+        final = leftover.with_name(leftover.name.split(".")[0])
+        if completeness(leftover) is None and not final.exists():
+            leftover.rename(final)
+        else:
+            shutil.rmtree(leftover)
+
+
+def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, objects=None, total_limit=None):
+    """Write `checkpoint-{global_step}`; called by every rank. Returns its path.
+
+    What accelerate prepared (model, optimizer, GradScaler) and every rank's RNG are saved by `save_state`. On top:
+    state: JSON-able dict. modules: {name: nn.Module} not prepared, as safetensors (EMA copies). objects: {name: object
+    with state_dict} of plain containers and tensors (the LR scheduler). total_limit: how many checkpoints to keep.
+    """
+    final = Path(output_dir, f"checkpoint-{global_step}")
+    tmp = Path(output_dir, f"checkpoint-{global_step}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(tmp))
+    rng_sums = gather_object([_rng_digest()])
+    if accelerator.is_main_process:
+        for name, module in (modules or {}).items():
+            save_model(module, str(tmp / f"{name}.safetensors"))
+        torch.save({name: obj.state_dict() for name, obj in (objects or {}).items()}, tmp / "objects.pt")
+        payload = state | {"global_step": global_step, "rng_digests": rng_sums}
+        (tmp / STATE).write_text(json.dumps(payload, indent=1))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = sorted(path for path in tmp.rglob("*") if path.is_file())
+        for path in files:
+            _fsync(path)
+        manifest = {"world_size": accelerator.num_processes, "global_step": global_step}
+        manifest["files"] = {str(path.relative_to(tmp)): path.stat().st_size for path in files}
+        (tmp / COMPLETE).write_text(json.dumps(manifest, indent=1))
+        _fsync(tmp / COMPLETE)
+        _fsync(tmp)
+        replaced = Path(output_dir, f"checkpoint-{global_step}.replaced.tmp")
+        if final.exists():  # the run went back to an earlier checkpoint and comes by again
+            final.rename(replaced)
+        tmp.rename(final)
+        _fsync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if total_limit:
+            for old in [c for c in list_checkpoints(output_dir) if c != final][: -(total_limit - 1) or None]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
+    """Restore what `save_checkpoint` wrote into the prepared objects, `modules` and `objects`; called by every rank.
+
+    Every rank's RNG is restored exactly when the number of processes is the checkpoint's.
+    """
+    state = read_state(checkpoint)
+    accelerator.load_state(str(checkpoint))
+    for name, module in (modules or {}).items():
+        load_model(module, str(Path(checkpoint, f"{name}.safetensors")), strict=True)
+    saved = torch.load(Path(checkpoint, "objects.pt"), weights_only=True)
+    for name, obj in (objects or {}).items():
+        obj.load_state_dict(saved[name])
+    same_world = len(state["rng_digests"]) == accelerator.num_processes
+    # accelerate only logs when it could not restore the generators: make sure that it did.
+    assert not same_world or _rng_digest() == state["rng_digests"][accelerator.process_index], "RNG was not restored"
+
+
+def _rng_digest():
+    return int(torch.get_rng_state().long().mul(torch.arange(1, torch.get_rng_state().numel() + 1)).sum())
+
+
+def _fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,936 @@
+"""The training data: text-image pairs from tar shards or a folder, in an order that a resumed run repeats exactly.
+
+The stream is cut into L lanes. Micro-batch j of the whole run comes from lane j mod L, and rank r's n-th micro-batch
+is j = j0 + n * world_size + r, so the sequence does not depend on how many ranks and workers share the lanes. The
+units of an epoch (shards, or parts of shards where there are fewer shards than lanes) are permuted and dealt to the
+lanes. A lane reads its units in blocks of undecoded samples, permutes each block, and decodes after that. Everything
+random is keyed by numbers that a checkpoint holds: (seed, epoch), (seed, lane, epoch, block) or (seed, j). A lane's
+cursor is the start of its block, in raw samples, and the offset in the permuted block.
+
+Limits. Resuming reads each lane's block again, after a scan of at most one shard. Lanes drift apart: one may be in its
+second epoch while another is in its first. A remote shard that cannot be fetched is counted and left out, so such a
+run repeats exactly only if the error does. The window of `max_skip_ratio` starts anew on resume.
+Memory of a worker: its lanes x (`shuffle_block_bytes` + one sample) undecoded, and two finished micro-batches.
+Temporary disk space (TMPDIR), for remote shards only: one shard per lane.
+
+Left out: video and audio, ICC profiles, writing shards, and any decoding of members that `required` does not name.
+"""
+
+import contextlib
+import csv
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import threading
+import time
+import urllib.request
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from braceexpand import UnbalancedBracesError, braceexpand
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+from webdataset.tariterators import base_plus_ext
+
+from common import UserError
+
+IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")
+TEXT_KEYS = ("text", "txt", "caption")
+SKIP_CLASSES = ("shard_open", "shard_read", "decode", "missing_caption", "too_small", "too_big", "filtered")
+UNREADABLE = ("shard_open", "shard_read", "decode", "missing_caption", "too_big")  # what max_skip_ratio counts
+
+SKIP_WINDOW, SKIP_WINDOW_MIN = 10_000, 1_000  # samples over which max_skip_ratio is judged
+MAX_LOGGED_SKIPS = 1_000
+MAX_MEMBER_BYTES = 1 << 28  # larger members of a tar are not read: their sample is too_big
+DOWNLOAD_TRIES, DOWNLOAD_BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
+SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
+POLL_SECONDS = 5  # how often a wait for the workers checks that they live
+
+INTERPOLATION_TYPES = {
+    "bilinear": {"mode": "bilinear", "antialias": True},
+    "bicubic": {"mode": "bicubic", "antialias": True},
+    "lanczos": {"mode": "lanczos", "antialias": True},
+    "nearest": {"mode": "nearest"},
+    "nearest-exact": {"mode": "nearest-exact"},
+}
+
+
+class DataError(UserError):
+    """One sentence for the user, naming the flag and the way out."""
+
+
+class SampleError(Exception):
+    """A sample (or a shard) that cannot be used; `reason` is one of SKIP_CLASSES, `detail` a few words for the log."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}")
+        assert reason in SKIP_CLASSES
+        self.reason, self.detail = reason, detail[:200]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keyed randomness
+
+
+def keyed_seed(*parts: int | str) -> int:
+    """A 63-bit seed from integers and strings: the same parts give the same seed on every machine and version."""
+    assert all(type(part) in (int, str) for part in parts), parts
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def keyed_generator(seed: int, name: str, micro_batch: int, device) -> torch.Generator:
+    """A generator on `device` for the draws called `name` of global micro-batch j, whatever was drawn before."""
+    return torch.Generator(device=device).manual_seed(keyed_seed(seed, name, micro_batch))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, name: str, epoch: int, length: int) -> list[int]:
+    order = list(range(length))
+    random.Random(keyed_seed(seed, name, epoch)).shuffle(order)
+    return order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which shards there are
+
+
+def expand_shards(spec: str | list[str]) -> list[str]:
+    """List the shards that `--train_shards_path_or_url` means, in a fixed order.
+
+    Brace patterns `{00000..00099}` are expanded everywhere, also inside `pipe:COMMAND`; globs in local paths and in
+    fsspec addresses (s3://, gs://, hf://, ...); a folder means its tars, or the folder itself where it holds images.
+    Raises DataError when a local file is missing or nothing matches.
+    """
+    shards = [shard for one in ([spec] if isinstance(spec, str) else spec) for shard in _expand_spec(one)]
+    if not shards:
+        raise DataError("--train_shards_path_or_url names no shard: give tars, a pattern, an address or a folder.")
+    return shards
+
+
+def _expand_spec(spec: str) -> list[str]:
+    try:
+        paths = [spec] if os.path.exists(spec) else list(braceexpand(spec, escape=False))
+    except UnbalancedBracesError:
+        raise DataError(f"--train_shards_path_or_url: the braces of {spec!r} do not match.") from None
+    shards, missing = [], []
+    for path in paths:
+        if _is_remote(path):
+            shards += _expand_fsspec(path) if _uses_fsspec(path) else [path]
+            continue
+        path = os.path.expanduser(path)
+        if os.path.isdir(path):
+            shards += _expand_folder(path)
+        elif os.path.exists(path):
+            shards.append(path)
+        else:
+            matches = sorted(glob.glob(path))
+            shards += matches
+            missing += [] if matches else [path]
+    if missing:
+        raise DataError(
+            f"--train_shards_path_or_url: {len(missing)} of {len(paths)} paths match no file, the first is "
+            f"{missing[0]!r}; correct the path or the range in braces."
+        )
+    return shards
+
+
+def _is_remote(shard: str) -> bool:
+    return shard.startswith("pipe:") or "://" in shard
+
+
+def _uses_fsspec(shard: str) -> bool:
+    return not shard.startswith(("pipe:", "http://", "https://"))
+
+
+def _expand_fsspec(address: str) -> list[str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(address)
+        if not glob.has_magic(path):
+            return [address]
+        matches = sorted(filesystem.glob(path))
+    except Exception as error:  # a missing package, wrong credentials, no network: each file system has its own
+        raise DataError(f"--train_shards_path_or_url: {address!r} cannot be listed ({error}).") from error
+    if not matches:
+        raise DataError(f"--train_shards_path_or_url: nothing matches {address!r}.")
+    return [filesystem.unstrip_protocol(match) for match in matches]
+
+
+def _expand_folder(folder: str) -> list[str]:
+    tars = sorted(itertools.chain(*(glob.glob(os.path.join(glob.escape(folder), f"*.tar{z}")) for z in ("", ".gz"))))
+    if tars:
+        return tars
+    _folder_items(folder)
+    return [folder]
+
+
+def _folder_items(folder: str) -> list[tuple[str, str | None]]:
+    """(path below the folder, caption or None where a .txt of the same name is to be read), sorted by path."""
+    images = {
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(tuple("." + key for key in IMAGE_KEYS)) and not name.startswith(".")
+    }
+    captions = _folder_metadata(folder)
+    if not images:
+        raise DataError(
+            f"--train_shards_path_or_url: the folder {folder!r} holds neither *.tar shards nor images "
+            f"({', '.join('*.' + key for key in IMAGE_KEYS)}, also in its subfolders)."
+        )
+    if captions is None:
+        if not any(os.path.exists(os.path.join(folder, os.path.splitext(image)[0] + ".txt")) for image in images):
+            raise DataError(
+                f"--train_shards_path_or_url: the images in {folder!r} have no captions: add metadata.csv or "
+                "metadata.jsonl with the columns file_name and text, or a .txt of the same name beside each image."
+            )
+        return [(image, None) for image in sorted(images)]
+    # An image without a row counts as missing_caption, a row without its file as decode: neither is dropped unseen.
+    return [(image, captions.get(image, "")) for image in sorted(images | captions.keys())]
+
+
+def _folder_metadata(folder: str) -> dict[str, str] | None:
+    """Captions by file name from metadata.csv or metadata.jsonl; None when the folder has neither."""
+    csv_path, jsonl_path = os.path.join(folder, "metadata.csv"), os.path.join(folder, "metadata.jsonl")
+    path = next((p for p in (csv_path, jsonl_path) if os.path.exists(p)), None)
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file) if path == csv_path else map(json.loads, filter(str.strip, file))
+            return {os.path.normpath(row["file_name"]): row["text"] or "" for row in rows}
+    except KeyError as error:
+        raise DataError(f"{path!r} has no column {error}: it needs file_name and text.") from None
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{path!r} cannot be read ({error}): it needs the columns file_name and text.") from None
+
+
+def count_samples(shards: list[str]) -> int | None:
+    """Number of raw samples; None when a shard is remote.
+
+    A folder of images is counted exactly. For a local tar, `successes` of img2dataset's NNNNN_stats.json beside it is
+    believed; without that file the headers of the tar are scanned (a damaged tar counts up to the damage).
+    """
+    if any(_is_remote(shard) for shard in shards):
+        return None
+    total = 0
+    for shard in tqdm(shards, desc="Counting samples", unit="shard", delay=5, leave=False):
+        if os.path.isdir(shard):
+            total += len(_folder_items(shard))
+            continue
+        stats = Path(re.sub(r"\.tar(\.gz)?$", "", shard) + "_stats.json")
+        try:
+            total += int(json.loads(stats.read_text())["successes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            total += _count_tar(shard)
+    return total
+
+
+def _count_tar(path: str) -> int:
+    count = 0
+    with contextlib.suppress(Exception), open(path, "rb") as file:  # training reports the damage, with its class
+        for index, _, _, _ in _tar_members(tarfile.open(fileobj=file, mode="r:*")):
+            count = index + 1
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a shard
+
+
+def _open_shard(shard: str, pipe_timeout: float):
+    """A seekable binary file. A remote shard is copied whole to an unlinked temporary file first."""
+    if not _is_remote(shard):
+        try:
+            return open(shard, "rb")
+        except OSError as error:
+            raise SampleError("shard_open", str(error)) from error
+    copy = _copy_pipe if shard.startswith("pipe:") else _copy_fsspec if _uses_fsspec(shard) else _copy_http
+    for tries_left in reversed(range(DOWNLOAD_TRIES)):
+        file = tempfile.TemporaryFile()
+        try:
+            copy(shard, file, pipe_timeout)
+            file.seek(0)
+            return file
+        except Exception as error:  # each protocol has its own; all of them mean "not this time"
+            file.close()
+            if not tries_left:
+                raise SampleError("shard_open", f"{type(error).__name__}: {error}") from error
+            time.sleep(DOWNLOAD_BACKOFF * 2 ** (DOWNLOAD_TRIES - 1 - tries_left))
+
+
+def _copy_http(url: str, file, pipe_timeout: float):
+    with urllib.request.urlopen(url, timeout=SOCKET_TIMEOUT) as response:
+        shutil.copyfileobj(response, file, 1 << 20)
+        expected = response.headers["Content-Length"]
+    if expected is not None and file.tell() != int(expected):
+        raise OSError(f"{file.tell()} of {expected} bytes received")
+
+
+def _copy_fsspec(address: str, file, pipe_timeout: float):
+    filesystem, path = fsspec.core.url_to_fs(address)
+    with filesystem.open(path, "rb") as source:
+        shutil.copyfileobj(source, file, 1 << 20)
+    expected = filesystem.size(path)
+    if expected is not None and file.tell() != expected:
+        raise OSError(f"{file.tell()} of {expected} bytes received")
+
+
+def _copy_pipe(shard: str, file, pipe_timeout: float):
+    command = ["bash", "-o", "pipefail", "-c", shard.removeprefix("pipe:")]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=pipe_timeout)
+        finally:  # a command that hangs goes, with all that it started
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code:
+            errors.seek(max(0, errors.tell() - 150))
+            raise OSError(f"exit code {code}: {errors.read().decode(errors='replace').strip()}")
+    file.seek(0, os.SEEK_END)
+
+
+def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.TarInfo]]:
+    """(sample's index in the shard, key, extension, member) of the regular files, in order, reading headers only.
+
+    Consecutive members of one key are one sample. Raises when the archive is damaged or cut off.
+    """
+    index, key, extensions, offset = -1, None, set(), -1
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # tarfile remembers every member otherwise
+        if tar.offset <= offset or member.size < 0:
+            raise tarfile.ReadError("a header points backwards")
+        offset = tar.offset
+        prefix, extension = base_plus_ext(member.name)
+        if prefix is None or not member.isreg() or member.issparse() or re.match(r"__[^/]*__($|/)", member.name):
+            continue
+        extension = extension.lower()
+        if prefix != key or extension in extensions:
+            index, key, extensions = index + 1, prefix, set()
+        extensions.add(extension)
+        yield index, key, extension, member
+    # tarfile ends without a word at a damaged header. A sound archive is followed by nothing or by zeros.
+    tar.fileobj.seek(tar.offset)
+    while chunk := tar.fileobj.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
+
+
+def _tar_samples(file, required, part: int = 0, parts: int = 1, start: int = 0) -> Iterator[tuple[int, str, dict]]:
+    """(index in the shard, key, {extension: bytes}) of the samples with index >= start and index % parts == part.
+
+    Only members that `required` or "json" names are read; all else is seeked over. A member over MAX_MEMBER_BYTES
+    is None. Raises SampleError("shard_read") where the archive is damaged, after the samples before the damage.
+    """
+    wanted = {"json", *itertools.chain(*required)}
+    current, current_key, raw = -1, None, {}
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:*")
+        for index, key, extension, member in _tar_members(tar):
+            if index != current:
+                if raw is not None and current >= 0:
+                    yield current, current_key, raw
+                current, current_key = index, key
+                raw = {} if index >= start and index % parts == part else None
+            if raw is not None and extension in wanted:
+                raw[extension] = None
+                if member.size <= MAX_MEMBER_BYTES:
+                    raw[extension] = _read_member(tar, member)
+    except Exception as error:  # hostile bytes make tarfile raise nearly anything
+        if raw and _missing_group(raw, required) is None and None not in raw.values():
+            yield current, current_key, raw  # the sample before the damage is whole
+        raise SampleError("shard_read", f"{type(error).__name__}: {error}") from error
+    if raw is not None and current >= 0:
+        yield current, current_key, raw
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    tar.fileobj.seek(member.offset_data)
+    data = tar.fileobj.read(member.size)
+    if len(data) != member.size:
+        raise tarfile.ReadError(f"{member.name} is cut off")
+    return data
+
+
+def _missing_group(raw: dict, required) -> tuple | None:
+    return next((group for group in required if not any(extension in raw for extension in group)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding a sample
+
+
+def decode_image_text(
+    raw: dict[str, bytes],
+    rng: random.Random,
+    *,
+    resolution: int,
+    interpolation_type: str = "bilinear",
+    center_crop: bool = False,
+    random_flip: bool = False,
+    proportion_empty_prompts: float = 0.0,
+    min_image_size: int = 0,
+    max_image_pixels: int = 178956970 // 2,
+) -> dict:
+    """Decode one image and its caption; the image's shorter side becomes R = `resolution`, then an R x R crop is cut.
+
+    Returns `images` uint8 (3, R, R), `captions` str (empty with probability `proportion_empty_prompts`),
+    `original_sizes` int64 (2,) = (height, width) of the source as it is meant to be seen, and `crop_top_lefts`
+    int64 (2,) = (top, left) of the crop in pixels of the resized (and flipped) image.
+    Draws from `rng` in a fixed order: flip, top, left, empty caption. Raises SampleError: "missing_caption",
+    "too_small" (shorter side under `min_image_size`), "too_big" (more than `max_image_pixels` before or after the
+    resize, judged before the pixels are decoded), or "decode".
+    """
+    if interpolation_type not in INTERPOLATION_TYPES:
+        raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
+    flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
+    empty_caption = rng.random() < proportion_empty_prompts
+    caption = _decode_caption(raw)
+    image_bytes = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
+    if image_bytes is None:
+        raise SampleError("decode", "no image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of files that it repairs; what it cannot repair it raises
+            pixels, original_size = _decode_image(
+                image_bytes, resolution, interpolation_type, min_image_size, max_image_pixels
+            )
+    except SampleError:
+        raise
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything
+        raise SampleError("decode", f"{type(error).__name__}: {error}") from error
+
+    image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w)
+    height, width = _resized_size(image.shape[2], image.shape[3], resolution)
+    if (height, width) != tuple(image.shape[2:]):
+        image = F.interpolate(image, size=(height, width), **INTERPOLATION_TYPES[interpolation_type])
+    if center_crop:
+        top, left = (height - resolution) // 2, (width - resolution) // 2
+    else:
+        top, left = int(top * (height - resolution + 1)), int(left * (width - resolution + 1))
+    column = width - resolution - left if flip else left  # (top, left) is a place in the flipped image
+    image = image[0, :, top : top + resolution, column : column + resolution]  # (3, R, R)
+    return {
+        "images": image.flip(2) if flip else image,
+        "captions": "" if empty_caption else caption,
+        "original_sizes": torch.tensor(original_size),
+        "crop_top_lefts": torch.tensor((top, left)),
+    }
+
+
+def _decode_caption(raw: dict[str, bytes]) -> str:
+    data = next((raw[key] for key in TEXT_KEYS if key in raw), b"")
+    try:
+        caption = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError("decode", f"caption: {error}") from error
+    if not caption:
+        raise SampleError("missing_caption")
+    return caption
+
+
+def _resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+    if height <= width:
+        return resolution, max(resolution, resolution * width // height)
+    return max(resolution, resolution * height // width), resolution
+
+
+def _decode_image(data: bytes, resolution: int, interpolation_type: str, min_image_size: int, max_image_pixels: int):
+    """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both after the EXIF orientation."""
+    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    except Image.DecompressionBombError as error:
+        raise SampleError("too_big", str(error)) from error
+    width, height = image.size
+    resized_height, resized_width = _resized_size(height, width, resolution)
+    if max(width * height, resized_height * resized_width) > max_image_pixels:
+        raise SampleError("too_big", f"{width} x {height} pixels")
+    if min(width, height) < min_image_size:
+        raise SampleError("too_small", f"{width} x {height} pixels")
+    if min(width, height) >= 2 * resolution and "antialias" in INTERPOLATION_TYPES[interpolation_type]:
+        image.draft(None, (resolution, resolution))  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the target
+    image.load()
+    turn = ORIENTATIONS.get(image.getexif().get(0x0112))
+    image = _to_rgb(image)
+    if turn is not None:
+        image = image.transpose(turn)
+        if turn in QUARTER_TURNS:
+            height, width = width, height
+    return np.array(image), (height, width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB from any mode that JPEG, PNG and WEBP have: transparency on white, 16 bits scaled to 8."""
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)  # (h, w)
+        grey = ((values + 128) // 257).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = [ORIENTATIONS[value] for value in (5, 6, 7, 8)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream
+
+
+class _Tally:
+    """What one micro-batch cost: raw samples read, skips by class, and the first skipped keys."""
+
+    def __init__(self):
+        self.counts = dict.fromkeys(("read", *SKIP_CLASSES), 0)
+        self.skipped = []
+
+    def skip(self, error: SampleError, key: str, shard: str):
+        self.counts[error.reason] += 1
+        if len(self.skipped) < MAX_LOGGED_SKIPS:
+            self.skipped.append({"reason": error.reason, "key": key, "shard": shard, "detail": error.detail})
+
+
+def _seen_and_unreadable(counts: dict[str, int]) -> tuple[int, int]:
+    """A shard that failed counts as one sample: how many it held is not known."""
+    return (
+        counts["read"] + counts["shard_open"] + counts["shard_read"],
+        sum(counts[reason] for reason in UNREADABLE),
+    )
+
+
+def _listing(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count or name == "read")
+
+
+def _new_cursor() -> dict[str, int]:
+    """Where a lane stands. Start of the block: epoch, unit in the lane's epoch, position = index of the raw sample in
+    the shard, taken = raw samples of the epoch before it, block = its number in the epoch. Then the offset in the
+    permuted block, and how many samples of the epoch were used so far."""
+    return {"epoch": 0, "unit": 0, "position": 0, "taken": 0, "block": 0, "offset": 0, "used": 0}
+
+
+class _Lane:
+    """One lane's raw samples, endlessly, from a cursor on."""
+
+    def __init__(self, data: "TrainingData", index: int, cursor: dict[str, int]):
+        self.data, self.index, self.cursor = data, index, dict(cursor)
+        self.reader = None  # of the epoch; opened at the cursor
+        self.block, self.after = [], None  # the permuted block, and (unit, position) where the next one starts
+
+    def next_sample(self, tally: _Tally) -> tuple[int, str, str, dict]:
+        """(epoch, shard, key, raw); `self.cursor` then stands behind it."""
+        while self.cursor["offset"] >= len(self.block):
+            self._read_block(tally)
+        epoch, offset = self.cursor["epoch"], self.cursor["offset"]
+        sample, self.block[offset] = self.block[offset], None
+        self.cursor["offset"] += 1
+        if self.cursor["offset"] == len(self.block):
+            self._next_block()
+        return epoch, *sample
+
+    def _next_block(self):
+        cursor, (unit, position) = self.cursor, self.after
+        taken, block = cursor["taken"] + len(self.block), cursor["block"] + 1
+        cursor.update(unit=unit, position=position, taken=taken, block=block, offset=0)
+        self.block = []
+
+    def _read_block(self, tally: _Tally):
+        data, cursor = self.data, self.cursor
+        if self.reader is None:
+            self.reader = data._raw_samples(self.index, cursor["epoch"], cursor["unit"], cursor["position"])
+        self.after = cursor["unit"], cursor["position"]
+        left = data._quota(self.index) - cursor["taken"]
+        most, size = min(data.shuffle_block_samples, left), 0
+        while len(self.block) < most and size < data.shuffle_block_bytes:
+            record = next(self.reader, None)
+            if record is None:
+                break
+            unit, position, shard, key, raw = record
+            self.after = unit, position
+            if not isinstance(raw, SampleError):
+                self.block.append((shard, key, raw))
+                size += sum(len(value) for value in raw.values() if value is not None)
+            elif cursor["offset"] == 0:  # otherwise a batch before the resume has counted it
+                tally.skip(raw, "", shard)
+        if self.block:
+            name = (data.seed, "block", self.index, cursor["epoch"], cursor["block"])
+            random.Random(keyed_seed(*name)).shuffle(self.block)
+            if cursor["offset"] >= len(self.block):  # resumed, and the shards hold less than they did
+                self._next_block()
+            return
+        if cursor["used"] == 0:
+            raise DataError(
+                f"Lane {self.index} of {data.num_lanes} found no usable sample in a whole epoch "
+                f"({_listing(tally.counts)}): check --train_shards_path_or_url, which must hold at least one good "
+                "sample for each lane."
+            )
+        self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1}
+        self.reader = None
+
+
+class TrainingData:
+    """The training stream of one rank: iterate to get micro-batches for ever, from the current position on.
+
+    A micro-batch is a dict: what `decode` returns, collated (tensors stacked, all else in lists of length batch_size),
+    and `keys` (list of "shard.tar/key"), `micro_batch` (int, j of the whole run), `epoch` (int, its lowest).
+
+    shards: from `expand_shards`; decode(raw, rng): a sample's dict from {extension: bytes}, or SampleError.
+    required: groups of member extensions, of which a sample needs one each. num_lanes: default 8 * world_size, or
+    those of the loaded state. max_train_samples: at most that many distinct samples, the same in each epoch.
+    max_skip_ratio: share of unreadable samples among the last 10,000 above which the run stops. data_timeout: seconds
+    without a batch from the workers, or without an end of a pipe's command, after which it is given up.
+    skipped_log: JSON lines of the first 1,000 skipped samples; ranks above 0 write beside it, `NAME.rank1.jsonl`.
+    Raises DataError here, in `load_state_dict`, and while iterating.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        decode: Callable[[dict[str, bytes], random.Random], dict],
+        *,
+        batch_size: int,
+        seed: int,
+        required: tuple[tuple[str, ...], ...] = (IMAGE_KEYS, TEXT_KEYS),
+        rank: int = 0,
+        world_size: int = 1,
+        num_lanes: int | None = None,
+        num_workers: int = 0,
+        max_train_samples: int | None = None,
+        shuffle_block_samples: int = 1000,
+        shuffle_block_bytes: int = 64 << 20,
+        max_skip_ratio: float = 0.2,
+        data_timeout: float = 600,
+        pin_memory: bool = False,
+        skipped_log: Path | None = None,
+        report: Callable[[str], None] = print,
+    ):
+        assert batch_size > 0 and shuffle_block_samples > 0 and shuffle_block_bytes > 0 and 0 <= rank < world_size
+        self.shards, self.decode, self.required = list(shards), decode, required
+        self.batch_size, self.seed, self.max_train_samples = batch_size, seed, max_train_samples
+        self.rank, self.world_size = rank, world_size
+        self.shuffle_block_samples, self.shuffle_block_bytes = shuffle_block_samples, shuffle_block_bytes
+        self.max_skip_ratio, self.data_timeout, self.pin_memory = max_skip_ratio, data_timeout, pin_memory
+        self.skipped_log, self.report = skipped_log and Path(skipped_log), report
+        self.counters = dict.fromkeys(("read", *SKIP_CLASSES), 0)
+        self._given_lanes, self._given_workers = num_lanes, num_workers
+        if not self.shards:
+            raise DataError("--train_shards_path_or_url names no shard.")
+        folders = [shard for shard in self.shards if not _is_remote(shard) and os.path.isdir(shard)]
+        if folders and len(self.shards) > 1:
+            raise DataError(
+                f"--train_shards_path_or_url: {folders[0]!r} is a folder of images, which goes with no shards and "
+                "no other folder: put all images into one folder."
+            )
+        self._folder = folders[0] if folders else None
+        self._items = _folder_items(self._folder) if folders else None
+        listing = json.dumps([self.shards, [name for name, _ in self._items or ()]])
+        self._shards_hash = hashlib.sha256(listing.encode()).hexdigest()
+        self._start(num_lanes or 8 * world_size, 0, None)
+
+    def _start(self, num_lanes: int, micro_batch: int, cursors: dict[int, dict] | None):
+        """Set the position: the next global micro-batch, and all lanes' cursors (None = the start of the data)."""
+        if num_lanes % self.world_size:
+            raise DataError(
+                f"The data's {num_lanes} lanes cannot be shared evenly by {self.world_size} processes: use a "
+                "number of processes that divides the lanes, or change --data_seed to start the data afresh."
+            )
+        if self.max_train_samples is not None and self.max_train_samples < num_lanes:
+            raise DataError(f"--max_train_samples must be at least {num_lanes}, the number of lanes.")
+        self.num_lanes, self._first = num_lanes, micro_batch
+        self._consumed = 0  # by this rank, since the start or the resume
+        self._cursors = cursors or {lane: _new_cursor() for lane in range(num_lanes)}
+        lanes = num_lanes // self.world_size
+        self.num_workers = max((k for k in range(1, self._given_workers + 1) if lanes % k == 0), default=0)
+        if self.num_workers != self._given_workers and self.rank == 0:
+            self.report(
+                f"--dataloader_num_workers {self._given_workers} is reduced to {self.num_workers}, "
+                f"which divides the {lanes} lanes of a process."
+            )
+        self._first_epoch = max(self._cursors[lane]["epoch"] for lane in self._own_lanes())
+        self._window, self._window_seen, self._window_unreadable = deque(), 0, 0
+
+    def _own_lanes(self) -> list[int]:
+        return [lane for lane in range(self.num_lanes) if (lane - self._first - self.rank) % self.world_size == 0]
+
+    # ----- reading: in the workers
+
+    def _quota(self, lane: int) -> float:
+        """Raw samples of an epoch that the lane may take."""
+        if self.max_train_samples is None:
+            return math.inf
+        return self.max_train_samples // self.num_lanes + (lane < self.max_train_samples % self.num_lanes)
+
+    def _raw_samples(self, lane: int, epoch: int, unit: int, position: int) -> Iterator[tuple]:
+        """(unit, position, shard, key, raw) of a lane's epoch in plan order, from a position on.
+
+        unit and position stand behind the sample; raw is a SampleError where the rest of a shard is lost.
+        """
+        order_epoch = 0 if self.max_train_samples is not None else epoch
+        if self._folder is not None:
+            order = _permutation(self.seed, "items", order_epoch, len(self._items))[lane :: self.num_lanes]
+            for index in range(position, len(order)):
+                yield 0, index + 1, self._folder, *self._folder_sample(order[index])
+            return
+        parts = math.ceil(self.num_lanes / len(self.shards))
+        units = _permutation(self.seed, "units", order_epoch, len(self.shards) * parts)[lane :: self.num_lanes]
+        for unit_index in range(unit, len(units)):
+            shard, part = self.shards[units[unit_index] // parts], units[unit_index] % parts
+            try:
+                with _open_shard(shard, self.data_timeout) as file:
+                    for index, key, raw in _tar_samples(file, self.required, part, parts, position):
+                        yield unit_index, index + 1, shard, f"{shard.rsplit('/', 1)[-1]}/{key}", raw
+            except SampleError as error:
+                yield unit_index + 1, 0, shard, "", error
+            position = 0
+
+    def _folder_sample(self, index: int) -> tuple[str, dict]:
+        """(key, raw); a file that cannot be read becomes an empty one, which no decoder takes."""
+        name, caption = self._items[index]
+        path = os.path.join(self._folder, name)
+        stem, extension = os.path.splitext(path)
+        raw = {extension[1:].lower(): b""}
+        with contextlib.suppress(OSError):
+            raw[extension[1:].lower()] = Path(path).read_bytes()
+        with contextlib.suppress(OSError):
+            raw["txt"] = Path(stem + ".txt").read_bytes() if caption is None else caption.encode()
+        return name, raw
+
+    def _check_raw(self, raw: dict):
+        missing = _missing_group(raw, self.required)
+        if missing:
+            reason = "missing_caption" if "txt" in missing else "decode"
+            raise SampleError(reason, f"no member {', '.join(missing)}")
+        if None in raw.values():
+            raise SampleError("too_big", f"a member of more than {MAX_MEMBER_BYTES} bytes")
+
+    def _make_item(self, j: int, lane: _Lane) -> dict:
+        """Micro-batch j, with what the consumer needs to account for it."""
+        rng = random.Random(keyed_seed(self.seed, "augment", j))
+        tally, samples, keys, epochs = _Tally(), [], [], []
+        while len(samples) < self.batch_size:
+            epoch, shard, key, raw = lane.next_sample(tally)
+            tally.counts["read"] += 1
+            try:
+                self._check_raw(raw)
+                samples.append(self.decode(raw, rng))
+            except SampleError as error:
+                tally.skip(error, key, shard)
+                seen, unreadable = _seen_and_unreadable(tally.counts)
+                if seen >= SKIP_WINDOW:
+                    self._check_skip_ratio(seen, unreadable, tally.counts)
+                continue
+            keys.append(key)
+            epochs.append(epoch)
+            lane.cursor["used"] += 1
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        batch = {name: torch.stack(c) if torch.is_tensor(c[0]) else c for name, c in columns.items()}
+        batch |= {"keys": keys, "micro_batch": j, "epoch": min(epochs)}
+        return {
+            "batch": batch,
+            "lane": lane.index,
+            "cursor": dict(lane.cursor),
+            "counts": tally.counts,
+            "skipped": tally.skipped,
+        }
+
+    def _make_items(self, worker: int, num_workers: int) -> Iterator[dict]:
+        """Every num_workers-th micro-batch of the rank from the current position on; its lanes are no other worker's."""
+        lanes = {}
+        for n in itertools.count(self._consumed + worker, num_workers):
+            j = self._first + n * self.world_size + self.rank
+            index = j % self.num_lanes
+            lane = lanes.setdefault(index, _Lane(self, index, self._cursors[index]))
+            try:
+                item = self._make_item(j, lane)
+            except DataError as error:
+                yield {"error": str(error)}
+                return
+            yield item
+
+    # ----- consuming: in the training process
+
+    def __iter__(self) -> Iterator[dict]:
+        loader = DataLoader(
+            _Items(self),
+            batch_size=None,
+            num_workers=self.num_workers,
+            timeout=POLL_SECONDS if self.num_workers else 0,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # so that the loader does not draw from the training's random state
+        )
+        with _no_signal_on_worker_death():
+            iterator = iter(loader)
+        while True:
+            item = self._next_item(iterator)
+            if "error" in item:
+                raise DataError(item["error"])
+            self._consume(item)
+            yield item["batch"]
+
+    def _next_item(self, iterator) -> dict:
+        deadline = time.monotonic() + self.data_timeout
+        while True:
+            try:
+                return next(iterator)
+            except RuntimeError as error:
+                if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
+                    raise DataError(
+                        "A data loading process died, often for lack of memory: lower --dataloader_num_workers, or "
+                        f"look for a crash in the system's log ({str(error).splitlines()[0]})."
+                    ) from None
+                if "timed out" not in str(error):
+                    raise
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"No batch came for {self.data_timeout:g} seconds: check that the storage of "
+                    "--train_shards_path_or_url answers, or raise --data_timeout."
+                )
+
+    def _consume(self, item: dict):
+        self._cursors[item["lane"]] = item["cursor"]
+        self._consumed += 1
+        self._log_skipped(item["skipped"])
+        for name, count in item["counts"].items():
+            self.counters[name] += count
+        seen, unreadable = _seen_and_unreadable(item["counts"])
+        self._window.append((seen, unreadable))
+        self._window_seen += seen
+        self._window_unreadable += unreadable
+        while self._window_seen - self._window[0][0] >= SKIP_WINDOW:
+            seen, unreadable = self._window.popleft()
+            self._window_seen -= seen
+            self._window_unreadable -= unreadable
+        whole_epoch = min(self._cursors[lane]["epoch"] for lane in self._own_lanes()) > self._first_epoch
+        if self._window_seen >= SKIP_WINDOW_MIN or whole_epoch:
+            self._check_skip_ratio(self._window_seen, self._window_unreadable, self.counters)
+
+    def _check_skip_ratio(self, seen: int, unreadable: int, counts: dict[str, int]):
+        if unreadable > self.max_skip_ratio * seen:
+            raise DataError(
+                f"{unreadable} of the last {seen} samples could not be read ({_listing(counts)}): repair the data "
+                "(skipped_samples.jsonl has the first), or raise --max_skip_ratio."
+            )
+
+    def _log_skipped(self, skipped: list[dict]):
+        if not skipped or self.skipped_log is None:
+            return
+        path = self.skipped_log
+        if self.rank:
+            path = path.with_name(f"{path.stem}.rank{self.rank}{path.suffix}")
+        logged = sum(count for name, count in self.counters.items() if name != "read")
+        with open(path, "a", encoding="utf-8") as file:
+            for entry in skipped[: max(0, MAX_LOGGED_SKIPS - logged)]:
+                file.write(json.dumps(entry) + "\n")
+
+    # ----- the position
+
+    def _identity(self) -> dict:
+        """What the order of the samples follows from; a position is good for the same values only."""
+        return {
+            "train_shards_path_or_url": self._shards_hash,
+            "num_lanes": self.num_lanes,
+            "train_batch_size": self.batch_size,
+            "data_seed": self.seed,
+            "max_train_samples": self.max_train_samples,
+            "shuffle_block_samples": self.shuffle_block_samples,
+            "shuffle_block_bytes": self.shuffle_block_bytes,
+        }
+
+    def state_dict(self) -> dict:
+        """This rank's position behind the last micro-batch that the caller got; plain values for JSON."""
+        return {
+            "identity": self._identity(),
+            "next_micro_batch": self._first + self._consumed * self.world_size,
+            "cursors": {str(lane): dict(self._cursors[lane]) for lane in self._own_lanes()},
+            "counters": dict(self.counters),
+        }
+
+    @staticmethod
+    def merge_state_dicts(states: list[dict]) -> dict:
+        """One state from those of all ranks, for any world size that divides the lanes.
+
+        Raises DataError when the ranks have not consumed the same number of micro-batches.
+        """
+        if any(state[key] != states[0][key] for state in states for key in ("identity", "next_micro_batch")):
+            raise DataError("The ranks stand at different places of the data: save when all have done the same steps.")
+        cursors = {lane: cursor for state in states for lane, cursor in state["cursors"].items()}
+        counters = {name: sum(state["counters"][name] for state in states) for name in states[0]["counters"]}
+        assert len(cursors) == states[0]["identity"]["num_lanes"], "the states of some ranks are missing"
+        return states[0] | {"cursors": cursors, "counters": counters}
+
+    def load_state_dict(self, merged: dict):
+        """Continue at a merged state; before iterating. Rank 0 takes over the counters of all ranks.
+
+        With another `seed` than the state's, the data start afresh (micro-batch numbers go on, counters start at 0).
+        Raises DataError when anything else of the identity differs, or the lanes cannot be shared by the ranks.
+        """
+        saved = merged["identity"]
+        if saved["data_seed"] != self.seed:
+            self._start(self.num_lanes, merged["next_micro_batch"], None)
+            return
+        num_lanes = self._given_lanes or saved["num_lanes"]
+        identity = self._identity() | {"num_lanes": num_lanes}
+        changed = [name for name in identity if identity[name] != saved[name]]
+        if changed:
+            raise DataError(
+                f"The checkpoint's place in the data does not fit, for another {', '.join('--' + c for c in changed)} "
+                "was given: restore it, or change --data_seed to start the data afresh."
+            )
+        cursors = {int(lane): dict(cursor) for lane, cursor in merged["cursors"].items()}
+        self._start(num_lanes, merged["next_micro_batch"], cursors)
+        if self.rank == 0:
+            self.counters = dict(merged["counters"])
+
+
+class _Items(IterableDataset):
+    def __init__(self, data: TrainingData):
+        self.data = data
+
+    def __iter__(self):
+        worker = get_worker_info()
+        return self.data._make_items(worker.id, worker.num_workers) if worker else self.data._make_items(0, 1)
+
+
+@contextlib.contextmanager
+def _no_signal_on_worker_death():
+    """Keep torch from raising wherever the main thread is when a worker dies: `_next_item` looks after that."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)

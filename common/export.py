@@ -1,0 +1,71 @@
+"""What a run leaves for others: a pipeline that stock diffusers loads, a model card, an upload."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import HfApi, ModelCard
+
+from common.metrics import image_grid
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset")
+NEVER_UPLOADED = ("checkpoint-*", "checkpoint-*/**", "logs/**", "*.jsonl", "STOP", "REQUEUE", "training_config.json")
+
+
+def versions():
+    """{"python": ..., package: ...} of what a result depends on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def teacher_license(name, token=None):
+    """The licence that the teacher's own card states, or None where there is no card or it states none."""
+    card = Path(name, "README.md")
+    try:
+        if Path(name).exists():
+            return ModelCard.load(card).data.get("license") if card.is_file() else None
+        return ModelCard.load(name, token=token).data.get("license")
+    except (OSError, ValueError):
+        return None
+
+
+def save_grid(output_dir, images, prompts):
+    """Write sample_grid.png: a row for each tag of {tag: uint8 (N, H, W, 3)}, a column for each prompt."""
+    rows = [torch.from_numpy(batch).permute(0, 3, 1, 2) for batch in images.values()]
+    labels = [tag.removeprefix("validation/").replace("_", " ") for tag in images]
+    scale = max(1, 96 // rows[0].shape[-1])
+    image_grid(rows, labels, prompts, scale=scale).save(Path(output_dir, "sample_grid.png"))
+
+
+def write_model_card(output_dir, *, title, method, teacher, data, command, snippet, notes, tags, license=None):
+    """Write README.md: front matter for the hub, what the model is, the snippet that runs it, samples, the command.
+
+    teacher, data, command, method, notes: text. snippet: Python. The samples are `sample_grid.png` beside the card.
+    A teacher that is a local folder is named in the text only: `base_model` must be a hub repository.
+    """
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": list(tags)}
+    if not Path(teacher).exists():
+        front["base_model"] = teacher
+    if license:
+        front["license"] = license
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
+    lines += [method, "", f"- Teacher: `{teacher}`" + (f" (licence: {license})" if license else ""), f"- Data: {data}"]
+    lines += [f"- {note}" for note in notes] + ["", "```python", snippet.strip(), "```", ""]
+    lines += ["![samples](sample_grid.png)", ""]
+    lines += ["## How it was made", "", "```bash", command, "```", ""]
+    lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
+    Path(output_dir, "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_message="Add the trained model"):
+    """Upload the result and its card, never checkpoints, logs or run files. Returns the address of the repository."""
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id or Path(output_dir).resolve().name, private=private, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=str(output_dir),
+        ignore_patterns=list(NEVER_UPLOADED),
+        commit_message=commit_message,
+    )
+    return str(repo)

@@ -1,0 +1,420 @@
+"""The demo's data and models: 1,797 handwritten digits, WebDataset shards, a small Stable Diffusion, a classifier.
+
+The images are UCI's "Optical Recognition of Handwritten Digits" (CC BY 4.0), as scikit-learn ships them: 8x8 pixels,
+here enlarged to 16x16 RGB, white on black. The teacher is a Stable Diffusion checkpoint in everything but its size:
+AutoencoderKL, CLIPTextModel with its CLIPTokenizer, UNet2DConditionModel, scheduler and model_index.json.
+Left out: no image encoder, no safety checker, and the text encoder, which real checkpoints take ready-made,
+is trained together with the U-Net. Everything is fixed by its seed.
+"""
+
+import hashlib
+import io
+import json
+import math
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
+
+RESOLUTION = 16
+NUM_HELD_OUT = 360
+NUM_TRAIN_SHARDS, NUM_HELD_OUT_SHARDS = 8, 2
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CANONICAL_TEMPLATE = "a photo of the digit {}"
+TEMPLATES = (
+    CANONICAL_TEMPLATE,
+    "a handwritten {}",
+    "the number {}",
+    "a picture of the number {}",
+    "the digit {} written by hand",
+    "{}, white on black",
+    "a small image of a {}",
+    "a scan of a handwritten {}",
+)
+DATA_NOTE = (
+    "Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (E. Alpaydin, C. Kaynak), CC BY 4.0"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and captions
+
+
+def load_split():
+    """Return ((images, labels), (images, labels)) for training and held out: uint8 (N, 16, 16, 3) and int (N,)."""
+    digits = load_digits()
+    images = [_enlarge(image) for image in digits.images]
+    train, held_out = train_test_split(
+        np.arange(len(images)), test_size=NUM_HELD_OUT, stratify=digits.target, random_state=0
+    )
+    images = np.stack(images)
+    return (images[train], digits.target[train]), (images[held_out], digits.target[held_out])
+
+
+def _enlarge(image):
+    grey = Image.fromarray((image * (255 / 16)).round().astype(np.uint8))
+    return np.asarray(grey.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+def canonical_prompts(num_samples):
+    """`num_samples` prompts that go through the ten digits in turn."""
+    return [CANONICAL_TEMPLATE.format(WORDS[i % 10]) for i in range(num_samples)]
+
+
+def to_tensor(images):
+    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards in img2dataset's layout
+
+
+def write_shards(output_dir, seed=0):
+    """Write `train/` and `heldout/`: NNNNN.tar and NNNNN_stats.json, the same bytes every time."""
+    train, held_out = load_split()
+    rng = np.random.default_rng(seed)
+    for name, (images, labels), num_shards in (
+        ("train", train, NUM_TRAIN_SHARDS),
+        ("heldout", held_out, NUM_HELD_OUT_SHARDS),
+    ):
+        captions = [TEMPLATES[rng.integers(len(TEMPLATES))].format(WORDS[label]) for label in labels]
+        folder = Path(output_dir) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for shard, members in enumerate(np.array_split(np.arange(len(images)), num_shards)):
+            _write_shard(folder, shard, [(images[i], captions[i]) for i in members])
+
+
+def _write_shard(folder, shard, samples):
+    with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for index, (image, caption) in enumerate(samples):
+            key = f"{shard:05d}{index:04d}"
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, format="png")
+            record = {
+                "key": key,
+                "caption": caption,
+                "status": "success",
+                "error_message": None,
+                "width": RESOLUTION,
+                "height": RESOLUTION,
+                "original_width": RESOLUTION,
+                "original_height": RESOLUTION,
+                "sha256": hashlib.sha256(png.getvalue()).hexdigest(),
+            }
+            for extension, payload in (
+                ("png", png.getvalue()),
+                ("txt", caption.encode()),
+                ("json", json.dumps(record, indent=4).encode()),
+            ):
+                member = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+    stats = {"count": len(samples), "successes": len(samples), "failed_to_download": 0, "failed_to_resize": 0}
+    (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def build_tokenizer():
+    """A CLIPTokenizer with one token for each word of the captions; any other text falls back to its bytes."""
+    words = sorted({word for template in TEMPLATES for word in template.replace(",", "").split()} - {"{}"})
+    letters = list(_byte_letters())
+    tokens = letters + [letter + "</w>" for letter in letters]
+    merges = []
+    for word in (*WORDS, *words):
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        merged = symbols[0]
+        for symbol in symbols[1:]:
+            if (merged, symbol) not in merges:
+                merges.append((merged, symbol))
+                tokens.append(merged + symbol)
+            merged += symbol
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def _byte_letters():
+    """The 256 printable characters that stand for bytes in byte-level BPE, in the order of CLIP's vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+
+
+def save_tokenizer_files(tokenizer, folder):
+    """vocab.json and merges.txt, which Stable Diffusion checkpoints hold and transformers 5 no longer writes."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (Path(folder) / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
+    (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def tokenize(tokenizer, prompts):
+    return tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teacher
+
+
+def build_teacher(
+    output_dir,
+    prediction_type="epsilon",
+    seed=0,
+    vae_steps=600,
+    unet_steps=3000,
+    unet_channels=(32, 64),
+    unet_batch_size=64,
+    unet_learning_rate=1e-3,
+):
+    """Train the autoencoder, then text encoder and U-Net together, and save a StableDiffusionPipeline."""
+    torch.manual_seed(seed)
+    (images, labels), _ = load_split()
+    pixels, labels = to_tensor(images), torch.from_numpy(labels)
+
+    vae = train_vae(pixels, vae_steps)
+    tokenizer = build_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            projection_dim=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 2,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=unet_channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    scheduler = PNDMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        skip_prk_steps=True,
+        prediction_type="epsilon" if prediction_type == "sample" else prediction_type,
+    )
+    if prediction_type == "sample":  # PNDM knows no x_0 prediction
+        config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+        scheduler = DDIMScheduler.from_config({**config, "prediction_type": "sample", "clip_sample": False})
+
+    train_unet(
+        unet, text_encoder, tokenizer, scheduler, vae, pixels, labels, unet_steps, unet_batch_size, unet_learning_rate
+    )
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(output_dir)
+    save_tokenizer_files(tokenizer, Path(output_dir) / "tokenizer")
+
+
+def train_vae(pixels, steps, batch_size=64, learning_rate=2e-3, kl_weight=1e-4):
+    """Pixels (N, 3, 16, 16) to latents (N, 4, 8, 8): squared error plus a small KL term, no adversary."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=RESOLUTION,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), learning_rate, weight_decay=0.0)
+    schedule = cosine_schedule(optimizer, steps)
+    progress = tqdm(range(steps), desc="autoencoder", unit="step")
+    for _ in progress:
+        batch = pixels[torch.randint(len(pixels), (batch_size,))]
+        posterior = vae.encode(batch).latent_dist
+        error = F.mse_loss(vae.decode(posterior.sample()).sample, batch)
+        loss = error + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(mse=f"{error.item():.4f}", refresh=False)
+    vae.eval().requires_grad_(False)
+    standardize_latents(vae, pixels)
+    return vae
+
+
+def standardize_latents(vae, pixels):
+    """Give each latent channel zero mean and the same std; the convolutions beside it take the inverse, exactly."""
+    mean, std = encode(vae, pixels)
+    latents = mean + std * torch.randn_like(mean)
+    shift, scale = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) / latents.std()  # (4,)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight.data[:4] /= scale.view(4, 1, 1, 1)
+    before.bias.data[:4] = (before.bias.data[:4] - shift) / scale
+    before.bias.data[4:] -= 2 * scale.log()  # the log variance
+    after.bias.data += after.weight.data[:, :, 0, 0] @ shift
+    after.weight.data *= scale.view(1, 4, 1, 1)
+    mean, std = encode(vae, pixels)
+    vae.register_to_config(scaling_factor=1 / (mean + std * torch.randn_like(mean)).std().item())
+
+
+@torch.no_grad()
+def encode(vae, pixels):
+    """Mean and standard deviation of the latents, both (N, 4, 8, 8), not scaled."""
+    moments = [vae.encode(batch).latent_dist for batch in pixels.split(256)]
+    return torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
+
+
+def train_unet(unet, text_encoder, tokenizer, scheduler, vae, pixels, labels, steps, batch_size, learning_rate):
+    """Ordinary diffusion training, with one caption template a step; what stays in the models is their average."""
+    latent_mean, latent_std = encode(vae, pixels)
+    token_ids = torch.stack([tokenize(tokenizer, [t.format(w) for w in WORDS] + [""]) for t in TEMPLATES])
+    alphas_cumprod = scheduler.alphas_cumprod.view(-1, 1, 1, 1)
+    prediction_type = scheduler.config.prediction_type
+
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    averages = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.01)
+    schedule = cosine_schedule(optimizer, steps)
+    progress = tqdm(range(steps), desc="U-Net and text encoder", unit="step")
+    for step in progress:
+        index = torch.randint(len(labels), (batch_size,))
+        latents = latent_mean[index] + latent_std[index] * torch.randn_like(latent_mean[index])
+        latents = latents * vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        # one timestep from each of batch_size equal parts of the range
+        timesteps = ((torch.arange(batch_size) + torch.rand(batch_size)) * (1000 / batch_size)).long()
+        alpha_t, sigma_t = alphas_cumprod[timesteps].sqrt(), (1 - alphas_cumprod[timesteps]).sqrt()
+        noisy_latents = alpha_t * latents + sigma_t * noise
+
+        prompt = torch.where(torch.rand(batch_size) < 0.1, 10, labels[index])  # 10 % empty
+        template = torch.randint(len(TEMPLATES), ()).item()
+        prompt_embeds = text_encoder(token_ids[template])[0][prompt]  # (B, 77, 64)
+        prediction = unet(noisy_latents, timesteps, prompt_embeds).sample
+        if prediction_type == "epsilon":
+            loss = F.mse_loss(prediction, noise)
+        elif prediction_type == "v_prediction":
+            loss = F.mse_loss(prediction, alpha_t * noise - sigma_t * latents)
+        else:
+            loss = ((prediction - latents) ** 2 * (alpha_t / sigma_t).square().clamp(1, 20)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+        decay = min(0.999, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - decay)
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    for parameter, average in zip(parameters, averages, strict=True):
+        parameter.data.copy_(average)
+    unet.eval().requires_grad_(False)
+    text_encoder.eval().requires_grad_(False)
+
+
+def cosine_schedule(optimizer, steps):
+    """Linear warm-up over a twentieth of the steps, then a cosine to zero."""
+    warmup = max(steps // 20, 1)
+
+    def factor(step):
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(step / max(steps, 1), 1)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classifier
+
+
+def build_classifier(output_dir, seed=0, steps=600, batch_size=64, learning_rate=3e-3):
+    """Train a small ResNet on the digits and return its held-out accuracy; its pooled features have 64 dimensions."""
+    torch.manual_seed(seed)
+    (images, labels), (held_out_images, held_out_labels) = load_split()
+    pixels, labels = to_tensor(images), torch.from_numpy(labels)
+    model = ResNetForImageClassification(
+        ResNetConfig(
+            num_channels=3,
+            embedding_size=32,
+            hidden_sizes=[32, 64],
+            depths=[1, 1],
+            layer_type="basic",
+            id2label=dict(enumerate(WORDS)),
+            label2id={word: index for index, word in enumerate(WORDS)},
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
+    schedule = cosine_schedule(optimizer, steps)
+    progress = tqdm(range(steps), desc="classifier", unit="step")
+    for _ in progress:
+        index = torch.randint(len(labels), (batch_size,))
+        batch = shift(pixels[index])
+        loss = F.cross_entropy(model(batch).logits, labels[index], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    model.eval()
+    with torch.no_grad():
+        predicted = model(to_tensor(held_out_images)).logits.argmax(dim=1).numpy()
+    accuracy = float((predicted == held_out_labels).mean())
+    print(f"classifier: accuracy {accuracy:.4f} on {len(held_out_labels)} held-out digits")
+
+    model.save_pretrained(output_dir)
+    ViTImageProcessor(
+        size={"height": RESOLUTION, "width": RESOLUTION}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(output_dir)
+    return accuracy
+
+
+def shift(pixels):
+    """Move each image by up to one pixel in each direction, over black."""
+    batch_size, _, height, width = pixels.shape
+    padded = F.pad(pixels, (1, 1, 1, 1), value=-1.0)
+    rows = torch.arange(height) + torch.randint(3, (batch_size, 1))  # (B, H)
+    columns = torch.arange(width) + torch.randint(3, (batch_size, 1))  # (B, W)
+    batch = torch.arange(batch_size)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

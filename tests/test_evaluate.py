@@ -1,0 +1,393 @@
+"""python -m common.tools.evaluate end to end, in process, on a Stable Diffusion of a few thousand random weights."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from common.metrics import frechet_distance, image_features, kernel_distance, load_feature_network, prompt_accuracy
+from common.tools.evaluate import (
+    format_table,
+    generate_images,
+    iterate_images,
+    load_pipeline,
+    main,
+    measure,
+    parse_args,
+    reference_features,
+    reference_floor,
+)
+
+SIZE = 16
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def save_tokenizer(path):
+    """A CLIPTokenizer that knows single bytes only."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(path)
+    tokenizer.model_max_length = 20
+    return tokenizer
+
+
+def make_unet(seed):
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """pipeline, unet, lora, classifier, clip, images: the folders that every test here reads."""
+    root = tmp_path_factory.mktemp("evaluate")
+    tokenizer = save_tokenizer(root / "vocabulary")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    text = {**TEXT, "vocab_size": 600, "max_position_embeddings": 20, "eos_token_id": 513, "bos_token_id": 512}
+    unet = make_unet(0)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**text)), tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(root / "pipeline")
+    make_unet(1).save_pretrained(root / "unet")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    StableDiffusionPipeline.save_lora_weights(root / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
+
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label={0: "zero", 1: "one"}
+    )
+    ResNetForImageClassification(config).save_pretrained(root / "classifier")
+    ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(root / "classifier")
+    vision = {**TEXT, "image_size": SIZE, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(root / "clip")
+    sides = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    CLIPImageProcessorPil(**sides).save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+
+    rng = np.random.default_rng(0)
+    (root / "images" / "sub").mkdir(parents=True)
+    for i in range(14):
+        folder = root / "images" / ("sub" if i > 8 else "")
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return root
+
+
+def flags(root, output_dir, *more):
+    return [
+        "--pretrained_model", str(root / "pipeline"), "--prompts", "a zero", "--prompts", "one",
+        "--num_inference_steps", "1,2", "--guidance_scale", "2", "--num_images", "5", "--device", "cpu",
+        "--output_dir", str(output_dir), *map(str, more),
+    ]  # fmt: skip
+
+
+def test_end_to_end(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    more = [
+        "--feature_network", root / "classifier", "--reference", root / "images", "--prompt_accuracy",
+        "--clip_model", root / "clip", "--batch_size", 2, "--seed", 3,
+    ]  # fmt: skip
+    main(parse_args(flags(root, out, *more)))
+    result = json.loads((out / "metrics.json").read_text())
+    assert [row["num_inference_steps"] for row in result["rows"]] == [1, 2]
+    assert result["arguments"]["seed"] == 3 and result["versions"]["torch"] == torch.__version__
+    assert result["reference"]["images"] == 14 and result["reference"]["floor"]["other_images"] == 9
+
+    # every number again, by hand
+    pipeline = StableDiffusionPipeline.from_pretrained(root / "pipeline", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a zero", "one", "a zero", "one", "a zero"]
+    network = load_feature_network(root / "classifier")
+    reference = [Image.open(file) for file in sorted((root / "images").rglob("*.png"))]
+    reference = torch.stack([by_hand(image) for image in reference])
+    for row, steps in zip(result["rows"], [1, 2], strict=True):
+        images = []
+        for i, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(3 + i)
+            picture = pipeline(prompt, num_inference_steps=steps, guidance_scale=2.0, generator=generator).images[0]
+            images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        images = torch.stack(images)
+        features, reference_of = image_features(network, images), image_features(network, reference)
+        assert row["frechet_distance"] == pytest.approx(frechet_distance(features, reference_of), rel=0.02, abs=1e-6)
+        assert row["kernel_distance"] == pytest.approx(kernel_distance(features, reference_of), rel=0.02, abs=1e-6)
+        assert row["accuracy"] == prompt_accuracy(network, images, [0, 1, 0, 1, 0])
+        assert -100 <= row["clip_score"] <= 100
+        assert row["images"] == 5 and row["seconds_per_image"] > 0 and row["scheduler"] == "DDIMScheduler"
+        assert row["guidance_scale"] == 2 and row["eta"] == 0.0
+
+    table = (out / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
+        "pipeline", "pipeline", "floor: reference against itself",
+    ]  # fmt: skip
+    assert Image.open(out / "grid.png").width > 5 * 96
+
+
+def by_hand(image):
+    """24 x 20 (height x width) -> the shorter side to 16, then the middle 16 rows."""
+    box = (0, 2, 20, 22)  # the middle 20 x 20
+    return torch.from_numpy(np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("scheduler,eta", [("ddim", 0.5), ("lcm", None), ("tcd", 0.3)])
+def test_images_do_not_depend_on_the_batch_size(root, scheduler, eta):
+    """Also with schedulers that draw noise between the steps."""
+    pipeline = load_pipeline(str(root / "pipeline"), scheduler=scheduler)
+    options = {} if eta is None else {"eta": eta}
+    prompts = ["a zero", "one", "a zero", "two"]
+    several, _ = generate_images(pipeline, prompts, 3, 1.0, 7, 3, **options)
+    single, seconds = generate_images(pipeline, prompts, 3, 1.0, 7, 1, **options)
+    assert several.dtype == torch.uint8 and several.shape == (4, 3, SIZE, SIZE) and seconds > 0
+    assert (several.int() - single.int()).abs().max() <= 1
+    assert (single[0].int() - single[2].int()).abs().max() > 1  # same prompt, other seed
+
+
+def test_the_tools_numbers_do_not_depend_on_the_batch_size(root, tmp_path):
+    more = ["--feature_network", root / "classifier", "--reference", root / "images", "--scheduler", "lcm"]
+    results = [
+        main(parse_args(flags(root, tmp_path / str(size), *more, "--batch_size", size)))["rows"] for size in (1, 4)
+    ]
+    for one, four in zip(*results, strict=True):
+        assert one["frechet_distance"] == pytest.approx(four["frechet_distance"], rel=0.02)
+
+
+def test_lora_and_unet_change_the_images(root, tmp_path):
+    plain = load_pipeline(str(root / "pipeline"))
+    pictures = [generate_images(plain, ["one"], 2, 1.0, 0, 1)[0]]
+    for options in [{"lora": root / "lora"}, {"unet": root / "unet"}]:
+        pipeline = load_pipeline(str(root / "pipeline"), **options)
+        pictures.append(generate_images(pipeline, ["one"], 2, 1.0, 0, 1)[0])
+    file = root / "lora" / "pytorch_lora_weights.safetensors"
+    again = generate_images(load_pipeline(str(root / "pipeline"), lora=file), ["one"], 2, 1.0, 0, 1)[0]
+    assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+    assert torch.equal(pictures[1], again)
+    main(parse_args(flags(root, tmp_path / "out", "--lora", root / "lora")))
+    assert (tmp_path / "out" / "grid.png").is_file()
+
+
+def test_a_lora_of_another_model_is_refused(root, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    save_file({"unet.nowhere.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "strange.safetensors")
+    with pytest.raises(SystemExit) as caught:
+        main(parse_args(flags(root, tmp_path / "out", "--lora", tmp_path / "strange.safetensors")))
+    assert caught.value.code == 2
+    assert "--lora" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_several_models_and_a_prompt_file(root, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a zero\n\n one \n")
+    out = tmp_path / "out"
+    argv = ["--pretrained_model", f"first={root / 'pipeline'}", "--pretrained_model", f"second={root / 'pipeline'}"]
+    argv += ["--prompts", f"@{tmp_path / 'prompts.txt'}", "--num_inference_steps", "1", "--output_dir", str(out)]
+    result = main(parse_args([*argv, "--device", "cpu", "--height", "24", "--width", "16"]))
+    assert [row["model"] for row in result["rows"]] == ["first", "second"]
+    assert result["arguments"]["first_prompts"] == ["a zero", "one"] and result["rows"][0]["images"] == 2
+    assert (result["rows"][0]["height"], result["rows"][0]["width"]) == (24, 16)
+
+
+def test_timesteps(root, tmp_path):
+    argv = flags(root, tmp_path / "out", "--timesteps", "999,499,0", "--scheduler", "lcm")
+    del argv[argv.index("--num_inference_steps") : argv.index("--num_inference_steps") + 2]
+    result = main(parse_args(argv))
+    assert [row["num_inference_steps"] for row in result["rows"]] == [3]
+    pipeline = load_pipeline(str(root / "pipeline"), scheduler="lcm")
+    one, _ = generate_images(pipeline, ["one"], 2, 1.0, 0, 1, timesteps=[999, 499])
+    other, _ = generate_images(pipeline, ["one"], 2, 1.0, 0, 1, timesteps=[999, 99])
+    assert not torch.equal(one, other)
+
+
+def test_unconditional_pipeline(tmp_path):
+    unet = UNet2DModel(
+        sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), attention_head_dim=8,
+    )  # fmt: skip
+    pipeline = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    argv = ["--pretrained_model", str(tmp_path / "pipeline"), "--num_inference_steps", "1,2", "--num_images", "3"]
+    result = main(parse_args([*argv, "--device", "cpu", "--output_dir", str(tmp_path / "out")]))
+    assert [row["images"] for row in result["rows"]] == [3, 3]
+    with pytest.raises(ValueError, match="takes no guidance_scale"):
+        generate_images(pipeline, [None], 1, 2.0, 0, 1)
+    with pytest.raises(ValueError, match="takes no prompt"):
+        generate_images(pipeline, ["one"], 1, None, 0, 1)
+
+
+def test_arguments_that_the_pipeline_would_ignore_are_refused(root):
+    pipeline = load_pipeline(str(root / "pipeline"), scheduler="lcm")
+    with pytest.raises(ValueError, match="LCMScheduler has no eta"):
+        generate_images(pipeline, ["one"], 1, 1.0, 0, 1, eta=0.3)
+    with pytest.raises(ValueError, match="needs prompts"):
+        generate_images(pipeline, [None], 1, 1.0, 0, 1)
+
+
+# Reference
+
+
+def test_folder_tar_and_npz_references_agree(root, tmp_path):
+    files = sorted((root / "images").rglob("*.png"))
+    for shard in (0, 1):
+        with tarfile.open(tmp_path / f"{shard:02d}.tar", "w") as tar:
+            for i, file in list(enumerate(files))[shard * 7 : shard * 7 + 7]:
+                add_member(tar, f"{i:03d}.png", file.read_bytes())
+                add_member(tar, f"{i:03d}.txt", b"a caption")
+                add_member(tar, f"{i:03d}.pickle", b"never read")
+    np.savez(tmp_path / "images.npz", arr_0=np.stack([np.array(Image.open(file)) for file in files]))
+    expected = torch.stack([by_hand(Image.open(file)) for file in files])
+    for reference in [root / "images", tmp_path / "{00..01}.tar", tmp_path, tmp_path / "images.npz"]:
+        assert torch.equal(torch.stack(list(iterate_images(str(reference), SIZE, SIZE))), expected)
+    network = load_feature_network(root / "classifier")
+    features = reference_features(str(tmp_path), network, SIZE, SIZE, batch_size=4, limit=10)
+    torch.testing.assert_close(features, image_features(network, expected[:10]))
+
+
+def add_member(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_stored_features_stand_for_the_images_of_one_network_and_size(root, tmp_path, capsys):
+    more = ["--feature_network", root / "classifier", "--reference"]
+    first = main(parse_args(flags(root, tmp_path / "first", *more, root / "images")))
+    stored = tmp_path / "first" / "reference_features.npz"
+    second = main(parse_args(flags(root, tmp_path / "second", *more, stored)))
+    for one, two in zip(first["rows"], second["rows"], strict=True):
+        assert one["frechet_distance"] == two["frechet_distance"]
+    assert not (tmp_path / "second" / "reference_features.npz").exists()
+    for i, wrong in enumerate([["--height", 24], ["--feature_network", root / "clip"]]):
+        with pytest.raises(SystemExit):
+            main(parse_args(flags(root, tmp_path / str(i), *more, stored, *wrong)))
+        assert "give the images instead" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_floor_needs_twice_the_images():
+    features = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    assert reference_floor(features, 11) is None
+    floor = reference_floor(features, 8)
+    assert (floor["images"], floor["other_images"]) == (8, 12) and floor == reference_floor(features, 8)
+
+
+def test_a_broken_reference_image_is_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(Exception, match="broken.png is no readable image"):
+        list(iterate_images(str(tmp_path), SIZE, SIZE))
+
+
+# Pieces
+
+
+def test_measure_returns_what_was_asked_for(root):
+    network = load_feature_network(root / "classifier")
+    images = torch.randint(0, 256, (6, 3, SIZE, SIZE), dtype=torch.uint8)
+    assert measure(images, ["one"] * 6) == {"images": 6}
+    features = image_features(network, images)
+    result = measure(images, ["one"] * 6, features, network, labels=[1] * 6)
+    assert result["frechet_distance"] == pytest.approx(0.0, abs=1e-6)
+    assert result["kernel_distance"] == kernel_distance(features, features)
+    assert result["accuracy"] == prompt_accuracy(network, images, [1] * 6) and "clip_score" not in result
+
+
+def test_format_table():
+    rows = [{"model": "a|b", "num_inference_steps": 4, "frechet_distance": 1.23456, "x": 1}, {"model": "teacher"}]
+    assert format_table(rows) == (
+        "| model   | steps | Fréchet distance |\n"
+        "|---------|------:|-----------------:|\n"
+        "| a\\|b    |     4 |            1.235 |\n"
+        "| teacher |     - |                - |\n"
+    )
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "more,expected",
+    [
+        (["--pretrained_model", "/nowhere/at/all"], "--pretrained_model /nowhere/at/all is no folder"),
+        (["--pretrained_model", "{root}/images"], "has no model_index.json"),
+        (["--num_inference_steps", "4,0"], "must be at least 1"),
+        (["--num_inference_steps", ","], "--num_inference_steps"),
+        (["--num_images", "0"], "must be at least 1"),
+        (["--prompts", "@/nowhere.txt"], "--prompts @/nowhere.txt cannot be read"),
+        (["--timesteps", "999,0"], "drop it or --num_inference_steps"),
+        (["--lora", "{root}/images"], "--lora"),
+        (["--unet", "{root}/pipeline"], "--unet"),
+        (["--reference", "{root}/images"], "--feature_network"),
+        (["--feature_network", "{root}/classifier"], "measures nothing alone"),
+        (["--feature_network", "{root}/classifier", "--reference", "{root}/unet"], "holds no png"),
+        (["--feature_network", "{root}/classifier", "--reference", "{root}/{{0..1}}.tar"], "0.tar is missing"),
+        (["--feature_network", "{root}/classifier", "--prompt_accuracy", "--prompts", "seven"], "'seven' names none"),
+        (["--feature_network", "{root}/clip", "--prompt_accuracy"], "needs an image classifier"),
+        (["--clip_model", "{root}/images"], "has no config.json"),
+        (["--device", "abacus"], "--device abacus is no device"),
+        (["--output_dir", "{root}/images"], "is not empty"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_before_any_model_is_loaded(root, tmp_path, capsys, monkeypatch, more, expected):
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
+    with pytest.raises(SystemExit) as caught:
+        parse_args(flags(root, tmp_path / "out", *(value.format(root=root) for value in more)))
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert expected in error and error.count("\n") == 1 and "error: " in error
+
+
+def test_empty_prompts(root, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for prompts in [" ", f"@{tmp_path / 'empty.txt'}"]:
+        argv = ["--pretrained_model", str(root / "pipeline"), "--output_dir", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as caught:
+            parse_args([*argv, "--prompts", prompts])
+        assert caught.value.code == 2 and "--prompts holds no text" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_results_and_leaves_other_files(root, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.json").write_text("old")
+    main(parse_args(flags(root, tmp_path, "--overwrite")))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert json.loads((tmp_path / "metrics.json").read_text())["rows"]
