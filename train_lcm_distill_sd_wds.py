@@ -156,7 +156,8 @@ def main(args):
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)

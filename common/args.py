@@ -35,6 +35,12 @@ class ArgumentParser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
         )
 
+    def parse_args(self, argv=None):
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if argv and argv[-1].strip(" \r\n") == "\\":  # a command copied with its last line's backslash
+            argv.pop()
+        return super().parse_args(argv)
+
     def error(self, message):
         exit_with(self.prog, message)
 
@@ -120,9 +126,7 @@ def add_teacher_arguments(parser):
 
 def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--train_shards_path_or_url", required=True, help="tars (braces, globs, http://, pipe:) or an image folder"
-    )
+    add("--train_shards_path_or_url", required=True, help="tars (braces, globs, http://, pipe:) or an image folder")
     add("--resolution", type=positive_int, default=512, help="side of the square training images, in pixels")
     add("--interpolation_type", default="bilinear", help="bilinear, bicubic, nearest or nearest-exact")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
@@ -130,8 +134,9 @@ def add_data_arguments(parser):
     add("--min_image_size", type=non_negative_int, default=0, help="skip images whose shorter side is less")
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions replaced by the empty one")
     add("--max_train_samples", type=positive_int, help="use at most so many distinct samples")
+    add("--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together")
     add(
-        "--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together"
+        "--data_lanes", type=positive_int, help="parallel sample streams, a multiple of the processes; default: 8 each"
     )
     add("--data_seed", type=non_negative_int, help="seed of the sample order and the crops; without it, --seed")
     add("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
@@ -150,9 +155,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
     add("--learning_rate", type=non_negative_float, default=1e-4)
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes x batch x accumulation")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="over --max_train_steps updates")
-    add(
-        "--lr_warmup_steps", type=non_negative_int, default=500, help="updates of warm-up, if the scheduler has it"
-    )
+    add("--lr_warmup_steps", type=non_negative_int, default=500, help="updates of warm-up, if the scheduler has it")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes")
     add("--adam_beta1", type=fraction, default=0.9)
     add("--adam_beta2", type=fraction, default=0.999)
@@ -258,6 +261,7 @@ def data_options(args, accelerator):
         "seed": args.data_seed,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
+        "num_lanes": args.data_lanes,
         "num_workers": args.dataloader_num_workers,
         "max_train_samples": args.max_train_samples,
         "shuffle_block_samples": args.shuffle_block_samples,
@@ -270,19 +274,29 @@ def data_options(args, accelerator):
 
 
 def make_accelerator(args):
-    """accelerate's engine as the flags ask for it; trackers write under output_dir."""
+    """accelerate's engine as the flags ask for it; trackers write under output_dir.
+
+    Raises UserError where the launcher's processes do not see each other: each would be a run of its own.
+    """
     diffusers.utils.logging.set_verbosity_error()  # a training run's own lines should be found among the libraries'
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.dry_run else args.report_to or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were started but did not join (no GPU?); "
+            "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
+        )
+    return accelerator
 
 
 def resolve_steps(args, num_samples, world_size):

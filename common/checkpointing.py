@@ -28,7 +28,7 @@ MAY_CHANGE = frozenset(
 
 # These too, where --data_seed changes: the data then start afresh.
 DATA_FLAGS = frozenset(
-    "data_seed train_shards_path_or_url max_train_samples shuffle_block_samples train_batch_size".split()
+    "data_seed data_lanes train_shards_path_or_url max_train_samples shuffle_block_samples train_batch_size".split()
 )
 
 

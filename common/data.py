@@ -263,53 +263,48 @@ def _open_shard(shard: str, pipe_timeout: float):
             return open(shard, "rb")
         except OSError as error:
             raise SampleError("shard_open", str(error)) from error
-    copy = _copy_pipe if shard.startswith("pipe:") else _copy_fsspec if _uses_fsspec(shard) else _copy_http
-    for tries_left in reversed(range(DOWNLOAD_TRIES)):
+    for attempt in range(DOWNLOAD_TRIES):
         file = tempfile.TemporaryFile()
         try:
-            copy(shard, file, pipe_timeout)
+            _copy_remote(shard, file, pipe_timeout)
             file.seek(0)
             return file
         except Exception as error:  # each protocol has its own; all of them mean "not this time"
             file.close()
-            if not tries_left:
+            if attempt == DOWNLOAD_TRIES - 1:
                 raise SampleError("shard_open", f"{type(error).__name__}: {error}") from error
-            time.sleep(DOWNLOAD_BACKOFF * 2 ** (DOWNLOAD_TRIES - 1 - tries_left))
+        time.sleep(DOWNLOAD_BACKOFF * 2**attempt)
 
 
-def _copy_http(url: str, file, pipe_timeout: float):
-    with urllib.request.urlopen(url, timeout=SOCKET_TIMEOUT) as response:
-        shutil.copyfileobj(response, file, 1 << 20)
-        expected = response.headers["Content-Length"]
+def _copy_remote(shard: str, file, pipe_timeout: float):
+    if shard.startswith("pipe:"):
+        _run_pipe(shard.removeprefix("pipe:"), file, pipe_timeout)
+        return
+    if _uses_fsspec(shard):
+        filesystem, path = fsspec.core.url_to_fs(shard)
+        source, expected = filesystem.open(path, "rb"), filesystem.size(path)
+    else:
+        source = urllib.request.urlopen(shard, timeout=SOCKET_TIMEOUT)
+        expected = source.headers["Content-Length"]
+    with source:
+        shutil.copyfileobj(source, file, 1 << 20)
     if expected is not None and file.tell() != int(expected):
         raise OSError(f"{file.tell()} of {expected} bytes received")
 
 
-def _copy_fsspec(address: str, file, pipe_timeout: float):
-    filesystem, path = fsspec.core.url_to_fs(address)
-    with filesystem.open(path, "rb") as source:
-        shutil.copyfileobj(source, file, 1 << 20)
-    expected = filesystem.size(path)
-    if expected is not None and file.tell() != expected:
-        raise OSError(f"{file.tell()} of {expected} bytes received")
-
-
-def _copy_pipe(shard: str, file, pipe_timeout: float):
-    command = ["bash", "-o", "pipefail", "-c", shard.removeprefix("pipe:")]
+def _run_pipe(command: str, file, timeout: float):
+    arguments, nothing = ["bash", "-o", "pipefail", "-c", command], subprocess.DEVNULL
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True
-        )
+        process = subprocess.Popen(arguments, stdin=nothing, stdout=file, stderr=errors, start_new_session=True)
         try:
-            code = process.wait(timeout=pipe_timeout)
+            code = process.wait(timeout)
         finally:  # a command that hangs goes, with all that it started
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if code:
-            errors.seek(max(0, errors.tell() - 150))
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 150))
             raise OSError(f"exit code {code}: {errors.read().decode(errors='replace').strip()}")
-    file.seek(0, os.SEEK_END)
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.TarInfo]]:
@@ -324,7 +319,8 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.
             raise tarfile.ReadError("a header points backwards")
         offset = tar.offset
         prefix, extension = base_plus_ext(member.name)
-        if prefix is None or not member.isreg() or member.issparse() or re.match(r"__[^/]*__($|/)", member.name):
+        hidden = prefix is None or prefix.endswith("/")  # no name before the first dot, or no extension
+        if hidden or not member.isreg() or member.issparse() or re.match(r"__[^/]*__($|/)", member.name):
             continue
         extension = extension.lower()
         if prefix != key or extension in extensions:
@@ -405,6 +401,7 @@ def decode_image_text(
     """
     if interpolation_type not in INTERPOLATION_TYPES:
         raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
+    antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
     empty_caption = rng.random() < proportion_empty_prompts
     caption = _decode_caption(raw)
@@ -414,16 +411,14 @@ def decode_image_text(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of files that it repairs; what it cannot repair it raises
-            pixels, original_size = _decode_image(
-                image_bytes, resolution, interpolation_type, min_image_size, max_image_pixels
-            )
+            image, original_size = _decode_image(image_bytes, resolution, antialias, min_image_size, max_image_pixels)
     except SampleError:
         raise
     except Exception as error:  # hostile bytes make Pillow raise nearly anything
         raise SampleError("decode", f"{type(error).__name__}: {error}") from error
 
-    image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w)
-    height, width = _resized_size(image.shape[2], image.shape[3], resolution)
+    image = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w)
+    height, width = _resized_size(*original_size, resolution)
     if (height, width) != tuple(image.shape[2:]):
         image = F.interpolate(image, size=(height, width), **INTERPOLATION_TYPES[interpolation_type])
     if center_crop:
@@ -457,8 +452,11 @@ def _resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:
     return max(resolution, resolution * height // width), resolution
 
 
-def _decode_image(data: bytes, resolution: int, interpolation_type: str, min_image_size: int, max_image_pixels: int):
-    """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both after the EXIF orientation."""
+def _decode_image(data: bytes, resolution: int, may_shrink: bool, min_image_size: int, max_image_pixels: int):
+    """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both after the EXIF orientation.
+
+    Where `may_shrink`, a JPEG of twice the resolution or more is decoded at 1/2, 1/4 or 1/8 of its size.
+    """
     Image.MAX_IMAGE_PIXELS = max_image_pixels
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
@@ -470,8 +468,8 @@ def _decode_image(data: bytes, resolution: int, interpolation_type: str, min_ima
         raise SampleError("too_big", f"{width} x {height} pixels")
     if min(width, height) < min_image_size:
         raise SampleError("too_small", f"{width} x {height} pixels")
-    if min(width, height) >= 2 * resolution and "antialias" in INTERPOLATION_TYPES[interpolation_type]:
-        image.draft(None, (resolution, resolution))  # JPEG only: decodes at 1/2, 1/4 or 1/8, never below the target
+    if may_shrink and min(width, height) >= 2 * resolution:
+        image.draft(None, (resolution, resolution))  # never below the resolution; other formats ignore it
     image.load()
     turn = ORIENTATIONS.get(image.getexif().get(0x0112))
     image = _to_rgb(image)
@@ -528,10 +526,8 @@ class _Tally:
 
 def _seen_and_unreadable(counts: dict[str, int]) -> tuple[int, int]:
     """A shard that failed counts as one sample: how many it held is not known."""
-    return (
-        counts["read"] + counts["shard_open"] + counts["shard_read"],
-        sum(counts[reason] for reason in UNREADABLE),
-    )
+    seen = counts["read"] + counts["shard_open"] + counts["shard_read"]
+    return seen, sum(counts[reason] for reason in UNREADABLE)
 
 
 def _listing(counts: dict[str, int]) -> str:
@@ -649,8 +645,11 @@ class TrainingData:
         self.skipped_log, self.report = skipped_log and Path(skipped_log), report
         self.counters = dict.fromkeys(("read", *SKIP_CLASSES), 0)
         self._given_lanes, self._given_workers = num_lanes, num_workers
+        self.num_workers = num_workers  # or fewer, so that it divides the lanes
         if not self.shards:
             raise DataError("--train_shards_path_or_url names no shard.")
+        if data_timeout <= 0:
+            raise DataError("--data_timeout must be above 0: it is the number of seconds to wait for a batch.")
         folders = [shard for shard in self.shards if not _is_remote(shard) and os.path.isdir(shard)]
         if folders and len(self.shards) > 1:
             raise DataError(
@@ -676,12 +675,13 @@ class TrainingData:
         self._consumed = 0  # by this rank, since the start or the resume
         self._cursors = cursors or {lane: _new_cursor() for lane in range(num_lanes)}
         lanes = num_lanes // self.world_size
-        self.num_workers = max((k for k in range(1, self._given_workers + 1) if lanes % k == 0), default=0)
-        if self.num_workers != self._given_workers and self.rank == 0:
+        num_workers = max((k for k in range(1, self._given_workers + 1) if lanes % k == 0), default=0)
+        if num_workers != self.num_workers and self.rank == 0:
             self.report(
-                f"--dataloader_num_workers {self._given_workers} is reduced to {self.num_workers}, "
+                f"--dataloader_num_workers {self._given_workers} is reduced to {num_workers}, "
                 f"which divides the {lanes} lanes of a process."
             )
+        self.num_workers = num_workers
         self._first_epoch = max(self._cursors[lane]["epoch"] for lane in self._own_lanes())
         self._window, self._window_seen, self._window_unreadable = deque(), 0, 0
 
@@ -761,16 +761,11 @@ class TrainingData:
         columns = {name: [sample[name] for sample in samples] for name in samples[0]}
         batch = {name: torch.stack(c) if torch.is_tensor(c[0]) else c for name, c in columns.items()}
         batch |= {"keys": keys, "micro_batch": j, "epoch": min(epochs)}
-        return {
-            "batch": batch,
-            "lane": lane.index,
-            "cursor": dict(lane.cursor),
-            "counts": tally.counts,
-            "skipped": tally.skipped,
-        }
+        account = {"lane": lane.index, "cursor": dict(lane.cursor), "counts": tally.counts, "skipped": tally.skipped}
+        return {"batch": batch, **account}
 
     def _make_items(self, worker: int, num_workers: int) -> Iterator[dict]:
-        """Every num_workers-th micro-batch of the rank from the current position on; its lanes are no other worker's."""
+        """Every num_workers-th micro-batch of the rank from the position on; its lanes are no other worker's."""
         lanes = {}
         for n in itertools.count(self._consumed + worker, num_workers):
             j = self._first + n * self.world_size + self.rank
@@ -790,18 +785,22 @@ class TrainingData:
             _Items(self),
             batch_size=None,
             num_workers=self.num_workers,
-            timeout=POLL_SECONDS if self.num_workers else 0,
+            timeout=min(POLL_SECONDS, self.data_timeout) if self.num_workers else 0,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # so that the loader does not draw from the training's random state
         )
         with _no_signal_on_worker_death():
             iterator = iter(loader)
-        while True:
-            item = self._next_item(iterator)
-            if "error" in item:
-                raise DataError(item["error"])
-            self._consume(item)
-            yield item["batch"]
+        try:
+            while True:
+                item = self._next_item(iterator)
+                if "error" in item:
+                    raise DataError(item["error"])
+                self._consume(item)
+                yield item["batch"]
+        finally:
+            if self.num_workers:  # not left to the collector: in the traceback of an error it can wait for 10 s
+                iterator._shutdown_workers()
 
     def _next_item(self, iterator) -> dict:
         deadline = time.monotonic() + self.data_timeout
@@ -902,6 +901,8 @@ class TrainingData:
         """
         saved = merged["identity"]
         if saved["data_seed"] != self.seed:
+            if self.rank == 0:
+                self.report(f"--data_seed is {self.seed}, not {saved['data_seed']}: the data start afresh.")
             self._start(self.num_lanes, merged["next_micro_batch"], None)
             return
         num_lanes = self._given_lanes or saved["num_lanes"]

@@ -65,8 +65,9 @@ def save_tokenizer(path):
 def make_unet(seed):
     torch.manual_seed(seed)
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=8,
     )  # fmt: skip
 
@@ -159,9 +160,8 @@ def test_end_to_end(root, tmp_path, capsys):
 
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == [
-        "pipeline", "pipeline", "floor: reference against itself",
-    ]  # fmt: skip
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:5]]
+    assert names == ["pipeline", "pipeline", "reference (floor)"]
     assert Image.open(out / "grid.png").width > 5 * 96
 
 
@@ -241,8 +241,8 @@ def test_timesteps(root, tmp_path):
 
 def test_unconditional_pipeline(tmp_path):
     unet = UNet2DModel(
-        sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), attention_head_dim=8,
+        sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,),
+        norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), attention_head_dim=8,
     )  # fmt: skip
     pipeline = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())
     pipeline.save_pretrained(tmp_path / "pipeline")
@@ -297,7 +297,7 @@ def test_stored_features_stand_for_the_images_of_one_network_and_size(root, tmp_
     for one, two in zip(first["rows"], second["rows"], strict=True):
         assert one["frechet_distance"] == two["frechet_distance"]
     assert not (tmp_path / "second" / "reference_features.npz").exists()
-    for i, wrong in enumerate([["--height", 24], ["--feature_network", root / "clip"]]):
+    for i, wrong in enumerate([["--height", 24, "--width", 24], ["--feature_network", root / "clip"]]):
         with pytest.raises(SystemExit):
             main(parse_args(flags(root, tmp_path / str(i), *more, stored, *wrong)))
         assert "give the images instead" in capsys.readouterr().err.splitlines()[-1]
@@ -346,10 +346,11 @@ def test_format_table():
 @pytest.mark.parametrize(
     "more,expected",
     [
-        (["--pretrained_model", "/nowhere/at/all"], "--pretrained_model /nowhere/at/all is no folder"),
+        (["--pretrained_model", "/nowhere/at/all"], "--pretrained_model /nowhere/at/all is neither a folder"),
         (["--pretrained_model", "{root}/images"], "has no model_index.json"),
         (["--num_inference_steps", "4,0"], "must be at least 1"),
         (["--num_inference_steps", ","], "--num_inference_steps"),
+        (["--height", "24"], "--height and --width go together"),
         (["--num_images", "0"], "must be at least 1"),
         (["--prompts", "@/nowhere.txt"], "--prompts @/nowhere.txt cannot be read"),
         (["--timesteps", "999,0"], "drop it or --num_inference_steps"),

@@ -10,13 +10,13 @@ a measurement against images, reference_features.npz, which --reference takes in
 Left out: several GPUs, and images on disk: one step count's images are in memory at a time (5,000 of 512x512: 4 GB).
 """
 
+import hashlib
 import inspect
 import io
 import itertools
 import json
 import math
 import platform
-import re
 import tarfile
 import time
 import zipfile
@@ -24,7 +24,9 @@ from pathlib import Path
 
 import braceexpand
 import numpy as np
+import PIL
 import torch
+from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -108,7 +110,11 @@ def check_args(args):
     if args.timesteps is not None and args.num_inference_steps is not None:
         raise UserError("--timesteps is a schedule of its own: drop it or --num_inference_steps")
     args.timesteps = parse_timesteps(args.timesteps) if args.timesteps is not None else None
+    if args.num_inference_steps == []:
+        raise UserError("--num_inference_steps holds no number: give some, such as 1,2,4,8")
     args.num_inference_steps = [len(args.timesteps)] if args.timesteps else args.num_inference_steps or [1, 2, 4, 8]
+    if (args.height is None) != (args.width is None):
+        raise UserError("--height and --width go together: pipelines ignore one alone")
     if args.timesteps and args.scheduler == "ddim":
         raise UserError("--timesteps needs a scheduler that takes them: --scheduler lcm or tcd")
     if args.num_images is None:
@@ -140,10 +146,10 @@ def check_args(args):
 def check_paths(args):
     """The folders and files that the flags name."""
     for path in args.models.values():
-        check_model(path, "--pretrained_model", "model_index.json")
+        check_model(path, "--pretrained_model", "model_index.json", args.revision, args.cache_dir)
     for flag, path in [("--feature_network", args.feature_network), ("--clip_model", args.clip_model)]:
         if path:
-            check_model(path, flag, "config.json")
+            check_model(path, flag, "config.json", cache_dir=args.cache_dir)
     if args.unet and not (Path(args.unet) / "config.json").is_file():
         raise UserError(
             f"--unet {args.unet} has no config.json: name the U-Net's own folder, such as {args.unet}/unet"
@@ -167,13 +173,16 @@ def named_model(value):
     return Path(value).name or value, value
 
 
-def check_model(path, flag, file_name):
-    """A folder must hold file_name; anything else must look like a hub name, whose loading reports what is wrong."""
+def check_model(path, flag, file_name, revision=None, cache_dir=None):
+    """A folder, or else a hub name, must hold file_name; of the hub only that file is read."""
     if Path(path).is_dir():
         if not (Path(path) / file_name).is_file():
             raise UserError(f"{flag} {path} has no {file_name}: name the folder that save_pretrained wrote")
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
-        raise UserError(f"{flag} {path} is no folder: check the path")
+        return
+    try:
+        hf_hub_download(path, file_name, revision=revision, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:  # no such repository or file, no connection, no valid name
+        raise UserError(f"{flag} {path} is neither a folder nor a hub name that can be read: check it") from error
 
 
 def read_prompts(values):
@@ -256,8 +265,8 @@ def check_reference(reference):
     for file in files:
         if not file.is_file():
             raise UserError(f"--reference: {file} is missing: check the path (only local files are read)")
-    if kind == "tar" and not tarfile.is_tarfile(files[0]):
-        raise UserError(f"--reference {files[0]} is neither a folder, a tar nor an .npz")
+        if kind == "tar" and not tarfile.is_tarfile(file):
+            raise UserError(f"--reference: {file} is neither a folder, a tar nor an .npz")
     if kind == "npz" and not zipfile.is_zipfile(files[0]):
         raise UserError(f"--reference {files[0]} is no .npz file")
     if kind == "npz" and not set(npz_names(reference)) & {"features", "images", "arr_0"}:
@@ -396,9 +405,7 @@ def load_pipeline(
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         if unet:
             parts["unet"] = load_unet(index, unet, dtype)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, variant=variant, **where, **parts
-        )
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, variant=variant, **where, **parts)
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
     if scheduler != "keep":
@@ -423,7 +430,7 @@ def load_unet(index, unet, dtype):
     if "unet" not in index:
         raise UserError(f"--unet: a {index.get('_class_name')} has no U-Net: drop the flag")
     try:
-        return getattr(diffusers, index["unet"][1]).from_pretrained(unet, torch_dtype=dtype)
+        return getattr(diffusers, index["unet"][1]).from_pretrained(unet, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"--unet {unet} cannot be loaded: {error}") from error
 
@@ -584,7 +591,9 @@ def main(args):
                 "width": images.shape[3],
             }
             result["rows"].append(settings | measured | {"seconds_per_image": seconds})
-            pictures.append((f"{label} {steps}" if len(args.models) > 1 else str(steps), images[:GRID_COLUMNS]))
+            pictures.append(
+                (f"{label} {steps}" if len(args.models) > 1 else str(steps), images[:GRID_COLUMNS].clone())
+            )
             write_results(output_dir, result, pictures, prompts[:GRID_COLUMNS])
         del pipeline
     print((output_dir / "table.md").read_text(encoding="utf-8"), end="")
@@ -613,9 +622,10 @@ def uses_eta(pipeline):
 
 
 def report_arguments(args):
-    """The flags as given or derived; the prompts by number and not in full where there are many."""
+    """The flags as given or derived; of the prompts their number, the first ones and a hash of all."""
     arguments = {name: value for name, value in vars(args).items() if name not in ("labels", "prompts")}
     arguments["num_prompts"] = len(args.prompts or [])
+    arguments["prompts_sha256"] = hashlib.sha256("\n".join(args.prompts or []).encode()).hexdigest()
     arguments["first_prompts"] = (args.prompts or [])[:GRID_COLUMNS]
     return arguments
 
@@ -630,6 +640,8 @@ def versions(device):
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
     }
 
@@ -643,7 +655,7 @@ def write_results(output_dir, result, pictures, column_labels):
         if reference["floor"] is None:
             caption += f"No floor: it takes at least {2 * rows[0]['images']} reference images.\n"
         else:
-            rows = [*rows, {"model": "floor: reference against itself", **reference["floor"]}]
+            rows = [*rows, {"model": "reference (floor)", **reference["floor"]}]
     (output_dir / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (output_dir / "table.md").write_text(format_table(rows) + caption, encoding="utf-8")
     row_labels, images = zip(*pictures, strict=True)

@@ -1,0 +1,191 @@
+"""Flags: the guides' commands as they stand, every public flag, and mistakes that end in one sentence."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+
+from common import args as cli
+
+SCRIPTS = ["train_lcm_distill_sd_wds"]
+
+# The guide's command, verbatim.
+GUIDE_LCM = """
+accelerate launch train_lcm_distill_sd_wds.py \\
+    --pretrained_teacher_model=$MODEL_DIR \\
+    --output_dir=$OUTPUT_DIR \\
+    --mixed_precision=fp16 \\
+    --resolution=512 \\
+    --learning_rate=1e-6 --loss_type="huber" --ema_decay=0.95 --adam_weight_decay=0.0 \\
+    --max_train_steps=1000 \\
+    --max_train_samples=4000000 \\
+    --dataloader_num_workers=8 \\
+    --train_shards_path_or_url="pipe:curl -L -s https://huggingface.co/datasets/laion/conceptual-captions-12m-webdataset/resolve/main/data/{00000..01099}.tar?download=true" \\
+    --validation_steps=200 \\
+    --checkpointing_steps=200 --checkpoints_total_limit=10 \\
+    --train_batch_size=12 \\
+    --gradient_checkpointing --enable_xformers_memory_efficient_attention \\
+    --gradient_accumulation_steps=1 \\
+    --use_8bit_adam \\
+    --resume_from_checkpoint=latest \\
+    --report_to=wandb \\
+    --seed=453645634 \\
+    --push_to_hub \\
+"""  # noqa: E501
+
+# name: default, as the public script has them (None: no default).
+PUBLIC_FLAGS = {
+    "pretrained_vae_model_name_or_path": None, "teacher_revision": None, "revision": None, "cache_dir": None,
+    "output_dir": "lcm-xl-distilled", "seed": None, "logging_dir": "logs", "report_to": ["tensorboard"],
+    "checkpointing_steps": 500, "checkpoints_total_limit": None, "resume_from_checkpoint": None, "resolution": 512,
+    "interpolation_type": "bilinear", "center_crop": False, "random_flip": False, "dataloader_num_workers": 0,
+    "train_batch_size": 16, "num_train_epochs": 100, "max_train_steps": None, "max_train_samples": None,
+    "learning_rate": 1e-4, "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500,
+    "gradient_accumulation_steps": 1, "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "proportion_empty_prompts": 0, "w_min": 5.0,
+    "w_max": 15.0, "num_ddim_timesteps": 50, "loss_type": "l2", "huber_c": 0.001, "unet_time_cond_proj_dim": 256,
+    "vae_encode_batch_size": 32, "timestep_scaling_factor": 10.0, "ema_decay": 0.95, "mixed_precision": None,
+    "allow_tf32": False, "enable_xformers_memory_efficient_attention": False, "gradient_checkpointing": False,
+    "local_rank": -1, "validation_steps": 200, "push_to_hub": False, "hub_token": None, "hub_model_id": None,
+    "tracker_project_name": "text2image-fine-tune",
+}  # fmt: skip
+REQUIRED = ["--pretrained_teacher_model=t", "--train_shards_path_or_url=s.tar"]
+
+
+def script(name):
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a machine with a GPU, every tracker, and a login."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli, "get_available_trackers", lambda: ["tensorboard", "wandb", "comet_ml"])
+    monkeypatch.setattr(cli, "get_token", lambda: "hf_x")
+
+
+def test_the_guides_command_parses_verbatim(gpu):
+    words = shlex.split(GUIDE_LCM.rstrip().removesuffix("\\").replace("\\\n", "")) + [
+        "\\"
+    ]  # as a shell without a next line
+    assert words[2] == "train_lcm_distill_sd_wds.py"
+    args = script("train_lcm_distill_sd_wds").parse_args(words[3:])
+    assert args.learning_rate == 1e-6 and args.max_train_samples == 4_000_000 and args.report_to == ["wandb"]
+    assert args.train_shards_path_or_url.endswith("{00000..01099}.tar?download=true") and args.push_to_hub
+
+
+def test_every_public_flag_is_there_with_its_default():
+    args = vars(script("train_lcm_distill_sd_wds").parse_args(REQUIRED))
+    assert {name: args[name] for name in PUBLIC_FLAGS} == PUBLIC_FLAGS
+    assert args["cast_teacher_unet"] is True  # the exception: the teacher computes in the run's dtype
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script(name).parse_args(["--help"])
+    assert stopped.value.code == 0
+    flags = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) - {"local_rank"}
+    source = open(script(name).__file__).read() + open(cli.__file__).read()
+    dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
+    assert len(flags) > 60 and not dead
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--unknown_flag=1"], "unrecognized arguments: --unknown_flag=1"),
+        (["--train_batch_siz=4"], "unrecognized arguments: --train_batch_siz=4"),
+        (["--train_batch_size=0"], "--train_batch_size: must be at least 1, not 0"),
+        (["--gradient_accumulation_steps=-1"], "--gradient_accumulation_steps: must be at least 1"),
+        (["--max_train_steps=0"], "--max_train_steps: must be at least 1"),
+        (["--max_train_steps=many"], "--max_train_steps: invalid positive whole number value: 'many'"),
+        (["--resolution=0"], "--resolution: must be at least 1"),
+        (["--dataloader_num_workers=-1"], "--dataloader_num_workers: must not be negative"),
+        (["--learning_rate=nan"], "--learning_rate: must be a number that is not negative"),
+        (["--ema_decay=1.5"], "--ema_decay: must be between 0 and 1"),
+        (["--proportion_empty_prompts=2"], "--proportion_empty_prompts: must be between 0 and 1"),
+        (["--w_min=9", "--w_max=3"], "--w_min=9.0 is larger than --w_max=3.0; swap them"),
+        (["--unet_time_cond_proj_dim=7"], "--unet_time_cond_proj_dim must be an even number"),
+        (["--lr_scheduler=magic"], "--lr_scheduler: invalid choice: 'magic'"),
+        (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
+        (["--enable_xformers_memory_efficient_attention"], "needs a GPU, xformers has no CPU kernels"),
+        (["--report_to=nothing"], "--report_to=nothing: no such tracker"),
+        (["--report_to=wandb"], "--report_to=wandb: wandb is not installed"),
+        (["--push_to_hub"], "--push_to_hub: not logged in to the hub"),
+        (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt: the file cannot be read"),
+        (["--validation_num_inference_steps=0"], "--validation_num_inference_steps: must be at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(cli, "get_token", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        script(name).parse_args(REQUIRED + flags)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1 and not out
+
+
+def test_only_one_process_of_a_node_prints_the_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        script(SCRIPTS[0]).parse_args(REQUIRED + ["--train_batch_size=0"])
+    assert capsys.readouterr().err == ""
+
+
+def test_8bit_adam_without_bitsandbytes(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else find_spec(n))
+    with pytest.raises(SystemExit):
+        script(SCRIPTS[0]).parse_args(REQUIRED + ["--use_8bit_adam"])
+    assert "bitsandbytes is not installed" in capsys.readouterr().err
+
+
+def test_prompts_are_repeatable_and_read_from_files(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("one\n\ntwo\n")
+    args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--validation_prompts=zero", f"--validation_prompts=@{file}"])
+    assert args.validation_prompts == ["zero", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "scale"), [([], 8), (["--w_min=0", "--w_max=2"], 3), (["--w_min=9", "--w_max=12"], 10)]
+)
+def test_default_guidance_of_samples_lies_in_the_trained_range(flags, scale):
+    assert script(SCRIPTS[0]).parse_args(REQUIRED + flags).validation_guidance_scale == scale
+
+
+def test_steps_follow_from_epochs():
+    args = argparse.Namespace(
+        train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None, num_train_epochs=3
+    )
+    assert cli.resolve_steps(args, 100, world_size=2) == 16 and args.max_train_steps == 21
+    args.max_train_steps = None
+    with pytest.raises(cli.UserError, match="--max_train_steps is needed"):
+        cli.resolve_steps(args, None, world_size=2)
+
+
+@pytest.mark.parametrize(("scale_lr", "expected"), [(False, 0.001), (True, 0.008)])
+def test_scale_lr_reaches_the_optimizer(scale_lr, expected):
+    flags = ["--learning_rate=0.001", "--adam_beta1=0.8"] + ["--scale_lr"] * scale_lr
+    args = script(SCRIPTS[0]).parse_args(REQUIRED + flags)
+    optimizer = cli.make_optimizer(args, [torch.nn.Parameter(torch.ones(3))], total_batch_size=8)
+    assert optimizer.param_groups[0]["lr"] == expected and optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+
+
+def test_8bit_adam_is_used():
+    args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--use_8bit_adam"])
+    assert type(cli.make_optimizer(args, [torch.nn.Parameter(torch.ones(3))], 1)).__name__ == "AdamW8bit"
+
+
+def test_secrets_leave_no_trace(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/t.py", "--hub_token=hf_1", "--hub_token", "hf_2", "--a=b c", "--seed=1"])
+    line = cli.command_line()
+    assert line == "accelerate launch t.py '--hub_token=***' --hub_token '***' '--a=b c' --seed=1"
+    args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--hub_token=hf_1"])
+    assert "hf_1" not in str(cli.public_args(args))

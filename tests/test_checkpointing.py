@@ -1,0 +1,200 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from common import UserError, checkpointing
+
+
+def setup_run(seed=0):
+    torch.manual_seed(seed)
+    accelerator = Accelerator(cpu=True)
+    net, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    net, optimizer = accelerator.prepare(net, optimizer)
+    return accelerator, net, optimizer, {"target": target}, {"schedule": schedule}
+
+
+def update(net, optimizer, schedule, target):
+    loss = net(torch.randn(4, 3)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+    with torch.no_grad():
+        target.weight.lerp_(net.weight, 0.5)
+
+
+def save(output_dir, step, total_limit=None, run=None):
+    accelerator, _, _, modules, objects = run or setup_run()
+    state = {"args": {"seed": 1}, "data": {"position": step}}
+    return checkpointing.save_checkpoint(accelerator, output_dir, step, state, modules, objects, total_limit)
+
+
+def test_everything_comes_back(tmp_path):
+    run = setup_run()
+    accelerator, net, optimizer, modules, objects = run
+    for _ in range(3):
+        update(net, optimizer, objects["schedule"], modules["target"])
+    path = save(tmp_path, 3, run=run)
+    for _ in range(3):
+        update(net, optimizer, objects["schedule"], modules["target"])
+    expected = [net.weight.clone(), modules["target"].weight.clone(), objects["schedule"].get_last_lr()]
+    expected.append(torch.randn(3))
+
+    accelerator, net, optimizer, modules, objects = setup_run(seed=99)
+    checkpointing.load_checkpoint(accelerator, path, modules, objects)
+    for _ in range(3):
+        update(net, optimizer, objects["schedule"], modules["target"])
+    assert torch.equal(net.weight, expected[0]) and torch.equal(modules["target"].weight, expected[1])
+    assert objects["schedule"].get_last_lr() == expected[2] and torch.equal(torch.randn(3), expected[3])
+    state = checkpointing.read_state(path)
+    assert state["global_step"] == 3 and state["data"] == {"position": 3} and checkpointing.completeness(path) is None
+
+
+def test_random_state_that_is_not_restored_is_noticed(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    (path / "random_states_0.pkl").write_bytes(b"not a pickle")
+    accelerator, *_, modules, objects = setup_run(seed=5)
+    with pytest.raises(AssertionError, match="RNG was not restored"):
+        checkpointing.load_checkpoint(accelerator, path, modules, objects)
+
+
+def test_objects_are_loaded_without_unpickling_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = save(tmp_path, 1)
+    torch.save({"schedule": Evil()}, path / "objects.pt")
+    accelerator, *_, modules, objects = setup_run()
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpointing.load_checkpoint(accelerator, path, modules, objects)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_save_that_dies_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(
+        checkpointing, "_fsync", lambda path: (_ for _ in ()).throw(OSError("No space left on device"))
+    )
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2)
+    assert [c.name for c in checkpointing.list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert (tmp_path / "checkpoint-2.tmp").is_dir()
+    checkpointing.remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+
+
+def test_a_save_that_lacks_only_its_rename_is_finished(tmp_path):
+    path = save(tmp_path, 2)
+    path.rename(tmp_path / "checkpoint-2.tmp")
+    checkpointing.remove_leftovers(tmp_path)
+    assert checkpointing.completeness(tmp_path / "checkpoint-2") is None
+
+
+def test_the_same_step_saved_again_replaces_the_first(tmp_path):
+    run = setup_run()
+    path = save(tmp_path, 2, run=run)
+    (path / "old").touch()
+    assert save(tmp_path, 2, run=run) == path
+    assert not (path / "old").exists() and [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 10]), (1, [10]), (2, [3, 10]), (9, [1, 2, 3, 10])])
+def test_total_limit_keeps_the_newest(tmp_path, limit, kept):
+    run = setup_run()
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step, limit, run)
+    assert [c.name for c in checkpointing.list_checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in kept]
+
+
+def test_nothing_is_pruned_before_the_new_one_stands(tmp_path, monkeypatch):
+    run = setup_run()
+    save(tmp_path, 1, 1, run)
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    with pytest.raises(OSError, match="read-only"):
+        save(tmp_path, 2, 1, run)
+    assert checkpointing.completeness(tmp_path / "checkpoint-1") is None
+
+
+def spoil_truncated(path):
+    (path / "model.safetensors").write_bytes(b"x")
+
+
+def spoil_missing(path):
+    (path / "optimizer.bin").unlink()
+
+
+def spoil_complete(path):
+    (path / "COMPLETE").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(spoil_truncated, "model.safetensors has 1 bytes"), (spoil_missing, "optimizer.bin is missing"),
+     (spoil_complete, "no COMPLETE file")],
+)  # fmt: skip
+def test_partial_checkpoints_are_refused_by_name_and_passed_over_by_latest(tmp_path, spoil, words):
+    run, lines = setup_run(), []
+    save(tmp_path, 1, run=run)
+    spoil(save(tmp_path, 2, run=run))
+    with pytest.raises(UserError, match=words):
+        checkpointing.find_checkpoint(tmp_path, "checkpoint-2")
+    assert checkpointing.find_checkpoint(tmp_path, "latest", lines.append).name == "checkpoint-1"
+    assert words in lines[0]
+
+
+def test_what_resume_from_checkpoint_may_be(tmp_path):
+    lines = []
+    assert checkpointing.find_checkpoint(tmp_path, None) is None
+    assert checkpointing.find_checkpoint(tmp_path, "latest", lines.append) is None and "starts anew" in lines[0]
+    path = save(tmp_path, 5)
+    for name in ("latest", "checkpoint-5", str(path)):
+        assert checkpointing.find_checkpoint(tmp_path, name) == path
+    with pytest.raises(UserError, match="no such checkpoint"):
+        checkpointing.find_checkpoint(tmp_path, "checkpoint-6")
+
+
+def test_another_configuration_is_refused_with_a_list(tmp_path):
+    saved = {"seed": 1, "w_min": 5.0, "max_train_steps": 10, "data_seed": 1, "train_batch_size": 4}
+    checkpointing.check_same_run("c", saved, saved | {"max_train_steps": 20, "new_flag": None})
+    with pytest.raises(UserError, match=r"--seed was 1 and is 2, --w_min was 5.0 and is 6.0"):
+        checkpointing.check_same_run("c", saved, saved | {"seed": 2, "w_min": 6.0})
+    with pytest.raises(UserError, match="--train_batch_size"):
+        checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8})
+    checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8, "data_seed": 2})
+
+
+def test_output_dir_is_checked_before_anything_is_written(tmp_path):
+    new = tmp_path / "a" / "b"
+    checkpointing.prepare_output_dir(new, None, dry_run=True)
+    assert not new.parent.exists()
+    checkpointing.prepare_output_dir(new, None)
+    assert list(new.iterdir()) == []
+    (new / "precious").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        checkpointing.prepare_output_dir(new, None)
+    checkpointing.prepare_output_dir(new, "latest")
+    assert (new / "precious").read_text() == "mine"
+    with pytest.raises(UserError, match="is a file"):
+        checkpointing.prepare_output_dir(new / "precious", None)
+
+
+def test_a_full_disk_is_found_at_the_start(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="cannot be written to .No space left on device."):
+        checkpointing.prepare_output_dir(tmp_path / "new", None)
+
+
+def test_complete_file_lists_every_file(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "COMPLETE").read_text())
+    assert set(manifest["files"]) == {p.name for p in path.iterdir()} - {"COMPLETE"} and manifest["world_size"] == 1

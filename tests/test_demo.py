@@ -1,0 +1,224 @@
+"""The demo's data, models and report."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from common import metrics
+from common.tools import demo, digits
+
+
+@pytest.fixture(scope="module")
+def shard_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    digits.write_shards(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    digits.save_tokenizer_files(digits.build_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built_teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built") / "teacher"
+    digits.build_teacher(folder, vae_steps=3, unet_steps=3, unet_channels=(16, 32), unet_batch_size=8)
+    return folder
+
+
+def test_the_split_is_fixed_and_stratified():
+    (train_images, train_labels), (held_out_images, held_out_labels) = digits.load_split()
+    assert train_images.shape == (1437, 16, 16, 3) and held_out_images.shape == (360, 16, 16, 3)
+    assert train_images.dtype == np.uint8 and train_images.max() == 255 and train_images.min() == 0
+    assert np.bincount(train_labels).min() >= 139 and np.bincount(held_out_labels).min() >= 34
+
+
+def test_shards_have_the_same_bytes_every_time(shard_dir, tmp_path):
+    digits.write_shards(tmp_path)
+    names = sorted(path.relative_to(shard_dir) for path in shard_dir.rglob("*") if path.is_file())
+    assert len(names) == 2 * (digits.NUM_TRAIN_SHARDS + digits.NUM_HELD_OUT_SHARDS) + 1
+    for name in names:
+        assert (shard_dir / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_shards_are_laid_out_as_img2dataset_does(shard_dir):
+    captions, keys = [], []
+    for path in sorted(shard_dir.glob("*/*.tar")):
+        with tarfile.open(path) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}
+        stats = json.loads(path.with_name(f"{path.stem}_stats.json").read_text())
+        assert stats["count"] == stats["successes"] == len(members) // 3
+        for png_name in [name for name in members if name.endswith(".png")]:
+            key = png_name.removesuffix(".png")
+            record = json.loads(members[f"{key}.json"])
+            caption = members[f"{key}.txt"].decode()
+            assert len(key) == 9 and key[:5] == path.stem and record["key"] == key and record["caption"] == caption
+            assert record["sha256"] == hashlib.sha256(members[png_name]).hexdigest()
+            assert Image.open(io.BytesIO(members[png_name])).size == (record["width"], record["height"])
+            captions.append(caption)
+            keys.append((path.parent.name, key))
+    assert len(captions) == 1797 and len(set(keys)) == 1797
+    metrics.prompt_labels(dict(enumerate(digits.WORDS)), captions)  # each caption names exactly one digit
+
+
+def test_tokenizer_knows_each_word_of_the_captions(tokenizer_dir):
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+    for template in digits.TEMPLATES:
+        for word in digits.WORDS:
+            caption = template.format(word)
+            ids = tokenizer(caption).input_ids
+            assert len(ids) == 2 + len(caption.replace(",", " ,").split()), caption
+            assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ,", ",") == caption
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "Größe 数字 🎉", "it's\t42%\n", "three " * 200, "\x00 ´ ¡"])
+def test_tokenizer_takes_any_text(tokenizer_dir, text):
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=77)
+    ids = digits.tokenize(tokenizer, [text])[0]
+    assert ids.shape == (77,) and ids[0] == tokenizer.bos_token_id
+    assert len(ids[1:]) > (length := ids[1:].tolist().index(tokenizer.eos_token_id)) and ids.max() < len(tokenizer)
+    if len(text) < 50:
+        assert tokenizer.eos_token_id not in ids[1 : 1 + length] and (length > 0) == bool(text.strip())
+
+
+def test_teacher_is_a_stable_diffusion_checkpoint(built_teacher):
+    pipeline = StableDiffusionPipeline.from_pretrained(built_teacher)
+    assert pipeline.tokenizer.model_max_length == 77
+    assert pipeline.text_encoder.config.max_position_embeddings == 77
+    assert pipeline.vae_scale_factor == 2 and pipeline.unet.config.time_cond_proj_dim is None
+    images = pipeline("a photo of the digit three", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (built_teacher / "tokenizer").iterdir()}
+    assert digits.DATA_NOTE in (built_teacher / "README.md").read_text()
+
+
+def test_latents_are_standard_and_standardizing_changes_no_image(built_teacher):
+    pixels = digits.to_tensor(digits.load_split()[0][0])[:300]
+    torch.manual_seed(0)
+    vae = StableDiffusionPipeline.from_pretrained(built_teacher).vae
+    vae.quant_conv.bias.data += 1.0
+    vae.quant_conv.weight.data[1] *= 3.0
+    with torch.no_grad():
+        before = vae.decode(digits.encode(vae, pixels)[0]).sample
+        digits.standardize_latents(vae, pixels)
+        mean, std = digits.encode(vae, pixels)
+        after = vae.decode(mean).sample
+    assert torch.allclose(before, after, atol=1e-4)
+    latents = (mean + std * torch.randn_like(mean)) * vae.config.scaling_factor
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.03 and (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_the_same_seed_builds_the_same_teacher(tmp_path, prediction_type):
+    for name in ("a", "b"):
+        digits.build_teacher(
+            tmp_path / name, prediction_type, vae_steps=2, unet_steps=2, unet_channels=(16, 32), unet_batch_size=4
+        )
+    for path in (tmp_path / "a").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "a")
+    assert pipeline.scheduler.config.prediction_type == prediction_type
+    pipeline("seven", num_inference_steps=1)
+
+
+def test_classifier_is_read_as_a_feature_network(tmp_path):
+    digits.build_classifier(tmp_path / "classifier", steps=5)
+    judge = demo.Judge(tmp_path / "classifier")
+    assert judge.train_features.shape == (1437, 64) and judge.floor > 0
+    images = digits.load_split()[1][0][:10]
+    assert 0 <= judge.accuracy(images, digits.canonical_prompts(10)) <= 1
+
+
+def fake_results(path, steps, distance):
+    rows = [
+        {
+            "steps": n,
+            "frechet_distance": distance / n,
+            "frechet_distance_std": 0.01,
+            "prompt_accuracy": 0.99,
+            "seconds_per_image": 0.002 * n,
+        }
+        for n in steps
+    ]
+    results = {"guidance_scale": 2.0, "num_sets": 3, "set_size": 360, "batch_size": 60, "threads": 1, "floor": 0.27}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results | {"rows": rows}))
+    np.save(path.with_suffix(".npy"), np.full((len(steps), 10, 16, 16, 3), 128, np.uint8))
+
+
+def test_report_holds_every_method_that_was_measured(tmp_path, capsys):
+    fake_results(tmp_path / "teacher_metrics", demo.TEACHER_STEPS, 1.0)
+    demo.write_report(tmp_path)
+    teacher_only = (tmp_path / "report.md").read_text()
+    fake_results(tmp_path / "lcm" / "metrics", demo.STUDENT_STEPS, 2.0)
+    demo.write_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert teacher_only.count("\n| ") == 1 + 5 and report.count("\n| ") == 1 + 5 + 3
+    assert "| lcm | 4 | 0.50 ± 0.01 | 0.990 | 0.0080 |" in report
+    assert "0.27" in report and "1,080 samples" in report and "CC BY 4.0" in report and "lcm 2" in report
+    width, height = Image.open(tmp_path / "report.png").size
+    assert width > 480 and height > 8 * 48
+    assert "report.png" in capsys.readouterr().out
+
+
+def test_parts_are_built_once_and_never_half(tmp_path, capsys):
+    def build(folder):
+        folder.mkdir()
+        (folder / "weights").write_text("whole")
+
+    def fail(folder):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.build_once(tmp_path / "part", fail)
+    assert not (tmp_path / "part").exists()
+    demo.build_once(tmp_path / "part", build)
+    demo.build_once(tmp_path / "part", fail)
+    assert (tmp_path / "part" / "weights").read_text() == "whole" and not (tmp_path / "part.tmp").exists()
+    assert "reused" in capsys.readouterr().out
+
+
+def test_rebuild_removes_the_demos_files_only(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    demo.open_output_dir(folder, seed=0, rebuild=False)
+    fake_results(folder / "teacher_metrics", [4], 1.0)
+    fake_results(folder / "lcm" / "metrics", [4], 1.0)
+    (folder / "notes.txt").write_text("mine")
+    demo.open_output_dir(folder, seed=1, rebuild=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["demo.json", "notes.txt"]
+
+    with pytest.raises(SystemExit) as stop:
+        demo.main(demo.parse_args([f"--output_dir={folder}", "--seed=2"]))
+    assert stop.value.code == 2 and "--seed=1" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        demo.main(demo.parse_args([f"--output_dir={tmp_path}"]))
+    assert stop.value.code == 2 and "no demo" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        demo.main(demo.parse_args([f"--output_dir={folder / 'notes.txt'}"]))
+    assert stop.value.code == 2 and "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", list(demo.METHODS))
+def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(demo.ROOT)
+    recipe = demo.METHODS[method]
+    command = demo.training_command(recipe, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3)
+    start = command.index(recipe["script"])
+    script = __import__(recipe["script"].removesuffix(".py"))
+    args = script.parse_args(command[start + 1 :])
+    assert args.seed == 3 and args.resume_from_checkpoint is None and args.train_shards_path_or_url.endswith(".tar")
+    (tmp_path / "student" / "checkpoint-100").mkdir(parents=True)
+    command = demo.training_command(recipe, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3)
+    assert command[-1] == "--resume_from_checkpoint=latest"

@@ -1,0 +1,70 @@
+import numpy as np
+import yaml
+from PIL import Image
+
+from common import export
+
+
+def card(tmp_path, **changes):
+    values = {"title": "my model", "method": "A method.", "teacher": "org/teacher", "data": "some shards",
+              "command": "accelerate launch x.py --a=b", "snippet": "print(1)", "notes": ["one"], "tags": ["t"],
+              "license": "mit"}  # fmt: skip
+    export.write_model_card(tmp_path, **(values | changes))
+    text = (tmp_path / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_card_names_teacher_licence_command_and_versions(tmp_path):
+    front, body = card(tmp_path)
+    assert front["base_model"] == "org/teacher" and front["license"] == "mit" and front["library_name"] == "diffusers"
+    for part in ("# my model", "accelerate launch x.py --a=b", "print(1)", "- one", "torch 2.13.0", "sample_grid.png"):
+        assert part in body
+
+
+def test_a_local_teacher_is_no_hub_base_model(tmp_path):
+    front, body = card(tmp_path, teacher=str(tmp_path), license=None)
+    assert "base_model" not in front and "license" not in front and str(tmp_path) in body
+
+
+def test_licence_of_a_teacher_folder(tmp_path):
+    assert export.teacher_license(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\ntext")
+    assert export.teacher_license(str(tmp_path)) == "creativeml-openrail-m"
+
+
+def test_grid_has_a_row_for_each_tag(tmp_path):
+    images = {f"validation/student_{k}_steps": np.full((2, 16, 16, 3), 10 * k, np.uint8) for k in (1, 2, 4)}
+    export.save_grid(tmp_path, images, ["a", "b"])
+    grid = Image.open(tmp_path / "sample_grid.png")
+    assert {(10, 10, 10), (20, 20, 20), (40, 40, 40)} <= {color for _, color in grid.getcolors(1 << 20)}
+
+
+def test_upload_leaves_out_checkpoints_and_logs(tmp_path, monkeypatch):
+    for name in ("unet/model.safetensors", "README.md", "checkpoint-5/model.safetensors", "logs/run/events",
+                 "skipped_samples.jsonl", "checkpoint-6.tmp/x"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token):
+            uploaded["token"] = token
+
+        def create_repo(self, name, private, exist_ok):
+            uploaded["repo"] = (name, private)
+            return type("Repo", (), {"repo_id": f"me/{name}", "__str__": lambda self: "address"})()
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
+            from huggingface_hub.utils import filter_repo_objects
+
+            names = [str(p.relative_to(folder_path)) for p in tmp_path.rglob("*") if p.is_file()]
+            uploaded["files"] = sorted(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr(export, "HfApi", Api)
+    assert export.push_to_hub(tmp_path, None, "hf_x", True) == "address"
+    assert uploaded == {
+        "token": "hf_x",
+        "repo": (tmp_path.name, True),
+        "files": ["README.md", "unet/model.safetensors"],
+    }

@@ -1,0 +1,425 @@
+"""The scripts from end to end, on the digits."""
+
+import hashlib
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_lcm_distill_sd_wds as lcm
+from common import checkpointing, models
+from common.data import TrainingData, decode_image_text, expand_shards, keyed_generator
+
+ROOT = Path(lcm.__file__).parent
+
+
+@pytest.fixture
+def flags(teacher, shards):
+    """flags(output_dir, **changes): a quick run's command line; None drops a flag, True is a bare one."""
+
+    def make(folder, **changes):
+        values = {
+            "pretrained_teacher_model": teacher(), "train_shards_path_or_url": shards, "output_dir": folder,
+            "resolution": 16, "train_batch_size": 4, "max_train_steps": 4, "seed": 1, "w_min": 0, "w_max": 2,
+            "unet_time_cond_proj_dim": 32, "validation_steps": 0, "logging_steps": 1, "checkpointing_steps": 2,
+            "validation_num_inference_steps": "1", "shuffle_block_samples": 16,
+        }  # fmt: skip
+        values |= changes
+        return [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items() if v is not None]
+
+    return make
+
+
+def train(flags):
+    """A run in this process; accelerate's state is a process's, so it starts afresh."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    lcm.main(lcm.parse_args(flags))
+
+
+def scalars(output_dir, tag):
+    events = {}
+    for file in sorted(Path(output_dir).rglob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime):
+        accumulator = EventAccumulator(str(file)).Reload()
+        if tag in accumulator.Tags()["scalars"]:
+            events |= {e.step: e.value for e in accumulator.Scalars(tag)}
+    return events
+
+
+def digests(checkpoint):
+    """{file: hash} of what training depends on: weights, EMA, optimizer, LR schedule; RNG and data from the state."""
+    state = checkpointing.read_state(checkpoint)
+    names = ["model.safetensors", "target_unet.safetensors", "optimizer.bin", "objects.pt"]
+    sums = {name: hashlib.sha256(Path(checkpoint, name).read_bytes()).hexdigest() for name in names}
+    optimizer = torch.load(Path(checkpoint, "optimizer.bin"), weights_only=True)["state"]
+    moments = {(i, k): torch.as_tensor(v).numpy().tobytes() for i, s in optimizer.items() for k, v in s.items()}
+    sums["optimizer.bin"] = {name: hashlib.sha256(value).hexdigest() for name, value in moments.items()}
+    return sums | {"data": state["data"], "rng": state["rng_digests"]}
+
+
+def launch(flags, num_processes=1, prelude=None, use_cpu=True):
+    """`accelerate launch` of the script, as a user types it; prelude: Python that each process runs before it."""
+    script = [str(ROOT / "train_lcm_distill_sd_wds.py")]
+    if prelude:
+        wrapper = Path(next(f for f in flags if f.startswith("--output_dir=")).split("=")[1] + "_wrapper.py")
+        wrapper.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{prelude}\n"
+                           "import train_lcm_distill_sd_wds as s\ns.main(s.parse_args())\n")  # fmt: skip
+        script = [str(wrapper)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    engine = ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *engine, f"--num_processes={num_processes}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if num_processes > 1 and use_cpu else {})
+    return subprocess.run([*command, *script, *flags], capture_output=True, text=True, timeout=300, cwd="/", env=env)
+
+
+# --- the result
+
+
+def test_the_result_is_a_pipeline_that_stock_diffusers_loads(tmp_path, flags):
+    train(flags(tmp_path / "out", num_ddim_timesteps=20, timestep_scaling_factor=8, validation_steps=2))
+    out = tmp_path / "out"
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert isinstance(pipeline.scheduler, LCMScheduler) and pipeline.scheduler.config.timestep_scaling == 8
+    assert pipeline.scheduler.config.original_inference_steps == 20
+    for steps in (1, 4):
+        image = pipeline("a three", num_inference_steps=steps, guidance_scale=2.0, output_type="np").images[0]
+        assert image.shape == (16, 16, 3) and np.isfinite(image).all()
+    trained = load_file(out / "checkpoint-4" / "model.safetensors")
+    target = load_file(out / "checkpoint-4" / "target_unet.safetensors")
+    saved = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[k], v) for k, v in trained.items())
+    saved_target = load_file(out / "unet_target" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved_target[k], v) for k, v in target.items())
+    assert any(not torch.equal(trained[k], target[k]) for k in trained)
+    assert (out / "sample_grid.png").is_file() and "guidance_scale" in (out / "README.md").read_text()
+    assert not (out / "safety_checker").exists()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(tmp_path, flags, teacher, shards, prediction_type):
+    """Algorithm 1 again, from diffusers' parts: DDIMScheduler for the teacher's step, LCMScheduler for f.
+
+    At step 0 student, target and teacher are one network, so the loss depends on every formula of step 7.
+    """
+    train(
+        flags(tmp_path / "out", pretrained_teacher_model=teacher(prediction_type), max_train_steps=1, loss_type="l2")
+    )
+    logged = scalars(tmp_path / "out", "loss")[1]
+
+    pipe = DiffusionPipeline.from_pretrained(teacher(prediction_type), safety_checker=None)
+    data = TrainingData(expand_shards(shards), lambda raw, rng: decode_image_text(raw, rng, resolution=16),
+                        batch_size=4, seed=1, shuffle_block_samples=16)  # fmt: skip
+    batch = next(iter(data))
+    draw = keyed_generator(1, "lcm", 0, "cpu")
+    with torch.no_grad():
+        posterior = pipe.vae.encode(batch["images"] / 127.5 - 1).latent_dist
+        latents = posterior.sample(draw) * pipe.vae.config.scaling_factor
+        index = torch.randint(50, (4,), generator=draw)
+        noise = torch.randn(latents.shape, generator=draw)
+        w = 2 * torch.rand(4, generator=draw)
+        embeds, _ = pipe.encode_prompt(batch["captions"], "cpu", 1, False)
+        uncond, _ = pipe.encode_prompt([""], "cpu", 1, False)
+        ddim = DDIMScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=False, clip_sample=False
+        )
+        boundary = LCMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        ddim.set_timesteps(50)
+        boundary.set_timesteps(1)
+        losses = []
+        for i in range(4):
+            t, text = 20 * int(index[i]) + 19, embeds[i : i + 1]
+            z = ddim.add_noise(latents[i : i + 1], noise[i : i + 1], torch.tensor([t]))
+            cond, unc = pipe.unet(z, t, text).sample, pipe.unet(z, t, uncond).sample
+            z_prev = ddim.step(unc + (w[i] + 1) * (cond - unc), t, z).prev_sample
+            before = max(t - 20, 0)
+
+            def f(z, t, text=text):
+                boundary._step_index = None
+                boundary.timesteps = torch.tensor([t])
+                return boundary.step(pipe.unet(z, t, text).sample, t, z).denoised
+
+            losses.append((f(z, t) - f(z_prev, before)).square().mean())
+    assert logged == pytest.approx(torch.stack(losses).mean().item(), rel=2e-4)
+
+
+def test_training_lowers_the_loss_and_moves_the_target_slower(tmp_path, flags):
+    train(flags(tmp_path / "out", max_train_steps=30, loss_type="huber", learning_rate=1e-3, checkpointing_steps=30))
+    losses = list(scalars(tmp_path / "out", "loss").values())
+    assert len(losses) == 30 and np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+# --- precision, optimizer, memory levers
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_dtypes_of_every_network(tmp_path, flags, monkeypatch, precision):
+    """The defects: autocast without a dtype is fp16; masters, target and loss must stay fp32."""
+    seen = {}
+
+    def watch(conv_in, args):
+        name = "teacher" if len(args[0]) == 8 else "student" if torch.is_grad_enabled() else "target"
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen[name] = (conv_in.weight.dtype, dtype)
+
+    make_student = models.make_student
+
+    def patched(teacher_unet, *args):
+        teacher_unet.conv_in.register_forward_pre_hook(watch)
+        student = make_student(teacher_unet, *args)
+        student.conv_in.register_forward_pre_hook(watch)
+        return student
+
+    monkeypatch.setattr(models, "make_student", patched)
+    train(flags(tmp_path / "out", mixed_precision=precision, max_train_steps=1))
+    half = {"no": None, "bf16": torch.bfloat16}[precision]
+    assert seen["student"] == seen["target"] == (torch.float32, half)
+    assert seen["teacher"][0] == (half or torch.float32)
+
+
+def test_teacher_stays_in_fp32_when_asked(tmp_path, flags, monkeypatch):
+    make_student, dtypes = models.make_student, []
+
+    def patched(teacher_unet, *args):
+        dtypes.append(teacher_unet.dtype)
+        return make_student(teacher_unet, *args)
+
+    monkeypatch.setattr(models, "make_student", patched)
+    for i, extra in enumerate([{}, {"no-cast_teacher_unet": True}]):
+        train(flags(tmp_path / str(i), mixed_precision="bf16", max_train_steps=1, **extra))
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("extra", [{"gradient_checkpointing": True}, {"vae_encode_batch_size": 1}])
+def test_memory_levers_change_no_result(tmp_path, flags, extra):
+    train(flags(tmp_path / "a"))
+    train(flags(tmp_path / "b", **extra))
+    a, b = (list(scalars(tmp_path / x, "loss").values()) for x in "ab")
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_no_value_is_pulled_from_the_device_between_log_entries(tmp_path, flags, monkeypatch):
+    pulls, item = [], torch.Tensor.item
+
+    def counted(tensor):
+        if sys._getframe(1).f_code.co_filename == lcm.__file__:
+            pulls.append(1)
+        return item(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", counted)
+    train(flags(tmp_path / "out", max_train_steps=8, gradient_accumulation_steps=2, logging_steps=4, report_to="none"))
+    assert len(pulls) == 2
+
+
+# --- resume
+
+
+VARIANTS = {
+    "plain": {},
+    "mid epoch, accumulation and workers": {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2},
+    "8-bit Adam and cosine": {"use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1},
+}
+
+
+@pytest.mark.parametrize("extra", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags, extra):
+    train(flags(tmp_path / "a", **extra))
+    train(flags(tmp_path / "b", **extra))
+    last = tmp_path / "b" / "checkpoint-4"
+    expected = digests(last)
+    assert digests(tmp_path / "a" / "checkpoint-4") == expected
+    (last / "COMPLETE").unlink()  # as if it had died while saving: the run goes back to step 2
+    train(flags(tmp_path / "b", **extra, resume_from_checkpoint="latest"))
+    assert digests(last) == expected
+    assert scalars(tmp_path / "b", "loss") == scalars(tmp_path / "a", "loss")
+
+
+def test_a_run_can_be_extended_and_passes_its_first_end(tmp_path, flags):
+    train(flags(tmp_path / "a", max_train_steps=4))
+    train(flags(tmp_path / "b", max_train_steps=2))
+    train(flags(tmp_path / "b", max_train_steps=4, resume_from_checkpoint="checkpoint-2", seed=None))
+    assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
+
+
+KILLED = """
+import os, signal
+import common.checkpointing as c
+fsync, calls = c._fsync, []
+def dying(path):
+    calls.append(path)
+    if "checkpoint-4" in str(path) and {where}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(path)
+c._fsync = dying
+"""
+
+
+@pytest.mark.parametrize("where", ["True", "'COMPLETE' in str(path)"])
+def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, where):
+    done = launch(flags(tmp_path / "b"), prelude=KILLED.format(where=where))
+    assert done.returncode != 0
+    assert [c.name for c in checkpointing.list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
+    assert (tmp_path / "b" / "checkpoint-4.tmp").is_dir()
+    train(flags(tmp_path / "b", resume_from_checkpoint="latest"))
+    train(flags(tmp_path / "a"))
+    assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
+    assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(tmp_path, flags):
+    two = {"train_batch_size": 2, "data_lanes": 8}
+    done = launch(flags(tmp_path / "two", **two), num_processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = digests(tmp_path / "two" / "checkpoint-4")
+    assert len(expected["rng"]) == 2 and len(set(expected["rng"])) == 2
+    assert len(list((tmp_path / "two" / "checkpoint-4").glob("random_states_*.pkl"))) == 2
+
+    # The same micro-batches on one process, accumulated: the same losses and weights, up to the order of sums.
+    train(flags(tmp_path / "one", gradient_accumulation_steps=2, **two))
+    one, both = (list(scalars(tmp_path / name, "loss").values()) for name in ("one", "two"))
+    assert one == pytest.approx(both, rel=1e-4)
+    a, b = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("one", "two"))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-5
+    assert (
+        checkpointing.read_state(tmp_path / "one" / "checkpoint-4")["data"]["cursors"] == expected["data"]["cursors"]
+    )
+
+    (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
+    done = launch(flags(tmp_path / "two", **two, resume_from_checkpoint="latest"), num_processes=2)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr[-2000:]
+    assert digests(tmp_path / "two" / "checkpoint-4") == expected
+
+
+def test_processes_that_did_not_join_are_refused(tmp_path, flags):
+    done = launch(flags(tmp_path / "out"), num_processes=2, use_cpu=False)
+    assert "2 processes were started but did not join" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_resume_with_another_configuration_is_refused(tmp_path, flags, capsys):
+    train(flags(tmp_path / "out", max_train_steps=2))
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", resume_from_checkpoint="latest", w_max=3, learning_rate=1))
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert "--learning_rate was 0.0001 and is 1.0" in err and "--w_max was 2.0 and is 3.0" in err
+
+
+# --- what a user meets
+
+
+def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, flags):
+    """Excluded: xformers (no CPU kernels), fp16 (GPU only, bf16 here), wandb and the hub (network services)."""
+    from tests.test_args import GUIDE_LCM
+
+    command = GUIDE_LCM.replace("$MODEL_DIR", teacher()).replace("$OUTPUT_DIR", str(tmp_path / "out"))
+    command = command.replace("--enable_xformers_memory_efficient_attention", "").replace("--push_to_hub", "")
+    command = command.replace("fp16", "bf16").replace("wandb", "tensorboard").replace("=512", "=16")
+    start, end = command.index("pipe:"), command.index("?download=true")
+    command = command[:start] + "pipe:cat " + shards + command[end + len("?download=true") :]
+    words = shlex.split(command.replace("max_train_steps=1000", "max_train_steps=2").replace("\\\n", ""))
+    train(words[3:])
+    assert checkpointing.completeness(tmp_path / "out" / "checkpoint-2") is None
+    DiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_dry_run_checks_everything_and_writes_nothing(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load_teacher", None)
+    train(flags(tmp_path / "out", dry_run=True, max_train_steps=None, num_train_epochs=2))
+    out = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    for words in (
+        "samples per epoch   1437",
+        "updates             720",
+        "FLOPs per sample",
+        "GiB without activations",
+    ):
+        assert words in out
+
+
+def test_default_epochs_decide_the_steps(tmp_path, flags):
+    train(flags(tmp_path / "out", max_train_steps=None, num_train_epochs=1, max_train_samples=8))
+    assert checkpointing.list_checkpoints(tmp_path / "out")[-1].name == "checkpoint-2"
+
+
+def test_image_folder_as_data(tmp_path, flags):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (20 + i, 24), (i * 20, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"number {i}")
+    train(flags(tmp_path / "out", train_shards_path_or_url=folder, max_train_steps=2, random_flip=True))
+    DiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pretrained_teacher_model": "/no/such/teacher"}, "--pretrained_teacher_model=/no/such/teacher"),
+        ({"train_shards_path_or_url": "/no/such/{0..3}.tar"}, "--train_shards_path_or_url"),
+        ({"resolution": 17}, "--resolution=17 is not a multiple of 2"),
+        ({"num_ddim_timesteps": 30}, "--num_ddim_timesteps=30 must divide 1000"),
+        ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint=checkpoint-7: there is no such"),
+        ({"max_train_samples": 3}, "--max_train_samples must be at least 8"),
+        ({"interpolation_type": "magic"}, "--interpolation_type"),
+    ],
+)
+def test_mistakes_are_found_before_any_weight_is_loaded(tmp_path, flags, capsys, monkeypatch, changes, sentence):
+    monkeypatch.setattr(models, "load_teacher", None)
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", **changes))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_nothing_of_the_users_is_overwritten(tmp_path, flags, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path))
+    assert stopped.value.code == 2 and "is not empty" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_tokens_are_written_nowhere(tmp_path, flags, monkeypatch):
+    token, uploads = "hf_VerySecretToken", []
+    monkeypatch.setattr(lcm.export, "push_to_hub", lambda *args: uploads.append(args) or "address")
+    command = flags(tmp_path / "out", max_train_steps=2, hub_token=token, push_to_hub=True, validation_steps=1)
+    monkeypatch.setattr(sys, "argv", ["train_lcm_distill_sd_wds.py", *command])
+    train(command)
+    assert uploads == [(str(tmp_path / "out"), None, token, False)]
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(written) > 20 and not [path for path in written if token.encode() in path.read_bytes()]
+    assert "--hub_token=***" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_images_of_student_and_target_reach_tensorboard(tmp_path, flags):
+    train(flags(tmp_path / "out", max_train_steps=2, validation_steps=2, validation_num_inference_steps="1,2"))
+    tags = set()
+    for file in (tmp_path / "out").rglob("events.out.tfevents.*"):
+        tags |= set(EventAccumulator(str(file)).Reload().Tags()["images"])
+    assert {tag.rsplit("/image", 1)[0] for tag in tags} == {
+        f"validation/{name}_{k}_steps" for name in ("student", "target") for k in (1, 2)
+    }
+
+
+def test_script_length():
+    lines = (ROOT / "train_lcm_distill_sd_wds.py").read_text().splitlines()
+    start = lines.index("def main(args):")
+    end = next(i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith((" ", ")")))
+    assert sum(1 for line in lines if line.strip()) <= 350
+    assert sum(1 for line in lines[start:end] if line.strip()) <= 240

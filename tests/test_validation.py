@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, LCMScheduler
+
+from common import models, validation
+
+
+class Tracker:
+    def __init__(self, name):
+        self.name, self.got, self.tracker = name, [], self
+
+    def log_images(self, values, step=None, **kwargs):
+        self.got.append((dict(values), step, kwargs))
+
+
+class CometExperiment(Tracker):
+    log_images = None
+
+    def log_image(self, image, name=None, step=None):
+        self.got.append((name, image.shape, step))
+
+
+@pytest.fixture
+def parts(teacher):
+    pipeline = models.load_teacher(teacher())
+    unet = models.make_student(pipeline.unet, 32)
+    return pipeline, unet, LCMScheduler.from_config(pipeline.scheduler.config)
+
+
+def run(parts, trackers, **modules):
+    pipeline, unet, scheduler = parts
+    accelerator = Accelerator(cpu=True)
+    accelerator.trackers = trackers
+    return validation.sample_grid(
+        accelerator,
+        pipeline,
+        modules or {"student": unet},
+        scheduler,
+        ["a", "b"],
+        [1, 2],
+        5,
+        16,
+        7,
+        guidance_scale=2.0,
+    )
+
+
+def test_every_tracker_gets_every_image(parts):
+    trackers = [Tracker("tensorboard"), Tracker("wandb"), CometExperiment("comet_ml")]
+    images = run(parts, trackers, student=parts[1], target=parts[0].unet)
+    tags = [f"validation/{name}_{k}_steps" for name in ("student", "target") for k in (1, 2)]
+    assert list(images) == tags and all(i.shape == (2, 16, 16, 3) and i.dtype == np.uint8 for i in images.values())
+    assert list(trackers[0].got[0][0]) == tags and trackers[0].got[0][1:] == (7, {"dataformats": "NHWC"})
+    assert [len(v) for v in trackers[1].got[0][0].values()] == [2] * 4
+    assert len(trackers[2].got) == 8 and {step for *_, step in trackers[2].got} == {7}
+
+
+def test_samples_disturb_neither_the_run_nor_the_mode(parts):
+    unet = parts[1]
+    unet.mid_block.eval()
+    unet.train()
+    state = torch.get_rng_state()
+    first = run(parts, [])
+    assert torch.equal(torch.get_rng_state(), state) and unet.training
+    assert all(np.array_equal(a, b) for a, b in zip(first.values(), run(parts, []).values(), strict=True))
+
+
+def test_samples_are_made_in_eval_mode_on_the_modules_at_hand(parts, monkeypatch):
+    modes = []
+    parts[1].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)  # a reload would fail
+    run(parts, [])
+    assert modes == [False] * (2 * (1 + 2))
+
+
+def test_images_are_those_of_the_stock_pipeline(parts):
+    pipeline, unet, scheduler = parts
+    images = run(parts, [])["validation/student_2_steps"]
+    stock = validation.make_pipeline(pipeline, unet.eval(), scheduler)
+    expected = stock("b", num_inference_steps=2, guidance_scale=2.0, height=16, width=16,
+                     generator=torch.Generator().manual_seed(6), output_type="np").images[0]  # fmt: skip
+    assert np.abs(images[1] - expected * 255).max() <= 0.5 + 1e-4
