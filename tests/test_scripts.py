@@ -56,14 +56,20 @@ def scalars(output_dir, tag):
     return events
 
 
+def fingerprint(value):
+    """Nested containers of tensors and numbers -> the same with the bytes of every tensor."""
+    if isinstance(value, dict):
+        return {key: fingerprint(v) for key, v in value.items()}
+    return value.contiguous().view(torch.uint8).numpy().tobytes() if torch.is_tensor(value) and value.ndim else value
+
+
 def digests(checkpoint):
     """{file: hash} of what training depends on: weights, EMA, optimizer, LR schedule; RNG and data from the state."""
     state = checkpointing.read_state(checkpoint)
     names = ["model.safetensors", "target_unet.safetensors", "optimizer.bin", "objects.pt"]
     sums = {name: hashlib.sha256(Path(checkpoint, name).read_bytes()).hexdigest() for name in names}
     optimizer = torch.load(Path(checkpoint, "optimizer.bin"), weights_only=True)["state"]
-    moments = {(i, k): torch.as_tensor(v).numpy().tobytes() for i, s in optimizer.items() for k, v in s.items()}
-    sums["optimizer.bin"] = {name: hashlib.sha256(value).hexdigest() for name, value in moments.items()}
+    sums["optimizer.bin"] = fingerprint(optimizer)
     return sums | {"data": state["data"], "rng": state["rng_digests"]}
 
 
