@@ -39,7 +39,9 @@ class ArgumentParser(argparse.ArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[-1].strip(" \r\n") == "\\":  # a command copied with its last line's backslash
             argv.pop()
-        return super().parse_args(argv)
+        args = super().parse_args(argv)
+        sys.argv[1:] = mask_secrets(sys.argv[1:])  # trackers record the command line on their own
+        return args
 
     def error(self, message):
         exit_with(self.prog, message)
@@ -332,7 +334,11 @@ def make_optimizer(args, parameters, total_batch_size):
 
 def start_trackers(accelerator, project_name, config, run_id):
     """Start every tracker with the run's flags; a resumed run continues under its old id."""
-    options = {"wandb": {"id": run_id, "resume": "allow"}, "comet_ml": {"experiment_key": run_id}}
+    options = {
+        "wandb": {"id": run_id, "resume": "allow", "dir": accelerator.logging_dir},
+        "comet_ml": {"experiment_key": run_id},
+    }
+    Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers(project_name, tracker_config(config), options)
 
 
@@ -386,17 +392,19 @@ def tracker_config(values):
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
 
 
-def command_line():
-    """The command as it was typed, for the model card; the value of a secret flag is masked."""
-    words, masked = [os.path.basename(sys.argv[0])], False
-    for word in sys.argv[1:]:
+def mask_secrets(words):
+    """The words of a command line, the values of secret flags replaced by `***`."""
+    masked = []
+    for word in words:
         name = word.split("=")[0].lstrip("-")
-        if masked:
-            words.append("***")
-        else:
-            words.append(f"--{name}=***" if name in SECRET_FLAGS and "=" in word else word)
-        masked = name in SECRET_FLAGS and "=" not in word
-    return "accelerate launch " + shlex.join(words)
+        is_value = bool(masked) and masked[-1].lstrip("-") in SECRET_FLAGS
+        masked.append("***" if is_value else f"--{name}=***" if name in SECRET_FLAGS and "=" in word else word)
+    return masked
+
+
+def command_line():
+    """The command as it was typed, for the model card; the values of secret flags are masked."""
+    return "accelerate launch " + shlex.join([os.path.basename(sys.argv[0]), *mask_secrets(sys.argv[1:])])
 
 
 def echo(title, values):

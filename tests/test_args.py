@@ -184,8 +184,27 @@ def test_8bit_adam_is_used():
 
 
 def test_secrets_leave_no_trace(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/x/t.py", "--hub_token=hf_1", "--hub_token", "hf_2", "--a=b c", "--seed=1"])
+    words = [*REQUIRED, "--hub_token=hf_1", "--hub_token", "hf_2", "--hub_model_id=a b", "--seed=1"]
+    monkeypatch.setattr(sys, "argv", ["/x/t.py", *words])
+    args = script(SCRIPTS[0]).parse_args()
+    assert args.hub_token == "hf_2" and "hf_" not in str(cli.public_args(args))
+    # wandb and comet record sys.argv by themselves.
+    assert "hf_" not in str(sys.argv) and sys.argv[-1] == "--seed=1"
     line = cli.command_line()
-    assert line == "accelerate launch t.py '--hub_token=***' --hub_token '***' '--a=b c' --seed=1"
-    args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--hub_token=hf_1"])
-    assert "hf_1" not in str(cli.public_args(args))
+    assert line.startswith("accelerate launch t.py --pretrained_teacher_model=t")
+    assert line.endswith("'--hub_token=***' --hub_token '***' '--hub_model_id=a b' --seed=1")
+
+
+def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
+    class Accelerator:
+        logging_dir = str(tmp_path / "logs")
+
+        def init_trackers(self, *args):
+            self.got = args
+
+    accelerator = Accelerator()
+    cli.start_trackers(accelerator, "project", {"a": None, "b": [1], "c": 2.0}, "0123abcd")
+    project, config, options = accelerator.got
+    assert project == "project" and config == {"a": "None", "b": "[1]", "c": 2.0}
+    assert options["wandb"]["id"] == options["comet_ml"]["experiment_key"] == "0123abcd"
+    assert options["wandb"]["resume"] == "allow" and options["wandb"]["dir"] == accelerator.logging_dir
