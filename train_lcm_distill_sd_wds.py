@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from common import args as cli
 from common import checkpointing, export, models, validation
-from common.data import TrainingData, count_samples, decode_image_text, expand_shards, keyed_generator
+from common.data import TrainingData, keyed_generator
 from common.ema import ema_update
+from common.images import decode_image_text
 from common.losses import LOSS_TYPES, distance
 from common.schedules import (
     alpha_sigma,
@@ -40,6 +41,7 @@ from common.schedules import (
     to_eps,
     to_x_0,
 )
+from common.shards import count_samples, expand_shards
 from common.solvers import DDIMSolver
 
 

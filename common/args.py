@@ -22,6 +22,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from huggingface_hub import get_token
 
 from common import UserError
+from common.images import INTERPOLATION_TYPES
 
 SECRET_FLAGS = ("hub_token",)
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -130,7 +131,7 @@ def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", required=True, help="tars (braces, globs, http://, pipe:) or an image folder")
     add("--resolution", type=positive_int, default=512, help="side of the square training images, in pixels")
-    add("--interpolation_type", default="bilinear", help="bilinear, bicubic, nearest or nearest-exact")
+    add("--interpolation_type", default="bilinear", choices=INTERPOLATION_TYPES, help="how images are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--min_image_size", type=non_negative_int, default=0, help="skip images whose shorter side is less")
@@ -142,7 +143,7 @@ def add_data_arguments(parser):
     )
     add("--data_seed", type=non_negative_int, help="seed of the sample order and the crops; without it, --seed")
     add("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
-    add("--data_timeout", type=non_negative_int, default=600, help="seconds without a batch after which the run stops")
+    add("--data_timeout", type=positive_int, default=600, help="seconds without a batch after which the run stops")
     add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 

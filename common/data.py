@@ -17,74 +17,42 @@ Left out: video and audio, ICC profiles, writing shards, and any decoding of mem
 """
 
 import contextlib
-import csv
 import functools
-import glob
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import random
-import re
-import shutil
 import signal
-import subprocess
-import tarfile
-import tempfile
 import threading
 import time
-import urllib.request
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fsspec
-import numpy as np
 import torch
-import torch.nn.functional as F
-from braceexpand import UnbalancedBracesError, braceexpand
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext
 
-from common import UserError
+from common.shards import (
+    IMAGE_KEYS,
+    MAX_MEMBER_BYTES,
+    SKIP_CLASSES,
+    TEXT_KEYS,
+    DataError,
+    SampleError,
+    folder_items,
+    is_remote,
+    missing_group,
+    open_shard,
+    tar_samples,
+)
 
-IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")
-TEXT_KEYS = ("text", "txt", "caption")
-SKIP_CLASSES = ("shard_open", "shard_read", "decode", "missing_caption", "too_small", "too_big", "filtered")
 UNREADABLE = ("shard_open", "shard_read", "decode", "missing_caption", "too_big")  # what max_skip_ratio counts
-
 SKIP_WINDOW, SKIP_WINDOW_MIN = 10_000, 1_000  # samples over which max_skip_ratio is judged
 MAX_LOGGED_SKIPS = 1_000
-MAX_MEMBER_BYTES = 1 << 28  # larger members of a tar are not read: their sample is too_big
-DOWNLOAD_TRIES, DOWNLOAD_BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
-SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
+MAX_EMPTY_EPOCHS = 3  # of a lane, in a row; each deals it other shards
 POLL_SECONDS = 5  # how often a wait for the workers checks that they live
-
-INTERPOLATION_TYPES = {
-    "bilinear": {"mode": "bilinear", "antialias": True},
-    "bicubic": {"mode": "bicubic", "antialias": True},
-    "lanczos": {"mode": "lanczos", "antialias": True},
-    "nearest": {"mode": "nearest"},
-    "nearest-exact": {"mode": "nearest-exact"},
-}
-
-
-class DataError(UserError):
-    """One sentence for the user, naming the flag and the way out."""
-
-
-class SampleError(Exception):
-    """A sample (or a shard) that cannot be used; `reason` is one of SKIP_CLASSES, `detail` a few words for the log."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}")
-        assert reason in SKIP_CLASSES
-        self.reason, self.detail = reason, detail[:200]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,404 +75,6 @@ def _permutation(seed: int, name: str, epoch: int, length: int) -> list[int]:
     order = list(range(length))
     random.Random(keyed_seed(seed, name, epoch)).shuffle(order)
     return order
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which shards there are
-
-
-def expand_shards(spec: str | list[str]) -> list[str]:
-    """List the shards that `--train_shards_path_or_url` means, in a fixed order.
-
-    Brace patterns `{00000..00099}` are expanded everywhere, also inside `pipe:COMMAND`; globs in local paths and in
-    fsspec addresses (s3://, gs://, hf://, ...); a folder means its tars, or the folder itself where it holds images.
-    Raises DataError when a local file is missing or nothing matches.
-    """
-    shards = [shard for one in ([spec] if isinstance(spec, str) else spec) for shard in _expand_spec(one)]
-    if not shards:
-        raise DataError("--train_shards_path_or_url names no shard: give tars, a pattern, an address or a folder.")
-    return shards
-
-
-def _expand_spec(spec: str) -> list[str]:
-    try:
-        paths = [spec] if os.path.exists(spec) else list(braceexpand(spec, escape=False))
-    except UnbalancedBracesError:
-        raise DataError(f"--train_shards_path_or_url: the braces of {spec!r} do not match.") from None
-    shards, missing = [], []
-    for path in paths:
-        if _is_remote(path):
-            shards += _expand_fsspec(path) if _uses_fsspec(path) else [path]
-            continue
-        path = os.path.expanduser(path)
-        if os.path.isdir(path):
-            shards += _expand_folder(path)
-        elif os.path.exists(path):
-            shards.append(path)
-        else:
-            matches = sorted(glob.glob(path))
-            shards += matches
-            missing += [] if matches else [path]
-    if missing:
-        raise DataError(
-            f"--train_shards_path_or_url: {len(missing)} of {len(paths)} paths match no file, the first is "
-            f"{missing[0]!r}; correct the path or the range in braces."
-        )
-    return shards
-
-
-def _is_remote(shard: str) -> bool:
-    return shard.startswith("pipe:") or "://" in shard
-
-
-def _uses_fsspec(shard: str) -> bool:
-    return not shard.startswith(("pipe:", "http://", "https://"))
-
-
-def _expand_fsspec(address: str) -> list[str]:
-    try:
-        filesystem, path = fsspec.core.url_to_fs(address)
-        if not glob.has_magic(path):
-            return [address]
-        matches = sorted(filesystem.glob(path))
-    except Exception as error:  # a missing package, wrong credentials, no network: each file system has its own
-        raise DataError(f"--train_shards_path_or_url: {address!r} cannot be listed ({error}).") from error
-    if not matches:
-        raise DataError(f"--train_shards_path_or_url: nothing matches {address!r}.")
-    return [filesystem.unstrip_protocol(match) for match in matches]
-
-
-def _expand_folder(folder: str) -> list[str]:
-    tars = sorted(itertools.chain(*(glob.glob(os.path.join(glob.escape(folder), f"*.tar{z}")) for z in ("", ".gz"))))
-    if tars:
-        return tars
-    _folder_items(folder)
-    return [folder]
-
-
-def _folder_items(folder: str) -> list[tuple[str, str | None]]:
-    """(path below the folder, caption or None where a .txt of the same name is to be read), sorted by path."""
-    images = {
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(tuple("." + key for key in IMAGE_KEYS)) and not name.startswith(".")
-    }
-    captions = _folder_metadata(folder)
-    if not images:
-        raise DataError(
-            f"--train_shards_path_or_url: the folder {folder!r} holds neither *.tar shards nor images "
-            f"({', '.join('*.' + key for key in IMAGE_KEYS)}, also in its subfolders)."
-        )
-    if captions is None:
-        if not any(os.path.exists(os.path.join(folder, os.path.splitext(image)[0] + ".txt")) for image in images):
-            raise DataError(
-                f"--train_shards_path_or_url: the images in {folder!r} have no captions: add metadata.csv or "
-                "metadata.jsonl with the columns file_name and text, or a .txt of the same name beside each image."
-            )
-        return [(image, None) for image in sorted(images)]
-    # An image without a row counts as missing_caption, a row without its file as decode: neither is dropped unseen.
-    return [(image, captions.get(image, "")) for image in sorted(images | captions.keys())]
-
-
-def _folder_metadata(folder: str) -> dict[str, str] | None:
-    """Captions by file name from metadata.csv or metadata.jsonl; None when the folder has neither."""
-    csv_path, jsonl_path = os.path.join(folder, "metadata.csv"), os.path.join(folder, "metadata.jsonl")
-    path = next((p for p in (csv_path, jsonl_path) if os.path.exists(p)), None)
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file) if path == csv_path else map(json.loads, filter(str.strip, file))
-            return {os.path.normpath(row["file_name"]): row["text"] or "" for row in rows}
-    except KeyError as error:
-        raise DataError(f"{path!r} has no column {error}: it needs file_name and text.") from None
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path!r} cannot be read ({error}): it needs the columns file_name and text.") from None
-
-
-def count_samples(shards: list[str]) -> int | None:
-    """Number of raw samples; None when a shard is remote.
-
-    A folder of images is counted exactly. For a local tar, `successes` of img2dataset's NNNNN_stats.json beside it is
-    believed; without that file the headers of the tar are scanned (a damaged tar counts up to the damage).
-    """
-    if any(_is_remote(shard) for shard in shards):
-        return None
-    total = 0
-    for shard in tqdm(shards, desc="Counting samples", unit="shard", delay=5, leave=False):
-        if os.path.isdir(shard):
-            total += len(_folder_items(shard))
-            continue
-        stats = Path(re.sub(r"\.tar(\.gz)?$", "", shard) + "_stats.json")
-        try:
-            total += int(json.loads(stats.read_text())["successes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            total += _count_tar(shard)
-    return total
-
-
-def _count_tar(path: str) -> int:
-    count = 0
-    with contextlib.suppress(Exception), open(path, "rb") as file:  # training reports the damage, with its class
-        for index, _, _, _ in _tar_members(tarfile.open(fileobj=file, mode="r:*")):
-            count = index + 1
-    return count
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a shard
-
-
-def _open_shard(shard: str, pipe_timeout: float):
-    """A seekable binary file. A remote shard is copied whole to an unlinked temporary file first."""
-    if not _is_remote(shard):
-        try:
-            return open(shard, "rb")
-        except OSError as error:
-            raise SampleError("shard_open", str(error)) from error
-    for attempt in range(DOWNLOAD_TRIES):
-        file = tempfile.TemporaryFile()
-        try:
-            _copy_remote(shard, file, pipe_timeout)
-            file.seek(0)
-            return file
-        except Exception as error:  # each protocol has its own; all of them mean "not this time"
-            file.close()
-            if attempt == DOWNLOAD_TRIES - 1:
-                raise SampleError("shard_open", f"{type(error).__name__}: {error}") from error
-        time.sleep(DOWNLOAD_BACKOFF * 2**attempt)
-
-
-def _copy_remote(shard: str, file, pipe_timeout: float):
-    if shard.startswith("pipe:"):
-        _run_pipe(shard.removeprefix("pipe:"), file, pipe_timeout)
-        return
-    if _uses_fsspec(shard):
-        filesystem, path = fsspec.core.url_to_fs(shard)
-        source, expected = filesystem.open(path, "rb"), filesystem.size(path)
-    else:
-        source = urllib.request.urlopen(shard, timeout=SOCKET_TIMEOUT)
-        expected = source.headers["Content-Length"]
-    with source:
-        shutil.copyfileobj(source, file, 1 << 20)
-    if expected is not None and file.tell() != int(expected):
-        raise OSError(f"{file.tell()} of {expected} bytes received")
-
-
-def _run_pipe(command: str, file, timeout: float):
-    arguments, nothing = ["bash", "-o", "pipefail", "-c", command], subprocess.DEVNULL
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(arguments, stdin=nothing, stdout=file, stderr=errors, start_new_session=True)
-        try:
-            code = process.wait(timeout)
-        finally:  # a command that hangs goes, with all that it started
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if code:
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 150))
-            raise OSError(f"exit code {code}: {errors.read().decode(errors='replace').strip()}")
-
-
-def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.TarInfo]]:
-    """(sample's index in the shard, key, extension, member) of the regular files, in order, reading headers only.
-
-    Consecutive members of one key are one sample. Raises when the archive is damaged or cut off.
-    """
-    index, key, extensions, offset = -1, None, set(), -1
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # tarfile remembers every member otherwise
-        if tar.offset <= offset or member.size < 0:
-            raise tarfile.ReadError("a header points backwards")
-        offset = tar.offset
-        prefix, extension = base_plus_ext(member.name)
-        hidden = prefix is None or prefix.endswith("/")  # no name before the first dot, or no extension
-        if hidden or not member.isreg() or member.issparse() or re.match(r"__[^/]*__($|/)", member.name):
-            continue
-        extension = extension.lower()
-        if prefix != key or extension in extensions:
-            index, key, extensions = index + 1, prefix, set()
-        extensions.add(extension)
-        yield index, key, extension, member
-    # tarfile ends without a word at a damaged header. A sound archive is followed by nothing or by zeros.
-    tar.fileobj.seek(tar.offset)
-    while chunk := tar.fileobj.read(1 << 20):
-        if chunk.count(0) != len(chunk):
-            raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
-
-
-def _tar_samples(file, required, part: int = 0, parts: int = 1, start: int = 0) -> Iterator[tuple[int, str, dict]]:
-    """(index in the shard, key, {extension: bytes}) of the samples with index >= start and index % parts == part.
-
-    Only members that `required` or "json" names are read; all else is seeked over. A member over MAX_MEMBER_BYTES
-    is None. Raises SampleError("shard_read") where the archive is damaged, after the samples before the damage.
-    """
-    wanted = {"json", *itertools.chain(*required)}
-    current, current_key, raw = -1, None, {}
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:*")
-        for index, key, extension, member in _tar_members(tar):
-            if index != current:
-                if raw is not None and current >= 0:
-                    yield current, current_key, raw
-                current, current_key = index, key
-                raw = {} if index >= start and index % parts == part else None
-            if raw is not None and extension in wanted:
-                raw[extension] = None
-                if member.size <= MAX_MEMBER_BYTES:
-                    raw[extension] = _read_member(tar, member)
-    except Exception as error:  # hostile bytes make tarfile raise nearly anything
-        if raw and _missing_group(raw, required) is None and None not in raw.values():
-            yield current, current_key, raw  # the sample before the damage is whole
-        raise SampleError("shard_read", f"{type(error).__name__}: {error}") from error
-    if raw is not None and current >= 0:
-        yield current, current_key, raw
-
-
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    tar.fileobj.seek(member.offset_data)
-    data = tar.fileobj.read(member.size)
-    if len(data) != member.size:
-        raise tarfile.ReadError(f"{member.name} is cut off")
-    return data
-
-
-def _missing_group(raw: dict, required) -> tuple | None:
-    return next((group for group in required if not any(extension in raw for extension in group)), None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding a sample
-
-
-def decode_image_text(
-    raw: dict[str, bytes],
-    rng: random.Random,
-    *,
-    resolution: int,
-    interpolation_type: str = "bilinear",
-    center_crop: bool = False,
-    random_flip: bool = False,
-    proportion_empty_prompts: float = 0.0,
-    min_image_size: int = 0,
-    max_image_pixels: int = 178956970 // 2,
-) -> dict:
-    """Decode one image and its caption; the image's shorter side becomes R = `resolution`, then an R x R crop is cut.
-
-    Returns `images` uint8 (3, R, R), `captions` str (empty with probability `proportion_empty_prompts`),
-    `original_sizes` int64 (2,) = (height, width) of the source as it is meant to be seen, and `crop_top_lefts`
-    int64 (2,) = (top, left) of the crop in pixels of the resized (and flipped) image.
-    Draws from `rng` in a fixed order: flip, top, left, empty caption. Raises SampleError: "missing_caption",
-    "too_small" (shorter side under `min_image_size`), "too_big" (more than `max_image_pixels` before or after the
-    resize, judged before the pixels are decoded), or "decode".
-    """
-    if interpolation_type not in INTERPOLATION_TYPES:
-        raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
-    antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
-    flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
-    empty_caption = rng.random() < proportion_empty_prompts
-    caption = _decode_caption(raw)
-    image_bytes = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
-    if image_bytes is None:
-        raise SampleError("decode", "no image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of files that it repairs; what it cannot repair it raises
-            image, original_size = _decode_image(image_bytes, resolution, antialias, min_image_size, max_image_pixels)
-    except SampleError:
-        raise
-    except Exception as error:  # hostile bytes make Pillow raise nearly anything
-        raise SampleError("decode", f"{type(error).__name__}: {error}") from error
-
-    image = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w)
-    height, width = _resized_size(*original_size, resolution)
-    if (height, width) != tuple(image.shape[2:]):
-        image = F.interpolate(image, size=(height, width), **INTERPOLATION_TYPES[interpolation_type])
-    if center_crop:
-        top, left = (height - resolution) // 2, (width - resolution) // 2
-    else:
-        top, left = int(top * (height - resolution + 1)), int(left * (width - resolution + 1))
-    column = width - resolution - left if flip else left  # (top, left) is a place in the flipped image
-    image = image[0, :, top : top + resolution, column : column + resolution]  # (3, R, R)
-    return {
-        "images": image.flip(2) if flip else image,
-        "captions": "" if empty_caption else caption,
-        "original_sizes": torch.tensor(original_size),
-        "crop_top_lefts": torch.tensor((top, left)),
-    }
-
-
-def _decode_caption(raw: dict[str, bytes]) -> str:
-    data = next((raw[key] for key in TEXT_KEYS if key in raw), b"")
-    try:
-        caption = data.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise SampleError("decode", f"caption: {error}") from error
-    if not caption:
-        raise SampleError("missing_caption")
-    return caption
-
-
-def _resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:
-    if height <= width:
-        return resolution, max(resolution, resolution * width // height)
-    return max(resolution, resolution * height // width), resolution
-
-
-def _decode_image(data: bytes, resolution: int, may_shrink: bool, min_image_size: int, max_image_pixels: int):
-    """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both after the EXIF orientation.
-
-    Where `may_shrink`, a JPEG of twice the resolution or more is decoded at 1/2, 1/4 or 1/8 of its size.
-    """
-    Image.MAX_IMAGE_PIXELS = max_image_pixels
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except Image.DecompressionBombError as error:
-        raise SampleError("too_big", str(error)) from error
-    width, height = image.size
-    resized_height, resized_width = _resized_size(height, width, resolution)
-    if max(width * height, resized_height * resized_width) > max_image_pixels:
-        raise SampleError("too_big", f"{width} x {height} pixels")
-    if min(width, height) < min_image_size:
-        raise SampleError("too_small", f"{width} x {height} pixels")
-    if may_shrink and min(width, height) >= 2 * resolution:
-        image.draft(None, (resolution, resolution))  # never below the resolution; other formats ignore it
-    image.load()
-    turn = ORIENTATIONS.get(image.getexif().get(0x0112))
-    image = _to_rgb(image)
-    if turn is not None:
-        image = image.transpose(turn)
-        if turn in QUARTER_TURNS:
-            height, width = width, height
-    return np.array(image), (height, width)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode that JPEG, PNG and WEBP have: transparency on white, 16 bits scaled to 8."""
-    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)  # (h, w)
-        grey = ((values + 128) // 257).astype(np.uint8)
-        if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-QUARTER_TURNS = [ORIENTATIONS[value] for value in (5, 6, 7, 8)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,8 +107,8 @@ def _listing(counts: dict[str, int]) -> str:
 def _new_cursor() -> dict[str, int]:
     """Where a lane stands. Start of the block: epoch, unit in the lane's epoch, position = index of the raw sample in
     the shard, taken = raw samples of the epoch before it, block = its number in the epoch. Then the offset in the
-    permuted block, and how many samples of the epoch were used so far."""
-    return {"epoch": 0, "unit": 0, "position": 0, "taken": 0, "block": 0, "offset": 0, "used": 0}
+    permuted block, how many samples of the epoch were used so far, and how many epochs before it had none."""
+    return {"epoch": 0, "unit": 0, "position": 0, "taken": 0, "block": 0, "offset": 0, "used": 0, "empty": 0}
 
 
 class _Lane:
@@ -590,13 +160,13 @@ class _Lane:
             if cursor["offset"] >= len(self.block):  # resumed, and the shards hold less than they did
                 self._next_block()
             return
-        if cursor["used"] == 0:
+        empty = 0 if cursor["used"] else cursor["empty"] + 1
+        if empty == MAX_EMPTY_EPOCHS:
             raise DataError(
-                f"Lane {self.index} of {data.num_lanes} found no usable sample in a whole epoch "
-                f"({_listing(tally.counts)}): check --train_shards_path_or_url, which must hold at least one good "
-                "sample for each lane."
+                f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
+                f"({_listing(tally.counts)}): check --train_shards_path_or_url, or pass fewer --data_lanes."
             )
-        self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1}
+        self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
         self.reader = None
 
 
@@ -650,14 +220,14 @@ class TrainingData:
             raise DataError("--train_shards_path_or_url names no shard.")
         if data_timeout <= 0:
             raise DataError("--data_timeout must be above 0: it is the number of seconds to wait for a batch.")
-        folders = [shard for shard in self.shards if not _is_remote(shard) and os.path.isdir(shard)]
+        folders = [shard for shard in self.shards if not is_remote(shard) and os.path.isdir(shard)]
         if folders and len(self.shards) > 1:
             raise DataError(
                 f"--train_shards_path_or_url: {folders[0]!r} is a folder of images, which goes with no shards and "
                 "no other folder: put all images into one folder."
             )
         self._folder = folders[0] if folders else None
-        self._items = _folder_items(self._folder) if folders else None
+        self._items = folder_items(self._folder) if folders else None
         listing = json.dumps([self.shards, [name for name, _ in self._items or ()]])
         self._shards_hash = hashlib.sha256(listing.encode()).hexdigest()
         self._start(num_lanes or 8 * world_size, 0, None)
@@ -671,6 +241,11 @@ class TrainingData:
             )
         if self.max_train_samples is not None and self.max_train_samples < num_lanes:
             raise DataError(f"--max_train_samples must be at least {num_lanes}, the number of lanes.")
+        if self._items is not None and len(self._items) < num_lanes:
+            raise DataError(
+                f"{self._folder} holds {len(self._items)} images and the data have {num_lanes} lanes: "
+                f"pass --data_lanes={self.world_size} or any multiple of it up to the number of images."
+            )
         self.num_lanes, self._first = num_lanes, micro_batch
         self._consumed = 0  # by this rank, since the start or the resume
         self._cursors = cursors or {lane: _new_cursor() for lane in range(num_lanes)}
@@ -712,8 +287,8 @@ class TrainingData:
         for unit_index in range(unit, len(units)):
             shard, part = self.shards[units[unit_index] // parts], units[unit_index] % parts
             try:
-                with _open_shard(shard, self.data_timeout) as file:
-                    for index, key, raw in _tar_samples(file, self.required, part, parts, position):
+                with open_shard(shard, self.data_timeout) as file:
+                    for index, key, raw in tar_samples(file, self.required, part, parts, position):
                         yield unit_index, index + 1, shard, f"{shard.rsplit('/', 1)[-1]}/{key}", raw
             except SampleError as error:
                 yield unit_index + 1, 0, shard, "", error
@@ -732,7 +307,7 @@ class TrainingData:
         return name, raw
 
     def _check_raw(self, raw: dict):
-        missing = _missing_group(raw, self.required)
+        missing = missing_group(raw, self.required)
         if missing:
             reason = "missing_caption" if "txt" in missing else "decode"
             raise SampleError(reason, f"no member {', '.join(missing)}")

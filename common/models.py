@@ -30,9 +30,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     try:
         index = DiffusionPipeline.load_config(name, **options)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{flag}: neither a folder nor a model that the hub gives ({_line(error)})"
-        ) from None
+        raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({_line(error)})") from None
     parts = {part: index.get(part, [None, None])[1] for part in ("unet", "vae", "text_encoder", "scheduler")}
     wanted = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
     wanted["text_encoder"] = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -40,9 +38,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
         if parts[part] not in classes:
             raise UserError(f"{flag}: not a text-to-image latent diffusion teacher, its {part} is {parts[part]}")
     if "text_encoder_2" in index:
-        raise UserError(
-            f"{flag}: an SDXL teacher, which is not trained yet; use an SD1.x or SD2.x teacher"
-        )
+        raise UserError(f"{flag}: an SDXL teacher, which is not trained yet; use an SD1.x or SD2.x teacher")
     for part in [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]:
         if folder.is_dir() and part not in NOT_TRAINED:
             _check_part(flag, folder / part, variant)

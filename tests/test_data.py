@@ -25,18 +25,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from common import data as data_module
-from common.data import (
-    INTERPOLATION_TYPES,
-    SKIP_CLASSES,
-    DataError,
-    SampleError,
-    TrainingData,
-    count_samples,
-    decode_image_text,
-    expand_shards,
-    keyed_generator,
-    keyed_seed,
-)
+from common import shards as shards_module
+from common.data import TrainingData, keyed_generator, keyed_seed
+from common.images import INTERPOLATION_TYPES, decode_image_text
+from common.shards import SKIP_CLASSES, DataError, SampleError, count_samples, expand_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 R = 8
@@ -240,6 +232,37 @@ def test_bad_samples_do_not_disturb_order_counters_or_resume(tmp_path):
         start, state = run(shards, 2, 0, first, **options)
         rest, last = run(shards, 1, 0, 60 - first, state, **options)
         assert start + rest == expected and last == end, first
+
+
+def test_a_lane_whose_only_shard_of_an_epoch_is_broken_goes_on(tmp_path):
+    shards = make_shards(tmp_path, [3] * 4)
+    Path(shards[0]).write_bytes(b"no tar")
+    data = make_data(shards, num_lanes=4, batch_size=2)
+    batches = iter(data)
+    seen = set()
+    for _ in range(60):
+        seen |= set(next(batches)["keys"])
+    assert len(seen) == 9 and data.counters["shard_open"] + data.counters["shard_read"] > 1
+
+
+def test_a_damaged_shard_is_counted_once_wherever_the_run_resumes(tmp_path):
+    shards = make_shards(tmp_path, [6, 6])
+    Path(shards[0]).write_bytes(Path(shards[0]).read_bytes()[:7000])
+    options = {"num_lanes": 1, "batch_size": 1, "shuffle_block_samples": 100, "max_skip_ratio": 1.0}
+    expected, end = run(shards, 1, 0, 24, **options)
+    assert end["counters"]["shard_read"] == 3
+    for first in range(1, 24):
+        _, state = run(shards, 1, 0, first, **options)
+        rest, last = run(shards, 1, 0, 24 - first, state, **options)
+        assert rest == expected[first:] and last == end, first
+
+
+def test_every_block_of_every_lane_and_epoch_is_permuted_in_its_own_way(tmp_path):
+    shards = make_shards(tmp_path, [24])
+    data, orders = make_data(shards, batch_size=12, num_lanes=1, shuffle_block_samples=12), set()
+    for batch in islice(data, 6):  # two blocks in each of three epochs
+        orders.add(tuple(int(key[-6:]) % 12 for key in batch["keys"]))
+    assert len(orders) == 6
 
 
 def test_no_block_is_larger_than_its_bounds(tmp_path, monkeypatch):
@@ -475,11 +498,12 @@ def test_data_behind_the_end_mark_is_an_error_of_the_shard(tmp_path):
 
 
 def test_a_header_with_a_negative_size_does_not_loop(tmp_path):
-    info, good = tarfile.TarInfo("000009.png"), members(0, 2)
+    info, good = tarfile.TarInfo("000009.bin"), members(0, 2)
     shard = write_tar(tmp_path / "a.tar", good)
     content, end = Path(shard).read_bytes(), member_offsets(shard)["000001.txt"][1] + 512
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = b"\xff" * 10 + b"\xf0\x00"  # base 256: -4096
+    size = member_offsets(shard)["000001.txt"][0] - (end + 512)  # the next header would be an earlier one
+    header[124:136] = b"\xff" + (size % 256**11).to_bytes(11, "big")
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     Path(shard).write_bytes(content[:end] + header + content[end:])
@@ -502,7 +526,7 @@ def test_a_compressed_tar_reads_and_its_damage_is_counted(tmp_path):
 
 
 def test_a_member_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "MAX_MEMBER_BYTES", 4000)
+    monkeypatch.setattr(shards_module, "MAX_MEMBER_BYTES", 4000)
     big = [("big.png", encode(random_image(0, 50, 50))), ("big.txt", b"big")]
     keys, skipped = epoch_of([write_tar(tmp_path / "a.tar", big + members(0, 2))], shuffle_block_samples=1)
     assert len(keys) == 2 and skipped == {"too_big": 1}
@@ -527,7 +551,7 @@ def test_a_set_without_a_good_sample_stops_in_one_sentence(tmp_path, num_workers
     contents = [(f"{n}.{extension}", b"x") for n in range(300) for extension in ("jpg", "txt")]
     shards = [write_tar(tmp_path / f"{n}.tar", contents) for n in range(2)]
     data = make_data(shards, num_workers=num_workers, max_skip_ratio=1.0)
-    with pytest.raises(DataError, match=r"no usable sample in a whole epoch.*decode 75") as caught:
+    with pytest.raises(DataError, match=r"no usable sample in 3 whole epochs.*decode") as caught:
         next(iter(data))
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -599,7 +623,7 @@ def test_a_killed_worker_and_a_silent_worker_end_in_one_sentence(tmp_path, monke
 
 @pytest.fixture
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(data_module, "DOWNLOAD_BACKOFF", 0.01)
+    monkeypatch.setattr(shards_module, "DOWNLOAD_BACKOFF", 0.01)
 
 
 def test_pipes_are_whole_or_nothing(tmp_path, quick_retries):
@@ -678,7 +702,7 @@ def test_http_shards_are_checked_for_their_length_and_tried_again(tmp_path, serv
     failures[0] = 10**9
     counters = count_after([good, f"{address}/00001.tar"], 20)
     assert counters["keys"] == {f"00000.tar/{n:06d}" for n in range(5)} and counters["shard_open"] >= 3
-    with pytest.raises(DataError, match="no usable sample.*shard_open 1"):
+    with pytest.raises(DataError, match="no usable sample in 3 whole epochs.*shard_open 3"):
         count_after([f"{address}/00001.tar"], 1)
 
 
@@ -813,7 +837,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     folder = image_folder(tmp_path / "good", 3)
     with pytest.raises(DataError, match="folder of images"):
         make_data([folder, *make_shards(tmp_path, [5])])
-    with pytest.raises(DataError, match="no usable sample"):  # 3 images, 8 lanes
+    with pytest.raises(DataError, match="holds 3 images and the data have 8 lanes"):
         list(islice(make_data([folder]), 8))
 
 

@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_lcm_distill_sd_wds as lcm
 from common import checkpointing, models
-from common.data import TrainingData, decode_image_text, expand_shards, keyed_generator
+from common.data import TrainingData, keyed_generator
+from common.images import decode_image_text
+from common.shards import expand_shards
 
 ROOT = Path(lcm.__file__).parent
 
@@ -382,7 +384,7 @@ def test_image_folder_as_data(tmp_path, flags):
         ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint=checkpoint-7: there is no such"),
         ({"max_train_samples": 3}, "--max_train_samples must be at least 8"),
-        ({"interpolation_type": "magic"}, "--interpolation_type"),
+        ({"interpolation_type": "magic"}, "--interpolation_type: invalid choice"),
     ],
 )
 def test_mistakes_are_found_before_any_weight_is_loaded(tmp_path, flags, capsys, monkeypatch, changes, sentence):

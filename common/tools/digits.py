@@ -34,7 +34,7 @@ from transformers import (
     CLIPTokenizer,
     ResNetConfig,
     ResNetForImageClassification,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 RESOLUTION = 16
@@ -197,11 +197,11 @@ def build_teacher(
     output_dir,
     prediction_type="epsilon",
     seed=0,
-    vae_steps=600,
-    unet_steps=3000,
+    vae_steps=400,
+    unet_steps=1500,
     unet_channels=(32, 64),
     unet_batch_size=64,
-    unet_learning_rate=1e-3,
+    unet_learning_rate=2e-3,
 ):
     """Train the autoencoder, then text encoder and U-Net together, and save a StableDiffusionPipeline."""
     torch.manual_seed(seed)
@@ -270,11 +270,11 @@ def build_teacher(
         "A small Stable Diffusion of handwritten digits",
         f"{RESOLUTION} pixels, prediction_type {prediction_type}, seed {seed}: {vae_steps} steps of the autoencoder, "
         f"{unet_steps} of U-Net and text encoder (batch {unet_batch_size}), 10 % empty prompts. "
-        f'Prompts such as "{CANONICAL_TEMPLATE.format("three")}"; guidance_scale 2.',
+        f'Prompts such as "{CANONICAL_TEMPLATE.format("three")}"; guidance_scale 1.5.',
     )
 
 
-def train_vae(pixels, steps, batch_size=64, learning_rate=2e-3, kl_weight=1e-4):
+def train_vae(pixels, steps, batch_size=64, learning_rate=2e-3, kl_weight=1e-3):
     """Pixels (N, 3, 16, 16) to latents (N, 4, 8, 8): squared error plus a small KL term, no adversary."""
     vae = AutoencoderKL(
         in_channels=3,
@@ -424,7 +424,7 @@ def build_classifier(output_dir, seed=0, steps=600, batch_size=64, learning_rate
     print(f"classifier: accuracy {accuracy:.4f} on {len(held_out_labels)} held-out digits")
 
     model.save_pretrained(output_dir)
-    ViTImageProcessor(
+    ViTImageProcessorPil(
         size={"height": RESOLUTION, "width": RESOLUTION}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(output_dir)
     write_card(

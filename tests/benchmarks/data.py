@@ -28,7 +28,8 @@ import torch  # noqa: E402
 import webdataset as wds  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from common.data import TrainingData, decode_image_text  # noqa: E402
+from common.data import TrainingData  # noqa: E402
+from common.images import decode_image_text  # noqa: E402
 
 SHUFFLE = 256  # samples shuffled together, on both sides
 

@@ -1,0 +1,154 @@
+"""Decoding a text-image sample: from the bytes of its members to a square uint8 image and a caption, without
+torchvision. Left out: video, audio, ICC profiles."""
+
+import io
+import random
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from common.shards import IMAGE_KEYS, TEXT_KEYS, DataError, SampleError
+
+INTERPOLATION_TYPES = {
+    "bilinear": {"mode": "bilinear", "antialias": True},
+    "bicubic": {"mode": "bicubic", "antialias": True},
+    "lanczos": {"mode": "lanczos", "antialias": True},
+    "nearest": {"mode": "nearest"},
+    "nearest-exact": {"mode": "nearest-exact"},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding a sample
+
+
+def decode_image_text(
+    raw: dict[str, bytes],
+    rng: random.Random,
+    *,
+    resolution: int,
+    interpolation_type: str = "bilinear",
+    center_crop: bool = False,
+    random_flip: bool = False,
+    proportion_empty_prompts: float = 0.0,
+    min_image_size: int = 0,
+    max_image_pixels: int = 178956970 // 2,
+) -> dict:
+    """Decode one image and its caption; the image's shorter side becomes R = `resolution`, then an R x R crop is cut.
+
+    Returns `images` uint8 (3, R, R), `captions` str (empty with probability `proportion_empty_prompts`),
+    `original_sizes` int64 (2,) = (height, width) of the source as it is meant to be seen, and `crop_top_lefts`
+    int64 (2,) = (top, left) of the crop in pixels of the resized (and flipped) image.
+    Draws from `rng` in a fixed order: flip, top, left, empty caption. Raises SampleError: "missing_caption",
+    "too_small" (shorter side under `min_image_size`), "too_big" (more than `max_image_pixels` before or after the
+    resize, judged before the pixels are decoded), or "decode".
+    """
+    if interpolation_type not in INTERPOLATION_TYPES:
+        raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
+    antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
+    flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
+    empty_caption = rng.random() < proportion_empty_prompts
+    caption = _decode_caption(raw)
+    image_bytes = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
+    if image_bytes is None:
+        raise SampleError("decode", "no image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of files that it repairs; what it cannot repair it raises
+            image, original_size = _decode_image(image_bytes, resolution, antialias, min_image_size, max_image_pixels)
+    except SampleError:
+        raise
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything
+        raise SampleError("decode", f"{type(error).__name__}: {error}") from error
+
+    image = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w)
+    height, width = _resized_size(*original_size, resolution)
+    if (height, width) != tuple(image.shape[2:]):
+        image = F.interpolate(image, size=(height, width), **INTERPOLATION_TYPES[interpolation_type])
+    if center_crop:
+        top, left = (height - resolution) // 2, (width - resolution) // 2
+    else:
+        top, left = int(top * (height - resolution + 1)), int(left * (width - resolution + 1))
+    column = width - resolution - left if flip else left  # (top, left) is a place in the flipped image
+    image = image[0, :, top : top + resolution, column : column + resolution]  # (3, R, R)
+    return {
+        "images": image.flip(2) if flip else image,
+        "captions": "" if empty_caption else caption,
+        "original_sizes": torch.tensor(original_size),
+        "crop_top_lefts": torch.tensor((top, left)),
+    }
+
+
+def _decode_caption(raw: dict[str, bytes]) -> str:
+    data = next((raw[key] for key in TEXT_KEYS if key in raw), b"")
+    try:
+        caption = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError("decode", f"caption: {error}") from error
+    if not caption:
+        raise SampleError("missing_caption")
+    return caption
+
+
+def _resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+    if height <= width:
+        return resolution, max(resolution, resolution * width // height)
+    return max(resolution, resolution * height // width), resolution
+
+
+def _decode_image(data: bytes, resolution: int, may_shrink: bool, min_image_size: int, max_image_pixels: int):
+    """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both after the EXIF orientation.
+
+    Where `may_shrink`, a JPEG of twice the resolution or more is decoded at 1/2, 1/4 or 1/8 of its size.
+    """
+    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    except Image.DecompressionBombError as error:
+        raise SampleError("too_big", str(error)) from error
+    width, height = image.size
+    resized_height, resized_width = _resized_size(height, width, resolution)
+    if max(width * height, resized_height * resized_width) > max_image_pixels:
+        raise SampleError("too_big", f"{width} x {height} pixels")
+    if min(width, height) < min_image_size:
+        raise SampleError("too_small", f"{width} x {height} pixels")
+    if may_shrink and min(width, height) >= 2 * resolution:
+        image.draft(None, (resolution, resolution))  # never below the resolution; other formats ignore it
+    image.load()
+    turn = ORIENTATIONS.get(image.getexif().get(0x0112))
+    image = _to_rgb(image)
+    if turn is not None:
+        image = image.transpose(turn)
+        if turn in QUARTER_TURNS:
+            height, width = width, height
+    return np.array(image), (height, width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB from any mode that JPEG, PNG and WEBP have: transparency on white, 16 bits scaled to 8."""
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)  # (h, w)
+        grey = ((values + 128) // 257).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = [ORIENTATIONS[value] for value in (5, 6, 7, 8)]

@@ -1,0 +1,315 @@
+"""Where training samples come from: listing, opening and reading tar shards and image folders.
+
+A raw sample is {member extension: bytes}. Nothing is unpickled, and members that nobody asked for are never read.
+Remote shards are fetched whole into a temporary file (TMPDIR) before they are read, so a failed transfer is an error
+of the shard and never a short shard. Left out: writing shards.
+"""
+
+import contextlib
+import csv
+import glob
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tarfile
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+from braceexpand import UnbalancedBracesError, braceexpand
+from tqdm import tqdm
+from webdataset.tariterators import base_plus_ext
+
+from common import UserError
+
+IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")
+TEXT_KEYS = ("text", "txt", "caption")
+SKIP_CLASSES = ("shard_open", "shard_read", "decode", "missing_caption", "too_small", "too_big", "filtered")
+MAX_MEMBER_BYTES = 1 << 28  # larger members of a tar are not read: their sample is too_big
+DOWNLOAD_TRIES, DOWNLOAD_BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
+SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
+
+
+class DataError(UserError):
+    """One sentence for the user, naming the flag and the way out."""
+
+
+class SampleError(Exception):
+    """A sample (or a shard) that cannot be used; `reason` is one of SKIP_CLASSES, `detail` a few words for the log."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}")
+        assert reason in SKIP_CLASSES
+        self.reason, self.detail = reason, detail[:200]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which shards there are
+
+
+def expand_shards(spec: str | list[str]) -> list[str]:
+    """List the shards that `--train_shards_path_or_url` means, in a fixed order.
+
+    Brace patterns `{00000..00099}` are expanded everywhere, also inside `pipe:COMMAND`; globs in local paths and in
+    fsspec addresses (s3://, gs://, hf://, ...); a folder means its tars, or the folder itself where it holds images.
+    Raises DataError when a local file is missing or nothing matches.
+    """
+    shards = [shard for one in ([spec] if isinstance(spec, str) else spec) for shard in _expand_spec(one)]
+    if not shards:
+        raise DataError("--train_shards_path_or_url names no shard: give tars, a pattern, an address or a folder.")
+    return shards
+
+
+def _expand_spec(spec: str) -> list[str]:
+    try:
+        paths = [spec] if os.path.exists(spec) else list(braceexpand(spec, escape=False))
+    except UnbalancedBracesError:
+        raise DataError(f"--train_shards_path_or_url: the braces of {spec!r} do not match.") from None
+    shards, missing = [], []
+    for path in paths:
+        if is_remote(path):
+            shards += _expand_fsspec(path) if _uses_fsspec(path) else [path]
+            continue
+        path = os.path.expanduser(path)
+        if os.path.isdir(path):
+            shards += _expand_folder(path)
+        elif os.path.exists(path):
+            shards.append(path)
+        else:
+            matches = sorted(glob.glob(path))
+            shards += matches
+            missing += [] if matches else [path]
+    if missing:
+        raise DataError(
+            f"--train_shards_path_or_url: {len(missing)} of {len(paths)} paths match no file, the first is "
+            f"{missing[0]!r}; correct the path or the range in braces."
+        )
+    return shards
+
+
+def is_remote(shard: str) -> bool:
+    return shard.startswith("pipe:") or "://" in shard
+
+
+def _uses_fsspec(shard: str) -> bool:
+    return not shard.startswith(("pipe:", "http://", "https://"))
+
+
+def _expand_fsspec(address: str) -> list[str]:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(address)
+        if not glob.has_magic(path):
+            return [address]
+        matches = sorted(filesystem.glob(path))
+    except Exception as error:  # a missing package, wrong credentials, no network: each file system has its own
+        raise DataError(f"--train_shards_path_or_url: {address!r} cannot be listed ({error}).") from error
+    if not matches:
+        raise DataError(f"--train_shards_path_or_url: nothing matches {address!r}.")
+    return [filesystem.unstrip_protocol(match) for match in matches]
+
+
+def _expand_folder(folder: str) -> list[str]:
+    tars = sorted(itertools.chain(*(glob.glob(os.path.join(glob.escape(folder), f"*.tar{z}")) for z in ("", ".gz"))))
+    if tars:
+        return tars
+    folder_items(folder)
+    return [folder]
+
+
+def folder_items(folder: str) -> list[tuple[str, str | None]]:
+    """(path below the folder, caption or None where a .txt of the same name is to be read), sorted by path."""
+    images = {
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(tuple("." + key for key in IMAGE_KEYS)) and not name.startswith(".")
+    }
+    captions = _folder_metadata(folder)
+    if not images:
+        raise DataError(
+            f"--train_shards_path_or_url: the folder {folder!r} holds neither *.tar shards nor images "
+            f"({', '.join('*.' + key for key in IMAGE_KEYS)}, also in its subfolders)."
+        )
+    if captions is None:
+        if not any(os.path.exists(os.path.join(folder, os.path.splitext(image)[0] + ".txt")) for image in images):
+            raise DataError(
+                f"--train_shards_path_or_url: the images in {folder!r} have no captions: add metadata.csv or "
+                "metadata.jsonl with the columns file_name and text, or a .txt of the same name beside each image."
+            )
+        return [(image, None) for image in sorted(images)]
+    # An image without a row counts as missing_caption, a row without its file as decode: neither is dropped unseen.
+    return [(image, captions.get(image, "")) for image in sorted(images | captions.keys())]
+
+
+def _folder_metadata(folder: str) -> dict[str, str] | None:
+    """Captions by file name from metadata.csv or metadata.jsonl; None when the folder has neither."""
+    csv_path, jsonl_path = os.path.join(folder, "metadata.csv"), os.path.join(folder, "metadata.jsonl")
+    path = next((p for p in (csv_path, jsonl_path) if os.path.exists(p)), None)
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file) if path == csv_path else map(json.loads, filter(str.strip, file))
+            return {os.path.normpath(row["file_name"]): row["text"] or "" for row in rows}
+    except KeyError as error:
+        raise DataError(f"{path!r} has no column {error}: it needs file_name and text.") from None
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{path!r} cannot be read ({error}): it needs the columns file_name and text.") from None
+
+
+def count_samples(shards: list[str]) -> int | None:
+    """Number of raw samples; None when a shard is remote.
+
+    A folder of images is counted exactly. For a local tar, `successes` of img2dataset's NNNNN_stats.json beside it is
+    believed; without that file the headers of the tar are scanned (a damaged tar counts up to the damage).
+    """
+    if any(is_remote(shard) for shard in shards):
+        return None
+    total = 0
+    for shard in tqdm(shards, desc="Counting samples", unit="shard", delay=5, leave=False):
+        if os.path.isdir(shard):
+            total += len(folder_items(shard))
+            continue
+        stats = Path(re.sub(r"\.tar(\.gz)?$", "", shard) + "_stats.json")
+        try:
+            total += int(json.loads(stats.read_text())["successes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            total += _count_tar(shard)
+    return total
+
+
+def _count_tar(path: str) -> int:
+    count = 0
+    with contextlib.suppress(Exception), open(path, "rb") as file:  # training reports the damage, with its class
+        for index, _, _, _ in _tar_members(tarfile.open(fileobj=file, mode="r:*")):
+            count = index + 1
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a shard
+
+
+def open_shard(shard: str, pipe_timeout: float):
+    """A seekable binary file. A remote shard is copied whole to an unlinked temporary file first."""
+    if not is_remote(shard):
+        try:
+            return open(shard, "rb")
+        except OSError as error:
+            raise SampleError("shard_open", str(error)) from error
+    for attempt in range(DOWNLOAD_TRIES):
+        file = tempfile.TemporaryFile()
+        try:
+            _copy_remote(shard, file, pipe_timeout)
+            file.seek(0)
+            return file
+        except Exception as error:  # each protocol has its own; all of them mean "not this time"
+            file.close()
+            if attempt == DOWNLOAD_TRIES - 1:
+                raise SampleError("shard_open", f"{type(error).__name__}: {error}") from error
+        time.sleep(DOWNLOAD_BACKOFF * 2**attempt)
+
+
+def _copy_remote(shard: str, file, pipe_timeout: float):
+    if shard.startswith("pipe:"):
+        _run_pipe(shard.removeprefix("pipe:"), file, pipe_timeout)
+        return
+    if _uses_fsspec(shard):
+        filesystem, path = fsspec.core.url_to_fs(shard)
+        source, expected = filesystem.open(path, "rb"), filesystem.size(path)
+    else:
+        source = urllib.request.urlopen(shard, timeout=SOCKET_TIMEOUT)
+        expected = source.headers["Content-Length"]
+    with source:
+        shutil.copyfileobj(source, file, 1 << 20)
+    if expected is not None and file.tell() != int(expected):
+        raise OSError(f"{file.tell()} of {expected} bytes received")
+
+
+def _run_pipe(command: str, file, timeout: float):
+    arguments, nothing = ["bash", "-o", "pipefail", "-c", command], subprocess.DEVNULL
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(arguments, stdin=nothing, stdout=file, stderr=errors, start_new_session=True)
+        try:
+            code = process.wait(timeout)
+        finally:  # a command that hangs goes, with all that it started
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code:
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 150))
+            raise OSError(f"exit code {code}: {errors.read().decode(errors='replace').strip()}")
+
+
+def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.TarInfo]]:
+    """(sample's index in the shard, key, extension, member) of the regular files, in order, reading headers only.
+
+    Consecutive members of one key are one sample. Raises when the archive is damaged or cut off.
+    """
+    index, key, extensions, offset = -1, None, set(), -1
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # tarfile remembers every member otherwise
+        if tar.offset <= offset or member.size < 0:
+            raise tarfile.ReadError("a header points backwards")
+        offset = tar.offset
+        prefix, extension = base_plus_ext(member.name)
+        hidden = prefix is None or prefix.endswith("/")  # no name before the first dot, or no extension
+        if hidden or not member.isreg() or member.issparse() or re.match(r"__[^/]*__($|/)", member.name):
+            continue
+        extension = extension.lower()
+        if prefix != key or extension in extensions:
+            index, key, extensions = index + 1, prefix, set()
+        extensions.add(extension)
+        yield index, key, extension, member
+    # tarfile ends without a word at a damaged header. A sound archive is followed by nothing or by zeros.
+    tar.fileobj.seek(tar.offset)
+    while chunk := tar.fileobj.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            raise tarfile.ReadError(f"no valid header at byte {tar.offset}")
+
+
+def tar_samples(file, required, part: int = 0, parts: int = 1, start: int = 0) -> Iterator[tuple[int, str, dict]]:
+    """(index in the shard, key, {extension: bytes}) of the samples with index >= start and index % parts == part.
+
+    Only members that `required` or "json" names are read; all else is seeked over. A member over MAX_MEMBER_BYTES
+    is None. Raises SampleError("shard_read") where the archive is damaged, after the samples before the damage.
+    """
+    wanted = {"json", *itertools.chain(*required)}
+    current, current_key, raw = -1, None, {}
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:*")
+        for index, key, extension, member in _tar_members(tar):
+            if index != current:
+                if raw is not None and current >= 0:
+                    yield current, current_key, raw
+                current, current_key = index, key
+                raw = {} if index >= start and index % parts == part else None
+            if raw is not None and extension in wanted:
+                raw[extension] = None
+                if member.size <= MAX_MEMBER_BYTES:
+                    raw[extension] = _read_member(tar, member)
+    except Exception as error:  # hostile bytes make tarfile raise nearly anything
+        if raw and missing_group(raw, required) is None and None not in raw.values():
+            yield current, current_key, raw  # the sample before the damage is whole
+        raise SampleError("shard_read", f"{type(error).__name__}: {error}") from error
+    if raw is not None and current >= 0:
+        yield current, current_key, raw
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    tar.fileobj.seek(member.offset_data)
+    data = tar.fileobj.read(member.size)
+    if len(data) != member.size:
+        raise tarfile.ReadError(f"{member.name} is cut off")
+    return data
+
+
+def missing_group(raw: dict, required) -> tuple | None:
+    return next((group for group in required if not any(extension in raw for extension in group)), None)
