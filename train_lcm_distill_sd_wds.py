@@ -170,7 +170,7 @@ def main(args):
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
     run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
     if is_main:
-        checkpointing.remove_leftovers(args.output_dir)
+        export.write_config(args.output_dir, cli.public_args(args), derived)
         cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
     sample = functools.partial(
         validation.sample_grid,
@@ -275,7 +275,7 @@ def main(args):
             state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if is_main and args.validation_steps and global_step % args.validation_steps == 0:
+        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
             sample(step=global_step)
 
     # 8. Export: a pipeline that samples with the student, its card, an upload.

@@ -35,8 +35,9 @@ DATA_FLAGS = frozenset(
 def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     """Check, before anything is loaded, that a run may write to `output_dir`; create it. Main process only.
 
-    Raises UserError when it holds anything and the run does not resume, or when it cannot be written to. With
-    `dry_run` nothing is created; the nearest existing parent is asked instead.
+    What an interrupted save left is cleared up, see `remove_leftovers`. With `dry_run` nothing is written; the nearest
+    existing parent is asked instead. Raises UserError when the folder holds anything and the run does not resume, or
+    when it cannot be written to.
     """
     output_dir = Path(output_dir)
     flag = f"--output_dir={output_dir}"
@@ -56,6 +57,7 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
         probe.unlink()
     except OSError as error:
         raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
+    remove_leftovers(output_dir)
 
 
 def completeness(checkpoint):

@@ -1,6 +1,7 @@
 """What a run leaves for others: a pipeline that stock diffusers loads, a model card, an upload."""
 
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from huggingface_hub import HfApi, ModelCard
 from common.metrics import image_grid
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset")
-NEVER_UPLOADED = ("checkpoint-*", "checkpoint-*/**", "logs/**", "*.jsonl", "STOP", "REQUEUE", "training_config.json")
 
 
 def versions():
     """{"python": ..., package: ...} of what a result depends on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def write_config(output_dir, flags, derived):
+    """Write training_config.json: the run's flags, what follows from them, the versions of what it runs on."""
+    config = {"flags": flags, "derived": derived, "versions": versions()}
+    Path(output_dir, "training_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
 def teacher_license(name, token=None):
@@ -59,13 +65,22 @@ def write_model_card(output_dir, *, title, method, teacher, data, command, snipp
 
 
 def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_message="Add the trained model"):
-    """Upload the result and its card, never checkpoints, logs or run files. Returns the address of the repository."""
+    """Upload the model and its card, and nothing else of the folder: no checkpoint, log or run file.
+
+    The model is model_index.json with its parts, U-Net folders beside them, and weights in the folder itself (a
+    LoRA). Returns the address of the repository.
+    """
+    output_dir = Path(output_dir)
+    index = output_dir / "model_index.json"
+    parts = set(json.loads(index.read_text())) if index.is_file() else set()
+    wanted = ["README.md", "sample_grid.png", "model_index.json"]
+    for path in output_dir.iterdir():
+        if path.is_dir() and (path.name in parts or path.name.startswith("unet")):
+            wanted.append(f"{path.name}/*")
+        elif path.is_file() and path.suffix == ".safetensors":
+            wanted.append(path.name)
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id or Path(output_dir).resolve().name, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=str(output_dir),
-        ignore_patterns=list(NEVER_UPLOADED),
-        commit_message=commit_message,
-    )
+    repo = api.create_repo(repo_id or output_dir.resolve().name, private=private, exist_ok=True)
+    options = {"allow_patterns": wanted, "commit_message": commit_message}
+    api.upload_folder(repo_id=repo.repo_id, folder_path=str(output_dir), **options)
     return str(repo)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import yaml
 from PIL import Image
@@ -40,9 +42,12 @@ def test_grid_has_a_row_for_each_tag(tmp_path):
     assert {(10, 10, 10), (20, 20, 20), (40, 40, 40)} <= {color for _, color in grid.getcolors(1 << 20)}
 
 
-def test_upload_leaves_out_checkpoints_and_logs(tmp_path, monkeypatch):
-    for name in ("unet/model.safetensors", "README.md", "checkpoint-5/model.safetensors", "logs/run/events",
-                 "skipped_samples.jsonl", "checkpoint-6.tmp/x"):  # fmt: skip
+def test_upload_is_the_model_and_its_card_only(tmp_path, monkeypatch):
+    index = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    model = ["unet/model.safetensors", "unet_target/model.safetensors"]
+    others = ["checkpoint-5/model.safetensors", "logs/run/events", "my logs/events", "skipped_samples.jsonl"]
+    for name in [*model, *others, "README.md", "checkpoint-6.tmp/x", "pytorch_lora_weights.safetensors"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     uploaded = {}
@@ -55,16 +60,13 @@ def test_upload_leaves_out_checkpoints_and_logs(tmp_path, monkeypatch):
             uploaded["repo"] = (name, private)
             return type("Repo", (), {"repo_id": f"me/{name}", "__str__": lambda self: "address"})()
 
-        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
+        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
             from huggingface_hub.utils import filter_repo_objects
 
             names = [str(p.relative_to(folder_path)) for p in tmp_path.rglob("*") if p.is_file()]
-            uploaded["files"] = sorted(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+            uploaded["files"] = sorted(filter_repo_objects(names, allow_patterns=allow_patterns))
 
     monkeypatch.setattr(export, "HfApi", Api)
     assert export.push_to_hub(tmp_path, None, "hf_x", True) == "address"
-    assert uploaded == {
-        "token": "hf_x",
-        "repo": (tmp_path.name, True),
-        "files": ["README.md", "unet/model.safetensors"],
-    }
+    assert uploaded["files"] == ["README.md", "model_index.json", "pytorch_lora_weights.safetensors", *model]
+    assert uploaded["token"] == "hf_x" and uploaded["repo"] == (tmp_path.name, True)
