@@ -20,12 +20,6 @@ import time
 import uuid
 from pathlib import Path
 
-import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from diffusers import DDPMScheduler, LCMScheduler
-from diffusers.optimization import get_scheduler
-from tqdm import tqdm
-
 from common import args as cli
 from common import checkpointing, export, models, validation
 from common.data import TrainingData, keyed_generator
@@ -43,6 +37,12 @@ from common.schedules import (
 )
 from common.shards import count_samples, expand_shards
 from common.solvers import DDIMSolver
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import DDPMScheduler, LCMScheduler
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
 
 
 def parse_args(argv=None):

@@ -13,6 +13,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from common import UserError
+from common.images import INTERPOLATION_TYPES
+
 import diffusers
 import torch
 import transformers
@@ -20,9 +23,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from huggingface_hub import get_token
-
-from common import UserError
-from common.images import INTERPOLATION_TYPES
 
 SECRET_FLAGS = ("hub_token",)
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")

@@ -10,11 +10,11 @@ import os
 import shutil
 from pathlib import Path
 
+from common import UserError
+
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_model, save_model
-
-from common import UserError
 
 COMPLETE = "COMPLETE"
 STATE = "training_state.json"

@@ -31,9 +31,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
 from common.shards import (
     IMAGE_KEYS,
     MAX_MEMBER_BYTES,
@@ -47,6 +44,9 @@ from common.shards import (
     open_shard,
     tar_samples,
 )
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 UNREADABLE = ("shard_open", "shard_read", "decode", "missing_caption", "too_big")  # what max_skip_ratio counts
 SKIP_WINDOW, SKIP_WINDOW_MIN = 10_000, 1_000  # samples over which max_skip_ratio is judged

@@ -5,11 +5,11 @@ import json
 import platform
 from pathlib import Path
 
+from common.metrics import image_grid
+
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
-
-from common.metrics import image_grid
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset")
 

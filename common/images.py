@@ -5,12 +5,12 @@ import io
 import random
 import warnings
 
+from common.shards import IMAGE_KEYS, TEXT_KEYS, DataError, SampleError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-from common.shards import IMAGE_KEYS, TEXT_KEYS, DataError, SampleError
 
 INTERPOLATION_TYPES = {
     "bilinear": {"mode": "bilinear", "antialias": True},

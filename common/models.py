@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from common import UserError
+from common.schedules import PREDICTION_TYPES
+
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
-
-from common import UserError
-from common.schedules import PREDICTION_TYPES
 
 NOT_TRAINED = ("safety_checker", "feature_extractor", "image_encoder")  # neither loaded nor copied into outputs
 

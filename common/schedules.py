@@ -5,9 +5,9 @@ Everything here is float32 on purpose: alphas and sigmas rounded to bfloat16 are
 
 import math
 
-import torch
-
 from common import UserError
+
+import torch
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

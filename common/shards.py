@@ -22,12 +22,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from common import UserError
+
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
-
-from common import UserError
 
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")
 TEXT_KEYS = ("text", "txt", "caption")

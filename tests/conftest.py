@@ -6,12 +6,12 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 for _name in ("HF_TOKEN", "ACCELERATE_MIXED_PRECISION", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(_name, None)
 
+from common.tools import digits  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from filelock import FileLock  # noqa: E402
-
-from common.tools import digits  # noqa: E402
 
 torch.set_num_threads(1)
 

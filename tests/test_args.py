@@ -6,10 +6,10 @@ import re
 import shlex
 import sys
 
+from common import args as cli
+
 import pytest
 import torch
-
-from common import args as cli
 
 SCRIPTS = ["train_lcm_distill_sd_wds"]
 

@@ -2,11 +2,11 @@ import json
 import os
 from pathlib import Path
 
+from common import UserError, checkpointing
+
 import pytest
 import torch
 from accelerate import Accelerator
-
-from common import UserError, checkpointing
 
 
 def setup_run(seed=0):

@@ -16,6 +16,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from common import data as data_module
+from common import shards as shards_module
+from common.data import TrainingData, keyed_generator, keyed_seed
+from common.images import INTERPOLATION_TYPES, decode_image_text
+from common.shards import SKIP_CLASSES, DataError, SampleError, count_samples, expand_shards
+
 import fsspec
 import numpy as np
 import pytest
@@ -23,12 +29,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-
-from common import data as data_module
-from common import shards as shards_module
-from common.data import TrainingData, keyed_generator, keyed_seed
-from common.images import INTERPOLATION_TYPES, decode_image_text
-from common.shards import SKIP_CLASSES, DataError, SampleError, count_samples, expand_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 R = 8

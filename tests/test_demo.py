@@ -5,15 +5,15 @@ import io
 import json
 import tarfile
 
+from common import metrics
+from common.tools import demo, digits
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
-
-from common import metrics
-from common.tools import demo, digits
 
 
 @pytest.fixture(scope="module")

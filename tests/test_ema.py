@@ -1,9 +1,9 @@
 import copy
 
+from common.ema import ema_update
+
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-from common.ema import ema_update
 
 
 def test_update_is_that_of_torch_and_changes_the_source_in_nothing():

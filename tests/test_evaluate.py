@@ -4,6 +4,19 @@ import io
 import json
 import tarfile
 
+from common.metrics import frechet_distance, image_features, kernel_distance, load_feature_network, prompt_accuracy
+from common.tools.evaluate import (
+    format_table,
+    generate_images,
+    iterate_images,
+    load_pipeline,
+    main,
+    measure,
+    parse_args,
+    reference_features,
+    reference_floor,
+)
+
 import numpy as np
 import pytest
 import torch
@@ -29,19 +42,6 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     ViTImageProcessorPil,
-)
-
-from common.metrics import frechet_distance, image_features, kernel_distance, load_feature_network, prompt_accuracy
-from common.tools.evaluate import (
-    format_table,
-    generate_images,
-    iterate_images,
-    load_pipeline,
-    main,
-    measure,
-    parse_args,
-    reference_features,
-    reference_floor,
 )
 
 SIZE = 16

@@ -1,10 +1,10 @@
 import json
 
+from common import export
+
 import numpy as np
 import yaml
 from PIL import Image
-
-from common import export
 
 
 def card(tmp_path, **changes):

@@ -1,8 +1,8 @@
+from common.losses import distance
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-from common.losses import distance
 
 
 def test_l2_is_the_mean_squared_error():

@@ -2,6 +2,18 @@
 
 import json
 
+from common.metrics import (
+    class_logits,
+    clip_score,
+    frechet_distance,
+    image_features,
+    image_grid,
+    kernel_distance,
+    load_feature_network,
+    prompt_accuracy,
+    prompt_labels,
+)
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -23,18 +35,6 @@ from transformers import (
     ViTImageProcessorPil,
 )
 from transformers.models.clip.configuration_clip import CLIPConfig
-
-from common.metrics import (
-    class_logits,
-    clip_score,
-    frechet_distance,
-    image_features,
-    image_grid,
-    kernel_distance,
-    load_feature_network,
-    prompt_accuracy,
-    prompt_labels,
-)
 
 LABELS = {0: "zero", 1: "one", 2: "two, deuce"}
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -2,11 +2,11 @@ import json
 import shutil
 from pathlib import Path
 
+from common import UserError, models
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-
-from common import UserError, models
 
 T = torch.tensor([999, 19])
 

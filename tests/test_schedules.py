@@ -1,9 +1,5 @@
 import math
 
-import pytest
-import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
-
 from common import UserError
 from common.losses import distance
 from common.schedules import (
@@ -17,6 +13,10 @@ from common.schedules import (
     to_x_0,
 )
 from common.solvers import DDIMSolver
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -8,6 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train_lcm_distill_sd_wds as lcm
+from common import checkpointing, models
+from common.data import TrainingData, keyed_generator
+from common.images import decode_image_text
+from common.shards import expand_shards
+
 import numpy as np
 import pytest
 import torch
@@ -15,12 +21,6 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import train_lcm_distill_sd_wds as lcm
-from common import checkpointing, models
-from common.data import TrainingData, keyed_generator
-from common.images import decode_image_text
-from common.shards import expand_shards
 
 ROOT = Path(lcm.__file__).parent
 

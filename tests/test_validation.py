@@ -1,10 +1,10 @@
+from common import models, validation
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, LCMScheduler
-
-from common import models, validation
 
 
 class Tracker:

@@ -17,14 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+from common import UserError, metrics
+from common import args as cli
+from common.tools import digits
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from tqdm import tqdm
-
-from common import UserError, metrics
-from common import args as cli
-from common.tools import digits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEACHERS = {"sd": ("teacher", "epsilon"), "v_prediction": ("teacher_v_prediction", "v_prediction")}
 TEACHER_STEPS = (50, 8, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
-GUIDANCE_SCALE = 1.5  # w = 0.5: closest to the data; 1 misses the digit too often, 2 loses variety
+GUIDANCE_SCALE = 2.0  # w = 1
 
 # One entry per method: its script, its flags beyond the folders, and its student's guidance_scale in the report.
 METHODS = {
@@ -42,15 +42,14 @@ METHODS = {
         "flags": {
             "resolution": digits.RESOLUTION,
             "train_batch_size": 32,
-            "max_train_steps": 400,
+            "max_train_steps": 800,
             "learning_rate": 1e-4,
-            "lr_scheduler": "cosine",
-            "lr_warmup_steps": 0,
+            "adam_weight_decay": 0.0,
             "loss_type": "huber",
             "ema_decay": 0.95,
-            "w_min": 0.0,
-            "w_max": 1.0,
-            "validation_steps": 200,
+            "w_min": 0.5,
+            "w_max": 1.5,
+            "validation_steps": 400,
         },
     },
 }
@@ -84,6 +83,7 @@ def main(args):
     build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
     build_once(output_dir / "classifier", lambda folder: digits.build_classifier(folder, seed=args.seed))
     build_once(output_dir / teacher_name, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed))
+    (output_dir / "prompts.txt").write_text("\n".join(digits.canonical_prompts(len(digits.WORDS))) + "\n")
     judge = Judge(output_dir / "classifier")
 
     # 3. The teacher, measured once.

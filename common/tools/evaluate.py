@@ -22,14 +22,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import braceexpand
-import numpy as np
-import PIL
-import torch
-from huggingface_hub import hf_hub_download
-from PIL import Image, ImageOps
-from tqdm import tqdm
-
 from common import UserError
 from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, user_errors
 from common.metrics import (
@@ -42,6 +34,14 @@ from common.metrics import (
     prompt_accuracy,
     prompt_labels,
 )
+
+import braceexpand
+import numpy as np
+import PIL
+import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

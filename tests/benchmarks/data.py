@@ -23,13 +23,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.data import TrainingData  # noqa: E402
+from common.images import decode_image_text  # noqa: E402
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import webdataset as wds  # noqa: E402
 from PIL import Image  # noqa: E402
-
-from common.data import TrainingData  # noqa: E402
-from common.images import decode_image_text  # noqa: E402
 
 SHUFFLE = 256  # samples shuffled together, on both sides
 
