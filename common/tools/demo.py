@@ -73,20 +73,23 @@ def parse_args(argv=None):
 
 @cli.user_errors
 def main(args):
-    # 1. What earlier runs left.
+    # 1. One thread unless the user says more: with any second busy process, several would wait for each other.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+    # 2. What earlier runs left.
     output_dir = Path(args.output_dir)
     open_output_dir(output_dir, args.seed, args.rebuild)
     teacher_name, prediction_type = TEACHERS[args.teacher]
     started = time.perf_counter()
 
-    # 2. Data, classifier, teacher.
+    # 3. Data, classifier, teacher.
     build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
     build_once(output_dir / "classifier", lambda folder: digits.build_classifier(folder, seed=args.seed))
     build_once(output_dir / teacher_name, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed))
     (output_dir / "prompts.txt").write_text("\n".join(digits.canonical_prompts(len(digits.WORDS))) + "\n")
     judge = Judge(output_dir / "classifier")
 
-    # 3. The teacher, measured once.
+    # 4. The teacher, measured once.
     measure_once(
         output_dir / f"{teacher_name}_metrics",
         lambda: measure_teacher(judge, output_dir / teacher_name, TEACHER_STEPS, args.seed),
@@ -95,7 +98,7 @@ def main(args):
         write_report(output_dir)
         return
 
-    # 4. The student.
+    # 5. The student.
     student_dir = output_dir / teacher_name.replace("teacher", args.method)
     recipe = METHODS[args.method]
     if (student_dir / "model_index.json").exists():
@@ -107,7 +110,7 @@ def main(args):
         lambda: measure(judge, load_pipeline(student_dir), STUDENT_STEPS, recipe["guidance_scale"], args.seed),
     )
 
-    # 5. The report.
+    # 6. The report.
     write_report(output_dir)
     print(f"finished in {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -192,9 +195,8 @@ def training_command(recipe, teacher_dir, shards_dir, student_dir, seed):
 def train(recipe, teacher_dir, shards_dir, student_dir, seed):
     command = training_command(recipe, teacher_dir, shards_dir, student_dir, seed)
     print("accelerate " + " \\\n    ".join(shlex.quote(word) for word in command), flush=True)
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command], env=environment)
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command])
     if done.returncode:
         raise UserError(f"{recipe['script']} ended with exit code {done.returncode}; its own message is above")
     print(f"trained {student_dir} in {time.perf_counter() - started:.0f} s", flush=True)
