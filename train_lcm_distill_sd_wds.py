@@ -1,4 +1,4 @@
-"""Latent consistency distillation: a Stable Diffusion teacher becomes a student that samples in 1 to 8 steps.
+"""Latent consistency distillation: a Stable Diffusion or SDXL teacher becomes a student that samples in 1 to 8 steps.
 
 The student maps every point of the teacher's guided ODE trajectory straight to its origin, and is trained to give the
 same answer at two neighbouring points of the DDIM grid; the guidance scale w is an input of the student. Paper: Latent
@@ -20,8 +20,8 @@ import time
 import uuid
 from pathlib import Path
 
+from common import UserError, checkpointing, export, models, validation
 from common import args as cli
-from common import checkpointing, export, models, validation
 from common.data import TrainingData, keyed_generator
 from common.ema import ema_update
 from common.images import decode_image_text
@@ -52,25 +52,28 @@ def parse_args(argv=None):
     cli.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
     add = parser.add_argument_group("latent consistency distillation").add_argument
     add("--init_unet", help="start from an earlier student (its folder) instead of from the teacher")
-    add("--w_min", type=cli.non_negative_float, default=5.0, help="smallest guidance w; guidance_scale is w + 1")
+    add("--w_min", type=cli.non_negative_float, help="smallest guidance w, guidance_scale is w + 1; SD: 5, SDXL: 3")
     add("--w_max", type=cli.non_negative_float, default=15.0, help="largest guidance w")
     add("--num_ddim_timesteps", type=cli.positive_int, default=50, help="points of the DDIM grid")
     add("--loss_type", choices=LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
     add("--unet_time_cond_proj_dim", type=cli.positive_int, default=256, help="width of the embedding of w")
-    add("--vae_encode_batch_size", type=cli.positive_int, default=32, help="images that the VAE encodes at once")
     add("--timestep_scaling_factor", type=cli.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out")
     add("--ema_decay", type=cli.fraction, default=0.95, help="of the target network")
     add("--validation_guidance_scale", type=cli.positive_float, help="default: 8, moved into the trained range")
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
-    if args.w_min > args.w_max:
-        parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.unet_time_cond_proj_dim < 4 or args.unet_time_cond_proj_dim % 2:
         parser.error("--unet_time_cond_proj_dim must be an even number of at least 4")
+    return args
+
+
+def resolve_defaults(args, is_sdxl):
+    cli.resolve_teacher_defaults(args, is_sdxl, {"w_min": 3.0 if is_sdxl else 5.0})
+    if args.w_min > args.w_max:
+        raise UserError(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.validation_guidance_scale is None:
         args.validation_guidance_scale = min(max(8.0, args.w_min + 1.0), args.w_max + 1.0)
-    return args
 
 
 @cli.user_errors
@@ -83,6 +86,7 @@ def main(args):
     teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
     teacher_options["revision"] = args.teacher_revision or args.revision
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
+    resolve_defaults(args, config["is_sdxl"])
     models.check_resolution(config, args.resolution)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
@@ -136,9 +140,10 @@ def main(args):
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
     teacher_unet = teacher.unet.to(device, teacher_dtype)
-    teacher.vae.to(device, weight_dtype)
-    teacher.text_encoder.to(device, weight_dtype)
-    uncond_prompt_embeds = models.encode_prompts(teacher, [""])  # (1, 77, d)
+    teacher.vae.to(device, models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path))
+    for text_encoder in models.text_encoders(teacher):
+        text_encoder.to(device, weight_dtype)
+    uncond = models.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
     unet = models.make_student(teacher_unet, args.unet_time_cond_proj_dim, args.init_unet)
@@ -197,7 +202,9 @@ def main(args):
             generator = keyed_generator(args.seed, "lcm", batch["micro_batch"], device)
             images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
             latents = models.encode_images(teacher.vae, images, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
-            prompt_embeds = models.encode_prompts(teacher, batch["captions"])  # (B, 77, d)
+            origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
+            time_ids = models.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            cond = models.conditioning(teacher, batch["captions"], time_ids)
             batch_size = len(latents)
 
             # 7.2 Draw t_{n+k} on the DDIM grid, and t_n one grid step below it.
@@ -223,10 +230,10 @@ def main(args):
                 teacher_output = teacher_unet(
                     noisy_latents.repeat(2, 1, 1, 1).to(teacher_dtype),
                     start_timesteps.repeat(2),
-                    torch.cat([prompt_embeds, uncond_prompt_embeds.expand_as(prompt_embeds)]).to(teacher_dtype),
+                    **models.concat_conditioning(cond, uncond, teacher_dtype),
                 ).sample.float()
-                cond, uncond = teacher_output.chunk(2)
-                guided = cond + append_dims(w, 4) * (cond - uncond)
+                cond_output, uncond_output = teacher_output.chunk(2)
+                guided = cond_output + append_dims(w, 4) * (cond_output - uncond_output)
                 pred_x_0 = to_x_0(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
                 pred_eps = to_eps(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
 
@@ -235,13 +242,13 @@ def main(args):
 
                 # 7.8 Target: f(z_{t_n}, t_n, c, w) of the EMA network.
                 with accelerator.autocast():
-                    target_output = target_unet(z_prev, timesteps, prompt_embeds, timestep_cond=timestep_cond).sample
+                    target_output = target_unet(z_prev, timesteps, timestep_cond=timestep_cond, **cond).sample
                 alpha_t, sigma_t = (append_dims(x[timesteps], 4) for x in (alpha, sigma))
                 target_x_0 = to_x_0(target_output.float(), z_prev, alpha_t, sigma_t, prediction_type)
                 target = c_skip * z_prev + c_out * target_x_0
 
             # 7.9 Student: f(z_{t_{n+k}}, t_{n+k}, c, w).
-            output = unet(noisy_latents, start_timesteps, prompt_embeds, timestep_cond=timestep_cond).sample
+            output = unet(noisy_latents, start_timesteps, timestep_cond=timestep_cond, **cond).sample
             student_x_0 = to_x_0(output.float(), noisy_latents, alpha_start, sigma_start, prediction_type)
             model_pred = c_skip_start * noisy_latents + c_out_start * student_x_0
 

@@ -123,6 +123,8 @@ def add_teacher_arguments(parser):
     add("--revision", help="hub revision of everything without a revision flag of its own")
     add("--variant", help="weight files to load, such as fp16")
     add("--cache_dir", help="where hub downloads are kept")
+    add("--vae_encode_batch_size", type=positive_int, help="images that the VAE encodes at once; SD: 32, SDXL: 8")
+    add("--use_fix_crop_and_size", action="store_true", help="SDXL: say of every sample that it was never cropped")
     yes_no = argparse.BooleanOptionalAction
     add("--cast_teacher_unet", action=yes_no, default=True, help="run the teacher in the dtype of --mixed_precision")
 
@@ -130,7 +132,7 @@ def add_teacher_arguments(parser):
 def add_data_arguments(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", required=True, help="tars (braces, globs, http://, pipe:) or an image folder")
-    add("--resolution", type=positive_int, default=512, help="side of the square training images, in pixels")
+    add("--resolution", type=positive_int, help="side of the square training images, in pixels; SD: 512, SDXL: 1024")
     add("--interpolation_type", default="bilinear", choices=INTERPOLATION_TYPES, help="how images are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
@@ -209,6 +211,16 @@ def check_training_arguments(parser, args):
     if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
         parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
     args.validation_prompts = read_prompts(parser, args.validation_prompts)
+
+
+def resolve_teacher_defaults(args, is_sdxl, method_defaults):
+    """Fill in the flags whose default depends on the teacher: SDXL's images and latents are larger."""
+    defaults = {"resolution": 1024, "vae_encode_batch_size": 8} if is_sdxl else {}
+    for name, value in ({"resolution": 512, "vae_encode_batch_size": 32} | defaults | method_defaults).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.use_fix_crop_and_size and not is_sdxl:
+        raise UserError("--use_fix_crop_and_size is for SDXL teachers and this is none; drop it")
 
 
 def check_trackers(parser, report_to):

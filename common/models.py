@@ -1,4 +1,4 @@
-"""Teachers (Stable Diffusion layout), students and what they are conditioned on."""
+"""Teachers (Stable Diffusion and SDXL layout), students and what they are conditioned on."""
 
 from pathlib import Path
 
@@ -6,19 +6,30 @@ from common import UserError
 from common.schedules import PREDICTION_TYPES
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 NOT_TRAINED = ("safety_checker", "feature_extractor", "image_encoder")  # neither loaded nor copied into outputs
+SDXL_DEFAULTS = {"resolution": 1024, "vae_encode_batch_size": 8, "w_min": 3.0}  # w_min: of full students, not LoRAs
+REFINER = "the SDXL refiner, which starts from a finished image; use an SDXL base model"
+NUM_TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
 
 def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
-    """The configurations of a teacher, without its weights: {"model_index", "unet", "vae", "scheduler",
-    "text_encoder"}.
+    """The configurations of a teacher, without its weights: {"is_sdxl", "model_index", "unet", "vae", "scheduler",
+    "text_encoder"}, and "text_encoder_2" of SDXL.
 
-    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing, partial, not a
-    text-to-image latent diffusion model, or cannot be distilled (see `check_schedule`).
+    name: a folder or hub repository in diffusers layout, or one `.safetensors` file. Raises UserError when it is
+    missing, partial, not a text-to-image latent diffusion model, or cannot be distilled (see `check_schedule`).
     """
     flag = f"--pretrained_teacher_model={name}"
     folder = Path(name)
@@ -31,14 +42,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
         index = DiffusionPipeline.load_config(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({_line(error)})") from None
-    parts = {part: index.get(part, [None, None])[1] for part in ("unet", "vae", "text_encoder", "scheduler")}
-    wanted = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
-    wanted["text_encoder"] = ("CLIPTextModel", "CLIPTextModelWithProjection")
-    for part, classes in wanted.items():
-        if parts[part] not in classes:
-            raise UserError(f"{flag}: not a text-to-image latent diffusion teacher, its {part} is {parts[part]}")
-    if "text_encoder_2" in index:
-        raise UserError(f"{flag}: an SDXL teacher, which is not trained yet; use an SD1.x or SD2.x teacher")
+    sdxl = _check_kind(flag, index)
     for part in [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]:
         if folder.is_dir() and part not in NOT_TRAINED:
             _check_part(flag, folder / part, variant)
@@ -47,23 +51,61 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
             "unet": UNet2DConditionModel.load_config(name, subfolder="unet", **options),
             "vae": AutoencoderKL.load_config(name, subfolder="vae", **options),
             "scheduler": DDPMScheduler.load_config(name, subfolder="scheduler", **options),
-            "text_encoder": CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", **options),
         }
+        for part in ("text_encoder", "text_encoder_2")[: 1 + sdxl]:
+            configs[part] = CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: a part of the teacher is missing or unreadable ({_line(error)})") from None
-    check_unet(flag, configs["unet"], configs["vae"])
-    check_schedule(flag, configs["scheduler"])
-    return {"model_index": index} | configs
+    return _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
 
 
 def _read_single_file(flag, name, cache_dir):
     if not Path(name).is_file():
         raise UserError(f"{flag}: there is no such file")
+    try:
+        if _single_file_kind(name) == "refiner":
+            raise UserError(f"{flag}: {REFINER}")
+    except SafetensorError as error:
+        raise UserError(f"{flag}: the file is damaged or no safetensors file ({_line(error)})") from None
     pipeline = load_teacher(name, cache_dir=cache_dir)  # one file holds no configuration: it is read off the weights
-    configs = {part: dict(getattr(pipeline, part).config) for part in ("unet", "vae", "scheduler")}
-    check_unet(flag, configs["unet"], configs["vae"])
-    check_schedule(flag, configs["scheduler"])
-    return {"model_index": dict(pipeline.config), "text_encoder": pipeline.text_encoder.config} | configs
+    configs = {"is_sdxl": is_sdxl(pipeline), "model_index": dict(pipeline.config)}
+    configs |= {part: dict(getattr(pipeline, part).config) for part in ("unet", "vae", "scheduler")}
+    names = ("text_encoder", "text_encoder_2")[: 1 + is_sdxl(pipeline)]
+    return _checked_config(flag, configs | {part: getattr(pipeline, part).config for part in names})
+
+
+def _single_file_kind(name):
+    """What a checkpoint in one file is, by the names of its tensors: "sd", "sdxl" or "refiner"."""
+    with safe_open(name, framework="pt") as file:
+        embedders = {key.split(".")[2] for key in file.keys() if key.startswith("conditioner.embedders.")}
+    return "sd" if not embedders else "sdxl" if "1" in embedders else "refiner"
+
+
+def _check_kind(flag, index):
+    """Whether model_index.json is SDXL's; UserError unless it names what a teacher of its kind consists of."""
+    parts = {part: value[1] for part, value in index.items() if isinstance(value, list)}
+    sdxl = parts.get("text_encoder_2") is not None or parts.get("tokenizer_2") is not None
+    if sdxl and (parts.get("text_encoder") is None or index.get("requires_aesthetics_score")):
+        raise UserError(f"{flag}: {REFINER}")
+    wanted = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
+    wanted["text_encoder"] = ("CLIPTextModel",) if sdxl else ("CLIPTextModel", "CLIPTextModelWithProjection")
+    if sdxl:
+        wanted["text_encoder_2"] = ("CLIPTextModelWithProjection",)
+    for tokenizer in ("tokenizer", "tokenizer_2")[: 1 + sdxl]:
+        wanted[tokenizer] = ("CLIPTokenizer", "CLIPTokenizerFast")
+    kind = "an SDXL" if sdxl else "a text-to-image latent diffusion"
+    for part, classes in wanted.items():
+        if parts.get(part) not in classes:
+            raise UserError(f"{flag}: not {kind} teacher, its {part} is {parts.get(part)}")
+    return sdxl
+
+
+def _checked_config(flag, config):
+    check_unet(flag, config["unet"], config["vae"], config.get("text_encoder_2"))
+    check_schedule(flag, config["scheduler"])
+    if not config["is_sdxl"] and config["vae"].get("latents_mean") is not None:
+        raise UserError(f"{flag}: its VAE has latents_mean, which the Stable Diffusion pipeline does not undo")
+    return config
 
 
 def _line(error):
@@ -82,17 +124,29 @@ def _check_part(flag, folder, variant):
         raise UserError(f"{flag}: the teacher is partial, its folder {folder.name}/ has no {what}")
 
 
-def check_unet(flag, unet, vae):
-    """UserError unless the U-Net's configuration denoises this VAE's latents and is conditioned on text alone."""
+def check_unet(flag, unet, vae, text_encoder_2=None):
+    """UserError unless the U-Net's configuration denoises this VAE's latents and is conditioned on text alone, of SDXL
+    (which `text_encoder_2`'s configuration tells) on text and sizes."""
     channels = vae.get("latent_channels", 4)
     if unet["in_channels"] != channels or unet["out_channels"] != channels:
         raise UserError(
             f"{flag}: not a text-to-image teacher, its U-Net maps {unet['in_channels']} to {unet['out_channels']} "
             f"channels where the VAE has {channels} (inpainting and editing models cannot be used)"
         )
+    addition = None if text_encoder_2 is None else "text_time"
+    if addition and unet.get("addition_embed_type") != addition:
+        has = unet.get("addition_embed_type")
+        raise UserError(f"{flag}: its U-Net has addition_embed_type={has!r} where SDXL's is {addition!r}")
     for key in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"):
-        if unet.get(key) is not None:
+        if unet.get(key) not in (None, addition):
             raise UserError(f"{flag}: its U-Net has {key}={unet[key]!r}, only text conditioning is supported")
+    if addition:
+        width = text_encoder_2.projection_dim + NUM_TIME_IDS * unet["addition_time_embed_dim"]
+        if unet["projection_class_embeddings_input_dim"] != width:
+            raise UserError(
+                f"{flag}: its U-Net takes {unet['projection_class_embeddings_input_dim']} numbers beside the text "
+                f"where SDXL's sizes and its text_encoder_2 make {width}"
+            )
     if unet.get("time_cond_proj_dim") is not None:
         raise UserError(f"{flag}: its U-Net is already distilled (time_cond_proj_dim); use it as --init_unet instead")
 
@@ -121,7 +175,10 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
     options = {"cache_dir": cache_dir, "dtype": torch.float32}
     parts = options | replaced
     if Path(name).suffix == ".safetensors":
-        pipeline = StableDiffusionPipeline.from_single_file(name, safety_checker=None, **parts)
+        if _single_file_kind(name) == "sdxl":
+            pipeline = StableDiffusionXLPipeline.from_single_file(name, **parts)
+        else:
+            pipeline = StableDiffusionPipeline.from_single_file(name, safety_checker=None, **parts)
     else:
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
         skipped = {part: None for part in NOT_TRAINED if part in index}
@@ -136,6 +193,23 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
             module.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def is_sdxl(pipeline):
+    return getattr(pipeline, "text_encoder_2", None) is not None
+
+
+def text_encoders(pipeline):
+    """The pipeline's one (SD) or two (SDXL) text encoders."""
+    return [pipeline.text_encoder, pipeline.text_encoder_2] if is_sdxl(pipeline) else [pipeline.text_encoder]
+
+
+def vae_dtype(config, weight_dtype, other_vae=None):
+    """The dtype that the VAE computes in: `weight_dtype`, but float32 for SDXL's own VAE, which overflows in float16.
+
+    config: as from `read_teacher_config`. other_vae: the name of a VAE that replaces the teacher's, or None.
+    """
+    return torch.float32 if config["is_sdxl"] and other_vae is None else weight_dtype
 
 
 def make_student(teacher_unet, time_cond_proj_dim, init_unet=None):
@@ -163,12 +237,78 @@ def make_student(teacher_unet, time_cond_proj_dim, init_unet=None):
 @torch.no_grad()
 def encode_prompts(pipeline, prompts):
     """Text embeddings as the stock pipeline makes them: list of B strings -> (B, 77, d), the text encoder's dtype."""
-    return pipeline.encode_prompt(prompts, pipeline.text_encoder.device, 1, False)[0]
+    return conditioning(pipeline, prompts)["encoder_hidden_states"]
+
+
+@torch.no_grad()
+def conditioning(pipeline, captions, time_ids=None):
+    """The keyword arguments that tell a U-Net the captions, as the stock pipeline makes them.
+
+    captions: B strings. time_ids: (B, 6) as from `time_ids`; used by SDXL alone. Returns {"encoder_hidden_states":
+    (B, 77, d)} and for SDXL "added_cond_kwargs": {"text_embeds": (B, p), "time_ids": (B, 6)} too: embeddings in the
+    text encoders' dtype, time_ids as they are, all on the text encoders' device.
+    """
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    encoded = pipeline.encode_prompt(captions, device=pipeline.text_encoder.device, **options)
+    cond = {"encoder_hidden_states": encoded[0]}
+    if is_sdxl(pipeline):
+        cond["added_cond_kwargs"] = {"text_embeds": encoded[2]}
+        if time_ids is not None:
+            cond["added_cond_kwargs"]["time_ids"] = time_ids.to(encoded[0].device)
+    return cond
+
+
+@torch.no_grad()
+def uncond_conditioning(pipeline):
+    """`conditioning` without a caption for one sample, (1, 77, d) and (1, p), without time_ids; made once for a run.
+
+    It is the empty prompt's; zeros for an SDXL with `force_zeros_for_empty_prompt`.
+    """
+    uncond = conditioning(pipeline, [""])
+    if is_sdxl(pipeline) and pipeline.config.force_zeros_for_empty_prompt:
+        uncond["encoder_hidden_states"].zero_()
+        uncond["added_cond_kwargs"]["text_embeds"].zero_()
+    return uncond
+
+
+def concat_conditioning(cond, uncond, dtype=None):
+    """Keyword arguments for one forward over 2B samples: B as in `cond`, then the same B without their captions.
+
+    cond: as from `conditioning`; uncond: as from `uncond_conditioning`. The second half has the first half's time_ids.
+    dtype: what the embeddings are cast to; time_ids stay integers.
+    """
+
+    def concat(with_caption, without):
+        return torch.cat([with_caption, without.expand_as(with_caption)]).to(dtype or with_caption.dtype)
+
+    both = {"encoder_hidden_states": concat(cond["encoder_hidden_states"], uncond["encoder_hidden_states"])}
+    if "added_cond_kwargs" in cond:
+        added = cond["added_cond_kwargs"]
+        both["added_cond_kwargs"] = {
+            "text_embeds": concat(added["text_embeds"], uncond["added_cond_kwargs"]["text_embeds"]),
+            "time_ids": added["time_ids"].repeat(2, 1),
+        }
+    return both
+
+
+def time_ids(original_sizes, crop_top_lefts, resolution, fix_crop_and_size=False):
+    """What SDXL is told of a sample's origin: int64 (B, 6), original height and width, crop top
+    and left, target height and width.
+
+    original_sizes: int64 (B, 2), (height, width) before the resize. crop_top_lefts: int64 (B, 2), (top, left) of the
+    crop. resolution: in pixels. fix_crop_and_size: say of every sample that it was never resized or cropped, as the
+    pipeline does by default. Integers, so that no cast to a half precision rounds them.
+    """
+    target_sizes = torch.full_like(original_sizes, resolution)
+    if fix_crop_and_size:
+        original_sizes, crop_top_lefts = target_sizes, torch.zeros_like(crop_top_lefts)
+    return torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1)
 
 
 @torch.no_grad()
 def encode_images(vae, images, generator, batch_size):
-    """Latents z_0 = (sample of the posterior - shift) * scaling_factor, float32.
+    """Latents z_0 = (sample of the posterior - shift) * scaling_factor, float32; with the VAE's latents_mean and
+    latents_std (4,), z_0 = (sample - mean) / std * scaling_factor, what the SDXL pipeline undoes.
 
     images: uint8 (B, 3, H, W) on the VAE's device, encoded `batch_size` at a time in the VAE's dtype. generator: the
     device generator of the posterior's noise. Returns (B, 4, h, w).
@@ -178,7 +318,24 @@ def encode_images(vae, images, generator, batch_size):
     mean, logvar = moments.chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     latents = mean + noise * (0.5 * logvar.clamp(-30.0, 20.0)).exp()
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    shift, scale = _shift_and_scale(vae)
+    return (latents - shift) * scale
+
+
+@torch.no_grad()
+def decode_latents(vae, latents):
+    """The inverse of `encode_images`: latents z_0 (B, 4, h, w) -> images (B, 3, H, W) float32, about -1 to 1."""
+    shift, scale = _shift_and_scale(vae)
+    return vae.decode((latents.float() / scale + shift).to(vae.dtype)).sample.float()
+
+
+def _shift_and_scale(vae):
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    if vae.config.latents_mean is not None and vae.config.latents_std is not None:
+        mean, std = vae.config.latents_mean, vae.config.latents_std
+        shift, std = (torch.tensor(x, device=vae.device).view(1, -1, 1, 1) for x in (mean, std))
+        scale = scale / std
+    return shift, scale
 
 
 def check_resolution(config, resolution):
@@ -200,24 +357,30 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
     configuration adds. Returns {"unet_parameters", "vae_parameters", "text_encoder_parameters",
     "unet_forward_flops", "vae_encode_flops", "text_encode_flops"}.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel.from_config(dict(config["unet"]) | student_overrides).eval()
         vae = AutoencoderKL.from_config(config["vae"]).eval()
-        text_encoder = CLIPTextModel(config["text_encoder"]).eval()
+        encoders = [CLIPTextModel(config["text_encoder"]).eval()]
         size = resolution // vae_scale_factor(config["vae"])
         latents = torch.empty(1, unet.config.in_channels, size, size)
-        text = torch.empty(1, 77, unet.config.cross_attention_dim)
-        w = unet.config.time_cond_proj_dim and torch.empty(1, unet.config.time_cond_proj_dim)
-        with torch.no_grad(), FlopCounterMode(display=False) as unet_flops:
-            unet(latents, torch.empty(1, dtype=torch.long), encoder_hidden_states=text, timestep_cond=w)
-        with torch.no_grad(), FlopCounterMode(display=False) as vae_flops:
+        cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim)}
+        if "text_encoder_2" in config:
+            encoders.append(CLIPTextModelWithProjection(config["text_encoder_2"]).eval())
+            pooled = torch.empty(1, config["text_encoder_2"].projection_dim)
+            cond["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, NUM_TIME_IDS)}
+        if unet.config.time_cond_proj_dim:
+            cond["timestep_cond"] = torch.empty(1, unet.config.time_cond_proj_dim)
+        with FlopCounterMode(display=False) as unet_flops:
+            unet(latents, torch.empty(1, dtype=torch.long), **cond)
+        with FlopCounterMode(display=False) as vae_flops:
             vae.encode(torch.empty(1, vae.config.in_channels, resolution, resolution))
-        with torch.no_grad(), FlopCounterMode(display=False) as text_flops:
-            text_encoder(torch.empty(1, 77, dtype=torch.long))
+        with FlopCounterMode(display=False) as text_flops:
+            for encoder in encoders:
+                encoder(torch.empty(1, 77, dtype=torch.long))
     return {
         "unet_parameters": sum(p.numel() for p in unet.parameters()),
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
-        "text_encoder_parameters": sum(p.numel() for p in text_encoder.parameters()),
+        "text_encoder_parameters": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
         "unet_forward_flops": unet_flops.get_total_flops(),
         "vae_encode_flops": vae_flops.get_total_flops(),
         "text_encode_flops": text_flops.get_total_flops(),

@@ -2,36 +2,40 @@
 
 import contextlib
 
-import numpy as np
+from common import models
+
 import torch
 
 
 def make_pipeline(teacher, unet, scheduler):
     """A pipeline like `teacher` around other modules that are already loaded; nothing is read or copied."""
     parts = teacher.components | {"unet": unet, "scheduler": scheduler}
-    safety = {"requires_safety_checker": False} if "safety_checker" in parts else {}
-    pipeline = type(teacher)(**parts, **safety)
+    options = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    if models.is_sdxl(teacher):
+        options["force_zeros_for_empty_prompt"] = teacher.config.force_zeros_for_empty_prompt
+    pipeline = type(teacher)(**parts, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
-def sample_images(pipeline, prompts, num_inference_steps, seed, resolution, **kwargs):
+def sample_images(pipeline, prompts, num_inference_steps, seed, resolution, autocast, **kwargs):
     """One image per prompt as uint8 (N, H, W, 3). Image i has a CPU generator of its own, seeded seed + i, so that
-    neither the batch nor the run's own generators matter. kwargs go to the pipeline (guidance_scale)."""
-    images = [
-        pipeline(
-            prompt,
-            num_inference_steps=num_inference_steps,
-            generator=torch.Generator("cpu").manual_seed(seed + i),
-            height=resolution,
-            width=resolution,
-            output_type="np",
-            **kwargs,
-        ).images[0]
-        for i, prompt in enumerate(prompts)
-    ]
-    return (np.stack(images) * 255.0).round().clip(0, 255).astype(np.uint8)
+    neither the batch nor the run's own generators matter. kwargs go to the pipeline (guidance_scale).
+
+    autocast: makes the context that the U-Net runs under. The VAE runs outside it, in its own dtype: SDXL's overflows
+    in float16.
+    """
+    size = {"height": resolution, "width": resolution}
+    images = []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator("cpu").manual_seed(seed + i)
+        options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "latent"}
+        with autocast():
+            latents = pipeline(prompt, **options, **size, **kwargs).images  # (1, 4, h, w)
+        images.append(models.decode_latents(pipeline.vae, latents)[0])  # (3, H, W)
+    pixels = ((torch.stack(images) / 2 + 0.5).clamp(0, 1) * 255.0).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 @contextlib.contextmanager
@@ -54,12 +58,12 @@ def sample_grid(
     the pipeline. Returns {tag: uint8 (N, H, W, 3)} with the tags `validation/NAME_K_steps`.
     """
     images = {}
-    with eval_mode(*unets.values()), accelerator.autocast():
+    with eval_mode(*unets.values()):
         for name, unet in unets.items():
             pipeline = make_pipeline(teacher, unet, scheduler)
             for steps in num_inference_steps:
                 images[f"validation/{name}_{steps}_steps"] = sample_images(
-                    pipeline, prompts, steps, seed, resolution, **kwargs
+                    pipeline, prompts, steps, seed, resolution, accelerator.autocast, **kwargs
                 )
     log_images(accelerator.trackers, images, step)
     return images

@@ -379,6 +379,8 @@ def test_image_folder_as_data(tmp_path, flags):
     [
         ({"pretrained_teacher_model": "/no/such/teacher"}, "--pretrained_teacher_model=/no/such/teacher"),
         ({"train_shards_path_or_url": "/no/such/{0..3}.tar"}, "--train_shards_path_or_url"),
+        ({"w_min": 9, "w_max": 3}, "--w_min=9.0 is larger than --w_max=3.0; swap them"),
+        ({"use_fix_crop_and_size": True}, "--use_fix_crop_and_size is for SDXL"),
         ({"resolution": 17}, "--resolution=17 is not a multiple of 2"),
         ({"num_ddim_timesteps": 30}, "--num_ddim_timesteps=30 must divide 1000"),
         ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),

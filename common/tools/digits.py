@@ -2,7 +2,8 @@
 
 The images are UCI's "Optical Recognition of Handwritten Digits" (CC BY 4.0), as scikit-learn ships them: 8x8 pixels,
 here enlarged to 16x16 RGB, white on black. The teacher is a Stable Diffusion checkpoint in everything but its size:
-AutoencoderKL, CLIPTextModel with its CLIPTokenizer, UNet2DConditionModel, scheduler and model_index.json.
+AutoencoderKL, CLIPTextModel with its CLIPTokenizer, UNet2DConditionModel, scheduler and model_index.json; with
+`sdxl=True` an SDXL checkpoint: two text encoders and tokenizers, a U-Net that is told sizes and crops.
 Left out: no image encoder, no safety checker, and the text encoder, which real checkpoints take ready-made,
 is trained together with the U-Net. Everything is fixed by its seed.
 """
@@ -14,14 +15,18 @@ import math
 import tarfile
 from pathlib import Path
 
+from common import models
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -31,6 +36,7 @@ from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     ResNetConfig,
     ResNetForImageClassification,
@@ -151,7 +157,7 @@ def _write_shard(folder, shard, samples):
 # Tokenizer
 
 
-def build_tokenizer():
+def build_tokenizer(pad_token="<|endoftext|>"):
     """A CLIPTokenizer with one token for each word of the captions; any other text falls back to its bytes."""
     words = sorted({word for template in TEMPLATES for word in template.replace(",", "").split()} - {"{}"})
     letters = list(_byte_letters())
@@ -167,7 +173,7 @@ def build_tokenizer():
             merged += symbol
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, pad_token=pad_token)
 
 
 def _byte_letters():
@@ -202,28 +208,40 @@ def build_teacher(
     unet_channels=(32, 64),
     unet_batch_size=64,
     unet_learning_rate=2e-3,
+    sdxl=False,
 ):
-    """Train the autoencoder, then text encoder and U-Net together, and save a StableDiffusionPipeline."""
+    """Train the autoencoder, then text encoders and U-Net together; save a StableDiffusion(XL)Pipeline."""
     torch.manual_seed(seed)
     (images, labels), _ = load_split()
     pixels, labels = to_tensor(images), torch.from_numpy(labels)
 
     vae = train_vae(pixels, vae_steps)
-    tokenizer = build_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            projection_dim=64,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    pipeline = untrained_pipeline(vae, prediction_type, unet_channels, sdxl)
+    train_unet(pipeline, pixels, labels, unet_steps, unet_batch_size, unet_learning_rate)
+    pipeline.save_pretrained(output_dir)
+    for name in ("tokenizer", "tokenizer_2")[: 1 + sdxl]:
+        save_tokenizer_files(getattr(pipeline, name), Path(output_dir) / name)
+    kind = "SDXL" if sdxl else "Stable Diffusion"
+    empty = "10 % captions left out, as zeros" if sdxl else "10 % empty prompts"
+    write_card(
+        output_dir,
+        f"A small {kind} of handwritten digits",
+        f"{RESOLUTION} pixels, prediction_type {prediction_type}, seed {seed}: {vae_steps} steps of the autoencoder, "
+        f"{unet_steps} of U-Net and text encoder (batch {unet_batch_size}), {empty}. "
+        f'Prompts such as "{CANONICAL_TEMPLATE.format("three")}"; guidance_scale 2.',
     )
+
+
+def untrained_pipeline(vae, prediction_type, unet_channels, sdxl):
+    """`vae` and random weights: one text encoder 64 wide, or, as in SDXL, two that are 32 wide, one of them pooled."""
+    width = 32 if sdxl else 64
+    tokenizer = build_tokenizer()
+    text_encoder = CLIPTextModel(text_config(tokenizer, width))
+    addition = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": width + 6 * 8,
+    }
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 2,
         in_channels=4,
@@ -235,43 +253,49 @@ def build_teacher(
         cross_attention_dim=64,
         attention_head_dim=4,
         norm_num_groups=8,
+        **(addition if sdxl else {}),
     )
-    scheduler = PNDMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        skip_prk_steps=True,
-        prediction_type="epsilon" if prediction_type == "sample" else prediction_type,
-    )
-    if prediction_type == "sample":  # PNDM knows no x_0 prediction
-        config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-        scheduler = DDIMScheduler.from_config({**config, "prediction_type": "sample", "clip_sample": False})
+    scheduler = build_scheduler(prediction_type, sdxl)
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
+    if not sdxl:
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    parts["tokenizer_2"] = build_tokenizer(pad_token="!")
+    parts["text_encoder_2"] = CLIPTextModelWithProjection(text_config(parts["tokenizer_2"], width))
+    return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True, add_watermarker=False)
 
-    train_unet(
-        unet, text_encoder, tokenizer, scheduler, vae, pixels, labels, unet_steps, unet_batch_size, unet_learning_rate
+
+def text_config(tokenizer, width):
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(output_dir)
-    save_tokenizer_files(tokenizer, Path(output_dir) / "tokenizer")
-    write_card(
-        output_dir,
-        "A small Stable Diffusion of handwritten digits",
-        f"{RESOLUTION} pixels, prediction_type {prediction_type}, seed {seed}: {vae_steps} steps of the autoencoder, "
-        f"{unet_steps} of U-Net and text encoder (batch {unet_batch_size}), 10 % empty prompts. "
-        f'Prompts such as "{CANONICAL_TEMPLATE.format("three")}"; guidance_scale 1.5.',
-    )
+
+def build_scheduler(prediction_type, sdxl):
+    """What the checkpoints ship with: PNDM in Stable Diffusion, Euler in SDXL; DDIM where those know no x_0."""
+    schedule = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "prediction_type": prediction_type,
+    }
+    if prediction_type == "sample":
+        return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False)
+    if sdxl:
+        return EulerDiscreteScheduler(**schedule, timestep_spacing="leading")
+    return PNDMScheduler(**schedule, skip_prk_steps=True)
 
 
 def train_vae(pixels, steps, batch_size=64, learning_rate=2e-3, kl_weight=1e-3):
@@ -327,14 +351,18 @@ def encode(vae, pixels):
     return torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
 
 
-def train_unet(unet, text_encoder, tokenizer, scheduler, vae, pixels, labels, steps, batch_size, learning_rate):
+def train_unet(pipeline, pixels, labels, steps, batch_size, learning_rate):
     """Ordinary diffusion training, with one caption template a step; what stays in the models is their average."""
+    vae, unet = pipeline.vae, pipeline.unet
+    text_encoders = models.text_encoders(pipeline)
+    tokenizers = [getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")[: len(text_encoders)]]
     latent_mean, latent_std = encode(vae, pixels)
-    token_ids = torch.stack([tokenize(tokenizer, [t.format(w) for w in WORDS] + [""]) for t in TEMPLATES])
-    alphas_cumprod = scheduler.alphas_cumprod.view(-1, 1, 1, 1)
-    prediction_type = scheduler.config.prediction_type
+    captions = [[template.format(word) for word in WORDS] + [""] for template in TEMPLATES]
+    token_ids = [[tokenize(tokenizer, texts) for tokenizer in tokenizers] for texts in captions]  # each (11, 77)
+    alphas_cumprod = pipeline.scheduler.alphas_cumprod.view(-1, 1, 1, 1)
+    prediction_type = pipeline.scheduler.config.prediction_type
 
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    parameters = [*unet.parameters(), *(p for text_encoder in text_encoders for p in text_encoder.parameters())]
     averages = [parameter.detach().clone() for parameter in parameters]
     averaged_steps = max(steps // 20, 1)
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.01)
@@ -352,8 +380,7 @@ def train_unet(unet, text_encoder, tokenizer, scheduler, vae, pixels, labels, st
 
         prompt = torch.where(torch.rand(batch_size) < 0.1, 10, labels[index])  # 10 % empty
         template = torch.randint(len(TEMPLATES), ()).item()
-        prompt_embeds = text_encoder(token_ids[template])[0][prompt]  # (B, 77, 64)
-        prediction = unet(noisy_latents, timesteps, prompt_embeds).sample
+        prediction = unet(noisy_latents, timesteps, **condition(text_encoders, token_ids[template], prompt)).sample
         if prediction_type == "epsilon":
             loss = F.mse_loss(prediction, noise)
         elif prediction_type == "v_prediction":
@@ -372,7 +399,26 @@ def train_unet(unet, text_encoder, tokenizer, scheduler, vae, pixels, labels, st
     for parameter, average in zip(parameters, averages, strict=True):
         parameter.data.copy_(average)
     unet.eval().requires_grad_(False)
-    text_encoder.eval().requires_grad_(False)
+    for text_encoder in text_encoders:
+        text_encoder.eval().requires_grad_(False)
+
+
+def condition(text_encoders, token_ids, prompt):
+    """What the U-Net is told, with gradients: the captions `prompt` (B,) out of eleven, the last of them empty.
+
+    token_ids: (11, 77) for each encoder. As in SDXL, two encoders give their states before the last layer, the second
+    its pooled state too, and no caption is all zeros.
+    """
+    if len(text_encoders) == 1:
+        return {"encoder_hidden_states": text_encoders[0](token_ids[0])[0][prompt]}  # (B, 77, 64)
+    outputs = [e(ids, output_hidden_states=True) for e, ids in zip(text_encoders, token_ids, strict=True)]
+    has_caption = (prompt < 10).float().view(-1, 1)
+    prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)[prompt]  # (B, 77, 64)
+    time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]).expand(len(prompt), -1)
+    return {
+        "encoder_hidden_states": prompt_embeds * has_caption[:, :, None],
+        "added_cond_kwargs": {"text_embeds": outputs[1].text_embeds[prompt] * has_caption, "time_ids": time_ids},
+    }
 
 
 def cosine_schedule(optimizer, steps):
