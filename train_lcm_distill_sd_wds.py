@@ -40,7 +40,7 @@ from common.solvers import DDIMSolver
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
@@ -148,13 +148,7 @@ def main(args):
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
     unet = models.make_student(teacher_unet, args.unet_time_cond_proj_dim, args.init_unet)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
-    sampler = LCMScheduler.from_config(
-        config["scheduler"],
-        original_inference_steps=args.num_ddim_timesteps,
-        timestep_scaling=args.timestep_scaling_factor,
-        clip_sample=False,
-        thresholding=False,
-    )
+    sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:

@@ -213,10 +213,10 @@ def check_training_arguments(parser, args):
     args.validation_prompts = read_prompts(parser, args.validation_prompts)
 
 
-def resolve_teacher_defaults(args, is_sdxl, method_defaults):
+def resolve_teacher_defaults(args, is_sdxl, method_defaults=None):
     """Fill in the flags whose default depends on the teacher: SDXL's images and latents are larger."""
     defaults = {"resolution": 1024, "vae_encode_batch_size": 8} if is_sdxl else {}
-    for name, value in ({"resolution": 512, "vae_encode_batch_size": 32} | defaults | method_defaults).items():
+    for name, value in ({"resolution": 512, "vae_encode_batch_size": 32} | defaults | (method_defaults or {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.use_fix_crop_and_size and not is_sdxl:
@@ -370,16 +370,30 @@ def log_progress(accelerator, progress, values, step):
 
 
 def derived_configuration(
-    counts, *, world_size, total_batch_size, max_train_steps, num_samples, compute_bytes, teacher_bytes, use_8bit_adam
+    counts,
+    *,
+    world_size,
+    total_batch_size,
+    max_train_steps,
+    num_samples,
+    compute_bytes,
+    teacher_bytes,
+    use_8bit_adam,
+    trained_parameters=None,
 ):
     """What follows from the flags, for people to check before a long run: {name: text}.
 
-    counts: as from `models.count_parameters_and_flops`. Memory is what the weights, gradients, optimizer states and
-    the target network take on each process; activations come on top. FLOPs count 2 per multiply-add: student forward
-    and backward (3 forwards), target, teacher with and without the caption, VAE and text encoder.
+    counts: as from `models.count_parameters_and_flops`. trained_parameters: those of a LoRA on the one U-Net; None: a
+    full student and its target beside the teacher. Memory is what weights, gradients and optimizer states take on each
+    process; activations come on top. FLOPs count 2 per multiply-add: student forward and backward (3 forwards; that a
+    LoRA needs no gradients of the base's weights is left out), target, teacher with and without the caption, VAE and
+    text encoders.
     """
     unet, frozen = counts["unet_parameters"], counts["vae_parameters"] + counts["text_encoder_parameters"]
-    memory = unet * (4 + 4 + (2 if use_8bit_adam else 8) + 4 + teacher_bytes) + frozen * compute_bytes
+    trained = unet if trained_parameters is None else trained_parameters
+    target_bytes = 4 if trained_parameters is None else 0
+    memory = trained * (4 + 4 + (2 if use_8bit_adam else 8) + target_bytes)
+    memory += unet * teacher_bytes + frozen * compute_bytes
     flops = 6 * counts["unet_forward_flops"] + counts["vae_encode_flops"] + counts["text_encode_flops"]
     known = num_samples is not None
     return {
@@ -389,7 +403,7 @@ def derived_configuration(
         "samples per epoch": str(num_samples) if known else "not counted",
         "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
         "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
-        "parameters": f"{unet / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
+        "parameters": f"{trained / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
         "memory per process": f"{memory / 2**30:.3f} GiB without activations",
         "FLOPs per sample": f"{flops / 1e9:.2f} G",
     }

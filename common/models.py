@@ -1,5 +1,6 @@
 """Teachers (Stable Diffusion and SDXL layout), students and what they are conditioned on."""
 
+import inspect
 from pathlib import Path
 
 from common import UserError
@@ -10,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
+    LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -141,11 +143,12 @@ def check_unet(flag, unet, vae, text_encoder_2=None):
         if unet.get(key) not in (None, addition):
             raise UserError(f"{flag}: its U-Net has {key}={unet[key]!r}, only text conditioning is supported")
     if addition:
-        width = text_encoder_2.projection_dim + NUM_TIME_IDS * unet["addition_time_embed_dim"]
-        if unet["projection_class_embeddings_input_dim"] != width:
+        takes = unet.get("projection_class_embeddings_input_dim")
+        gets = text_encoder_2.projection_dim + NUM_TIME_IDS * (unet.get("addition_time_embed_dim") or 0)
+        if takes != gets:
             raise UserError(
-                f"{flag}: its U-Net takes {unet['projection_class_embeddings_input_dim']} numbers beside the text "
-                f"where SDXL's sizes and its text_encoder_2 make {width}"
+                f"{flag}: its U-Net takes {takes} numbers beside the text, its text_encoder_2 and SDXL's sizes make "
+                f"{gets}"
             )
     if unet.get("time_cond_proj_dim") is not None:
         raise UserError(f"{flag}: its U-Net is already distilled (time_cond_proj_dim); use it as --init_unet instead")
@@ -164,6 +167,17 @@ def check_schedule(flag, scheduler):
             f"{flag}: zero terminal SNR (alpha_T = 0) with epsilon prediction cannot be inverted to x_0; "
             "use a v_prediction teacher or one without rescale_betas_zero_snr"
         )
+
+
+def lcm_scheduler(scheduler_config, num_ddim_timesteps, timestep_scaling):
+    """LCMScheduler with a teacher's betas and prediction type, the trained grid and boundary scaling.
+
+    Only what LCMScheduler knows is taken over: it would save the rest, and warn about it whenever it is loaded.
+    """
+    known = inspect.signature(LCMScheduler.__init__).parameters.keys()
+    taken = {name: value for name, value in scheduler_config.items() if name in known}
+    trained = {"original_inference_steps": num_ddim_timesteps, "timestep_scaling": timestep_scaling}
+    return LCMScheduler(**taken | trained | {"clip_sample": False, "thresholding": False})
 
 
 def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None, **replaced):
@@ -227,7 +241,8 @@ def make_student(teacher_unet, time_cond_proj_dim, init_unet=None):
                 "number as --unet_time_cond_proj_dim"
             )
         return unet.train()
-    unet = UNet2DConditionModel.from_config(dict(teacher_unet.config) | {"time_cond_proj_dim": time_cond_proj_dim})
+    # as a keyword: diffusers ignores a value in the configuration itself where the teacher's file lacks the key
+    unet = UNet2DConditionModel.from_config(teacher_unet.config, time_cond_proj_dim=time_cond_proj_dim)
     missing, unexpected = unet.load_state_dict(teacher_unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
     torch.nn.init.zeros_(unet.time_embedding.cond_proj.weight)
@@ -358,7 +373,7 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
     "unet_forward_flops", "vae_encode_flops", "text_encode_flops"}.
     """
     with torch.device("meta"), torch.no_grad():
-        unet = UNet2DConditionModel.from_config(dict(config["unet"]) | student_overrides).eval()
+        unet = UNet2DConditionModel.from_config(config["unet"], **student_overrides).eval()
         vae = AutoencoderKL.from_config(config["vae"]).eval()
         encoders = [CLIPTextModel(config["text_encoder"]).eval()]
         size = resolution // vae_scale_factor(config["vae"])

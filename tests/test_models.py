@@ -3,13 +3,30 @@ import shutil
 from pathlib import Path
 
 from common import UserError, models
+from common.tools import digits
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 
 T = torch.tensor([999, 19])
+
+
+@pytest.fixture(scope="session")
+def sdxl(build_once):
+    """A folder with an SDXL teacher of 16 pixels that has been trained for a moment."""
+
+    def build(folder):
+        digits.build_teacher(folder, vae_steps=5, unet_steps=20, sdxl=True)
+
+    return str(build_once("teacher_sdxl", build))
 
 
 def copy_teacher(teacher, tmp_path):
@@ -26,6 +43,14 @@ def test_teacher_config_needs_no_weights(teacher, tmp_path):
         weights.write_bytes(b"")  # the files are there, their content is never touched
     config = models.read_teacher_config(str(folder))
     assert config["unet"]["in_channels"] == 4 and config["scheduler"]["beta_schedule"] == "scaled_linear"
+    assert config["is_sdxl"] is False and "text_encoder_2" not in config
+
+
+def test_sdxl_is_recognised_from_its_index(sdxl):
+    config = models.read_teacher_config(sdxl)
+    assert config["is_sdxl"] is True and config["unet"]["addition_embed_type"] == "text_time"
+    assert config["text_encoder"].hidden_size == 32 and config["text_encoder_2"].projection_dim == 32
+    models.check_resolution(config, 16)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +64,12 @@ def test_teacher_config_needs_no_weights(teacher, tmp_path):
         (lambda f: (f / "vae/config.json").write_text("{"), "missing or unreadable"),
         (lambda f: edit_json(f / "unet/config.json", in_channels=9), "maps 9 to 4 channels"),
         (lambda f: edit_json(f / "unet/config.json", class_embed_type="timestep"), "class_embed_type"),
+        (
+            lambda f: edit_json(f / "unet/config.json", addition_embed_type="text_time"),
+            "addition_embed_type='text_time'",
+        ),
+        (lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0] * 4), "latents_mean"),
+        (lambda f: edit_json(f / "model_index.json", tokenizer=[None, None]), "its tokenizer is None"),
         (lambda f: edit_json(f / "unet/config.json", time_cond_proj_dim=256), "already distilled"),
         (lambda f: edit_json(f / "model_index.json", vae=["diffusers", "VQModel"]), "its vae is VQModel"),
         (lambda f: edit_json(f / "model_index.json", unet=["diffusers", "UNet3DConditionModel"]), "its unet is"),
@@ -51,6 +82,35 @@ def test_teacher_config_needs_no_weights(teacher, tmp_path):
 def test_unusable_teachers_are_refused_in_one_sentence(teacher, tmp_path, spoil, message):
     folder = copy_teacher(teacher, tmp_path)
     spoil(folder)
+    check_refusal(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "text_encoder_2"), "partial, its folder text_encoder_2/ is missing"),
+        (lambda f: shutil.rmtree(f / "tokenizer_2"), "partial, its folder tokenizer_2/ is missing"),
+        (lambda f: (f / "text_encoder_2/model.safetensors").unlink(), "folder text_encoder_2/ has no weights"),
+        (lambda f: edit_json(f / "model_index.json", tokenizer_2=[None, None]), "not an SDXL .* tokenizer_2 is None"),
+        (lambda f: edit_json(f / "model_index.json", text_encoder_2=[None, None]), "its text_encoder_2 is None"),
+        (lambda f: edit_json(f / "model_index.json", text_encoder_2=["transformers", "T5"]), "text_encoder_2 is T5"),
+        (lambda f: edit_json(f / "model_index.json", text_encoder=[None, None]), "the SDXL refiner"),
+        (lambda f: edit_json(f / "model_index.json", requires_aesthetics_score=True), "the SDXL refiner"),
+        (lambda f: edit_json(f / "unet/config.json", addition_embed_type=None), "=None where SDXL's is 'text_time'"),
+        (lambda f: edit_json(f / "unet/config.json", addition_embed_type="text"), "='text' where SDXL's is"),
+        (lambda f: edit_json(f / "unet/config.json", class_embed_type="timestep"), "class_embed_type='timestep'"),
+        (lambda f: edit_json(f / "unet/config.json", projection_class_embeddings_input_dim=72), "takes 72 .* make 80"),
+        (lambda f: edit_json(f / "unet/config.json", time_cond_proj_dim=256), "already distilled"),
+        (lambda f: edit_json(f / "scheduler/scheduler_config.json", prediction_type="flow"), "'flow' is none of"),
+    ],
+)
+def test_unusable_sdxl_teachers_are_refused_in_one_sentence(sdxl, tmp_path, spoil, message):
+    folder = Path(shutil.copytree(sdxl, tmp_path / "teacher"))
+    spoil(folder)
+    check_refusal(folder, message)
+
+
+def check_refusal(folder, message):
     with pytest.raises(UserError, match=message) as error:
         models.read_teacher_config(str(folder))
     assert "--pretrained_teacher_model=" in str(error.value) and "\n" not in str(error.value)
@@ -91,6 +151,35 @@ def test_single_file_teacher_goes_through_diffusers_loader(teacher, tmp_path, mo
     assert models.load_teacher(str(file)) is pipeline
 
 
+def test_single_file_sdxl_goes_through_the_sdxl_loader(sdxl, tmp_path, monkeypatch):
+    pipeline = models.load_teacher(sdxl)
+
+    def from_single_file(path, cache_dir, dtype):  # takes no safety_checker
+        return pipeline
+
+    monkeypatch.setattr(models.StableDiffusionXLPipeline, "from_single_file", from_single_file)
+    file = tmp_path / "model.safetensors"
+    first, second = ("conditioner.embedders.0.model.ln_final.bias", "conditioner.embedders.1.model.ln_final.bias")
+    save_file({first: torch.zeros(1), second: torch.zeros(1)}, file)
+    config = models.read_teacher_config(str(file))
+    assert config["is_sdxl"] and config["text_encoder_2"].projection_dim == 32
+    save_file({first: torch.zeros(1)}, file)
+    check_refusal(file, "the SDXL refiner")
+    file.write_bytes(b"<html>")
+    check_refusal(file, "damaged")
+
+
+def test_both_text_encoders_are_loaded_and_frozen(teacher, sdxl):
+    pipeline = models.load_teacher(sdxl)
+    assert isinstance(pipeline, StableDiffusionXLPipeline) and models.is_sdxl(pipeline)
+    assert models.text_encoders(pipeline) == [pipeline.text_encoder, pipeline.text_encoder_2]
+    for module in (pipeline.unet, pipeline.vae, *models.text_encoders(pipeline)):
+        assert not module.training
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in module.parameters())
+    pipeline = models.load_teacher(teacher())
+    assert models.text_encoders(pipeline) == [pipeline.text_encoder] and not models.is_sdxl(pipeline)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_student_equals_the_teacher_at_step_0_for_every_w(teacher, prediction_type):
     unet = models.load_teacher(teacher(prediction_type)).unet
@@ -101,6 +190,39 @@ def test_student_equals_the_teacher_at_step_0_for_every_w(teacher, prediction_ty
         assert torch.equal(student(z, T, text, timestep_cond=cond).sample, unet(z, T, text).sample)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
     assert not any(p.requires_grad for p in unet.parameters())
+
+
+def test_student_of_a_teacher_whose_configuration_is_older_than_w(teacher, tmp_path):
+    """The files of Stable Diffusion 1.5 lack keys that diffusers added later, `time_cond_proj_dim` among them."""
+    folder = copy_teacher(teacher, tmp_path)
+    path = folder / "unet/config.json"
+    unet = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in unet.items() if k not in ("time_cond_proj_dim", "class_embed_type")}))
+    student = models.make_student(models.load_teacher(str(folder)).unet, 64)
+    assert student.config.time_cond_proj_dim == student.time_embedding.cond_proj.in_features == 64
+    config = models.read_teacher_config(str(folder))
+    plain, with_w = (models.count_parameters_and_flops(config, 16, **w) for w in ({}, {"time_cond_proj_dim": 64}))
+    assert with_w["unet_parameters"] == plain["unet_parameters"] + 64 * unet["block_out_channels"][0]
+
+
+def test_sdxl_student_equals_the_teacher_at_step_0_and_samples(sdxl, tmp_path):
+    pipeline = models.load_teacher(sdxl)
+    student = models.make_student(pipeline.unet, 256).eval()
+    time_ids = models.time_ids(torch.tensor([[40, 30], [16, 16]]), torch.tensor([[3, 0], [0, 0]]), 16)
+    cond = models.conditioning(pipeline, ["a handwritten four", "zero"], time_ids)
+    z = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = pipeline.unet(z, T, **cond).sample
+        assert torch.equal(student(z, T, timestep_cond=torch.randn(2, 256), **cond).sample, expected)
+    student.train()(z, T, timestep_cond=torch.randn(2, 256), **cond).sample.square().mean().backward()
+    assert student.time_embedding.cond_proj.weight.grad.abs().max() > 0
+
+    scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    models.load_teacher(sdxl, unet=student.eval(), scheduler=scheduler).save_pretrained(tmp_path)
+    saved = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    saved.set_progress_bar_config(disable=True)
+    images = saved("a handwritten four", num_inference_steps=4, guidance_scale=8.0, output_type="np").images
+    assert images.shape == (1, 16, 16, 3) and saved.config.force_zeros_for_empty_prompt
 
 
 def test_student_depends_on_w_once_it_is_trained(teacher):
@@ -135,6 +257,110 @@ def test_prompt_embeddings_are_the_pipelines(teacher):
     torch.testing.assert_close(models.encode_prompts(pipeline, prompts), reference)
 
 
+def test_conditioning_of_sd_is_the_prompts_and_the_empty_prompts(teacher):
+    pipeline = models.load_teacher(teacher())
+    captions = ["a photo of the digit three", "nine"]
+    cond, uncond = models.conditioning(pipeline, captions, torch.zeros(2, 6)), models.uncond_conditioning(pipeline)
+    embeds, empty = StableDiffusionPipeline.from_pretrained(teacher()).encode_prompt(captions, "cpu", 1, True)
+    torch.testing.assert_close(cond, {"encoder_hidden_states": embeds})
+    torch.testing.assert_close(uncond, {"encoder_hidden_states": empty[:1]})
+    both = models.concat_conditioning(cond, uncond, torch.bfloat16)
+    torch.testing.assert_close(both, {"encoder_hidden_states": torch.cat([embeds, empty]).bfloat16()})
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_conditioning_of_sdxl_is_the_pipelines(sdxl, force_zeros):
+    pipeline = models.load_teacher(sdxl)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
+    reference = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    reference.register_to_config(force_zeros_for_empty_prompt=force_zeros)
+    captions = ["a photo of the digit three", "", "something else entirely " * 40]
+    embeds, empty, pooled, empty_pooled = reference.encode_prompt(captions, device="cpu")
+    time_ids = torch.arange(18).view(3, 6)
+    cond, uncond = models.conditioning(pipeline, captions, time_ids), models.uncond_conditioning(pipeline)
+    assert embeds.shape == (3, 77, 64) and pooled.shape == (3, 32) and (empty.abs().max() == 0) == force_zeros
+    assert torch.equal(cond["encoder_hidden_states"], embeds) and cond["encoder_hidden_states"][1].abs().max() > 0
+    assert torch.equal(cond["added_cond_kwargs"]["text_embeds"], pooled)
+    assert torch.equal(cond["added_cond_kwargs"]["time_ids"], time_ids)
+    torch.testing.assert_close(uncond["encoder_hidden_states"], empty[:1])
+    torch.testing.assert_close(uncond["added_cond_kwargs"]["text_embeds"], empty_pooled[:1])
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_the_guided_teacher_is_asked_what_the_pipeline_asks(sdxl, force_zeros, monkeypatch):
+    """Every keyword argument of the U-Net, in the pipeline's own call with guidance."""
+    pipeline, calls = models.load_teacher(sdxl), []
+    pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
+    forward = pipeline.unet.forward
+    monkeypatch.setattr(
+        pipeline.unet, "forward", lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs)
+    )
+    captions, sizes = (
+        ["the digit two written by hand", "seven"],
+        {"original_size": (40, 30), "crops_coords_top_left": (5, 7)},
+    )
+    pipeline(captions, num_inference_steps=1, guidance_scale=3.0, output_type="latent", **sizes)
+    time_ids = models.time_ids(torch.tensor([[40, 30]] * 2), torch.tensor([[5, 7]] * 2), 16)
+    both = models.concat_conditioning(
+        models.conditioning(pipeline, captions, time_ids), models.uncond_conditioning(pipeline)
+    )
+    swap = [2, 3, 0, 1]  # the pipeline puts the empty prompts first
+    torch.testing.assert_close(both["encoder_hidden_states"][swap], calls[0]["encoder_hidden_states"])
+    added = calls[0]["added_cond_kwargs"]
+    torch.testing.assert_close(both["added_cond_kwargs"]["text_embeds"][swap], added["text_embeds"])
+    assert torch.equal(both["added_cond_kwargs"]["time_ids"].float(), added["time_ids"])
+
+
+def test_one_forward_over_both_halves_equals_two(sdxl):
+    pipeline = models.load_teacher(sdxl)
+    time_ids = models.time_ids(torch.tensor([[400, 300], [16, 16]]), torch.tensor([[3, 0], [0, 9]]), 16)
+    cond, uncond = models.conditioning(pipeline, ["two", "six"], time_ids), models.uncond_conditioning(pipeline)
+    z = torch.randn(2, 4, 8, 8)
+    zeros = {"text_embeds": torch.zeros(2, 32), "time_ids": time_ids}
+    with torch.no_grad():
+        both = pipeline.unet(z.repeat(2, 1, 1, 1), T.repeat(2), **models.concat_conditioning(cond, uncond)).sample
+        expected = (
+            pipeline.unet(z, T, **cond).sample,
+            pipeline.unet(z, T, torch.zeros(2, 77, 64), added_cond_kwargs=zeros).sample,
+        )
+    torch.testing.assert_close(both, torch.cat(expected))
+    assert (expected[0] - expected[1]).abs().max() > 1e-4
+
+
+def test_half_precision_conditioning_keeps_the_sizes_exact(sdxl):
+    pipeline = models.load_teacher(sdxl)
+    for module in (pipeline.unet, *models.text_encoders(pipeline)):
+        module.to(torch.bfloat16)
+    time_ids = models.time_ids(torch.tensor([[1001, 1531]]), torch.tensor([[257, 0]]), 1024)
+    cond = models.conditioning(pipeline, ["two"], time_ids)
+    both = models.concat_conditioning(cond, models.uncond_conditioning(pipeline), torch.bfloat16)
+    assert both["encoder_hidden_states"].dtype == both["added_cond_kwargs"]["text_embeds"].dtype == torch.bfloat16
+    assert both["added_cond_kwargs"]["time_ids"].tolist() == [[1001, 1531, 257, 0, 1024, 1024]] * 2
+    with torch.no_grad():
+        output = pipeline.unet(torch.randn(2, 4, 8, 8).bfloat16(), T, **both).sample
+    assert output.dtype == torch.bfloat16 and output.isfinite().all()
+
+
+def test_time_ids_are_the_pipelines(sdxl):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    sizes, crops = torch.tensor([[400, 300], [1200, 1601]]), torch.tensor([[0, 7], [33, 0]])
+    rows = [
+        pipeline._get_add_time_ids(tuple(size), tuple(crop), (1024, 1024), torch.int64, 32)
+        for size, crop in zip(sizes.tolist(), crops.tolist(), strict=True)
+    ]
+    assert torch.equal(models.time_ids(sizes, crops, 1024), torch.cat(rows))
+    fixed = pipeline._get_add_time_ids((1024, 1024), (0, 0), (1024, 1024), torch.int64, 32).expand(2, 6)
+    assert torch.equal(models.time_ids(sizes, crops, 1024, fix_crop_and_size=True), fixed)
+    assert sizes.tolist() == [[400, 300], [1200, 1601]]  # the batch is as it was
+
+
+def test_the_vae_of_sdxl_computes_in_float32_unless_it_is_replaced():
+    half, single = torch.float16, torch.float32
+    assert models.vae_dtype({"is_sdxl": True}, half) == single
+    assert models.vae_dtype({"is_sdxl": True}, half, "madebyollin/sdxl-vae-fp16-fix") == half
+    assert models.vae_dtype({"is_sdxl": False}, half) == models.vae_dtype({"is_sdxl": False}, half, "x") == half
+
+
 def test_latents_are_the_vaes_and_do_not_depend_on_the_chunks(teacher):
     vae = models.load_teacher(teacher()).vae
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
@@ -156,6 +382,17 @@ def test_a_vae_with_a_shift_is_shifted(teacher):
     torch.testing.assert_close(plain - shifted, torch.full_like(plain, 0.5 * vae.config.scaling_factor))
 
 
+def test_latents_mean_and_std_are_what_the_sdxl_pipeline_undoes(sdxl):
+    pipeline = models.load_teacher(sdxl)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    encode = lambda: models.encode_images(pipeline.vae, images, torch.Generator().manual_seed(0), 2)  # noqa: E731
+    plain, scale = encode() / pipeline.vae.config.scaling_factor, 0.5
+    mean, std = [-1.6, 1.1, 0.2, 0.0], [8.4, 5.9, 6.2, 5.2]
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=scale)
+    undone = encode() * torch.tensor(std).view(1, 4, 1, 1) / scale + torch.tensor(mean).view(1, 4, 1, 1)
+    torch.testing.assert_close(undone, plain)
+
+
 def test_another_vae_is_used(teacher, tmp_path):
     vae = models.load_teacher(teacher()).vae
     torch.nn.init.zeros_(vae.quant_conv.weight)
@@ -172,18 +409,54 @@ def test_resolution_must_fit_the_vae(teacher):
         models.check_resolution(config, 17)
 
 
+def sd_vae_config(channels=(128, 256, 512, 512)):
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    options = {"down_block_types": down, "up_block_types": up, "block_out_channels": channels, "layers_per_block": 2}
+    return AutoencoderKL(**options).config
+
+
+def clip_config(width, layers, heads, **options):
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    return models.CLIPTextConfig(num_hidden_layers=layers, num_attention_heads=heads, **sizes, **options)
+
+
 def test_parameters_and_flops_of_sd15_are_the_known_ones():
     with torch.device("meta"):
-        unet = dict(UNet2DConditionModel(cross_attention_dim=768).config)
-        down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-        channels = (128, 256, 512, 512)
-        vae = AutoencoderKL(
-            down_block_types=down, up_block_types=up, block_out_channels=channels, layers_per_block=2
-        ).config
-    text = models.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    counts = models.count_parameters_and_flops({"unet": unet, "vae": vae, "text_encoder": text}, 512)
+        unet, vae = dict(UNet2DConditionModel(cross_attention_dim=768).config), sd_vae_config()
+    counts = models.count_parameters_and_flops(
+        {"unet": unet, "vae": vae, "text_encoder": clip_config(768, 12, 12)}, 512
+    )
     assert counts["unet_parameters"] == 859_520_964  # Stable Diffusion 1.5
     assert counts["vae_parameters"] == 83_653_863
     assert counts["unet_forward_flops"] == pytest.approx(803e9, rel=0.01)
     assert counts["vae_encode_flops"] == pytest.approx(1117e9, rel=0.02)
     assert counts["text_encode_flops"] == pytest.approx(13e9, rel=0.1)
+
+
+def test_parameters_and_flops_of_sdxl_are_the_known_ones():
+    sizes = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    with torch.device("meta"):
+        unet, vae = dict(UNet2DConditionModel(**sizes).config), sd_vae_config()
+    config = {"unet": unet, "vae": vae, "text_encoder": clip_config(768, 12, 12)}
+    config["text_encoder_2"] = clip_config(1280, 32, 20, hidden_act="gelu")
+    models.check_unet("--x", unet, vae, config["text_encoder_2"])
+    counts = models.count_parameters_and_flops(config, 1024)
+    assert counts["unet_parameters"] == 2_567_463_684  # SDXL 1.0
+    assert counts["text_encoder_parameters"] == 123_060_480 + 694_659_840
+    assert counts["unet_forward_flops"] == pytest.approx(6761e9, rel=0.02)
+    assert counts["vae_encode_flops"] == pytest.approx(4879e9, rel=0.02)
+    assert counts["text_encode_flops"] == pytest.approx(111e9, rel=0.02)
+    student = models.count_parameters_and_flops(config, 1024, time_cond_proj_dim=256)
+    assert student["unet_parameters"] == counts["unet_parameters"] + 256 * 320
