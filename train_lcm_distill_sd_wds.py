@@ -15,7 +15,6 @@ To change the method, copy this file and edit step 7.
 import copy
 import functools
 import itertools
-import math
 import time
 import uuid
 from pathlib import Path
@@ -87,7 +86,12 @@ def main(args):
     teacher_options["revision"] = args.teacher_revision or args.revision
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     resolve_defaults(args, config["is_sdxl"])
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
+    if args.pretrained_vae_model_name_or_path:
+        config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
     models.check_resolution(config, args.resolution)
+    if args.init_unet:
+        models.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
@@ -98,7 +102,7 @@ def main(args):
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
     args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
-    args.data_seed = args.seed if args.data_seed is None else args.data_seed
+    cli.resolve_data(args, resumed["args"], world_size, count_samples(shards) if Path(shards[0]).is_dir() else None)
     if checkpoint:
         checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
 
@@ -107,10 +111,9 @@ def main(args):
     train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    num_samples = args.max_train_samples
-    if args.max_train_steps is None or args.dry_run:
-        num_samples = min(count_samples(shards) or num_samples, num_samples or math.inf)
-    total_batch_size = cli.resolve_steps(args, num_samples, world_size)
+    known = (count_samples(shards), args.max_train_samples) if args.max_train_steps is None or args.dry_run else ()
+    num_samples = min((number for number in known if number is not None), default=None)
+    total_batch_size = cli.resolve_steps(args, num_samples, world_size, resumed)
     derived = cli.derived_configuration(
         models.count_parameters_and_flops(config, args.resolution, time_cond_proj_dim=args.unet_time_cond_proj_dim),
         world_size=world_size,
@@ -124,9 +127,12 @@ def main(args):
     if is_main:
         cli.echo("Flags", cli.public_args(args))
         cli.echo("What follows from them", derived)
+        if not args.dry_run:
+            export.write_config(args.output_dir, cli.public_args(args), derived)
     batches = iter(train_data)
     first_batch = next(batches)
-    prompts = args.validation_prompts or resumed.get("validation_prompts") or first_batch["captions"][:4]
+    captions = [caption for caption in first_batch["captions"] if caption] or [""]
+    prompts = args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
     if args.dry_run:
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
         return
@@ -139,15 +145,15 @@ def main(args):
     scalings = functools.partial(boundary_scalings, timestep_scaling=args.timestep_scaling_factor)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
-    teacher_unet = teacher.unet.to(device, teacher_dtype)
     teacher.vae.to(device, models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path))
     for text_encoder in models.text_encoders(teacher):
         text_encoder.to(device, weight_dtype)
     uncond = models.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
-    unet = models.make_student(teacher_unet, args.unet_time_cond_proj_dim, args.init_unet)
+    unet = models.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
+    teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
     sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -169,7 +175,6 @@ def main(args):
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
     run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
     if is_main:
-        export.write_config(args.output_dir, cli.public_args(args), derived)
         cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
     sample = functools.partial(
         validation.sample_grid,
@@ -273,6 +278,7 @@ def main(args):
             loss_sum, num_losses = torch.zeros((), device=device), 0
         if global_step % args.checkpointing_steps == 0 or is_last:
             state = {"args": cli.public_args(args), "run_id": run_id, "validation_prompts": prompts}
+            state["total_batch_size"] = total_batch_size
             state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
@@ -314,7 +320,7 @@ image = pipe("a prompt", num_inference_steps=4, guidance_scale={args.validation_
         title=Path(args.output_dir).resolve().name,
         method="A latent consistency model (arXiv 2310.04378): it samples in 1 to 8 steps with LCMScheduler.",
         teacher=args.pretrained_teacher_model,
-        data=f"`{args.train_shards_path_or_url}` ({num_shards} shards)",
+        data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
         command=cli.command_line(),
         snippet=snippet,
         notes=[

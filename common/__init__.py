@@ -12,4 +12,9 @@ warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")  # diffu
 
 
 class UserError(Exception):
-    """A user's mistake: one sentence that names the flag and the way out. Scripts print it and exit with code 2."""
+    """A user's mistake: one sentence that names the flag and the way out. Scripts print it and exit with code 2.
+
+    on_one_rank: whether it may have happened to this process alone, which then has to say so itself.
+    """
+
+    on_one_rank = False

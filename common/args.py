@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -48,9 +49,12 @@ class ArgumentParser(argparse.ArgumentParser):
         exit_with(self.prog, message)
 
 
-def exit_with(prog, message):
-    """Print `prog: error: message` as one line and exit with code 2; only the first process of a node prints."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def exit_with(prog, message, on_one_rank=False):
+    """Print `prog: error: message` as one line and exit with code 2.
+
+    Only the first process of a node prints what all of them meet; what may have met one alone, that one prints.
+    """
+    if on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -63,7 +67,7 @@ def user_errors(main):
         try:
             return main(args)
         except UserError as error:
-            exit_with(os.path.basename(sys.argv[0]), error)
+            exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
 
     return wrapped
 
@@ -103,15 +107,33 @@ def non_negative_float(text):
     return value
 
 
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^62, not {value}")
+    return value
+
+
+def beta(text):
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {value}")
+    return value
+
+
 def int_list(text):
-    """`1,2,4` -> [1, 2, 4], all at least 1."""
-    return [positive_int(part) for part in text.split(",") if part.strip()]
+    """`1,2,4` -> [1, 2, 4], at least one, all at least 1."""
+    values = [positive_int(part) for part in text.split(",") if part.strip()]
+    if not values:
+        raise argparse.ArgumentTypeError("names no number; give one or more, such as 1,2,4")
+    return values
 
 
 for _type, _name in [(positive_int, "positive whole number"), (non_negative_int, "whole number")]:
     _type.__name__ = _name  # argparse names the type in its message for text that is no number
 for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
     _type.__name__ = _name
+seed.__name__, beta.__name__ = "whole number", "fraction"
 int_list.__name__ = "list of whole numbers"
 
 
@@ -143,7 +165,7 @@ def add_data_arguments(parser):
     add(
         "--data_lanes", type=positive_int, help="parallel sample streams, a multiple of the processes; default: 8 each"
     )
-    add("--data_seed", type=non_negative_int, help="seed of the sample order and the crops; without it, --seed")
+    add("--data_seed", type=seed, help="seed of the sample order and the crops; without it, --seed")
     add("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
     add("--data_timeout", type=positive_int, default=600, help="seconds without a batch after which the run stops")
     add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
@@ -152,7 +174,7 @@ def add_data_arguments(parser):
 def add_training_arguments(parser, output_dir, tracker_project_name):
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default=output_dir, help="where checkpoints, logs and the result go")
-    add("--seed", type=non_negative_int, help="makes the run repeatable; without it one is drawn and saved")
+    add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
     add("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per update")
     add("--num_train_epochs", type=positive_int, default=100, help="passes over the data, without --max_train_steps")
@@ -162,8 +184,8 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="over --max_train_steps updates")
     add("--lr_warmup_steps", type=non_negative_int, default=500, help="updates of warm-up, if the scheduler has it")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes")
-    add("--adam_beta1", type=fraction, default=0.9)
-    add("--adam_beta2", type=fraction, default=0.999)
+    add("--adam_beta1", type=beta, default=0.9)
+    add("--adam_beta2", type=beta, default=0.999)
     add("--adam_weight_decay", type=non_negative_float, default=1e-2)
     add("--adam_epsilon", type=positive_float, default=1e-8)
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
@@ -184,8 +206,13 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
     add("--logging_dir", default="logs", help="for trackers, under --output_dir")
     add("--logging_steps", type=positive_int, default=10, help="updates between two log entries")
     add("--tracker_project_name", default=tracker_project_name)
-    add("--validation_steps", type=non_negative_int, default=200, help="updates between two sample grids; 0: never")
-    add("--validation_prompts", action="append", help="repeatable, or @FILE; default: captions of the data")
+    add(
+        "--validation_steps",
+        type=non_negative_int,
+        default=200,
+        help="updates between two sample grids; 0: only at the end",
+    )
+    add("--validation_prompts", action="append", help="repeatable, or @FILE; default: up to 4 captions of the data")
     add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
 
     add = parser.add_argument_group("hub").add_argument
@@ -207,6 +234,11 @@ def check_training_arguments(parser, args):
             parser.error("--enable_xformers_memory_efficient_attention needs a GPU, xformers has no CPU kernels")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or drop the flag")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        parser.error("--lr_scheduler=polynomial falls to 1e-7: give a --learning_rate above that")
+    grid = getattr(args, "num_ddim_timesteps", None)
+    if grid and max(args.validation_num_inference_steps) > grid:
+        parser.error(f"--validation_num_inference_steps: at most --num_ddim_timesteps={grid} steps can be sampled")
     args.report_to = check_trackers(parser, args.report_to)
     if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
         parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
@@ -227,8 +259,10 @@ def check_trackers(parser, report_to):
     """`tensorboard,wandb` -> ["tensorboard", "wandb"]; `all` -> those installed; `none` -> []."""
     names = [name.strip() for name in report_to.split(",") if name.strip()]
     available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    if names == ["none"]:
+    if names == ["none"] or not names:
         return []
+    if "none" in names or ("all" in names and len(names) > 1):
+        parser.error(f"--report_to={report_to}: none and all stand alone, or name trackers")
     if names == ["all"]:
         return available
     for name in names:
@@ -311,19 +345,43 @@ def make_accelerator(args):
             f"{started} processes were started but did not join (no GPU?); "
             "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
         )
+    args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
     return accelerator
 
 
-def resolve_steps(args, num_samples, world_size):
-    """Fill in --max_train_steps from --num_train_epochs and apply --scale_lr. Returns the total batch size.
+def resolve_data(args, saved_args, world_size, num_images=None):
+    """Fill in --data_seed and --data_lanes, from the resumed run's flags where there is one.
 
-    num_samples: how many distinct samples an epoch has, or None where the shards do not tell.
+    num_images: of an image folder, else None. There are 8 lanes per process, or as many as there are samples.
+    """
+    candidates = (args.data_seed, saved_args.get("data_seed"), args.seed)
+    args.data_seed = next(value for value in candidates if value is not None)
+    if args.data_lanes is None and args.data_seed == saved_args.get("data_seed"):
+        args.data_lanes = saved_args["data_lanes"]
+    if args.data_lanes is None:
+        fewest = min(n for n in (num_images, args.max_train_samples, 8 * world_size) if n is not None)
+        args.data_lanes = world_size * max(1, fewest // world_size)
+
+
+def resolve_steps(args, num_samples, world_size, resumed=None):
+    """Fill in --max_train_steps from --num_train_epochs. Returns the total batch size, samples per update.
+
+    num_samples: how many distinct samples an epoch has, or None where the shards do not tell. resumed: the state of a
+    checkpoint. A resumed run keeps its total batch size, unless --data_seed changes: UserError when the number of
+    processes changed and the flags do not make up for it.
     """
     total_batch_size = args.train_batch_size * world_size * args.gradient_accumulation_steps
     if args.max_train_steps is None:
         if num_samples is None:
-            raise UserError("--max_train_steps is needed, the number of samples in remote shards is not known")
+            raise UserError("--max_train_steps is needed: how many samples remote shards hold is not known")
         args.max_train_steps = math.ceil(num_samples / total_batch_size) * args.num_train_epochs
+    saved = resumed or {"args": {}}
+    same_data = args.data_seed == saved["args"].get("data_seed")
+    if same_data and saved["total_batch_size"] != total_batch_size:
+        raise UserError(
+            f"--resume_from_checkpoint: an update had {saved['total_batch_size']} samples and has {total_batch_size} "
+            f"with {world_size} process(es); change --gradient_accumulation_steps to keep their number"
+        )
     return total_batch_size
 
 
@@ -411,7 +469,15 @@ def derived_configuration(
 
 def public_args(args):
     """The flags as JSON-able {name: value}, without secrets: for trackers, checkpoints, cards and logs."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in SECRET_FLAGS}
+    flags = {key: value for key, value in sorted(vars(args).items()) if key not in SECRET_FLAGS}
+    return {key: mask_credentials(value) if isinstance(value, str) else value for key, value in flags.items()}
+
+
+def mask_credentials(text):
+    """An address or command without its credentials: user and password, signed queries, Authorization headers."""
+    text = re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
+    text = re.sub(r"(?i)([?&][\w-]*(?:token|sig|key|secret|credential|passw)[\w-]*=)[^&\s\"']+", r"\1***", text)
+    return re.sub(r"(?i)\b(bearer|basic|authorization: *token)( +)[^\s\"']+", r"\1\2***", text)
 
 
 def tracker_config(values):
@@ -426,7 +492,7 @@ def mask_secrets(words):
         name = word.split("=")[0].lstrip("-")
         is_value = bool(masked) and masked[-1].lstrip("-") in SECRET_FLAGS
         masked.append("***" if is_value else f"--{name}=***" if name in SECRET_FLAGS and "=" in word else word)
-    return masked
+    return [mask_credentials(word) for word in masked]
 
 
 def command_line():

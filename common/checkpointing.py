@@ -7,6 +7,8 @@ last complete checkpoint intact. Nothing is unpickled but tensors and plain cont
 
 import json
 import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -14,16 +16,19 @@ from common import UserError
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 COMPLETE = "COMPLETE"
+CONFIG = "training_config.json"  # what a run writes first
 STATE = "training_state.json"
 # Resuming may change these; anything else that differs from the checkpoint's run is an error.
 MAY_CHANGE = frozenset(
     "output_dir resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
     "logging_dir logging_steps report_to tracker_project_name validation_steps validation_prompts "
     "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
-    "push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run".split()
+    "push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
+    "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes
 )
 
 # These too, where --data_seed changes: the data then start afresh.
@@ -47,14 +52,16 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
         raise UserError(f"{flag} is not empty; name a new folder, or pass --resume_from_checkpoint=latest to continue")
     if dry_run:
         parent = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-        if not os.access(parent, os.W_OK):
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"{flag} cannot be written to; name another folder")
         return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / ".write_test"
-        probe.write_bytes(bytes(1 << 20))
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(1 << 20))
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
     remove_leftovers(output_dir)
@@ -66,7 +73,7 @@ def completeness(checkpoint):
     if not (checkpoint / COMPLETE).is_file():
         return f"it has no {COMPLETE} file: the save did not finish"
     try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())["files"]
+        sizes = dict(json.loads((checkpoint / COMPLETE).read_text())["files"])
     except (ValueError, KeyError, TypeError):
         return f"its {COMPLETE} file cannot be read"
     for name, size in sizes.items():
@@ -75,7 +82,12 @@ def completeness(checkpoint):
             return f"its file {name} is missing"
         if file.stat().st_size != size:
             return f"its file {name} has {file.stat().st_size} bytes instead of {size}"
-    return None
+    try:
+        state = read_state(checkpoint)
+        missing = {"global_step", "args", "data", "rng_digests"} - state.keys()
+    except (OSError, ValueError, AttributeError):
+        return f"its file {STATE} cannot be read"
+    return f"its file {STATE} lacks {', '.join(sorted(missing))}" if missing else None
 
 
 def _step(checkpoint):
@@ -94,7 +106,8 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
 
     `latest` is the newest complete one under output_dir (an incomplete one is reported and passed over; with none the
     run starts anew); anything else is a name under output_dir or a path. Raises UserError for a named checkpoint that
-    is missing or incomplete.
+    is missing or incomplete, for `latest` in a folder that holds other files than a run's that died before its first
+    checkpoint, and for a checkpoint elsewhere when output_dir already holds anything.
     """
     if not resume_from_checkpoint:
         return None
@@ -104,6 +117,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
             if problem is None:
                 return checkpoint
             report(f"{checkpoint} is passed over: {problem}")
+        _check_no_result(output_dir)
         report(f"no complete checkpoint under {output_dir}: the run starts anew")
         return None
     flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
@@ -112,8 +126,24 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
             problem = completeness(candidate)
             if problem:
                 raise UserError(f"{flag}: the checkpoint cannot be used, {problem}; pass `latest` or an earlier one")
+            elsewhere = candidate.resolve().parent != Path(output_dir).resolve()
+            if elsewhere and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
+                raise UserError(
+                    f"{flag} is of another folder and --output_dir={output_dir} is not empty; name a new one"
+                )
             return candidate
     raise UserError(f"{flag}: there is no such checkpoint, neither under {output_dir} nor as a path; pass `latest`")
+
+
+def _check_no_result(output_dir):
+    """UserError when a run that starts anew would write over files: only an unfinished run's own may be there."""
+    names = {path.name for path in Path(output_dir).iterdir()} if Path(output_dir).is_dir() else set()
+    result = names & {"README.md", "model_index.json"} or any(name.endswith(".safetensors") for name in names)
+    if names and (result or CONFIG not in names):
+        raise UserError(
+            f"--resume_from_checkpoint=latest: --output_dir={output_dir} holds files but no complete checkpoint to "
+            "resume from; name a new folder"
+        )
 
 
 def read_state(checkpoint):
@@ -128,15 +158,22 @@ def check_same_run(checkpoint, saved_args, args):
     """
     may_change = MAY_CHANGE | (DATA_FLAGS if saved_args.get("data_seed") != args.get("data_seed") else set())
     names = sorted((saved_args.keys() | args.keys()) - may_change)
-    changed = [n for n in names if saved_args.get(n) != args.get(n)]
+    changed = [n for n in names if _same_path(saved_args.get(n)) != _same_path(args.get(n))]
     if changed:
         listed = ", ".join(f"--{n} was {saved_args.get(n)!r} and is {args.get(n)!r}" for n in changed)
         raise UserError(f"--resume_from_checkpoint={checkpoint} is of another configuration: {listed}")
 
 
+def _same_path(value):
+    """What exists as a file or folder, as one spelling; anything else as it is."""
+    return os.path.realpath(value) if isinstance(value, str) and value and os.path.exists(value) else value
+
+
 def remove_leftovers(output_dir):
     """Finish saves that lack nothing but their rename, delete the others' `.tmp` folders. Main process only."""
     for leftover in sorted(Path(output_dir).glob("checkpoint-*.tmp")):
+        if not re.fullmatch(r"checkpoint-\d+(\.replaced)?\.tmp", leftover.name) or not leftover.is_dir():
+            continue  # not ours
         final = leftover.with_name(leftover.name.split(".")[0])
         if completeness(leftover) is None and not final.exists():
             leftover.rename(final)
@@ -151,8 +188,24 @@ def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, o
     state: JSON-able dict. modules: {name: nn.Module} not prepared, as safetensors (EMA copies). objects: {name: object
     with state_dict} of plain containers and tensors (the LR scheduler). total_limit: how many checkpoints to keep.
     """
-    final = Path(output_dir, f"checkpoint-{global_step}")
     tmp = Path(output_dir, f"checkpoint-{global_step}.tmp")
+    try:
+        return _save(accelerator, Path(output_dir), tmp, global_step, state, modules or {}, objects or {}, total_limit)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        shutil.rmtree(tmp, ignore_errors=True)
+        reason = str(error).split("\n")[0][:200]
+        failure = UserError(
+            f"--output_dir={output_dir}: the checkpoint of step {global_step} could not be written ({reason}); make "
+            "room and resume, the checkpoints before it are whole"
+        )
+        failure.on_one_rank = True
+        raise failure from error
+
+
+def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, total_limit):
+    final = output_dir / f"checkpoint-{global_step}"
     if accelerator.is_main_process:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -160,9 +213,9 @@ def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, o
     accelerator.save_state(str(tmp))
     rng_sums = gather_object([_rng_digest()])
     if accelerator.is_main_process:
-        for name, module in (modules or {}).items():
+        for name, module in modules.items():
             save_model(module, str(tmp / f"{name}.safetensors"))
-        torch.save({name: obj.state_dict() for name, obj in (objects or {}).items()}, tmp / "objects.pt")
+        torch.save({name: obj.state_dict() for name, obj in objects.items()}, tmp / "objects.pt")
         payload = state | {"global_step": global_step, "rng_digests": rng_sums}
         (tmp / STATE).write_text(json.dumps(payload, indent=1))
     accelerator.wait_for_everyone()
@@ -175,7 +228,7 @@ def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, o
         (tmp / COMPLETE).write_text(json.dumps(manifest, indent=1))
         _fsync(tmp / COMPLETE)
         _fsync(tmp)
-        replaced = Path(output_dir, f"checkpoint-{global_step}.replaced.tmp")
+        replaced = tmp.with_name(f"checkpoint-{global_step}.replaced.tmp")
         if final.exists():  # the run went back to an earlier checkpoint and comes by again
             final.rename(replaced)
         tmp.rename(final)
@@ -194,15 +247,22 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
     Every rank's RNG is restored exactly when the number of processes is the checkpoint's.
     """
     state = read_state(checkpoint)
-    accelerator.load_state(str(checkpoint))
-    for name, module in (modules or {}).items():
-        load_model(module, str(Path(checkpoint, f"{name}.safetensors")), strict=True)
-    saved = torch.load(Path(checkpoint, "objects.pt"), weights_only=True)
-    for name, obj in (objects or {}).items():
-        obj.load_state_dict(saved[name])
+    try:
+        accelerator.load_state(str(checkpoint))
+        for name, module in (modules or {}).items():
+            load_model(module, str(Path(checkpoint, f"{name}.safetensors")), strict=True)
+        saved = torch.load(Path(checkpoint, "objects.pt"), weights_only=True)
+        for name, obj in (objects or {}).items():
+            obj.load_state_dict(saved[name])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint} is damaged or of another model ({reason}); pass an earlier one"
+        ) from error
     same_world = len(state["rng_digests"]) == accelerator.num_processes
     # accelerate only logs when it could not restore the generators: make sure that it did.
-    assert not same_world or _rng_digest() == state["rng_digests"][accelerator.process_index], "RNG was not restored"
+    if same_world and _rng_digest() != state["rng_digests"][accelerator.process_index]:
+        raise UserError(f"--resume_from_checkpoint: {checkpoint} has damaged random states; pass an earlier one")
 
 
 def _rng_digest():

@@ -119,6 +119,11 @@ class _Lane:
         self.reader = None  # of the epoch; opened at the cursor
         self.block, self.after = [], None  # the permuted block, and (unit, position) where the next one starts
 
+    def new_tally(self) -> _Tally:
+        """The account of the next micro-batch, kept for the report of one that cannot be finished."""
+        self.tally = _Tally()
+        return self.tally
+
     def next_sample(self, tally: _Tally) -> tuple[int, str, str, dict]:
         """(epoch, shard, key, raw); `self.cursor` then stands behind it."""
         while self.cursor["offset"] >= len(self.block):
@@ -317,7 +322,7 @@ class TrainingData:
     def _make_item(self, j: int, lane: _Lane) -> dict:
         """Micro-batch j, with what the consumer needs to account for it."""
         rng = random.Random(keyed_seed(self.seed, "augment", j))
-        tally, samples, keys, epochs = _Tally(), [], [], []
+        tally, samples, keys, epochs = lane.new_tally(), [], [], []
         while len(samples) < self.batch_size:
             epoch, shard, key, raw = lane.next_sample(tally)
             tally.counts["read"] += 1
@@ -349,7 +354,7 @@ class TrainingData:
             try:
                 item = self._make_item(j, lane)
             except DataError as error:
-                yield {"error": str(error)}
+                yield {"error": str(error), "skipped": lane.tally.skipped, "counts": lane.tally.counts}
                 return
             yield item
 
@@ -370,9 +375,13 @@ class TrainingData:
             while True:
                 item = self._next_item(iterator)
                 if "error" in item:
+                    self._count(item)
                     raise DataError(item["error"])
                 self._consume(item)
                 yield item["batch"]
+        except DataError as error:
+            error.on_one_rank = True
+            raise
         finally:
             if self.num_workers:  # not left to the collector: in the traceback of an error it can wait for 10 s
                 iterator._shutdown_workers()
@@ -399,9 +408,7 @@ class TrainingData:
     def _consume(self, item: dict):
         self._cursors[item["lane"]] = item["cursor"]
         self._consumed += 1
-        self._log_skipped(item["skipped"])
-        for name, count in item["counts"].items():
-            self.counters[name] += count
+        self._count(item)
         seen, unreadable = _seen_and_unreadable(item["counts"])
         self._window.append((seen, unreadable))
         self._window_seen += seen
@@ -413,6 +420,11 @@ class TrainingData:
         whole_epoch = min(self._cursors[lane]["epoch"] for lane in self._own_lanes()) > self._first_epoch
         if self._window_seen >= SKIP_WINDOW_MIN or whole_epoch:
             self._check_skip_ratio(self._window_seen, self._window_unreadable, self.counters)
+
+    def _count(self, item: dict):
+        self._log_skipped(item["skipped"])
+        for name, count in item["counts"].items():
+            self.counters[name] += count
 
     def _check_skip_ratio(self, seen: int, unreadable: int, counts: dict[str, int]):
         if unreadable > self.max_skip_ratio * seen:

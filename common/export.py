@@ -5,11 +5,13 @@ import json
 import platform
 from pathlib import Path
 
+from common import UserError
 from common.metrics import image_grid
 
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset")
 
@@ -32,7 +34,7 @@ def teacher_license(name, token=None):
         if Path(name).exists():
             return ModelCard.load(card).data.get("license") if card.is_file() else None
         return ModelCard.load(name, token=token).data.get("license")
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
 
 
@@ -80,7 +82,14 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_mess
         elif path.is_file() and path.suffix == ".safetensors":
             wanted.append(path.name)
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id or output_dir.resolve().name, private=private, exist_ok=True)
     options = {"allow_patterns": wanted, "commit_message": commit_message}
-    api.upload_folder(repo_id=repo.repo_id, folder_path=str(output_dir), **options)
+    try:
+        repo = api.create_repo(repo_id or output_dir.resolve().name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=str(output_dir), **options)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"--push_to_hub: the upload failed ({reason}); the model is complete in {output_dir}, upload it with "
+            "`hf upload`"
+        ) from error
     return str(repo)

@@ -1,6 +1,7 @@
 """Teachers (Stable Diffusion and SDXL layout), students and what they are conditioned on."""
 
 import inspect
+import math
 from pathlib import Path
 
 from common import UserError
@@ -21,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 NOT_TRAINED = ("safety_checker", "feature_extractor", "image_encoder")  # neither loaded nor copied into outputs
-SDXL_DEFAULTS = {"resolution": 1024, "vae_encode_batch_size": 8, "w_min": 3.0}  # w_min: of full students, not LoRAs
 REFINER = "the SDXL refiner, which starts from a finished image; use an SDXL base model"
 NUM_TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
@@ -69,7 +69,13 @@ def _read_single_file(flag, name, cache_dir):
             raise UserError(f"{flag}: {REFINER}")
     except SafetensorError as error:
         raise UserError(f"{flag}: the file is damaged or no safetensors file ({_line(error)})") from None
-    pipeline = load_teacher(name, cache_dir=cache_dir)  # one file holds no configuration: it is read off the weights
+    try:  # one file holds no configuration: diffusers fetches that of the kind of model that the weights show
+        pipeline = load_teacher(name, cache_dir=cache_dir)
+    except (OSError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{flag}: the file cannot be loaded ({_line(error)}); a single file needs the hub, or a cache, for its "
+            "configuration: convert it once to a folder in diffusers layout where there is no network"
+        ) from None
     configs = {"is_sdxl": is_sdxl(pipeline), "model_index": dict(pipeline.config)}
     configs |= {part: dict(getattr(pipeline, part).config) for part in ("unet", "vae", "scheduler")}
     names = ("text_encoder", "text_encoder_2")[: 1 + is_sdxl(pipeline)]
@@ -81,6 +87,49 @@ def _single_file_kind(name):
     with safe_open(name, framework="pt") as file:
         embedders = {key.split(".")[2] for key in file.keys() if key.startswith("conditioner.embedders.")}
     return "sd" if not embedders else "sdxl" if "1" in embedders else "refiner"
+
+
+def read_vae_config(name, config, revision=None, cache_dir=None):
+    """`config` with the configuration of the VAE that --pretrained_vae_model_name_or_path names instead of its own.
+
+    Needs no weights. Raises UserError when that VAE is missing, partial, or has other latents than the teacher's.
+    """
+    flag = f"--pretrained_vae_model_name_or_path={name}"
+    subfolder = _vae_subfolder(name)
+    if Path(name).is_dir():
+        _check_part(flag, Path(name, subfolder or ""), None)
+    try:
+        vae = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: neither a VAE's folder nor a model that the hub gives ({_line(error)})") from None
+    if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != config["unet"]["in_channels"]:
+        raise UserError(f"{flag}: not an AutoencoderKL with {config['unet']['in_channels']} latent channels")
+    return _checked_config(flag, config | {"vae": vae})
+
+
+def _vae_subfolder(name):
+    return "vae" if Path(name, "vae", "config.json").is_file() else None
+
+
+def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=None):
+    """UserError unless the U-Net of --init_unet has the teacher's shape and this embedding of w; needs no weights."""
+    flag = f"--init_unet={name}"
+    subfolder = "unet" if Path(name, "unet").is_dir() else None
+    if Path(name).is_dir():
+        _check_part(flag, Path(name, subfolder or ""), None)
+    try:
+        unet = UNet2DConditionModel.load_config(name, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: neither a U-Net's folder nor a model that the hub gives ({_line(error)})") from None
+    if unet.get("time_cond_proj_dim") != time_cond_proj_dim:
+        raise UserError(
+            f"{flag}: its time_cond_proj_dim is {unet.get('time_cond_proj_dim')}; pass the same number as "
+            "--unet_time_cond_proj_dim"
+        )
+    shape = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
+    for key in (*shape, "down_block_types", "up_block_types", "addition_embed_type", "attention_head_dim"):
+        if unet.get(key) != config["unet"].get(key):
+            raise UserError(f"{flag}: it is no student of this teacher, its {key} is {unet.get(key)}")
 
 
 def _check_kind(flag, index):
@@ -117,13 +166,27 @@ def _line(error):
 def _check_part(flag, folder, variant):
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names:
-        raise UserError(f"{flag}: the teacher is partial, its folder {folder.name}/ is missing or empty")
-    is_model = "config.json" in names
-    infix = f".{variant}." if variant else "."
-    weights = [n for n in names if n.endswith((".safetensors", ".bin"))]
-    if is_model and not any(infix in n for n in weights):
-        what = f"weights of the variant {variant!r} (drop --variant)" if variant and weights else "weights"
-        raise UserError(f"{flag}: the teacher is partial, its folder {folder.name}/ has no {what}")
+        raise UserError(f"{flag}: it is partial, its folder {folder.name}/ is missing or empty")
+    if "config.json" not in names:  # a tokenizer or a scheduler
+        return
+    weights = [n for n in sorted(names) if n.endswith((".safetensors", ".bin"))]
+    wanted = [n for n in weights if (f".{variant}." in n if variant else n.count(".") == 1)]
+    if not wanted:
+        what = "weights"
+        if weights:
+            what = (
+                f"weights of the variant {variant!r} (drop --variant)"
+                if variant
+                else f"plain weights, only {weights[0]}"
+            )
+            what += "" if variant else " (pass its --variant)"
+        raise UserError(f"{flag}: it is partial, its folder {folder.name}/ has no {what}")
+    for name in wanted:
+        try:
+            if name.endswith(".safetensors"):
+                safe_open(folder / name, framework="pt").__enter__()  # reads the header and checks the length
+        except SafetensorError as error:
+            raise UserError(f"{flag}: its file {folder.name}/{name} is damaged ({_line(error)})") from None
 
 
 def check_unet(flag, unet, vae, text_encoder_2=None):
@@ -200,8 +263,8 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
             skipped["requires_safety_checker"] = False
         pipeline = DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **skipped, **parts)
     if vae is not None:
-        subfolder = "vae" if Path(vae, "vae", "config.json").is_file() else None
-        pipeline.vae = AutoencoderKL.from_pretrained(vae, subfolder=subfolder, revision=vae_revision, **options)
+        place = {"subfolder": _vae_subfolder(vae), "revision": vae_revision}
+        pipeline.vae = AutoencoderKL.from_pretrained(vae, **place, **options)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -226,33 +289,25 @@ def vae_dtype(config, weight_dtype, other_vae=None):
     return torch.float32 if config["is_sdxl"] and other_vae is None else weight_dtype
 
 
-def make_student(teacher_unet, time_cond_proj_dim, init_unet=None):
-    """A trainable float32 copy of the teacher's U-Net with an embedding of w, as wide as `time_cond_proj_dim`.
+def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None, cache_dir=None):
+    """A trainable float32 copy of the teacher's float32 U-Net with an embedding of w, as wide as `time_cond_proj_dim`.
 
     The new projection `time_embedding.cond_proj` starts at zero, so that the student equals the teacher at step 0 for
     every w. init_unet: a folder with an earlier student to start from instead (its `unet/` when it is a pipeline).
     """
     if init_unet is not None:
         subfolder = "unet" if Path(init_unet, "unet").is_dir() else None
-        unet = UNet2DConditionModel.from_pretrained(init_unet, subfolder=subfolder, dtype=torch.float32)
-        if unet.config.time_cond_proj_dim != time_cond_proj_dim:
-            raise UserError(
-                f"--init_unet={init_unet}: its time_cond_proj_dim is {unet.config.time_cond_proj_dim}; pass the same "
-                "number as --unet_time_cond_proj_dim"
-            )
+        place = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir}
+        unet = UNet2DConditionModel.from_pretrained(init_unet, dtype=torch.float32, **place)
+        assert unet.config.time_cond_proj_dim == time_cond_proj_dim, "check_init_unet comes first"
         return unet.train()
+    assert teacher_unet.dtype == torch.float32, "a student of rounded weights is not the teacher"
     # as a keyword: diffusers ignores a value in the configuration itself where the teacher's file lacks the key
     unet = UNet2DConditionModel.from_config(teacher_unet.config, time_cond_proj_dim=time_cond_proj_dim)
     missing, unexpected = unet.load_state_dict(teacher_unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
     torch.nn.init.zeros_(unet.time_embedding.cond_proj.weight)
     return unet.train()
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts):
-    """Text embeddings as the stock pipeline makes them: list of B strings -> (B, 77, d), the text encoder's dtype."""
-    return conditioning(pipeline, prompts)["encoder_hidden_states"]
 
 
 @torch.no_grad()
@@ -328,7 +383,7 @@ def encode_images(vae, images, generator, batch_size):
     images: uint8 (B, 3, H, W) on the VAE's device, encoded `batch_size` at a time in the VAE's dtype. generator: the
     device generator of the posterior's noise. Returns (B, 4, h, w).
     """
-    pixels = images.to(vae.dtype) / 127.5 - 1.0
+    pixels = (images.float() / 127.5 - 1.0).to(vae.dtype)
     moments = torch.cat([vae.encode(chunk).latent_dist.parameters for chunk in pixels.split(batch_size)]).float()
     mean, logvar = moments.chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -354,10 +409,10 @@ def _shift_and_scale(vae):
 
 
 def check_resolution(config, resolution):
-    """UserError unless `resolution` is a whole number of latents."""
-    multiple = vae_scale_factor(config["vae"])
+    """UserError unless `resolution` is a whole number of latents, and of 8, which the pipelines ask for."""
+    multiple = math.lcm(vae_scale_factor(config["vae"]), 8)
     if resolution % multiple:
-        raise UserError(f"--resolution={resolution} is not a multiple of {multiple}, the factor of the teacher's VAE")
+        raise UserError(f"--resolution={resolution} is not a multiple of {multiple}, as VAE and pipeline need")
 
 
 def vae_scale_factor(vae_config):

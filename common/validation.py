@@ -13,6 +13,7 @@ def make_pipeline(teacher, unet, scheduler):
     options = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     if models.is_sdxl(teacher):
         options["force_zeros_for_empty_prompt"] = teacher.config.force_zeros_for_empty_prompt
+        options["add_watermarker"] = False
     pipeline = type(teacher)(**parts, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -46,13 +46,17 @@ def build_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(build_once):
-    """teacher(prediction_type): a folder with a teacher of 16 pixels that has been trained for a moment."""
+    """teacher(kind): a folder with a teacher of 16 pixels that has been trained for a moment.
 
-    def get(prediction_type="epsilon"):
+    kind: what its U-Net predicts, or "sdxl" for one in SDXL's layout, which predicts the noise.
+    """
+
+    def get(kind="epsilon"):
         def build(folder):
-            digits.build_teacher(folder, prediction_type=prediction_type, vae_steps=5, unet_steps=20)
+            prediction_type = "epsilon" if kind == "sdxl" else kind
+            digits.build_teacher(folder, prediction_type, vae_steps=5, unet_steps=20, sdxl=kind == "sdxl")
 
-        return str(build_once(f"teacher_{prediction_type}", build))
+        return str(build_once(f"teacher_{kind}", build))
 
     return get
 

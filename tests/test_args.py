@@ -11,7 +11,7 @@ from common import args as cli
 import pytest
 import torch
 
-SCRIPTS = ["train_lcm_distill_sd_wds"]
+SCRIPTS = ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"]
 
 # The guide's command, verbatim.
 GUIDE_LCM = """
@@ -36,6 +36,14 @@ accelerate launch train_lcm_distill_sd_wds.py \\
     --seed=453645634 \\
     --push_to_hub \\
 """  # noqa: E501
+
+# The guide's command for the LoRA script: its name, a rank, the learning rate of adapters, no EMA.
+GUIDE_LCM_LORA = (
+    GUIDE_LCM.replace("train_lcm_distill_sd_wds.py", "train_lcm_distill_lora_sd_wds.py")
+    .replace(" --ema_decay=0.95", "")
+    .replace("--resolution=512", "--resolution=512 --lora_rank=64")
+    .replace("--learning_rate=1e-6", "--learning_rate=1e-4")
+)
 
 # name: default, as the public script has them (None: no default).
 PUBLIC_FLAGS = {
@@ -68,22 +76,28 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cli, "get_token", lambda: "hf_x")
 
 
-def test_the_guides_command_parses_verbatim(gpu):
-    words = shlex.split(GUIDE_LCM.rstrip().removesuffix("\\").replace("\\\n", "")) + [
-        "\\"
-    ]  # as a shell without a next line
-    assert words[2] == "train_lcm_distill_sd_wds.py"
-    args = script("train_lcm_distill_sd_wds").parse_args(words[3:])
-    assert args.learning_rate == 1e-6 and args.max_train_samples == 4_000_000 and args.report_to == ["wandb"]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_guides_command_parses_verbatim(gpu, name):
+    guide = GUIDE_LCM if "lora" not in name else GUIDE_LCM_LORA
+    words = shlex.split(guide.rstrip().removesuffix("\\").replace("\\\n", "")) + ["\\"]  # no line follows the last
+    assert words[2] == f"{name}.py"
+    args = script(name).parse_args(words[3:])
+    assert args.max_train_samples == 4_000_000 and args.report_to == ["wandb"] and args.loss_type == "huber"
     assert args.train_shards_path_or_url.endswith("{00000..01099}.tar?download=true") and args.push_to_hub
 
 
-def test_every_public_flag_is_there_with_its_default():
-    args = script("train_lcm_distill_sd_wds").parse_args(REQUIRED)
-    script("train_lcm_distill_sd_wds").resolve_defaults(args, is_sdxl=False)
-    args = vars(args)
-    assert {name: args[name] for name in PUBLIC_FLAGS} == PUBLIC_FLAGS
-    assert args["cast_teacher_unet"] is True  # the exception: the teacher computes in the run's dtype
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_public_flag_is_there_with_its_default(name):
+    args = script(name).parse_args(REQUIRED)
+    script(name).resolve_defaults(args, is_sdxl=False)
+    args, expected = vars(args), dict(PUBLIC_FLAGS)
+    if "lora" in name:
+        for flag in ("ema_decay", "unet_time_cond_proj_dim"):
+            del expected[flag]
+        expected |= {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": None}
+        expected |= {"w_min": 7.5, "w_max": 7.5}  # an exception: the student cannot see w
+    assert {flag: args[flag] for flag in expected} == expected
+    assert args["cast_teacher_unet"] is True  # an exception: the teacher computes in the run's dtype
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -110,9 +124,15 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         (["--resolution=0"], "--resolution: must be at least 1"),
         (["--dataloader_num_workers=-1"], "--dataloader_num_workers: must not be negative"),
         (["--learning_rate=nan"], "--learning_rate: must be a number that is not negative"),
-        (["--ema_decay=1.5"], "--ema_decay: must be between 0 and 1"),
+        (["--adam_beta1=1.5"], "--adam_beta1: must be at least 0 and less than 1"),
         (["--proportion_empty_prompts=2"], "--proportion_empty_prompts: must be between 0 and 1"),
-        (["--unet_time_cond_proj_dim=7"], "--unet_time_cond_proj_dim must be an even number"),
+        (["--adam_beta2=1"], "--adam_beta2: must be at least 0 and less than 1"),
+        ([f"--seed={2**64}"], "--seed: must be a whole number from 0 to 2^62"),
+        (["--validation_num_inference_steps="], "--validation_num_inference_steps: names no number"),
+        (["--num_ddim_timesteps=2"], "--validation_num_inference_steps: at most --num_ddim_timesteps=2 steps"),
+        (["--report_to=tensorboard,none"], "--report_to=tensorboard,none: none and all stand alone"),
+        (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "--lr_scheduler=polynomial falls to 1e-7"),
+        (["--huber_c=0"], "--huber_c: must be a positive number"),
         (["--lr_scheduler=magic"], "--lr_scheduler: invalid choice: 'magic'"),
         (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
         (["--enable_xformers_memory_efficient_attention"], "needs a GPU, xformers has no CPU kernels"),
@@ -171,7 +191,7 @@ def test_defaults_for_sdxl_are_its_own():
 
 def test_steps_follow_from_epochs():
     args = argparse.Namespace(
-        train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None, num_train_epochs=3
+        train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None, num_train_epochs=3, data_seed=1
     )
     assert cli.resolve_steps(args, 100, world_size=2) == 16 and args.max_train_steps == 21
     args.max_train_steps = None
@@ -202,6 +222,24 @@ def test_secrets_leave_no_trace(monkeypatch):
     line = cli.command_line()
     assert line.startswith("accelerate launch t.py --pretrained_teacher_model=t")
     assert line.endswith("'--hub_token=***' --hub_token '***' '--hub_model_id=a b' --seed=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("pipe:curl -H 'Authorization: Bearer S3CRET' -s https://h/{0..3}.tar", "Bearer ***' -s https://h/{0..3}.tar"),
+        ("https://me:S3CRET@h/{0..3}.tar", "https://***@h/{0..3}.tar"),
+        ("https://h/0.tar?X-Amz-Signature=S3CRET&a=b", "?X-Amz-Signature=***&a=b"),
+        ("https://h/0.tar?download=true", "https://h/0.tar?download=true"),
+    ],
+)
+def test_credentials_in_addresses_leave_no_trace(text, masked, monkeypatch):
+    flags = ["--pretrained_teacher_model=t", f"--train_shards_path_or_url={text}"]
+    monkeypatch.setattr(sys, "argv", ["t.py", *flags])
+    args = script(SCRIPTS[0]).parse_args()
+    assert args.train_shards_path_or_url == text
+    recorded = [str(cli.public_args(args)["train_shards_path_or_url"]), cli.command_line(), " ".join(sys.argv)]
+    assert all("S3CRET" not in words for words in recorded) and masked in recorded[0]
 
 
 def test_trackers_continue_the_same_run_after_a_resume(tmp_path):

@@ -60,7 +60,7 @@ def test_random_state_that_is_not_restored_is_noticed(tmp_path, monkeypatch):
     path = save(tmp_path, 1)
     (path / "random_states_0.pkl").write_bytes(b"not a pickle")
     accelerator, *_, modules, objects = setup_run(seed=5)
-    with pytest.raises(AssertionError, match="RNG was not restored"):
+    with pytest.raises(UserError, match="damaged random states"):
         checkpointing.load_checkpoint(accelerator, path, modules, objects)
 
 
@@ -72,7 +72,7 @@ def test_objects_are_loaded_without_unpickling_code(tmp_path):
     path = save(tmp_path, 1)
     torch.save({"schedule": Evil()}, path / "objects.pt")
     accelerator, *_, modules, objects = setup_run()
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(UserError, match="is damaged.*Weights only load failed"):
         checkpointing.load_checkpoint(accelerator, path, modules, objects)
     assert not (tmp_path / "ran").exists()
 
@@ -82,12 +82,71 @@ def test_a_save_that_dies_leaves_nothing_that_looks_complete(tmp_path, monkeypat
     monkeypatch.setattr(
         checkpointing, "_fsync", lambda path: (_ for _ in ()).throw(OSError("No space left on device"))
     )
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="checkpoint of step 2 could not be written .No space"):
         save(tmp_path, 2)
-    assert [c.name for c in checkpointing.list_checkpoints(tmp_path)] == ["checkpoint-1"]
-    assert (tmp_path / "checkpoint-2.tmp").is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+    (tmp_path / "checkpoint-2.tmp").mkdir()
     checkpointing.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+
+
+def test_leftovers_are_those_of_saves_and_nothing_else(tmp_path):
+    (tmp_path / "checkpoint-mine.tmp").mkdir()
+    (tmp_path / "checkpoint-7.tmp").touch()
+    checkpointing.remove_leftovers(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "objects.pt", "model.safetensors", "target.safetensors"])
+def test_a_file_that_is_damaged_at_its_right_size_ends_in_one_sentence(tmp_path, name):
+    path = save(tmp_path, 1)
+    (path / name).write_bytes(bytes((path / name).stat().st_size))
+    accelerator, *_, modules, objects = setup_run()
+    with pytest.raises(UserError, match="checkpoint-1 is damaged or of another model"):
+        checkpointing.load_checkpoint(accelerator, path, modules, objects)
+
+
+@pytest.mark.parametrize("text", ["not json", "{}", "[]"])
+def test_a_damaged_state_file_is_found_before_anything_is_loaded(tmp_path, text):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "COMPLETE").read_text())
+    manifest["files"]["training_state.json"] = len(text)
+    (path / "COMPLETE").write_text(json.dumps(manifest))
+    (path / "training_state.json").write_text(text)
+    assert "training_state.json" in checkpointing.completeness(path)
+    (path / "COMPLETE").write_text('{"files": []}')
+    assert checkpointing.completeness(path) is not None
+
+
+@pytest.mark.parametrize("names", [["README.md", "unet"], ["training_config.json", "model_index.json"], ["notes.txt"]])
+def test_latest_never_starts_anew_over_files_of_others_or_a_result(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(UserError, match="holds files but no complete checkpoint"):
+        checkpointing.find_checkpoint(tmp_path, "latest")
+
+
+def test_latest_starts_anew_after_a_death_before_the_first_checkpoint(tmp_path):
+    (tmp_path / "training_config.json").write_text("{}")
+    (tmp_path / "logs").mkdir()
+    assert checkpointing.find_checkpoint(tmp_path, "latest", print) is None
+
+
+def test_a_checkpoint_of_another_folder_needs_an_empty_one(tmp_path):
+    path = save(tmp_path / "a", 1)
+    (tmp_path / "b").mkdir()
+    assert checkpointing.find_checkpoint(tmp_path / "b", str(path)) == path
+    (tmp_path / "b" / "unet").mkdir()
+    with pytest.raises(UserError, match="is of another folder"):
+        checkpointing.find_checkpoint(tmp_path / "b", str(path))
+
+
+def test_the_same_path_in_another_spelling_is_no_other_configuration(tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    saved = {"pretrained_teacher_model": str(tmp_path / "teacher")}
+    for spelling in ("teacher", "teacher/", "./teacher"):
+        checkpointing.check_same_run("c", saved, {"pretrained_teacher_model": spelling})
 
 
 def test_a_save_that_lacks_only_its_rename_is_finished(tmp_path):
@@ -117,7 +176,7 @@ def test_nothing_is_pruned_before_the_new_one_stands(tmp_path, monkeypatch):
     run = setup_run()
     save(tmp_path, 1, 1, run)
     monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
-    with pytest.raises(OSError, match="read-only"):
+    with pytest.raises(UserError, match="read-only"):
         save(tmp_path, 2, 1, run)
     assert checkpointing.completeness(tmp_path / "checkpoint-1") is None
 

@@ -11,7 +11,7 @@ from common.tools import demo, digits
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -101,6 +101,35 @@ def test_teacher_is_a_stable_diffusion_checkpoint(built_teacher):
     assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (built_teacher / "tokenizer").iterdir()}
     assert digits.DATA_NOTE in (built_teacher / "README.md").read_text()
+
+
+def test_sdxl_teacher_is_an_sdxl_checkpoint(tmp_path):
+    digits.build_teacher(tmp_path, vae_steps=3, unet_steps=3, unet_channels=(16, 32), unet_batch_size=8, sdxl=True)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert isinstance(pipeline, StableDiffusionXLPipeline) and pipeline.config.force_zeros_for_empty_prompt
+    assert pipeline.tokenizer.pad_token == "<|endoftext|>" and pipeline.tokenizer_2.pad_token == "!"
+    assert pipeline.tokenizer_2.model_max_length == 77 and pipeline.text_encoder_2.config.projection_dim == 32
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "tokenizer_2").iterdir()}
+    images = pipeline("a photo of the digit three", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
+
+
+def test_the_small_sdxl_is_told_what_its_pipeline_tells_it():
+    """The U-Net's arguments in training are those of the pipeline at its default size; no caption is zeros."""
+    torch.manual_seed(0)
+    vae, calls = digits.train_vae(torch.zeros(64, 3, 16, 16), steps=1), []
+    pipeline = digits.untrained_pipeline(vae, "epsilon", (16, 32), sdxl=True)
+    pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    captions = [digits.CANONICAL_TEMPLATE.format(word) for word in digits.WORDS] + [""]
+    token_ids = [digits.tokenize(tokenizer, captions) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    encoders = [pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval()]
+    with torch.no_grad():
+        told = digits.condition(encoders, token_ids, torch.tensor([10, 10, 3, 7]))
+    pipeline([captions[3], captions[7]], num_inference_steps=1, guidance_scale=2.0, output_type="latent")
+    torch.testing.assert_close(told["encoder_hidden_states"], calls[0]["encoder_hidden_states"])
+    added = calls[0]["added_cond_kwargs"]
+    torch.testing.assert_close(told["added_cond_kwargs"]["text_embeds"], added["text_embeds"])
+    assert torch.equal(told["added_cond_kwargs"]["time_ids"].float(), added["time_ids"])
 
 
 def test_latents_are_standard_and_standardizing_changes_no_image(built_teacher):

@@ -37,10 +37,9 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_teacher_config_needs_no_weights(teacher, tmp_path):
+def test_teacher_config_needs_no_weights(teacher, tmp_path, monkeypatch):
     folder = copy_teacher(teacher, tmp_path)
-    for weights in folder.rglob("*.safetensors"):
-        weights.write_bytes(b"")  # the files are there, their content is never touched
+    monkeypatch.setattr(models.DiffusionPipeline, "from_pretrained", None)  # a load would fail
     config = models.read_teacher_config(str(folder))
     assert config["unet"]["in_channels"] == 4 and config["scheduler"]["beta_schedule"] == "scaled_linear"
     assert config["is_sdxl"] is False and "text_encoder_2" not in config
@@ -241,20 +240,50 @@ def test_init_unet_continues_an_earlier_student(teacher, tmp_path):
     for folder in (tmp_path / "run", tmp_path / "run" / "unet"):
         again = models.make_student(unet, 64, str(folder))
         assert again.training and (again.time_embedding.cond_proj.weight == 1).all()
+    config = models.read_teacher_config(teacher())
+    models.check_init_unet(str(tmp_path / "run"), config, 64)
     with pytest.raises(UserError, match="time_cond_proj_dim is 64"):
-        models.make_student(unet, 256, str(tmp_path / "run"))
+        models.check_init_unet(str(tmp_path / "run"), config, 256)
+    edit_json(tmp_path / "run" / "unet" / "config.json", cross_attention_dim=32)
+    with pytest.raises(UserError, match="no student of this teacher, its cross_attention_dim is 32"):
+        models.check_init_unet(str(tmp_path / "run"), config, 64)
+    for missing in (tmp_path / "nope", tmp_path / "nope.safetensors"):
+        with pytest.raises(UserError, match="--init_unet=.*neither a U-Net's folder"):
+            models.check_init_unet(str(missing), config, 64)
 
 
-def test_prompt_embeddings_are_the_pipelines(teacher):
+def test_a_damaged_or_a_variant_only_part_is_found_without_loading(teacher, tmp_path):
+    folder = copy_teacher(teacher, tmp_path)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="its file unet/diffusion_pytorch_model.safetensors is damaged"):
+        models.read_teacher_config(str(folder))
+    weights.unlink()
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"no plain weights, only .*fp16.* \(pass its --variant\)"):
+        models.read_teacher_config(str(folder))
+
+
+def test_another_vae_is_checked_without_loading(teacher, tmp_path):
+    config = models.read_teacher_config(teacher())
+    assert models.read_vae_config(teacher(), config)["vae"]["latent_channels"] == 4
+    with pytest.raises(UserError, match="--pretrained_vae_model_name_or_path=.*neither a VAE's folder"):
+        models.read_vae_config(str(tmp_path / "nope"), config)
+    vae = shutil.copytree(Path(teacher(), "vae"), tmp_path / "vae")
+    edit_json(vae / "config.json", latent_channels=8)
+    with pytest.raises(UserError, match="not an AutoencoderKL with 4 latent channels"):
+        models.read_vae_config(str(vae), config)
+
+
+def test_long_prompts_are_cut_at_77_tokens(teacher):
     pipeline = models.load_teacher(teacher())
     prompts = ["a photo of the digit three", "", "something else entirely " * 40]
     ids = pipeline.tokenizer(
         prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
     expected = pipeline.text_encoder(ids)[0]
-    torch.testing.assert_close(models.encode_prompts(pipeline, prompts), expected)
-    reference = StableDiffusionPipeline.from_pretrained(teacher()).encode_prompt(prompts, "cpu", 1, False)[0]
-    torch.testing.assert_close(models.encode_prompts(pipeline, prompts), reference)
+    torch.testing.assert_close(models.conditioning(pipeline, prompts), {"encoder_hidden_states": expected})
 
 
 def test_conditioning_of_sd_is_the_prompts_and_the_empty_prompts(teacher):
@@ -287,18 +316,13 @@ def test_conditioning_of_sdxl_is_the_pipelines(sdxl, force_zeros):
 
 
 @pytest.mark.parametrize("force_zeros", [True, False])
-def test_the_guided_teacher_is_asked_what_the_pipeline_asks(sdxl, force_zeros, monkeypatch):
+def test_the_guided_teacher_is_asked_what_the_pipeline_asks(sdxl, force_zeros):
     """Every keyword argument of the U-Net, in the pipeline's own call with guidance."""
     pipeline, calls = models.load_teacher(sdxl), []
     pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-    forward = pipeline.unet.forward
-    monkeypatch.setattr(
-        pipeline.unet, "forward", lambda *args, **kwargs: calls.append(kwargs) or forward(*args, **kwargs)
-    )
-    captions, sizes = (
-        ["the digit two written by hand", "seven"],
-        {"original_size": (40, 30), "crops_coords_top_left": (5, 7)},
-    )
+    pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    captions = ["the digit two written by hand", "seven"]
+    sizes = {"original_size": (40, 30), "crops_coords_top_left": (5, 7)}
     pipeline(captions, num_inference_steps=1, guidance_scale=3.0, output_type="latent", **sizes)
     time_ids = models.time_ids(torch.tensor([[40, 30]] * 2), torch.tensor([[5, 7]] * 2), 16)
     both = models.concat_conditioning(
@@ -391,6 +415,8 @@ def test_latents_mean_and_std_are_what_the_sdxl_pipeline_undoes(sdxl):
     pipeline.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=scale)
     undone = encode() * torch.tensor(std).view(1, 4, 1, 1) / scale + torch.tensor(mean).view(1, 4, 1, 1)
     torch.testing.assert_close(undone, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(models.decode_latents(pipeline.vae, encode()), pipeline.vae.decode(plain).sample)
 
 
 def test_another_vae_is_used(teacher, tmp_path):
@@ -405,7 +431,7 @@ def test_another_vae_is_used(teacher, tmp_path):
 def test_resolution_must_fit_the_vae(teacher):
     config = models.read_teacher_config(teacher())
     models.check_resolution(config, 16)
-    with pytest.raises(UserError, match="--resolution=17 is not a multiple of 2"):
+    with pytest.raises(UserError, match="--resolution=17 is not a multiple of 8"):
         models.check_resolution(config, 17)
 
 
@@ -434,7 +460,9 @@ def test_parameters_and_flops_of_sd15_are_the_known_ones():
 
 
 def test_parameters_and_flops_of_sdxl_are_the_known_ones():
-    sizes = {
+    unet = {
+        "in_channels": 4,
+        "out_channels": 4,
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -448,7 +476,7 @@ def test_parameters_and_flops_of_sdxl_are_the_known_ones():
         "projection_class_embeddings_input_dim": 2816,
     }
     with torch.device("meta"):
-        unet, vae = dict(UNet2DConditionModel(**sizes).config), sd_vae_config()
+        vae = sd_vae_config()
     config = {"unet": unet, "vae": vae, "text_encoder": clip_config(768, 12, 12)}
     config["text_encoder_2"] = clip_config(1280, 32, 20, hidden_act="gelu")
     models.check_unet("--x", unet, vae, config["text_encoder_2"])
@@ -458,5 +486,3 @@ def test_parameters_and_flops_of_sdxl_are_the_known_ones():
     assert counts["unet_forward_flops"] == pytest.approx(6761e9, rel=0.02)
     assert counts["vae_encode_flops"] == pytest.approx(4879e9, rel=0.02)
     assert counts["text_encode_flops"] == pytest.approx(111e9, rel=0.02)
-    student = models.count_parameters_and_flops(config, 1024, time_cond_proj_dim=256)
-    assert student["unet_parameters"] == counts["unet_parameters"] + 256 * 320

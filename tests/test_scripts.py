@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
-from common import checkpointing, models
+from common import checkpointing, lora, models
 from common.data import TrainingData, keyed_generator
 from common.images import decode_image_text
 from common.shards import expand_shards
+from tests.test_args import GUIDE_LCM, GUIDE_LCM_LORA
 
 import numpy as np
 import pytest
@@ -23,30 +25,38 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(lcm.__file__).parent
+SCRIPTS = [lcm, lcm_lora]
+IDS = ["lcm", "lcm_lora"]
+every_script = pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
+# What a script needs on top of the flags that all of them share.
+OWN_FLAGS = {
+    lcm: {"w_min": 0, "w_max": 2, "unet_time_cond_proj_dim": 32},
+    lcm_lora: {"w_min": 0, "w_max": 2, "lora_rank": 4, "lora_alpha": 6},
+}
 
 
 @pytest.fixture
 def flags(teacher, shards):
-    """flags(output_dir, **changes): a quick run's command line; None drops a flag, True is a bare one."""
+    """flags(output_dir, script, **changes): a quick run's command line; None drops a flag, True is a bare one."""
 
-    def make(folder, **changes):
+    def make(folder, script=lcm, **changes):
         values = {
             "pretrained_teacher_model": teacher(), "train_shards_path_or_url": shards, "output_dir": folder,
-            "resolution": 16, "train_batch_size": 4, "max_train_steps": 4, "seed": 1, "w_min": 0, "w_max": 2,
-            "unet_time_cond_proj_dim": 32, "validation_steps": 0, "logging_steps": 1, "checkpointing_steps": 2,
+            "resolution": 16, "train_batch_size": 4, "max_train_steps": 4, "seed": 1,
+            "validation_steps": 0, "logging_steps": 1, "checkpointing_steps": 2,
             "validation_num_inference_steps": "1", "shuffle_block_samples": 16,
         }  # fmt: skip
-        values |= changes
+        values |= OWN_FLAGS[script] | changes
         return [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items() if v is not None]
 
     return make
 
 
-def train(flags):
+def train(flags, script=lcm):
     """A run in this process; accelerate's state is a process's, so it starts afresh."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    lcm.main(lcm.parse_args(flags))
+    script.main(script.parse_args(flags))
 
 
 def scalars(output_dir, tag):
@@ -68,29 +78,30 @@ def fingerprint(value):
 def digests(checkpoint):
     """{file: hash} of what training depends on: weights, EMA, optimizer, LR schedule; RNG and data from the state."""
     state = checkpointing.read_state(checkpoint)
-    names = ["model.safetensors", "target_unet.safetensors", "optimizer.bin", "objects.pt"]
+    names = [path.name for path in Path(checkpoint).glob("*.safetensors")] + ["objects.pt"]
+    assert {"model.safetensors", "target_unet.safetensors"} <= set(names) or "adapters.safetensors" in names
     sums = {name: hashlib.sha256(Path(checkpoint, name).read_bytes()).hexdigest() for name in names}
     optimizer = torch.load(Path(checkpoint, "optimizer.bin"), weights_only=True)["state"]
     sums["optimizer.bin"] = fingerprint(optimizer)
     return sums | {"data": state["data"], "rng": state["rng_digests"]}
 
 
-def launch(flags, num_processes=1, prelude=None, use_cpu=True):
+def launch(flags, num_processes=1, prelude=None, use_cpu=True, script=lcm):
     """`accelerate launch` of the script, as a user types it; prelude: Python that each process runs before it."""
-    script = [str(ROOT / "train_lcm_distill_sd_wds.py")]
+    command = [script.__file__]
     if prelude:
         wrapper = Path(next(f for f in flags if f.startswith("--output_dir=")).split("=")[1] + "_wrapper.py")
         wrapper.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{prelude}\n"
-                           "import train_lcm_distill_sd_wds as s\ns.main(s.parse_args())\n")  # fmt: skip
-        script = [str(wrapper)]
+                           f"import {script.__name__} as s\ns.main(s.parse_args())\n")  # fmt: skip
+        command = [str(wrapper)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     engine = ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *engine, f"--num_processes={num_processes}"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *engine, f"--num_processes={num_processes}"]
+    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if num_processes > 1 and use_cpu else {})
-    return subprocess.run([*command, *script, *flags], capture_output=True, text=True, timeout=300, cwd="/", env=env)
+    return subprocess.run([*launcher, *command, *flags], capture_output=True, text=True, timeout=300, cwd="/", env=env)
 
 
 # --- the result
@@ -116,14 +127,17 @@ def test_the_result_is_a_pipeline_that_stock_diffusers_loads(tmp_path, flags):
     assert not (out / "safety_checker").exists()
 
 
+@every_script
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(tmp_path, flags, teacher, shards, prediction_type):
+def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(
+    tmp_path, flags, teacher, shards, prediction_type, script
+):
     """Algorithm 1 again, from diffusers' parts: DDIMScheduler for the teacher's step, LCMScheduler for f.
 
     At step 0 student, target and teacher are one network, so the loss depends on every formula of step 7.
     """
     train(
-        flags(tmp_path / "out", pretrained_teacher_model=teacher(prediction_type), max_train_steps=1, loss_type="l2")
+        flags(tmp_path / "out", script, pretrained_teacher_model=teacher(prediction_type), max_train_steps=1), script
     )
     logged = scalars(tmp_path / "out", "loss")[1]
 
@@ -169,6 +183,76 @@ def test_training_lowers_the_loss_and_moves_the_target_slower(tmp_path, flags):
     assert len(losses) == 30 and np.mean(losses[-10:]) < np.mean(losses[:10])
 
 
+def stock_pipeline(teacher_dir, lora_dir=None, weight_name=None):
+    pipeline = DiffusionPipeline.from_pretrained(teacher_dir)
+    if lora_dir:
+        pipeline.load_lora_weights(lora_dir, **({"weight_name": weight_name} if weight_name else {}))
+        pipeline.scheduler = LCMScheduler.from_pretrained(lora_dir, subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("weight_name", [None, "pytorch_lora_weights_kohya.safetensors"])
+def test_the_lora_that_stock_diffusers_loads_is_the_student_that_was_trained(tmp_path, flags, teacher, weight_name):
+    out = tmp_path / "out"
+    train(flags(out, lcm_lora, learning_rate=0.01, validation_steps=2), lcm_lora)
+    loaded = stock_pipeline(teacher(), out, weight_name)
+    trained = models.load_teacher(teacher()).unet
+    lora.add_lora(trained, 4, 6)
+    for name, tensor in load_file(out / "checkpoint-4" / "adapters.safetensors").items():
+        lora.adapter_tensors(trained)[name].data.copy_(tensor)
+    z, t, text = torch.randn(2, 4, 8, 8), torch.tensor([999, 19]), torch.randn(2, 77, 64)
+    with torch.no_grad():
+        student, stock = trained(z, t, text).sample, loaded.unet(z, t, text).sample
+        with lora.adapters_off(trained):
+            base = trained(z, t, text).sample
+    assert (student - stock).abs().max() <= 1e-6 and (student - base).abs().max() > 1e-2
+    assert torch.equal(base, stock_pipeline(teacher()).unet(z, t, text).sample)
+    image = loaded("a three", num_inference_steps=4, guidance_scale=1.0, output_type="np").images[0]
+    assert np.isfinite(image).all() and image.std() > 0
+
+
+def test_only_adapters_train_and_one_network_is_resident(tmp_path, flags, monkeypatch):
+    """The tensors alive in the loop: the teacher's pipeline once, the adapters, their gradients and moments."""
+    import gc
+
+    held, validate = [], lcm_lora.checkpointing.save_checkpoint
+
+    def measure(accelerator, *args, **kwargs):
+        gc.collect()
+        unets = [o for o in gc.get_objects() if isinstance(o, models.UNet2DConditionModel)]
+        held.append((len(unets), {n for n, p in unets[0].named_parameters() if p.requires_grad}))
+        return validate(accelerator, *args, **kwargs)
+
+    monkeypatch.setattr(lcm_lora.checkpointing, "save_checkpoint", measure)
+    train(flags(tmp_path / "out", lcm_lora, max_train_steps=2), lcm_lora)
+    number, trainable = held[0]
+    assert number == 1 and trainable and all("lora_" in name for name in trainable)
+
+
+@every_script
+def test_sdxl_teachers_run_in_the_same_script(tmp_path, flags, teacher, script):
+    changes = {"pretrained_teacher_model": teacher("sdxl"), "use_fix_crop_and_size": True, "mixed_precision": "bf16"}
+    train(flags(tmp_path / "a", script, **changes, validation_steps=2), script)
+    train(flags(tmp_path / "b", script, **changes, validation_steps=2), script)
+    (tmp_path / "b" / "checkpoint-4" / "COMPLETE").unlink()
+    train(flags(tmp_path / "b", script, **changes, resume_from_checkpoint="latest"), script)
+    assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
+    if script is lcm:
+        pipeline, guidance_scale = DiffusionPipeline.from_pretrained(tmp_path / "a"), 2.0
+    else:
+        pipeline, guidance_scale = stock_pipeline(teacher("sdxl"), tmp_path / "a"), 1.0
+    image = pipeline("a three", num_inference_steps=2, guidance_scale=guidance_scale, output_type="np").images[0]
+    assert type(pipeline).__name__ == "StableDiffusionXLPipeline" and image.shape == (16, 16, 3) and image.std() > 0
+
+
+def test_init_lora_goes_on_from_an_earlier_lora(tmp_path, flags):
+    train(flags(tmp_path / "a", lcm_lora, learning_rate=0.01), lcm_lora)
+    train(flags(tmp_path / "b", lcm_lora, learning_rate=0, init_lora=tmp_path / "a"), lcm_lora)
+    a, b = (load_file(tmp_path / name / "checkpoint-4" / "adapters.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 # --- precision, optimizer, memory levers
 
 
@@ -184,9 +268,9 @@ def test_dtypes_of_every_network(tmp_path, flags, monkeypatch, precision):
 
     make_student = models.make_student
 
-    def patched(teacher_unet, *args):
+    def patched(teacher_unet, *args, **kwargs):
         teacher_unet.conv_in.register_forward_pre_hook(watch)
-        student = make_student(teacher_unet, *args)
+        student = make_student(teacher_unet, *args, **kwargs)
         student.conv_in.register_forward_pre_hook(watch)
         return student
 
@@ -197,17 +281,25 @@ def test_dtypes_of_every_network(tmp_path, flags, monkeypatch, precision):
     assert seen["teacher"][0] == (half or torch.float32)
 
 
-def test_teacher_stays_in_fp32_when_asked(tmp_path, flags, monkeypatch):
-    make_student, dtypes = models.make_student, []
+@pytest.mark.parametrize("keep", [False, True])
+def test_teacher_stays_in_fp32_when_asked(tmp_path, flags, monkeypatch, keep):
+    make_student, kept = models.make_student, []
 
-    def patched(teacher_unet, *args):
-        dtypes.append(teacher_unet.dtype)
-        return make_student(teacher_unet, *args)
+    def patched(teacher_unet, *args, **kwargs):
+        kept.append(teacher_unet)
+        return make_student(teacher_unet, *args, **kwargs)
 
     monkeypatch.setattr(models, "make_student", patched)
-    for i, extra in enumerate([{}, {"no-cast_teacher_unet": True}]):
-        train(flags(tmp_path / str(i), mixed_precision="bf16", max_train_steps=1, **extra))
-    assert dtypes == [torch.bfloat16, torch.float32]
+    extra = {"no-cast_teacher_unet": True} if keep else {}
+    train(flags(tmp_path / "out", mixed_precision="bf16", max_train_steps=1, **extra))
+    assert kept[0].dtype == (torch.float32 if keep else torch.bfloat16)
+
+
+def test_the_student_starts_from_unrounded_weights_in_half_precision(tmp_path, flags, teacher):
+    train(flags(tmp_path / "out", mixed_precision="bf16", learning_rate=0, adam_weight_decay=0, max_train_steps=1))
+    saved = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    original = load_file(Path(teacher(), "unet", "diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(saved[name], tensor) for name, tensor in original.items())
 
 
 @pytest.mark.parametrize("extra", [{"gradient_checkpointing": True}, {"vae_encode_batch_size": 1}])
@@ -235,21 +327,25 @@ def test_no_value_is_pulled_from_the_device_between_log_entries(tmp_path, flags,
 
 
 VARIANTS = {
-    "plain": {},
-    "mid epoch, accumulation and workers": {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2},
-    "8-bit Adam and cosine": {"use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1},
+    "lcm": (lcm, {}),
+    "mid epoch, accumulation and workers": (lcm, {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2}),
+    "8-bit Adam and cosine": (lcm, {"use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1}),
+    "LoRA, bf16, dropout and workers": (
+        lcm_lora,
+        {"mixed_precision": "bf16", "lora_dropout": 0.3, "dataloader_num_workers": 2, "train_batch_size": 5},
+    ),
 }
 
 
-@pytest.mark.parametrize("extra", VARIANTS.values(), ids=VARIANTS)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags, extra):
-    train(flags(tmp_path / "a", **extra))
-    train(flags(tmp_path / "b", **extra))
+@pytest.mark.parametrize(("script", "extra"), VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags, script, extra):
+    train(flags(tmp_path / "a", script, **extra), script)
+    train(flags(tmp_path / "b", script, **extra), script)
     last = tmp_path / "b" / "checkpoint-4"
     expected = digests(last)
     assert digests(tmp_path / "a" / "checkpoint-4") == expected
     (last / "COMPLETE").unlink()  # as if it had died while saving: the run goes back to step 2
-    train(flags(tmp_path / "b", **extra, resume_from_checkpoint="latest"))
+    train(flags(tmp_path / "b", script, **extra, resume_from_checkpoint="latest"), script)
     assert digests(last) == expected
     assert scalars(tmp_path / "b", "loss") == scalars(tmp_path / "a", "loss")
 
@@ -274,38 +370,42 @@ c._fsync = dying
 """
 
 
-@pytest.mark.parametrize("where", ["True", "'COMPLETE' in str(path)"])
-def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, where):
-    done = launch(flags(tmp_path / "b"), prelude=KILLED.format(where=where))
+@pytest.mark.parametrize(("script", "where"), [(lcm, "True"), (lcm_lora, "'COMPLETE' in str(path)")], ids=IDS)
+def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, script, where):
+    done = launch(flags(tmp_path / "b", script), prelude=KILLED.format(where=where), script=script)
     assert done.returncode != 0
     assert [c.name for c in checkpointing.list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
     assert (tmp_path / "b" / "checkpoint-4.tmp").is_dir()
-    train(flags(tmp_path / "b", resume_from_checkpoint="latest"))
-    train(flags(tmp_path / "a"))
+    train(flags(tmp_path / "b", script, resume_from_checkpoint="latest"), script)
+    train(flags(tmp_path / "a", script), script)
     assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
     assert not list((tmp_path / "b").glob("*.tmp"))
 
 
-def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(tmp_path, flags):
+@every_script
+def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(tmp_path, flags, script):
     two = {"train_batch_size": 2, "data_lanes": 8}
-    done = launch(flags(tmp_path / "two", **two), num_processes=2)
+    done = launch(flags(tmp_path / "two", script, **two), num_processes=2, script=script)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = digests(tmp_path / "two" / "checkpoint-4")
     assert len(expected["rng"]) == 2 and len(set(expected["rng"])) == 2
     assert len(list((tmp_path / "two" / "checkpoint-4").glob("random_states_*.pkl"))) == 2
 
     # The same micro-batches on one process, accumulated: the same losses and weights, up to the order of sums.
-    train(flags(tmp_path / "one", gradient_accumulation_steps=2, **two))
+    train(flags(tmp_path / "one", script, gradient_accumulation_steps=2, **two), script)
     one, both = (list(scalars(tmp_path / name, "loss").values()) for name in ("one", "two"))
     assert one == pytest.approx(both, rel=1e-4)
-    a, b = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("one", "two"))
+    weights = "model.safetensors" if script is lcm else "adapters.safetensors"
+    a, b = (load_file(tmp_path / name / "checkpoint-4" / weights) for name in ("one", "two"))
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-5
     assert (
         checkpointing.read_state(tmp_path / "one" / "checkpoint-4")["data"]["cursors"] == expected["data"]["cursors"]
     )
 
     (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
-    done = launch(flags(tmp_path / "two", **two, resume_from_checkpoint="latest"), num_processes=2)
+    done = launch(
+        flags(tmp_path / "two", script, **two, resume_from_checkpoint="latest"), num_processes=2, script=script
+    )
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr[-2000:]
     assert digests(tmp_path / "two" / "checkpoint-4") == expected
 
@@ -313,6 +413,101 @@ def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(t
 def test_processes_that_did_not_join_are_refused(tmp_path, flags):
     done = launch(flags(tmp_path / "out"), num_processes=2, use_cpu=False)
     assert "2 processes were started but did not join" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_resume_on_one_process_instead_of_two_keeps_the_batch_or_is_refused(tmp_path, flags, capsys):
+    done = launch(flags(tmp_path / "out", train_batch_size=2), num_processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = digests(tmp_path / "out" / "checkpoint-4")
+    (tmp_path / "out" / "checkpoint-4" / "COMPLETE").unlink()
+    again = {"train_batch_size": 2, "resume_from_checkpoint": "latest"}
+    with pytest.raises(SystemExit):
+        train(flags(tmp_path / "out", **again))
+    assert "an update had 4 samples and has 2" in capsys.readouterr().err
+    train(flags(tmp_path / "out", gradient_accumulation_steps=2, **again))
+    data = checkpointing.read_state(tmp_path / "out" / "checkpoint-4")["data"]
+    assert data["cursors"] == expected["data"]["cursors"]
+
+
+def test_resume_notices_another_precision_and_keeps_the_data_seed(tmp_path, flags, capsys, monkeypatch):
+    train(flags(tmp_path / "out", max_train_steps=2, data_seed=7))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(SystemExit):
+        train(flags(tmp_path / "out", resume_from_checkpoint="latest"))
+    assert "--mixed_precision was 'no' and is 'bf16'" in capsys.readouterr().err
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    train(flags(tmp_path / "out", resume_from_checkpoint="latest"))
+    state = checkpointing.read_state(tmp_path / "out" / "checkpoint-4")
+    assert state["args"]["data_seed"] == 7 and state["data"]["next_micro_batch"] == 4
+
+
+def test_remote_shards_dry_run(tmp_path, flags, shards, capsys):
+    pattern = {"train_shards_path_or_url": f"pipe:cat {shards}"}
+    train(flags(tmp_path / "out", dry_run=True, **pattern))
+    assert "not counted" in capsys.readouterr().out
+    train(flags(tmp_path / "out", max_train_steps=None, num_train_epochs=1, max_train_samples=8, **pattern))
+
+
+def test_an_unreadable_data_set_is_logged_and_refused(tmp_path, flags, capsys):
+    import tarfile
+
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "a.txt").write_text("a caption")
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for i in range(20):
+            tar.add(tmp_path / "a.png", f"{i}.png")
+            tar.add(tmp_path / "a.txt", f"{i}.txt")
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", train_shards_path_or_url=tmp_path / "bad.tar"))
+    assert stopped.value.code == 2 and "found no usable sample" in capsys.readouterr().err
+    log = (tmp_path / "out" / "skipped_samples.jsonl").read_text().splitlines()
+    assert len(log) >= 2 and '"reason": "decode"' in log[0]
+
+
+def test_one_update_with_a_w_that_matters_a_clipped_gradient_and_an_ema(tmp_path, flags, teacher, shards):
+    """From a student whose embedding of w is not zero: loss, clipping and EMA against their definitions."""
+    start = models.make_student(models.load_teacher(teacher()).unet, 32)
+    torch.nn.init.normal_(start.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(3))
+    start.save_pretrained(tmp_path / "start" / "unet")
+    options = {"init_unet": tmp_path / "start", "max_train_steps": 1, "loss_type": "huber", "huber_c": 0.05}
+    train(flags(tmp_path / "out", **options, ema_decay=0.7, max_grad_norm=0.01, learning_rate=1e-3))
+
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    before, after = start.state_dict(), load_file(checkpoint / "model.safetensors")
+    for name, target in load_file(checkpoint / "target_unet.safetensors").items():
+        torch.testing.assert_close(target, 0.7 * before[name] + 0.3 * after[name], atol=1e-6, rtol=1e-5)
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    clipped = torch.stack([s["exp_avg"].norm() / 0.1 for s in optimizer.values()]).norm()
+    assert clipped.item() == pytest.approx(0.01, rel=1e-3)
+
+    pipe = DiffusionPipeline.from_pretrained(teacher())
+    data = TrainingData(expand_shards(shards), lambda raw, rng: decode_image_text(raw, rng, resolution=16),
+                        batch_size=4, seed=1, shuffle_block_samples=16)  # fmt: skip
+    batch, draw = next(iter(data)), keyed_generator(1, "lcm", 0, "cpu")
+    with torch.no_grad():
+        latents = (
+            pipe.vae.encode(batch["images"] / 127.5 - 1).latent_dist.sample(draw) * pipe.vae.config.scaling_factor
+        )
+        noise, t = torch.randn(latents.shape, generator=draw), 20 * torch.randint(50, (4,), generator=draw) + 19
+        w = 2 * torch.rand(4, generator=draw)
+        text, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (batch["captions"], [""] * 4))
+        ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        z, boundary = ddim.add_noise(latents, noise, t), LCMScheduler()
+        alphas = ddim.alphas_cumprod[t].view(-1, 1, 1, 1)
+        cond, unc = pipe.unet(z, t, text).sample, pipe.unet(z, t, uncond).sample
+        eps = cond + w.view(-1, 1, 1, 1) * (cond - unc)
+        s = (t - 20).clamp(min=0)
+        z_prev = ddim.add_noise((z - (1 - alphas).sqrt() * eps) / alphas.sqrt(), eps, s)
+        w_embedding = pipe.get_guidance_scale_embedding(w, 32)
+
+        def f(z, t):
+            out = start.eval()(z, t, text, timestep_cond=w_embedding).sample
+            c_skip, c_out = (c.view(-1, 1, 1, 1) for c in boundary.get_scalings_for_boundary_condition_discrete(t))
+            a = ddim.alphas_cumprod[t].view(-1, 1, 1, 1)
+            return c_skip * z + c_out * (z - (1 - a).sqrt() * out) / a.sqrt()
+
+        expected = (((f(z, t) - f(z_prev, s)) ** 2 + 0.05**2).sqrt() - 0.05).mean()
+    assert scalars(tmp_path / "out", "loss")[1] == pytest.approx(expected.item(), rel=2e-3)
 
 
 def test_resume_with_another_configuration_is_refused(tmp_path, flags, capsys):
@@ -327,19 +522,20 @@ def test_resume_with_another_configuration_is_refused(tmp_path, flags, capsys):
 # --- what a user meets
 
 
-def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, flags):
+@every_script
+def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, script):
     """Excluded: xformers (no CPU kernels), fp16 (GPU only, bf16 here), wandb and the hub (network services)."""
-    from tests.test_args import GUIDE_LCM
-
-    command = GUIDE_LCM.replace("$MODEL_DIR", teacher()).replace("$OUTPUT_DIR", str(tmp_path / "out"))
+    guide = GUIDE_LCM if script is lcm else GUIDE_LCM_LORA
+    command = guide.replace("$MODEL_DIR", teacher()).replace("$OUTPUT_DIR", str(tmp_path / "out"))
     command = command.replace("--enable_xformers_memory_efficient_attention", "").replace("--push_to_hub", "")
     command = command.replace("fp16", "bf16").replace("wandb", "tensorboard").replace("=512", "=16")
     start, end = command.index("pipe:"), command.index("?download=true")
     command = command[:start] + "pipe:cat " + shards + command[end + len("?download=true") :]
     words = shlex.split(command.replace("max_train_steps=1000", "max_train_steps=2").replace("\\\n", ""))
-    train(words[3:])
+    assert words[2] == f"{script.__name__}.py"
+    train(words[3:], script)
     assert checkpointing.completeness(tmp_path / "out" / "checkpoint-2") is None
-    DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / ("model_index.json" if script is lcm else "pytorch_lora_weights.safetensors")).is_file()
 
 
 def test_dry_run_checks_everything_and_writes_nothing(tmp_path, flags, capsys, monkeypatch):
@@ -381,11 +577,15 @@ def test_image_folder_as_data(tmp_path, flags):
         ({"train_shards_path_or_url": "/no/such/{0..3}.tar"}, "--train_shards_path_or_url"),
         ({"w_min": 9, "w_max": 3}, "--w_min=9.0 is larger than --w_max=3.0; swap them"),
         ({"use_fix_crop_and_size": True}, "--use_fix_crop_and_size is for SDXL"),
-        ({"resolution": 17}, "--resolution=17 is not a multiple of 2"),
+        ({"resolution": 17}, "--resolution=17 is not a multiple of 8"),
         ({"num_ddim_timesteps": 30}, "--num_ddim_timesteps=30 must divide 1000"),
         ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),
+        ({"output_dir": "/dev/null/sub", "dry_run": True}, "--output_dir=/dev/null/sub"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint=checkpoint-7: there is no such"),
-        ({"max_train_samples": 3}, "--max_train_samples must be at least 8"),
+        ({"max_train_samples": 3, "data_lanes": 8}, "--max_train_samples must be at least 8"),
+        ({"pretrained_vae_model_name_or_path": "/nope"}, "--pretrained_vae_model_name_or_path=/nope: neither"),
+        ({"init_unet": "/nope"}, "--init_unet=/nope: neither"),
+        ({"train_shards_path_or_url": "pipe:cat /nope.tar", "max_train_steps": None}, "--max_train_steps is needed"),
         ({"interpolation_type": "magic"}, "--interpolation_type: invalid choice"),
     ],
 )
@@ -427,8 +627,9 @@ def test_images_of_student_and_target_reach_tensorboard(tmp_path, flags):
     }
 
 
-def test_script_length():
-    lines = (ROOT / "train_lcm_distill_sd_wds.py").read_text().splitlines()
+@every_script
+def test_script_length(script):
+    lines = Path(script.__file__).read_text().splitlines()
     start = lines.index("def main(args):")
     end = next(i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith((" ", ")")))
     assert sum(1 for line in lines if line.strip()) <= 350

@@ -1,0 +1,330 @@
+"""Latent consistency distillation as a LoRA: adapters for Stable Diffusion or SDXL, to sample in 1 to 8 steps.
+
+One frozen base network serves three times: without the adapters it is the teacher, with them the student, with them
+under no_grad the target. Papers: Latent Consistency Models (arXiv 2310.04378), Algorithm 1; LCM-LoRA (2311.05556).
+Deviations: the guidance w is fixed by default, since the student cannot see it and would learn the mean over a range;
+the teacher runs before the student.
+
+    accelerate launch train_lcm_distill_lora_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm_lora --mixed_precision=bf16 \\
+        --learning_rate=1e-4 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
+
+To change the method, copy this file and edit step 7.
+"""
+
+import functools
+import itertools
+import time
+import uuid
+from pathlib import Path
+
+from common import UserError, checkpointing, export, lora, models, validation
+from common import args as cli
+from common.data import TrainingData, keyed_generator
+from common.images import decode_image_text
+from common.losses import LOSS_TYPES, distance
+from common.schedules import (
+    alpha_sigma,
+    append_dims,
+    boundary_scalings,
+    ddim_timesteps,
+    to_eps,
+    to_x_0,
+)
+from common.shards import count_samples, expand_shards
+from common.solvers import DDIMSolver
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    cli.add_teacher_arguments(parser)
+    cli.add_data_arguments(parser)
+    cli.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
+    add = parser.add_argument_group("latent consistency distillation").add_argument
+    add("--init_lora", help="start from an earlier LoRA (its folder or file) instead of from the teacher")
+    add("--lora_rank", type=cli.positive_int, default=64, help="rank of the adapters")
+    add("--lora_alpha", type=cli.positive_float, default=64, help="adapters are scaled by alpha / rank")
+    add("--lora_dropout", type=cli.fraction, default=0.0, help="dropout before the adapters, while training")
+    add("--lora_target_modules", help="ends of module paths, with commas; default: LCM-LoRA's list")
+    add("--w_min", type=cli.non_negative_float, default=7.5, help="smallest guidance w, as baked into the LoRA")
+    add("--w_max", type=cli.non_negative_float, default=7.5, help="largest guidance w")
+    add("--num_ddim_timesteps", type=cli.positive_int, default=50, help="points of the DDIM grid")
+    add("--loss_type", choices=LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
+    add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
+    add("--timestep_scaling_factor", type=cli.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out")
+    args = parser.parse_args(argv)
+    cli.check_training_arguments(parser, args)
+    return args
+
+
+def resolve_defaults(args, is_sdxl):
+    cli.resolve_teacher_defaults(args, is_sdxl)
+    if args.w_min > args.w_max:
+        raise UserError(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
+
+
+@cli.user_errors
+def main(args):
+    # 1. Accelerator, and every check that needs no weights.
+    accelerator = cli.make_accelerator(args)
+    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
+    teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
+    teacher_options["revision"] = args.teacher_revision or args.revision
+    config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
+    resolve_defaults(args, config["is_sdxl"])
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
+    if args.pretrained_vae_model_name_or_path:
+        config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
+    models.check_resolution(config, args.resolution)
+    target_modules = lora.parse_target_modules(args.lora_target_modules)
+    lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora
+    trained_parameters = lora.check_lora(config["unet"], *lora_settings)
+    noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
+    shards = expand_shards(args.train_shards_path_or_url)
+    if is_main:
+        checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
+    accelerator.wait_for_everyone()
+    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
+    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
+    args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
+    cli.resolve_data(args, resumed["args"], world_size, count_samples(shards) if Path(shards[0]).is_dir() else None)
+    if checkpoint:
+        checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
+
+    # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
+    decode = functools.partial(decode_image_text, **cli.image_options(args))
+    train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
+    if checkpoint:
+        train_data.load_state_dict(resumed["data"])
+    known = (count_samples(shards), args.max_train_samples) if args.max_train_steps is None or args.dry_run else ()
+    num_samples = min((number for number in known if number is not None), default=None)
+    total_batch_size = cli.resolve_steps(args, num_samples, world_size, resumed)
+    derived = cli.derived_configuration(
+        models.count_parameters_and_flops(config, args.resolution),
+        world_size=world_size,
+        total_batch_size=total_batch_size,
+        max_train_steps=args.max_train_steps,
+        num_samples=num_samples,
+        compute_bytes=weight_dtype.itemsize,
+        teacher_bytes=teacher_dtype.itemsize,
+        use_8bit_adam=args.use_8bit_adam,
+        trained_parameters=trained_parameters,
+    )
+    if is_main:
+        cli.echo("Flags", cli.public_args(args))
+        cli.echo("What follows from them", derived)
+        if not args.dry_run:
+            export.write_config(args.output_dir, cli.public_args(args), derived)
+    batches = iter(train_data)
+    first_batch = next(batches)
+    captions = [caption for caption in first_batch["captions"] if caption] or [""]
+    prompts = args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
+    if args.dry_run:
+        accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
+        return
+
+    # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
+    torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
+    prediction_type = noise_scheduler.config.prediction_type
+    alpha, sigma = (x.to(device) for x in alpha_sigma(noise_scheduler.alphas_cumprod))  # (T,)
+    solver = DDIMSolver(alpha, sigma)
+    scalings = functools.partial(boundary_scalings, timestep_scaling=args.timestep_scaling_factor)
+    teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
+    teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    teacher.vae.to(device, models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path))
+    for text_encoder in models.text_encoders(teacher):
+        text_encoder.to(device, weight_dtype)
+    uncond = models.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
+
+    # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
+    teacher_unet = teacher.unet.to(device, teacher_dtype)
+    lora.add_lora(teacher_unet, args.lora_rank, args.lora_alpha, args.lora_dropout, target_modules, args.init_lora)
+    unet = teacher_unet.train()
+    sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+
+    # 5. Optimizer and learning rate.
+    optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)
+    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+
+    # 6. Prepare, resume, trackers.
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    lora.register_adapter_checkpointing(accelerator, unet)
+    modules, objects = {}, {"lr_scheduler": lr_scheduler}
+    global_step = resumed["global_step"]
+    if checkpoint:
+        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
+        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
+    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
+    if is_main:
+        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    sample = functools.partial(
+        validation.sample_grid,
+        accelerator,
+        teacher,
+        {"student": accelerator.unwrap_model(unet)},
+        sampler,
+        prompts,
+        args.validation_num_inference_steps,
+        args.seed,
+        args.resolution,
+        guidance_scale=1.0,
+    )
+
+    # 7. The loop.
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
+    batches = itertools.chain([first_batch], batches)
+    while global_step < args.max_train_steps:
+        batch = next(batches)
+        with accelerator.accumulate(unet):
+            # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
+            #     any number of processes, different on every rank.
+            generator = keyed_generator(args.seed, "lcm", batch["micro_batch"], device)
+            images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
+            latents = models.encode_images(teacher.vae, images, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
+            origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
+            time_ids = models.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            cond = models.conditioning(teacher, batch["captions"], time_ids)
+            batch_size = len(latents)
+
+            # 7.2 Draw t_{n+k} on the DDIM grid, and t_n one grid step below it.
+            index = torch.randint(args.num_ddim_timesteps, (batch_size,), generator=generator, device=device)
+            start_timesteps = ddim_grid[index]  # (B,)
+            timesteps = (start_timesteps - num_train_timesteps // args.num_ddim_timesteps).clamp(min=0)  # (B,)
+
+            # 7.3 Boundary scalings (Appendix B) at both times.
+            c_skip_start, c_out_start = (append_dims(c, 4) for c in scalings(start_timesteps))
+            c_skip, c_out = (append_dims(c, 4) for c in scalings(timesteps))
+
+            # 7.4 Add noise: z_{t_{n+k}} = alpha z_0 + sigma eps.
+            noise = torch.randn(latents.shape, generator=generator, device=device)
+            alpha_start, sigma_start = (append_dims(x[start_timesteps], 4) for x in (alpha, sigma))
+            noisy_latents = alpha_start * latents + sigma_start * noise  # (B, 4, h, w)
+
+            # 7.5 Draw the guidance w.
+            w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch_size, generator=generator, device=device)
+
+            with torch.no_grad():
+                # 7.6 Teacher: cond and uncond in one forward, guided = cond + w (cond - uncond).
+                with lora.adapters_off(teacher_unet):
+                    teacher_output = teacher_unet(
+                        noisy_latents.repeat(2, 1, 1, 1).to(teacher_dtype),
+                        start_timesteps.repeat(2),
+                        **models.concat_conditioning(cond, uncond, teacher_dtype),
+                    ).sample.float()
+                cond_output, uncond_output = teacher_output.chunk(2)
+                guided = cond_output + append_dims(w, 4) * (cond_output - uncond_output)
+                pred_x_0 = to_x_0(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
+                pred_eps = to_eps(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
+
+                # 7.7 One DDIM step down to t_n.
+                z_prev = solver.step(pred_x_0, pred_eps, timesteps)  # (B, 4, h, w)
+
+                # 7.8 Target: f(z_{t_n}, t_n, c) of the student itself.
+                with accelerator.autocast():
+                    target_output = teacher_unet(z_prev, timesteps, **cond).sample
+                alpha_t, sigma_t = (append_dims(x[timesteps], 4) for x in (alpha, sigma))
+                target_x_0 = to_x_0(target_output.float(), z_prev, alpha_t, sigma_t, prediction_type)
+                target = c_skip * z_prev + c_out * target_x_0
+
+            # 7.9 Student: f(z_{t_{n+k}}, t_{n+k}, c).
+            output = unet(noisy_latents, start_timesteps, **cond).sample
+            student_x_0 = to_x_0(output.float(), noisy_latents, alpha_start, sigma_start, prediction_type)
+            model_pred = c_skip_start * noisy_latents + c_out_start * student_x_0
+
+            # 7.10 Loss, backward, update.
+            loss = distance(model_pred, target, args.loss_type, args.huber_c)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(lora.lora_parameters(unet), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss_sum, num_losses = loss_sum + loss.detach(), num_losses + 1
+        if not accelerator.sync_gradients:
+            continue
+
+        # 7.11 After an update: logs, checkpoint, validation.
+        lr_scheduler.step()
+        global_step += 1
+        progress.update()
+        is_last = global_step == args.max_train_steps
+        if global_step % args.logging_steps == 0 or is_last:
+            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
+            logs = {"loss": accelerator.reduce(loss_sum / num_losses, "mean").item()}
+            logs["lr"] = lr_scheduler.get_last_lr()[0]
+            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            logs |= cli.sum_counters(gather_object([train_data.counters]))
+            cli.log_progress(accelerator, progress, logs, global_step)
+            loss_sum, num_losses = torch.zeros((), device=device), 0
+        if global_step % args.checkpointing_steps == 0 or is_last:
+            state = {"args": cli.public_args(args), "run_id": run_id, "validation_prompts": prompts}
+            state["total_batch_size"] = total_batch_size
+            state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
+            limit = args.checkpoints_total_limit
+            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
+        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+            sample(step=global_step)
+
+    # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, its scheduler and card, an upload.
+    progress.close()
+    if is_main:
+        images = sample(step=global_step)
+        lora.save_lora(args.output_dir, unet)
+        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
+        export.save_grid(args.output_dir, images, prompts)
+        write_card(args, len(shards), global_step, total_batch_size)
+        if args.push_to_hub:
+            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+            accelerator.print(f"uploaded to {address}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def write_card(args, num_shards, global_step, total_batch_size):
+    w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
+    model = args.hub_model_id or args.output_dir
+    snippet = f"""
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model}", dtype=torch.float16).to("cuda")
+pipe.scheduler = LCMScheduler.from_pretrained("{model}", subfolder="scheduler")
+pipe.load_lora_weights("{model}")
+image = pipe("a prompt", num_inference_steps=4, guidance_scale=1).images[0]
+"""
+    export.write_model_card(
+        args.output_dir,
+        title=Path(args.output_dir).resolve().name,
+        method="An LCM-LoRA (arXiv 2311.05556): with it, the base model samples in 1 to 8 steps with LCMScheduler.",
+        teacher=args.pretrained_teacher_model,
+        data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        command=cli.command_line(),
+        snippet=snippet,
+        notes=[
+            f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",
+            "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
+            f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "
+            "`pytorch_lora_weights_kohya.safetensors` for ComfyUI and A1111.",
+        ],
+        tags=["latent-consistency-model", "lora", "text-to-image", "diffusers"],
+        license=export.teacher_license(args.pretrained_teacher_model),
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())
