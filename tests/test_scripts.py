@@ -488,7 +488,8 @@ def test_one_update_with_a_w_that_matters_a_clipped_gradient_and_an_ema(tmp_path
         latents = (
             pipe.vae.encode(batch["images"] / 127.5 - 1).latent_dist.sample(draw) * pipe.vae.config.scaling_factor
         )
-        noise, t = torch.randn(latents.shape, generator=draw), 20 * torch.randint(50, (4,), generator=draw) + 19
+        t = 20 * torch.randint(50, (4,), generator=draw) + 19
+        noise = torch.randn(latents.shape, generator=draw)
         w = 2 * torch.rand(4, generator=draw)
         text, uncond = (pipe.encode_prompt(p, "cpu", 1, False)[0] for p in (batch["captions"], [""] * 4))
         ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
