@@ -23,13 +23,17 @@ from common.tools import digits
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# --teacher: folder, what its U-Net predicts
-TEACHERS = {"sd": ("teacher", "epsilon"), "v_prediction": ("teacher_v_prediction", "v_prediction")}
+# --teacher: folder, what its U-Net predicts, whether it is in SDXL's layout
+TEACHERS = {
+    "sd": ("teacher", "epsilon", False),
+    "v_prediction": ("teacher_v_prediction", "v_prediction", False),
+    "sdxl": ("teacher_sdxl", "epsilon", True),
+}
 TEACHER_STEPS = (50, 8, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
 GUIDANCE_SCALE = 2.0  # w = 1
@@ -52,6 +56,25 @@ METHODS = {
             "validation_steps": 400,
         },
     },
+    "lcm_lora": {
+        "script": "train_lcm_distill_lora_sd_wds.py",
+        "guidance_scale": 1.0,  # baked in: w = 1, the teacher's guidance_scale of 2
+        "flags": {
+            "resolution": digits.RESOLUTION,
+            "train_batch_size": 32,
+            "max_train_steps": 800,
+            "lora_rank": 16,
+            "lora_alpha": 16,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 20,
+            "adam_weight_decay": 0.0,
+            "loss_type": "huber",
+            "w_min": 1.0,
+            "w_max": 1.0,
+            "validation_steps": 400,
+        },
+    },
 }
 
 # A set is as large as the held-out part of the data, so that every distance here is biased alike, the floor's too.
@@ -64,7 +87,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--output_dir", default="demo", help="everything that is built and measured")
     add("--method", choices=list(METHODS), default="lcm", help="which training script to run")
-    add("--teacher", choices=list(TEACHERS), default="sd", help="sd predicts the noise, as SD1.5 does")
+    add("--teacher", choices=list(TEACHERS), default="sd", help="sd predicts the noise, as SD1.5 and SDXL do")
     add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")
     add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
     add("--seed", type=cli.non_negative_int, default=0)
@@ -79,20 +102,21 @@ def main(args):
     # 2. What earlier runs left.
     output_dir = Path(args.output_dir)
     open_output_dir(output_dir, args.seed, args.rebuild)
-    teacher_name, prediction_type = TEACHERS[args.teacher]
+    teacher_name, prediction_type, sdxl = TEACHERS[args.teacher]
     started = time.perf_counter()
 
     # 3. Data, classifier, teacher.
     build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
     build_once(output_dir / "classifier", lambda folder: digits.build_classifier(folder, seed=args.seed))
-    build_once(output_dir / teacher_name, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed))
+    teacher_dir = output_dir / teacher_name
+    build_once(teacher_dir, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed, sdxl=sdxl))
     (output_dir / "prompts.txt").write_text("\n".join(digits.canonical_prompts(len(digits.WORDS))) + "\n")
     judge = Judge(output_dir / "classifier")
 
     # 4. The teacher, measured once.
     measure_once(
         output_dir / f"{teacher_name}_metrics",
-        lambda: measure_teacher(judge, output_dir / teacher_name, TEACHER_STEPS, args.seed),
+        lambda: measure_teacher(judge, teacher_dir, TEACHER_STEPS, args.seed),
     )
     if args.teacher_only:
         write_report(output_dir)
@@ -101,13 +125,15 @@ def main(args):
     # 5. The student.
     student_dir = output_dir / teacher_name.replace("teacher", args.method)
     recipe = METHODS[args.method]
-    if (student_dir / "model_index.json").exists():
+    if (student_dir / "README.md").exists():  # the card, which the scripts write last
         print(f"{student_dir} is complete and reused; --rebuild starts over", flush=True)
     else:
-        train(recipe, output_dir / teacher_name, output_dir / "shards" / "train", student_dir, args.seed)
+        train(recipe, teacher_dir, output_dir / "shards" / "train", student_dir, args.seed)
     measure_once(
         student_dir / "metrics",
-        lambda: measure(judge, load_pipeline(student_dir), STUDENT_STEPS, recipe["guidance_scale"], args.seed),
+        lambda: measure(
+            judge, load_student(student_dir, teacher_dir), STUDENT_STEPS, recipe["guidance_scale"], args.seed
+        ),
     )
 
     # 6. The report.
@@ -140,7 +166,7 @@ def open_output_dir(output_dir, seed, rebuild):
 
 
 def built_names():
-    teachers = [name for name, _ in TEACHERS.values()]
+    teachers = [name for name, *_ in TEACHERS.values()]
     return ["shards", "classifier", *teachers, *(t.replace("teacher", m) for t in teachers for m in METHODS)]
 
 
@@ -237,6 +263,16 @@ def load_pipeline(folder):
     return pipeline
 
 
+def load_student(folder, teacher_dir):
+    """What a method saved, as a stock pipeline: a whole one, or the teacher's with the LoRA loaded from its file."""
+    if (folder / "model_index.json").exists():
+        return load_pipeline(folder)
+    pipeline = load_pipeline(teacher_dir)
+    pipeline.load_lora_weights(folder)
+    pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipeline
+
+
 def measure_teacher(judge, folder, steps, seed):
     """With DDIM from the last timestep down: the checkpoint's own spacing never sees noise at one and two steps."""
     pipeline = load_pipeline(folder)
@@ -307,7 +343,7 @@ def sample(pipeline, prompts, num_inference_steps, guidance_scale, generator):
 def write_report(output_dir):
     """report.md and report.png over everything that has been measured in this folder so far."""
     measured = {}
-    for teacher, _ in TEACHERS.values():
+    for teacher, *_ in TEACHERS.values():
         measured[teacher] = output_dir / f"{teacher}_metrics.json"
         measured |= {
             name: output_dir / name / "metrics.json" for name in (teacher.replace("teacher", m) for m in METHODS)
