@@ -293,6 +293,7 @@ def main(args):
             accelerator.print(f"uploaded to {address}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
 def write_card(args, num_shards, global_step, total_batch_size):

@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--unet_time_cond_proj_dim", type=cli.positive_int, default=256, help="width of the embedding of w")
     add("--timestep_scaling_factor", type=cli.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out")
     add("--ema_decay", type=cli.fraction, default=0.95, help="of the target network")
-    add("--validation_guidance_scale", type=cli.positive_float, help="default: 8, moved into the trained range")
+    add("--validation_guidance_scale", type=cli.positive_float, help="default: 8, or the middle of the trained range")
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
     if args.unet_time_cond_proj_dim < 4 or args.unet_time_cond_proj_dim % 2:
@@ -72,7 +72,8 @@ def resolve_defaults(args, is_sdxl):
     if args.w_min > args.w_max:
         raise UserError(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.validation_guidance_scale is None:
-        args.validation_guidance_scale = min(max(8.0, args.w_min + 1.0), args.w_max + 1.0)
+        middle = (args.w_min + args.w_max) / 2
+        args.validation_guidance_scale = 8.0 if args.w_min <= 7.0 <= args.w_max else middle + 1.0
 
 
 @cli.user_errors
@@ -302,6 +303,7 @@ def main(args):
             accelerator.print(f"uploaded to {address}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
 def write_card(args, num_shards, global_step, total_batch_size):

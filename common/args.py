@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import math
 import os
-import re
 import secrets
 import shlex
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from common import UserError
 from common.images import INTERPOLATION_TYPES
+from common.shards import mask_credentials
 
 import diffusers
 import torch
@@ -55,7 +55,7 @@ def exit_with(prog, message, on_one_rank=False):
     Only the first process of a node prints what all of them meet; what may have met one alone, that one prints.
     """
     if on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {mask_credentials(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -68,6 +68,9 @@ def user_errors(main):
             return main(args)
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
+        except KeyboardInterrupt:
+            print("\ninterrupted; --resume_from_checkpoint=latest goes on from the last checkpoint", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return wrapped
 
@@ -352,15 +355,17 @@ def make_accelerator(args):
 def resolve_data(args, saved_args, world_size, num_images=None):
     """Fill in --data_seed and --data_lanes, from the resumed run's flags where there is one.
 
-    num_images: of an image folder, else None. There are 8 lanes per process, or as many as there are samples.
+    num_images: of an image folder, else None. There are 8 lanes per process, fewer where a lane would not hold the
+    samples of a batch: a batch comes from one lane, and would hold its samples twice.
     """
     candidates = (args.data_seed, saved_args.get("data_seed"), args.seed)
     args.data_seed = next(value for value in candidates if value is not None)
     if args.data_lanes is None and args.data_seed == saved_args.get("data_seed"):
         args.data_lanes = saved_args["data_lanes"]
     if args.data_lanes is None:
-        fewest = min(n for n in (num_images, args.max_train_samples, 8 * world_size) if n is not None)
-        args.data_lanes = world_size * max(1, fewest // world_size)
+        known = [number for number in (num_images, args.max_train_samples) if number is not None]
+        batches = min(known) // (args.train_batch_size * world_size) if known else 8
+        args.data_lanes = world_size * max(1, min(8, batches))
 
 
 def resolve_steps(args, num_samples, world_size, resumed=None):
@@ -458,7 +463,7 @@ def derived_configuration(
         "processes": str(world_size),
         "samples per update": str(total_batch_size),
         "updates": str(max_train_steps),
-        "samples per epoch": str(num_samples) if known else "not counted",
+        "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
         "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
         "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
         "parameters": f"{trained / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
@@ -471,13 +476,6 @@ def public_args(args):
     """The flags as JSON-able {name: value}, without secrets: for trackers, checkpoints, cards and logs."""
     flags = {key: value for key, value in sorted(vars(args).items()) if key not in SECRET_FLAGS}
     return {key: mask_credentials(value) if isinstance(value, str) else value for key, value in flags.items()}
-
-
-def mask_credentials(text):
-    """An address or command without its credentials: user and password, signed queries, Authorization headers."""
-    text = re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
-    text = re.sub(r"(?i)([?&][\w-]*(?:token|sig|key|secret|credential|passw)[\w-]*=)[^&\s\"']+", r"\1***", text)
-    return re.sub(r"(?i)\b(bearer|basic|authorization: *token)( +)[^\s\"']+", r"\1\2***", text)
 
 
 def tracker_config(values):

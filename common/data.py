@@ -40,6 +40,7 @@ from common.shards import (
     SampleError,
     folder_items,
     is_remote,
+    mask_credentials,
     missing_group,
     open_shard,
     tar_samples,
@@ -111,6 +112,10 @@ def _new_cursor() -> dict[str, int]:
     return {"epoch": 0, "unit": 0, "position": 0, "taken": 0, "block": 0, "offset": 0, "used": 0, "empty": 0}
 
 
+def _last_detail(tally: _Tally) -> str:
+    return f", the last was: {mask_credentials(tally.skipped[-1]['detail'])}" if tally.skipped else ""
+
+
 class _Lane:
     """One lane's raw samples, endlessly, from a cursor on."""
 
@@ -169,7 +174,8 @@ class _Lane:
         if empty == MAX_EMPTY_EPOCHS:
             raise DataError(
                 f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
-                f"({_listing(tally.counts)}): check --train_shards_path_or_url, or pass fewer --data_lanes."
+                f"({_listing(tally.counts)}): check --train_shards_path_or_url, or pass fewer --data_lanes; "
+                f"skipped_samples.jsonl has the first{_last_detail(tally)}."
             )
         self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
         self.reader = None
@@ -442,7 +448,7 @@ class TrainingData:
         logged = sum(count for name, count in self.counters.items() if name != "read")
         with open(path, "a", encoding="utf-8") as file:
             for entry in skipped[: max(0, MAX_LOGGED_SKIPS - logged)]:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps({name: mask_credentials(value) for name, value in entry.items()}) + "\n")
 
     # ----- the position
 

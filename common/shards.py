@@ -5,6 +5,7 @@ Remote shards are fetched whole into a temporary file (TMPDIR) before they are r
 of the shard and never a short shard. Left out: writing shards.
 """
 
+import base64
 import contextlib
 import csv
 import glob
@@ -18,6 +19,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +219,23 @@ def open_shard(shard: str, pipe_timeout: float):
         time.sleep(DOWNLOAD_BACKOFF * 2**attempt)
 
 
+def mask_credentials(text):
+    """An address or command without its credentials: user and password, signed queries, Authorization headers."""
+    text = re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
+    text = re.sub(r"(?i)([?&][\w-]*(?:token|sig|key|secret|credential|passw)[\w-]*=)[^&\s\"']+", r"\1***", text)
+    return re.sub(r"(?i)\b(bearer|basic|authorization: *token)( +)[^\s\"']+", r"\1\2***", text)
+
+
+def _request(url: str) -> urllib.request.Request:
+    """user:password@ of an address becomes the header that it stands for."""
+    parts = urllib.parse.urlsplit(url)
+    request = urllib.request.Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+    if parts.username is not None:
+        login = ":".join(urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
+        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+    return request
+
+
 def _copy_remote(shard: str, file, pipe_timeout: float):
     if shard.startswith("pipe:"):
         _run_pipe(shard.removeprefix("pipe:"), file, pipe_timeout)
@@ -225,7 +244,7 @@ def _copy_remote(shard: str, file, pipe_timeout: float):
         filesystem, path = fsspec.core.url_to_fs(shard)
         source, expected = filesystem.open(path, "rb"), filesystem.size(path)
     else:
-        source = urllib.request.urlopen(shard, timeout=SOCKET_TIMEOUT)
+        source = urllib.request.urlopen(_request(shard), timeout=SOCKET_TIMEOUT)
         expected = source.headers["Content-Length"]
     with source:
         shutil.copyfileobj(source, file, 1 << 20)

@@ -159,6 +159,31 @@ def test_only_one_process_of_a_node_prints_the_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_interrupt_ends_in_one_sentence(capsys):
+    @cli.user_errors
+    def main(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        main(None)
+    assert stopped.value.code == 130 and "--resume_from_checkpoint=latest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("num_images", "max_train_samples", "world_size", "lanes"),
+    [(None, None, 1, 8), (None, None, 2, 16), (1000, None, 1, 8), (40, None, 1, 3), (3, None, 1, 1), (1000, 30, 2, 2)],
+)
+def test_default_lanes_hold_at_least_a_batch(num_images, max_train_samples, world_size, lanes):
+    args = argparse.Namespace(
+        seed=1, data_seed=None, data_lanes=None, max_train_samples=max_train_samples, train_batch_size=12
+    )
+    cli.resolve_data(args, {}, world_size, num_images)
+    assert args.data_lanes == lanes and args.data_seed == 1
+    again = argparse.Namespace(**vars(args) | {"data_lanes": None, "data_seed": None})
+    cli.resolve_data(again, {"data_seed": 1, "data_lanes": 5}, world_size, num_images)
+    assert again.data_lanes == 5
+
+
 def test_8bit_adam_without_bitsandbytes(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else find_spec(n))
@@ -174,7 +199,7 @@ def test_prompts_are_repeatable_and_read_from_files(tmp_path):
     assert args.validation_prompts == ["zero", "one", "two"]
 
 
-@pytest.mark.parametrize(("flags", "scale"), [([], 8), (["--w_min=0", "--w_max=2"], 3), (["--w_min=9"], 10)])
+@pytest.mark.parametrize(("flags", "scale"), [([], 8), (["--w_min=0", "--w_max=2"], 2), (["--w_min=9"], 13)])
 def test_default_guidance_of_samples_lies_in_the_trained_range(flags, scale):
     args = script(SCRIPTS[0]).parse_args(REQUIRED + flags)
     script(SCRIPTS[0]).resolve_defaults(args, is_sdxl=False)

@@ -1,5 +1,6 @@
 """The data stream: its order, its resume, bad data, decoding. Everything runs on tiny tars made here."""
 
+import base64
 import http.server
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import struct
 import tarfile
 import threading
@@ -232,6 +234,21 @@ def test_bad_samples_do_not_disturb_order_counters_or_resume(tmp_path):
         start, state = run(shards, 2, 0, first, **options)
         rest, last = run(shards, 1, 0, 60 - first, state, **options)
         assert start + rest == expected and last == end, first
+
+
+def test_credentials_in_addresses_are_sent_as_a_header_and_never_written(tmp_path, quick_retries):
+    request = shards_module._request("http://me%40x:p%3Aw@host:80/a.tar?b=c")
+    assert request.full_url == "http://host:80/a.tar?b=c"
+    assert request.get_header("Authorization") == "Basic " + base64.b64encode(b"me@x:p:w").decode()
+    assert shards_module._request("http://host/a.tar").get_header("Authorization") is None
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://me:S3CRET@127.0.0.1:{closed.getsockname()[1]}/a.tar?X-Amz-Signature=S3CRET"
+        data = make_data([address], num_lanes=1, skipped_log=tmp_path / "skipped.jsonl")
+        with pytest.raises(DataError, match="the last was: .*refused") as caught:
+            next(iter(data))
+    log = (tmp_path / "skipped.jsonl").read_text()
+    assert "shard_open" in log and "S3CRET" not in log + str(caught.value)
 
 
 def test_a_lane_whose_only_shard_of_an_epoch_is_broken_goes_on(tmp_path):

@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import tarfile
+from pathlib import Path
 
 from common.metrics import frechet_distance, image_features, kernel_distance, load_feature_network, prompt_accuracy
 from common.tools.evaluate import (
@@ -17,6 +19,7 @@ from common.tools.evaluate import (
     reference_floor,
 )
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -205,6 +208,16 @@ def test_lora_and_unet_change_the_images(root, tmp_path):
     assert torch.equal(pictures[1], again)
     main(parse_args(flags(root, tmp_path / "out", "--lora", root / "lora")))
     assert (tmp_path / "out" / "grid.png").is_file()
+
+
+def test_a_lora_is_sampled_with_the_scheduler_in_its_folder(root, tmp_path):
+    folder = Path(shutil.copytree(root / "lora", tmp_path / "lora"))
+    diffusers.LCMScheduler(original_inference_steps=20).save_pretrained(folder / "scheduler")
+    kept = load_pipeline(str(root / "pipeline"), lora=folder).scheduler
+    assert isinstance(kept, diffusers.LCMScheduler) and kept.config.original_inference_steps == 20
+    chosen = load_pipeline(str(root / "pipeline"), lora=folder, scheduler="ddim").scheduler
+    chosen.set_timesteps(4)
+    assert isinstance(chosen, diffusers.DDIMScheduler) and chosen.timesteps.tolist() == [999, 749, 499, 249]
 
 
 def test_a_lora_of_another_model_is_refused(root, tmp_path, capsys):

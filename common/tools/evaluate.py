@@ -72,7 +72,12 @@ def parse_args(argv=None):
     add("--timesteps", help="one explicit schedule instead, such as 999,749,499,249")
     add("--guidance_scale", type=non_negative_float, help="as the pipeline takes it; without it, its own default")
     add("--eta", type=non_negative_float, help="as the pipeline takes it: TCD's gamma, DDIM's eta")
-    add("--scheduler", choices=["keep", "ddim", "lcm", "tcd"], default="keep", help="replaces the pipeline's")
+    add(
+        "--scheduler",
+        choices=["keep", "ddim", "lcm", "tcd"],
+        default="keep",
+        help="replaces the pipeline's; ddim is trailing",
+    )
     add("--height", type=positive_int, help="of the images, in pixels; without it, the pipeline's default")
     add("--width", type=positive_int, help="of the images, in pixels; without it, the pipeline's default")
     add("--num_images", type=positive_int, help="images per step count; without it, one per prompt")
@@ -392,8 +397,9 @@ def load_pipeline(
 ):  # fmt: skip
     """A stock diffusers pipeline without its safety checker, which would replace images by black ones.
 
-    unet: folder that replaces its U-Net; lora: folder or file; scheduler: keep, ddim, lcm or tcd, the last three made
-    from the configuration of the pipeline's own. UserError: not loadable, or the LoRA fits nothing.
+    unet: folder that replaces its U-Net; lora: folder or file, with the scheduler in the folder where there is one;
+    scheduler: keep, ddim, lcm or tcd, the last three made from the configuration of the pipeline's own, ddim from the
+    last timestep down (trailing), which few steps need. UserError: not loadable, or the LoRA fits nothing.
     """
     import diffusers
 
@@ -408,6 +414,8 @@ def load_pipeline(
         pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, variant=variant, **where, **parts)
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
+    if lora and scheduler == "keep" and Path(lora, "scheduler", "scheduler_config.json").is_file():
+        pipeline.scheduler = diffusers.LCMScheduler.from_pretrained(lora, subfolder="scheduler")
     if scheduler != "keep":
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             name = type(pipeline.scheduler).__name__
@@ -416,7 +424,8 @@ def load_pipeline(
             scheduler
         ]
         clip_sample = pipeline.scheduler.config.get("clip_sample", False)
-        pipeline.scheduler = cls.from_config(pipeline.scheduler.config, clip_sample=clip_sample)
+        spacing = {"timestep_spacing": "trailing"} if scheduler == "ddim" else {}
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config, clip_sample=clip_sample, **spacing)
     if lora:
         load_lora(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
