@@ -1,5 +1,6 @@
 """The scripts from end to end, on the digits."""
 
+import gc
 import hashlib
 import os
 import shlex
@@ -212,22 +213,32 @@ def test_the_lora_that_stock_diffusers_loads_is_the_student_that_was_trained(tmp
     assert np.isfinite(image).all() and image.std() > 0
 
 
-def test_only_adapters_train_and_one_network_is_resident(tmp_path, flags, monkeypatch):
-    """The tensors alive in the loop: the teacher's pipeline once, the adapters, their gradients and moments."""
-    import gc
+def live_bytes():
+    """Bytes of all tensors alive in this process, each storage once."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if torch.is_tensor(o) and o.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    held, validate = [], lcm_lora.checkpointing.save_checkpoint
 
-    def measure(accelerator, *args, **kwargs):
-        gc.collect()
+def test_only_adapters_train_and_one_network_is_resident(tmp_path, flags, teacher, monkeypatch):
+    """Alive in the loop: the teacher's pipeline once; the adapters, their gradients, two moments; and little else."""
+    sizes = [
+        m.num_parameters() for m in models.load_teacher(teacher()).components.values() if hasattr(m, "num_parameters")
+    ]
+    held, before, save = [], live_bytes(), checkpointing.save_checkpoint
+
+    def measure(accelerator, *args):
         unets = [o for o in gc.get_objects() if isinstance(o, models.UNet2DConditionModel)]
-        held.append((len(unets), {n for n, p in unets[0].named_parameters() if p.requires_grad}))
-        return validate(accelerator, *args, **kwargs)
+        trained = {name: p.numel() for name, p in unets[0].named_parameters() if p.requires_grad}
+        held.append((len(unets), live_bytes() - before, trained))
+        return save(accelerator, *args)
 
-    monkeypatch.setattr(lcm_lora.checkpointing, "save_checkpoint", measure)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", measure)
     train(flags(tmp_path / "out", lcm_lora, max_train_steps=2), lcm_lora)
-    number, trainable = held[0]
-    assert number == 1 and trainable and all("lora_" in name for name in trainable)
+    number, alive, trained = held[0]
+    assert number == 1 and trained and all("lora_" in name for name in trained)
+    expected = 4 * sum(sizes) + 16 * sum(trained.values())
+    assert 0.9 * expected < alive < 1.25 * expected  # a second U-Net would make it 1.5 times or more
 
 
 @every_script
