@@ -140,6 +140,7 @@ def main(args):
     solver = DDIMSolver(alpha, sigma)
     scalings = functools.partial(boundary_scalings, timestep_scaling=args.timestep_scaling_factor)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
+    accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
     teacher.vae.to(device, models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path))
     for text_encoder in models.text_encoders(teacher):
