@@ -97,7 +97,8 @@ def main(args):
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
     args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
-    cli.resolve_data(args, resumed["args"], world_size, count_samples(shards) if Path(shards[0]).is_dir() else None)
+    num_counted = count_samples(shards) if Path(shards[0]).is_dir() else None
+    cli.resolve_data(args, resumed["args"], world_size, num_counted)
     if checkpoint:
         checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
 
@@ -106,8 +107,10 @@ def main(args):
     train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    known = (count_samples(shards), args.max_train_samples) if args.max_train_steps is None or args.dry_run else ()
-    num_samples = min((number for number in known if number is not None), default=None)
+    if num_counted is None and (args.max_train_steps is None or args.dry_run):
+        num_counted = count_samples(shards)
+    known = [number for number in (num_counted, args.max_train_samples) if number is not None]
+    num_samples = min(known) if num_counted is not None or args.max_train_steps is None and known else None
     total_batch_size = cli.resolve_steps(args, num_samples, world_size, resumed)
     derived = cli.derived_configuration(
         models.count_parameters_and_flops(config, args.resolution),

@@ -414,8 +414,13 @@ def start_trackers(accelerator, project_name, config, run_id):
         "wandb": {"id": run_id, "resume": "allow", "dir": accelerator.logging_dir},
         "comet_ml": {"experiment_key": run_id},
     }
-    Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(project_name, tracker_config(config), options)
+    try:
+        Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(project_name, tracker_config(config), options)
+    except OSError as error:
+        raise UserError(
+            f"--logging_dir, --tracker_project_name: {accelerator.logging_dir}: {error}; change them"
+        ) from None
 
 
 def sum_counters(counters):
@@ -494,8 +499,8 @@ def mask_secrets(words):
 
 
 def command_line():
-    """The command as it was typed, for the model card; the values of secret flags are masked."""
-    return "accelerate launch " + shlex.join([os.path.basename(sys.argv[0]), *mask_secrets(sys.argv[1:])])
+    """The command as it was typed, for the model card; ArgumentParser has masked the secrets in it."""
+    return "accelerate launch " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def echo(title, values):

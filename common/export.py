@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from common import UserError
+from common.checkpointing import CONFIG
 from common.metrics import image_grid
 
 import torch
@@ -24,7 +25,7 @@ def versions():
 def write_config(output_dir, flags, derived):
     """Write training_config.json: the run's flags, what follows from them, the versions of what it runs on."""
     config = {"flags": flags, "derived": derived, "versions": versions()}
-    Path(output_dir, "training_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    Path(output_dir, CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
 def teacher_license(name, token=None):
@@ -70,14 +71,14 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_mess
     """Upload the model and its card, and nothing else of the folder: no checkpoint, log or run file.
 
     The model is model_index.json with its parts, U-Net folders beside them, and weights in the folder itself (a
-    LoRA). Returns the address of the repository.
+    LoRA) with the scheduler that they are for. Returns the address of the repository.
     """
     output_dir = Path(output_dir)
     index = output_dir / "model_index.json"
     parts = set(json.loads(index.read_text())) if index.is_file() else set()
     wanted = ["README.md", "sample_grid.png", "model_index.json"]
     for path in output_dir.iterdir():
-        if path.is_dir() and (path.name in parts or path.name.startswith("unet")):
+        if path.is_dir() and (path.name in parts or path.name.startswith(("unet", "scheduler"))):
             wanted.append(f"{path.name}/*")
         elif path.is_file() and path.suffix == ".safetensors":
             wanted.append(path.name)

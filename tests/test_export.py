@@ -45,7 +45,7 @@ def test_grid_has_a_row_for_each_tag(tmp_path):
 def test_upload_is_the_model_and_its_card_only(tmp_path, monkeypatch):
     index = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": [None, None]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    model = ["unet/model.safetensors", "unet_target/model.safetensors"]
+    model = ["unet/model.safetensors", "unet_target/model.safetensors", "scheduler/config.json"]
     others = ["checkpoint-5/model.safetensors", "logs/run/events", "my logs/events", "skipped_samples.jsonl"]
     for name in [*model, *others, "README.md", "checkpoint-6.tmp/x", "pytorch_lora_weights.safetensors"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,5 +68,5 @@ def test_upload_is_the_model_and_its_card_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "HfApi", Api)
     assert export.push_to_hub(tmp_path, None, "hf_x", True) == "address"
-    assert uploaded["files"] == ["README.md", "model_index.json", "pytorch_lora_weights.safetensors", *model]
+    assert uploaded["files"] == ["README.md", "model_index.json", "pytorch_lora_weights.safetensors", *sorted(model)]
     assert uploaded["token"] == "hf_x" and uploaded["repo"] == (tmp_path.name, True)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import train_lcm_distill_lora_sd_wds as lcm_lora
@@ -22,6 +23,7 @@ from tests.test_args import GUIDE_LCM, GUIDE_LCM_LORA
 import numpy as np
 import pytest
 import torch
+from accelerate import tracking
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from safetensors.torch import load_file
@@ -649,6 +651,49 @@ def test_tokens_are_written_nowhere(tmp_path, flags, monkeypatch):
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(written) > 20 and not [path for path in written if token.encode() in path.read_bytes()]
     assert "--hub_token=***" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_every_tracker_is_served_through_accelerate_and_continued(tmp_path, flags, monkeypatch):
+    """accelerate's own wandb and comet trackers, on stand-ins for the two packages that record what they are told."""
+    started, logged = [], {"wandb": [], "comet_ml": []}
+
+    class Run:
+        def __init__(self, name):
+            self.name = name
+
+        def log(self, values, step=None):
+            logged[self.name] += [(key, step) for key in values]
+
+        def log_metric(self, key, value, step=None):
+            logged[self.name].append((key, step))
+
+        def log_image(self, image, name=None, step=None):
+            logged[self.name].append((name, step))
+
+        def __getattr__(self, name):  # set_step, log_parameters, finish, end
+            return lambda *args, **kwargs: None
+
+    def start(name):
+        return lambda **options: started.append((name, options)) or Run(name)
+
+    wandb, comet = types.ModuleType("wandb"), types.ModuleType("comet_ml")
+    wandb.init, wandb.Image = start("wandb"), lambda image: image
+    wandb.config = types.SimpleNamespace(update=lambda *args, **kwargs: None)
+    comet.start, comet.__version__ = start("comet_ml"), "3.58.8"
+    names = ["tensorboard", "wandb", "comet_ml"]
+    for module in (wandb, comet):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(tracking, f"is_{module.__name__}_available", lambda: True)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType(name) for name in names])
+    every = {"report_to": ",".join(names), "validation_steps": 1, "max_train_steps": 2}
+    train(flags(tmp_path / "out", **every))
+    train(flags(tmp_path / "out", **every | {"max_train_steps": 4}, resume_from_checkpoint="latest"))
+    images = {f"validation/{name}_1_steps" for name in ("student", "target")}
+    assert images | {"loss"} <= {key for key, step in logged["wandb"] if step == 1}
+    assert {f"{tag}/0" for tag in images} | {"loss"} <= {key for key, step in logged["comet_ml"] if step == 3}
+    assert {step for key, step in logged["wandb"] if key == "loss"} == {1, 2, 3, 4}
+    ids = [options.get("id") or options.get("experiment_key") for _, options in started]
+    assert [name for name, _ in started] == ["wandb", "comet_ml"] * 2 and len(set(ids)) == 1 and ids[0]
 
 
 def test_images_of_student_and_target_reach_tensorboard(tmp_path, flags):
