@@ -126,7 +126,16 @@ def beta(text):
 
 def int_list(text):
     """`1,2,4` -> [1, 2, 4], at least one, all at least 1."""
-    values = [positive_int(part) for part in text.split(",") if part.strip()]
+    return _list(text, positive_int)
+
+
+def weight_list(text):
+    """`1,0.5` -> [1.0, 0.5], at least one, none negative."""
+    return _list(text, non_negative_float)
+
+
+def _list(text, item):
+    values = [item(part) for part in text.split(",") if part.strip()]
     if not values:
         raise argparse.ArgumentTypeError("names no number; give one or more, such as 1,2,4")
     return values
@@ -137,7 +146,7 @@ for _type, _name in [(positive_int, "positive whole number"), (non_negative_int,
 for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
     _type.__name__ = _name
 seed.__name__, beta.__name__ = "whole number", "fraction"
-int_list.__name__ = "list of whole numbers"
+int_list.__name__, weight_list.__name__ = "list of whole numbers", "list of numbers"
 
 
 def add_teacher_arguments(parser):
@@ -240,7 +249,7 @@ def check_training_arguments(parser, args):
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         parser.error("--lr_scheduler=polynomial falls to 1e-7: give a --learning_rate above that")
     grid = getattr(args, "num_ddim_timesteps", None)
-    if grid and max(args.validation_num_inference_steps) > grid:
+    if grid and max(args.validation_num_inference_steps or [1]) > grid:
         parser.error(f"--validation_num_inference_steps: at most --num_ddim_timesteps={grid} steps can be sampled")
     args.report_to = check_trackers(parser, args.report_to)
     if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):

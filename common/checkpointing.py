@@ -251,7 +251,7 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
         accelerator.load_state(str(checkpoint))
         for name, module in (modules or {}).items():
             load_model(module, str(Path(checkpoint, f"{name}.safetensors")), strict=True)
-        saved = torch.load(Path(checkpoint, "objects.pt"), weights_only=True)
+        saved = torch.load(Path(checkpoint, "objects.pt"), map_location="cpu", weights_only=True)
         for name, obj in (objects or {}).items():
             obj.load_state_dict(saved[name])
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:

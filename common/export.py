@@ -70,15 +70,15 @@ def write_model_card(output_dir, *, title, method, teacher, data, command, snipp
 def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_message="Add the trained model"):
     """Upload the model and its card, and nothing else of the folder: no checkpoint, log or run file.
 
-    The model is model_index.json with its parts, U-Net folders beside them, and weights in the folder itself (a
-    LoRA) with the scheduler that they are for. Returns the address of the repository.
+    The model is model_index.json with its parts, U-Net folders beside them, weights in the folder itself (a LoRA)
+    with the scheduler that they are for, and the models of earlier stages. Returns the address of the repository.
     """
     output_dir = Path(output_dir)
     index = output_dir / "model_index.json"
     parts = set(json.loads(index.read_text())) if index.is_file() else set()
     wanted = ["README.md", "sample_grid.png", "model_index.json"]
     for path in output_dir.iterdir():
-        if path.is_dir() and (path.name in parts or path.name.startswith(("unet", "scheduler"))):
+        if path.is_dir() and (path.name in parts or path.name.startswith(("unet", "scheduler", "stage-"))):
             wanted.append(f"{path.name}/*")
         elif path.is_file() and path.suffix == ".safetensors":
             wanted.append(path.name)

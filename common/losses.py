@@ -1,4 +1,9 @@
-"""Distances between the two sides of a consistency loss. Always float32, always the mean over every element."""
+"""Distances between the two sides of a consistency loss, always float32, and the adversarial losses."""
+
+from common.schedules import append_dims
+
+import torch
+from torch.nn import functional
 
 LOSS_TYPES = ("l2", "huber")
 
@@ -6,7 +11,7 @@ LOSS_TYPES = ("l2", "huber")
 def distance(model_pred, target, loss_type, huber_c):
     """l2: mean d^2;  huber: mean (sqrt(d^2 + c^2) - c), the pseudo-Huber loss of 2310.14189 taken per element.
 
-    model_pred, target: (B, ...), any floating dtype. Returns a float32 scalar.
+    The mean is over every element. model_pred, target: (B, ...), any floating dtype. Returns a float32 scalar.
     """
     d2 = (model_pred.float() - target.float()) ** 2
     if loss_type == "l2":
@@ -14,3 +19,53 @@ def distance(model_pred, target, loss_type, huber_c):
     if loss_type == "huber":
         return ((d2 + huber_c**2).sqrt() - huber_c).mean()
     raise ValueError(f"loss_type {loss_type!r} is none of {LOSS_TYPES}")
+
+
+def draw_renoising(alpha, end_timesteps, top_timesteps, shape, generator):
+    """One noising for both sides of an adversarial comparison: (t* (B,) int64, q (B, 1, ..), noise of `shape`).
+
+    x* = q x_s + noise carries x_s from s = end_timesteps up to t* ~ U{s..top_timesteps}, q = alpha_{t*} / alpha_s and
+    noise = sqrt(1 - q^2) eps*, eps* normal: what the forward process does between s and t*. float32; t* = s changes
+    nothing. alpha: (T,) as from `schedules.alpha_sigma`.
+    """
+    device = end_timesteps.device
+    draw = torch.rand(end_timesteps.shape, generator=generator, device=device)
+    timesteps = end_timesteps + (draw * (top_timesteps - end_timesteps + 1)).long()
+    q = append_dims(alpha[timesteps] / alpha[end_timesteps], len(shape))
+    noise = torch.randn(shape, generator=generator, device=device)
+    return timesteps, q, (1.0 - q**2).sqrt() * noise
+
+
+def discriminator_loss(real_logits, fake_logits, mask):
+    """L_D = softplus(-l_real) + softplus(l_fake), the mean over the samples of `mask`; all (B,); float32 scalar."""
+    losses = functional.softplus(-real_logits.float()) + functional.softplus(fake_logits.float())
+    return masked_mean(losses, mask)
+
+
+def generator_loss(fake_logits, mask):
+    """L_G = softplus(-l_fake), the non-saturating loss (1406.2661, Section 3), the mean over the samples of `mask`."""
+    return masked_mean(functional.softplus(-fake_logits.float()), mask)
+
+
+def masked_mean(values, mask):
+    """The mean of values (B,) where mask (B,) is true; 0 where it is true nowhere. float32 scalar, no host sync."""
+    return (values.float() * mask).sum() / mask.sum().clamp(min=1)
+
+
+class RunningMeans:
+    """Means of named scalars between two log entries, kept on their device so that no step waits for the host."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, **values):
+        """Add scalar tensors, detached, to their sums."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self, reduce):
+        """{name: mean} as floats, averaged over the ranks by `reduce`(tensor); and start anew."""
+        means = {name: reduce(self.sums[name] / self.counts[name]).item() for name in self.sums}
+        self.sums, self.counts = {}, {}
+        return means

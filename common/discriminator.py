@@ -1,0 +1,139 @@
+"""The discriminator of adversarial distillation: the teacher's encoder with a head that tells real from fake latents.
+
+As in SDXL-Lightning (2402.13929, Section 3.3): it works on noised latents, sees the time and the text as the U-Net
+does, and first also the point x_t of the trajectory that the student started from (conditional), then not.
+"""
+
+import contextlib
+import copy
+import math
+
+import torch
+
+
+class Discriminator(torch.nn.Module):
+    """Logits for "this is the teacher's" from the features of the U-Net's middle block.
+
+    unet: the teacher's float32 UNet2DConditionModel; its embeddings, down and mid blocks are copied. latent_size: the
+    height and width of the latents. freeze_encoder: train the head alone. Parameters require gradients only inside
+    `trainable()`, so that the student's loss never leaves any on them.
+    """
+
+    def __init__(self, unet, latent_size, freeze_encoder=False):
+        super().__init__()
+        self.encoder, self.freeze_encoder = copy_encoder(unet), freeze_encoder
+        self.channels = unet.config.block_out_channels[-1]
+        num_downsamplers = sum(block.downsamplers is not None for block in unet.down_blocks)
+        self.feature_size = math.ceil(latent_size / 2**num_downsamplers)
+        self.head = make_head(self.channels, self.feature_size)
+        self.initial_encoder = None
+        self.requires_grad_(False).train()
+
+    def forward(self, samples, timesteps, cond, noisy_latents, start_timesteps, conditional):
+        """float32 logits (M, B) of M alternatives for the same B places on trajectories.
+
+        samples: M tensors (B, C, h, w) noised to `timesteps` (B,). cond: as from `models.conditioning`, for B. noisy_latents,
+        start_timesteps: x_t (B, C, h, w) and t (B,), whose features stand beside a sample's where `conditional`, and
+        zeros else. While the head trains, all of them go through the encoder as one batch; for the student's
+        loss, x_t goes on its own, so that its activations are not kept.
+        """
+        num_samples = len(samples)
+        if conditional and self.head[-1].weight.requires_grad:
+            *features, reference = self.features(
+                [*samples, noisy_latents], [*[timesteps] * num_samples, start_timesteps], cond
+            )
+        else:
+            features = self.features(samples, [timesteps] * num_samples, cond)
+            reference = torch.zeros_like(features[0])
+            if conditional:
+                with torch.no_grad():
+                    (reference,) = self.features([noisy_latents], [start_timesteps], cond)
+        stacked = torch.cat([torch.cat([feature, reference], dim=1) for feature in features])
+        return self.head(stacked).float().reshape(num_samples, -1)
+
+    def features(self, samples, timesteps, cond):
+        """The middle block's output for each of M samples (B, C, h, w) at their times (B,): M tensors (B, c, h', w')."""
+        num_samples = len(samples)
+        batch = torch.cat([sample.to(self.encoder.dtype) for sample in samples])
+        return self.encoder(batch, torch.cat(timesteps), **repeat_conditioning(cond, num_samples)).sample.chunk(
+            num_samples
+        )
+
+    @contextlib.contextmanager
+    def trainable(self):
+        """Parameters take gradients inside the block (forward and backward), and nowhere else."""
+        trained = self.head if self.freeze_encoder else self
+        trained.requires_grad_(True)
+        try:
+            yield
+        finally:
+            trained.requires_grad_(False)
+
+    def parameter_groups(self, learning_rate, head_learning_rate):
+        """For an optimizer: the encoder's parameters (unless it is frozen) and the head's, each with its rate."""
+        groups = [] if self.freeze_encoder else [{"params": list(self.encoder.parameters()), "lr": learning_rate}]
+        return [*groups, {"params": list(self.head.parameters()), "lr": head_learning_rate}]
+
+    def reset(self, seed):
+        """Start anew: the teacher's encoder, a head drawn from `seed`, the same on every process."""
+        if not self.freeze_encoder:
+            if self.initial_encoder is None:  # kept in main memory
+                state = self.encoder.state_dict()
+                self.initial_encoder = {name: value.to("cpu", copy=True) for name, value in state.items()}
+            self.encoder.load_state_dict(self.initial_encoder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head.load_state_dict(make_head(self.channels, self.feature_size).state_dict())
+
+
+def copy_encoder(unet):
+    """A copy of the U-Net that ends after the middle block: its `sample` is that block's output (B, c, h', w')."""
+    up_blocks, unet.up_blocks = unet.up_blocks, torch.nn.ModuleList()
+    try:
+        encoder = copy.deepcopy(unet)
+    finally:
+        unet.up_blocks = up_blocks
+    encoder.conv_norm_out, encoder.conv_out = None, torch.nn.Identity()
+    return encoder
+
+
+def make_head(channels, feature_size):
+    """(B, 2 channels, h', w') -> (B, 1): two convolutions with GroupNorm and SiLU, the mean over places, a linear map.
+
+    Convolutions are 4x4 with stride 2, and 3x3 with stride 1 where the features are smaller than 4x4.
+    """
+    layers, width = [], 2 * channels
+    for _ in range(2):
+        halve = feature_size >= 4
+        kernel, stride = (4, 2) if halve else (3, 1)
+        layers.append(torch.nn.Conv2d(width, channels, kernel, stride, padding=1))
+        layers += [torch.nn.GroupNorm(math.gcd(32, channels), channels), torch.nn.SiLU()]
+        width, feature_size = channels, feature_size // 2 if halve else feature_size
+    pooled = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers, *pooled, torch.nn.Linear(channels, 1))
+
+
+def repeat_conditioning(cond, times):
+    """`models.conditioning`'s keyword arguments for the same B samples `times` over."""
+    return {
+        name: repeat_conditioning(value, times)
+        if isinstance(value, dict)
+        else value.repeat(times, *[1] * (value.ndim - 1))
+        for name, value in cond.items()
+    }
+
+
+def step(optimizer, scaler, world_size):
+    """Average the gradients over all processes, then one optimizer step through the GradScaler; gradients are freed.
+
+    The discriminator's optimizer stays outside `accelerator.prepare`: accelerate's clip_grad_norm_ would unscale it
+    with the student's.
+    """
+    if world_size > 1:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= world_size
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)

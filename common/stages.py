@@ -1,0 +1,78 @@
+"""The progressive stages of trajectory segmented consistency distillation: a pure function of the global step."""
+
+from typing import NamedTuple
+
+from common import UserError
+
+# Weights of the two parts of the distance by the number of segments; a number between two keys takes the lower one's.
+MSE_WEIGHTS = {1: 0.25, 2: 0.5, 4: 1.0}
+ADV_WEIGHTS = {"l2": {1: 0.1, 2: 0.05, 4: 0.01, 8: 0.0}, "huber": {1: 0.2, 2: 0.1, 4: 0.05, 8: 0.0}}
+MAX_WARMUP_STEPS, WARMUP_FRACTION = 200, 0.1
+
+
+class Stage(NamedTuple):
+    """One stage: updates start <= global_step < end, counted from 0, with the trajectory in `num_segments`."""
+
+    index: int
+    num_segments: int
+    start: int
+    end: int
+    mse_weight: float
+    adv_weight: float
+
+    @property
+    def name(self):
+        return f"stage-{self.index}-k{self.num_segments}"
+
+    def is_warmup(self, global_step):
+        """Whether the discriminator trains alone yet: the first 10 % of the stage's updates, at most 200."""
+        return global_step < self.start + min(MAX_WARMUP_STEPS, int(WARMUP_FRACTION * (self.end - self.start)))
+
+    def is_conditional(self, global_step, unconditional_start):
+        """Whether the discriminator sees x_t too: before the fraction `unconditional_start` of the stage is over."""
+        return global_step < self.start + unconditional_start * (self.end - self.start)
+
+
+def check_stages(stage_segments, **lists):
+    """UserError unless each of the lists (stage_steps, mse_weights, adv_weights; or None) has one number or one for
+    each of stage_segments, such as [8, 4, 2, 1]."""
+    count = len(stage_segments)
+    for name, values in lists.items():
+        if values is not None and len(values) not in (1, count):
+            listed = ",".join(f"{value:g}" for value in values)
+            raise UserError(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
+
+
+def for_each_stage(values, count):
+    """[x] or [x, y, ...] -> a list of `count`."""
+    return values * count if len(values) == 1 else values
+
+
+def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_weights, loss_type, edges=None):
+    """The list of `Stage`s.
+
+    stage_steps: [n] or one number for each stage; None: max_train_steps // stages for each, the rest to the last.
+    mse_weights, adv_weights: likewise; None: the defaults by number of segments and loss type. edges: [start of
+    stage 0, ..., end of the last], those of the run that is resumed: another max_train_steps must not move them.
+    Raises UserError when stage_steps and max_train_steps disagree.
+    """
+    count = len(stage_segments)
+    if edges is None:
+        if max_train_steps < count:
+            raise UserError(f"--max_train_steps={max_train_steps} is too few for {count} stages of an update or more")
+        steps = for_each_stage(stage_steps or [max_train_steps // count], count)
+        edges = [sum(steps[:i]) for i in range(count + 1)]
+        if stage_steps is None:
+            edges[-1] = max_train_steps
+        if edges[-1] != max_train_steps:
+            raise UserError(
+                f"--stage_steps add up to {edges[-1]} updates and --max_train_steps is {max_train_steps}; drop one"
+            )
+    defaults = [[table[max(key for key in table if key <= k)] for k in stage_segments] for table in (MSE_WEIGHTS, ADV_WEIGHTS[loss_type])]
+    mse, adv = (for_each_stage(given or default, count) for given, default in zip((mse_weights, adv_weights), defaults))
+    return [Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i]) for i, k in enumerate(stage_segments)]
+
+
+def stage_at(stages, global_step):
+    """The stage of the update that follows `global_step` ones; past the last edge, the last stage goes on."""
+    return next((stage for stage in stages if global_step < stage.end), stages[-1])
