@@ -31,7 +31,7 @@ from common.schedules import (
     to_eps,
     to_x_0,
 )
-from common.shards import count_samples, expand_shards
+from common.shards import expand_shards
 from common.solvers import DDIMSolver
 
 import torch
@@ -91,27 +91,14 @@ def main(args):
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
     shards = expand_shards(args.train_shards_path_or_url)
-    if is_main:
-        checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
-    accelerator.wait_for_everyone()
-    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
-    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
-    args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
-    num_counted = count_samples(shards) if Path(shards[0]).is_dir() else None
-    cli.resolve_data(args, resumed["args"], world_size, num_counted)
-    if checkpoint:
-        checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
+    checkpoint, resumed = cli.open_run(args, accelerator, shards)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     decode = functools.partial(decode_image_text, **cli.image_options(args))
     train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    if num_counted is None and (args.max_train_steps is None or args.dry_run):
-        num_counted = count_samples(shards)
-    known = [number for number in (num_counted, args.max_train_samples) if number is not None]
-    num_samples = min(known) if num_counted is not None or args.max_train_steps is None and known else None
-    total_batch_size = cli.resolve_steps(args, num_samples, world_size, resumed)
+    total_batch_size, num_samples = cli.resolve_steps(args, shards, world_size, resumed)
     derived = cli.derived_configuration(
         models.count_parameters_and_flops(config, args.resolution),
         world_size=world_size,
@@ -124,10 +111,7 @@ def main(args):
         trained_parameters=trained_parameters,
     )
     if is_main:
-        cli.echo("Flags", cli.public_args(args))
-        cli.echo("What follows from them", derived)
-        if not args.dry_run:
-            export.write_config(args.output_dir, cli.public_args(args), derived)
+        cli.announce(args, derived)
     batches = iter(train_data)
     first_batch = next(batches)
     captions = [caption for caption in first_batch["captions"] if caption] or [""]
@@ -155,10 +139,8 @@ def main(args):
     lora.add_lora(teacher_unet, args.lora_rank, args.lora_alpha, args.lora_dropout, target_modules, args.init_lora)
     unet = teacher_unet.train()
     sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
+    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
+    models.save_memory([unet], [], *saving)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)
@@ -276,9 +258,7 @@ def main(args):
             cli.log_progress(accelerator, progress, logs, global_step)
             loss_sum, num_losses = torch.zeros((), device=device), 0
         if global_step % args.checkpointing_steps == 0 or is_last:
-            state = {"args": cli.public_args(args), "run_id": run_id, "validation_prompts": prompts}
-            state["total_batch_size"] = total_batch_size
-            state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
+            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data)
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
@@ -315,7 +295,6 @@ image = pipe("a prompt", num_inference_steps=4, guidance_scale=1).images[0]
 """
     export.write_model_card(
         args.output_dir,
-        title=Path(args.output_dir).resolve().name,
         method="An LCM-LoRA (arXiv 2311.05556): with it, the base model samples in 1 to 8 steps with LCMScheduler.",
         teacher=args.pretrained_teacher_model,
         data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
@@ -328,7 +307,6 @@ image = pipe("a prompt", num_inference_steps=4, guidance_scale=1).images[0]
             "`pytorch_lora_weights_kohya.safetensors` for ComfyUI and A1111.",
         ],
         tags=["latent-consistency-model", "lora", "text-to-image", "diffusers"],
-        license=export.teacher_license(args.pretrained_teacher_model),
     )
 
 

@@ -1,4 +1,4 @@
-"""Trajectory segmented consistency distillation: a Stable Diffusion or SDXL teacher becomes students for 8, 4, 2 and 1 steps.
+"""Trajectory segmented consistency distillation: an SD or SDXL teacher becomes models for 8, 4, 2, 1 steps.
 
 The teacher's ODE trajectory is cut into k segments, and the student learns to jump from any point of a segment to its
 lower end; k falls from stage to stage, in one run, and each stage leaves a model for k steps. The distance is a mix of
@@ -21,16 +21,16 @@ import time
 import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, discriminator, export, models, validation
 from common import args as cli
+from common import checkpointing, export, losses, models, validation
 from common.data import TrainingData, keyed_generator, keyed_seed
+from common.discriminator import Discriminator, discriminator_step, discriminator_summary
 from common.ema import ema_update
 from common.images import decode_image_text
-from common.losses import LOSS_TYPES, RunningMeans, discriminator_loss, distance, draw_renoising, generator_loss
 from common.schedules import alpha_sigma, append_dims, draw_segment, guidance_scale_embedding, segment_nodes
-from common.shards import count_samples, expand_shards
+from common.shards import expand_shards
 from common.solvers import TrajectorySolver
-from common.stages import check_stages, for_each_stage, plan_stages, stage_at
+from common.stages import stage_at
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -55,12 +55,12 @@ def parse_args(argv=None):
     add("--boundary_prob", type=cli.fraction, default=1.0, help="share of jumps to the segment's end; the paper: 0")
     add("--swap_terminal_noise", action=yes_no, default=True, help="start from pure noise at the last timestep")
     add("--noise_offset", type=cli.non_negative_float, default=0.0, help="scale of noise that is constant per channel")
-    add("--loss_type", choices=LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
+    add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
     add("--unet_time_cond_proj_dim", type=cli.positive_int, help="embed w in so many numbers; default: w is not seen")
     add("--ema_decay", type=cli.fraction, default=0.95, help="of the target network")
     add = parser.add_argument_group("adversarial distance").add_argument
-    add("--mse_weights", type=cli.weight_list, help="of --loss_type, one or one per stage; k >= 4: 1, k = 2, 1: .5, .25")
+    add("--mse_weights", type=cli.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
     add("--adv_weights", type=cli.weight_list, help="likewise; all 0: no discriminator")
     add("--adv_learning_rate", type=cli.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=cli.non_negative_float, default=1e-5, help="of the discriminator's head")
@@ -69,15 +69,7 @@ def parse_args(argv=None):
     parser.set_defaults(validation_num_inference_steps=None)  # those of the stage
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
-    lists = {"mse_weights": args.mse_weights, "adv_weights": args.adv_weights}
-    try:
-        check_stages(args.stage_segments, stage_steps=args.stage_steps, **lists)
-    except UserError as error:
-        parser.error(str(error))
-    if args.w_min > args.w_max:
-        parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
-    if args.stage_steps and args.max_train_steps is None:
-        args.max_train_steps = sum(for_each_stage(args.stage_steps, len(args.stage_segments)))
+    cli.check_stage_arguments(parser, args)
     dim = args.unet_time_cond_proj_dim
     if dim is not None and (dim < 4 or dim % 2):
         parser.error("--unet_time_cond_proj_dim must be an even number of at least 4")
@@ -91,6 +83,7 @@ def main(args):
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
+    frozen_dtype = teacher_dtype if args.freeze_discriminator_backbone else None
     teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
     teacher_options["revision"] = args.teacher_revision or args.revision
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
@@ -105,30 +98,15 @@ def main(args):
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
-    if is_main:
-        checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
-    accelerator.wait_for_everyone()
-    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
-    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
-    args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
-    num_counted = count_samples(shards) if Path(shards[0]).is_dir() else None
-    cli.resolve_data(args, resumed["args"], world_size, num_counted)
-    if checkpoint:
-        checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
+    checkpoint, resumed = cli.open_run(args, accelerator, shards)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     decode = functools.partial(decode_image_text, **cli.image_options(args))
     train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    if num_counted is None and (args.max_train_steps is None or args.dry_run):
-        num_counted = count_samples(shards)
-    known = [number for number in (num_counted, args.max_train_samples) if number is not None]
-    num_samples = min(known) if num_counted is not None or args.max_train_steps is None and known else None
-    total_batch_size = cli.resolve_steps(args, num_samples, world_size, resumed)
-    weights = args.mse_weights, args.adv_weights, args.loss_type
-    plan = args.stage_segments, args.stage_steps, args.max_train_steps, *weights, resumed.get("stage_edges")
-    stages = plan_stages(*plan)
+    total_batch_size, num_samples = cli.resolve_steps(args, shards, world_size, resumed)
+    stages = cli.resolve_stages(args, resumed)
     adversarial = any(stage.adv_weight for stage in stages)
     derived = cli.derived_configuration(
         models.count_parameters_and_flops(config, args.resolution, time_cond_proj_dim=args.unet_time_cond_proj_dim),
@@ -142,12 +120,9 @@ def main(args):
     )
     derived |= {stage.name: stage.summary for stage in stages}
     if adversarial:
-        derived |= discriminator.summary(config, args.resolution, args.freeze_discriminator_backbone)
+        derived |= discriminator_summary(config, args.resolution, frozen_dtype)
     if is_main:
-        cli.echo("Flags", cli.public_args(args))
-        cli.echo("What follows from them", derived)
-        if not args.dry_run:
-            export.write_config(args.output_dir, cli.public_args(args), derived)
+        cli.announce(args, derived)
     batches = iter(train_data)
     first_batch = next(batches)
     captions = [caption for caption in first_batch["captions"] if caption] or [""]
@@ -158,9 +133,8 @@ def main(args):
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
-    prediction_type = noise_scheduler.config.prediction_type
     alpha, sigma = (x.to(device) for x in alpha_sigma(noise_scheduler.alphas_cumprod))  # (T,)
-    solver = TrajectorySolver(alpha, sigma, prediction_type)
+    solver = TrajectorySolver(alpha, sigma, noise_scheduler.config.prediction_type)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
@@ -172,26 +146,27 @@ def main(args):
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
     unet = models.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
-    critic = None
     if adversarial:
-        size = args.resolution // models.vae_scale_factor(config["vae"])
-        critic = Discriminator(teacher.unet, size, args.freeze_discriminator_backbone).to(device)
+        latent_size = args.resolution // models.vae_scale_factor(config["vae"])
+        discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
     sampler = models.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        for module in (unet, target_unet, teacher_unet):
-            module.enable_xformers_memory_efficient_attention()
+    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
+    models.save_memory([unet, discriminator.encoder] if adversarial else [unet], [target_unet, teacher_unet], *saving)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
     lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    modules, objects = {"target_unet": target_unet}, {"lr_scheduler": lr_scheduler}
+    if adversarial:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
+        rates = args.adv_learning_rate, args.adv_head_learning_rate
+        d_optimizer, d_scaler = discriminator.make_optimizer(*rates, use_scaler=weight_dtype == torch.float16)
+        modules["discriminator"] = discriminator
+        objects |= {"discriminator_optimizer": d_optimizer, "discriminator_scaler": d_scaler}
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    modules, objects = {"target_unet": target_unet}, {"lr_scheduler": lr_scheduler}
     global_step = resumed["global_step"]
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
@@ -199,29 +174,28 @@ def main(args):
     run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
     if is_main:
         cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
-    sample = functools.partial(
-        validation.sample_grid,
-        accelerator,
-        teacher,
-        {"student": accelerator.unwrap_model(unet), "target": target_unet},
-        sampler,
-        prompts,
-        args.validation_num_inference_steps,
-        args.seed,
-        args.resolution,
-        guidance_scale=args.validation_guidance_scale,
-    )
+    guidance_scale = (args.w_min + args.w_max) / 2 + 1.0 if args.unet_time_cond_proj_dim else 1.0
+    shown = {"student": accelerator.unwrap_model(unet), "target": target_unet}
+
+    def sample(stage, step):
+        steps = args.validation_num_inference_steps or [stage.num_segments]
+        place = sampler, prompts, steps, args.seed, args.resolution, step
+        return validation.sample_grid(accelerator, teacher, shown, *place, guidance_scale=guidance_scale)
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
-    loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
+    means, logged_at = losses.RunningMeans(), time.perf_counter()
     batches = itertools.chain([first_batch], batches)
     while global_step < args.max_train_steps:
+        stage = stage_at(stages, global_step)
+        if stage.adv_weight and global_step == stage.start and accelerator.sync_gradients:
+            discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
+            d_optimizer.state.clear()
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
             #     any number of processes, different on every rank.
-            generator = keyed_generator(args.seed, "lcm", batch["micro_batch"], device)
+            generator = keyed_generator(args.seed, "tscd", batch["micro_batch"], device)
             images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
             latents = models.encode_images(teacher.vae, images, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
             origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
@@ -229,23 +203,28 @@ def main(args):
             cond = models.conditioning(teacher, batch["captions"], time_ids)
             batch_size = len(latents)
 
-            # 7.2 Draw t_{n+k} on the DDIM grid, and t_n one grid step below it.
-            index = torch.randint(args.num_ddim_timesteps, (batch_size,), generator=generator, device=device)
-            start_timesteps = ddim_grid[index]  # (B,)
-            timesteps = (start_timesteps - num_train_timesteps // args.num_ddim_timesteps).clamp(min=0)  # (B,)
+            # 7.2 Draw the nodes t > t' >= s of a segment, and its upper end.
+            options = args.num_ddim_timesteps, args.boundary_prob, batch_size, generator, device
+            drawn = draw_segment(stage.num_segments, *options)
+            start_timesteps, timesteps, end_timesteps, top_timesteps = (nodes[index] for index in drawn)  # (B,) each
+            is_whole = drawn[3] - drawn[2] == args.num_ddim_timesteps // stage.num_segments  # s: the segment's end
 
-            # 7.3 Boundary scalings (Appendix B) at both times.
-            c_skip_start, c_out_start = (append_dims(c, 4) for c in scalings(start_timesteps))
-            c_skip, c_out = (append_dims(c, 4) for c in scalings(timesteps))
+            # 7.3 No boundary scalings: the jump is the identity at s = t.
 
-            # 7.4 Add noise: z_{t_{n+k}} = alpha z_0 + sigma eps.
+            # 7.4 Add noise: x_t = alpha z_0 + sigma eps, and noise alone at the last timestep.
             noise = torch.randn(latents.shape, generator=generator, device=device)
+            noise += args.noise_offset * torch.randn((*noise.shape[:2], 1, 1), generator=generator, device=device)
             alpha_start, sigma_start = (append_dims(x[start_timesteps], 4) for x in (alpha, sigma))
             noisy_latents = alpha_start * latents + sigma_start * noise  # (B, 4, h, w)
+            if args.swap_terminal_noise:
+                is_last_timestep = append_dims(start_timesteps == num_train_timesteps - 1, 4)
+                noisy_latents = torch.where(is_last_timestep, noise, noisy_latents)
 
-            # 7.5 Draw the guidance w and embed it.
+            # 7.5 Draw the guidance w.
             w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch_size, generator=generator, device=device)
-            timestep_cond = guidance_scale_embedding(w, args.unet_time_cond_proj_dim)  # (B, 256)
+            w_cond = {}
+            if args.unet_time_cond_proj_dim:
+                w_cond["timestep_cond"] = guidance_scale_embedding(w, args.unet_time_cond_proj_dim)
 
             with torch.no_grad():
                 # 7.6 Teacher: cond and uncond in one forward, guided = cond + w (cond - uncond).
@@ -256,36 +235,61 @@ def main(args):
                 ).sample.float()
                 cond_output, uncond_output = teacher_output.chunk(2)
                 guided = cond_output + append_dims(w, 4) * (cond_output - uncond_output)
-                pred_x_0 = to_x_0(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
-                pred_eps = to_eps(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
 
-                # 7.7 One DDIM step down to t_n.
-                z_prev = solver.step(pred_x_0, pred_eps, timesteps)  # (B, 4, h, w)
+                # 7.7 The exact jump down to t'.
+                z_prev = solver.jump(guided, noisy_latents, start_timesteps, timesteps)  # (B, 4, h, w)
 
-                # 7.8 Target: f(z_{t_n}, t_n, c, w) of the EMA network.
+                # 7.8 Target: the EMA network's jump from t' to s.
                 with accelerator.autocast():
-                    target_output = target_unet(z_prev, timesteps, timestep_cond=timestep_cond, **cond).sample
-                alpha_t, sigma_t = (append_dims(x[timesteps], 4) for x in (alpha, sigma))
-                target_x_0 = to_x_0(target_output.float(), z_prev, alpha_t, sigma_t, prediction_type)
-                target = c_skip * z_prev + c_out * target_x_0
+                    target_output = target_unet(z_prev, timesteps, **w_cond, **cond).sample
+                target = solver.jump(target_output, z_prev, timesteps, end_timesteps)
 
-            # 7.9 Student: f(z_{t_{n+k}}, t_{n+k}, c, w).
-            output = unet(noisy_latents, start_timesteps, timestep_cond=timestep_cond, **cond).sample
-            student_x_0 = to_x_0(output.float(), noisy_latents, alpha_start, sigma_start, prediction_type)
-            model_pred = c_skip_start * noisy_latents + c_out_start * student_x_0
+            # 7.9 Student: its jump from t to s.
+            output = unet(noisy_latents, start_timesteps, **w_cond, **cond).sample
+            model_pred = solver.jump(output, noisy_latents, start_timesteps, end_timesteps)
 
-            # 7.10 Loss, backward, update.
-            loss = distance(model_pred, target, args.loss_type, args.huber_c)
+            # 7.10 Loss: lambda_mse d(y^, y) + lambda_adv softplus(-D(y^)), backward, update.
+            mse_pred, adv_pred = (model_pred.view_as(model_pred) for _ in range(2))  # to tell their gradients apart
+            loss_mse = losses.distance(mse_pred, target, args.loss_type, args.huber_c)
+            loss, logged = stage.mse_weight * loss_mse, {"loss_mse": loss_mse}
+            if stage.adv_weight:
+                adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
+                ends = end_timesteps, top_timesteps
+                adv_timesteps, q, adv_noise = losses.draw_renoising(alpha, *ends, latents.shape, adv_generator)
+                conditional = stage.is_conditional(global_step, args.adv_unconditional_start)
+                context = adv_timesteps, cond, noisy_latents, start_timesteps, conditional
+            if stage.adv_weight and not stage.is_warmup(global_step):
+                mse_pred.retain_grad(), adv_pred.retain_grad()
+                with accelerator.autocast():
+                    (fake_logits,) = discriminator([q * adv_pred + adv_noise], *context)
+                logged["loss_adv"] = losses.generator_loss(fake_logits, is_whole)
+                loss = loss + stage.adv_weight * logged["loss_adv"]
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loss_sum, num_losses = loss_sum + loss.detach(), num_losses + 1
+            if "loss_adv" in logged:
+                logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
+
+            #      The discriminator: softplus(-D(y)) + softplus(D(y^)), in every micro-batch too.
+            if stage.adv_weight:
+                samples = [q * x + adv_noise for x in (target, model_pred.detach())]
+                with discriminator.trainable():
+                    with accelerator.autocast():
+                        real_logits, fake_logits = discriminator(samples, *context)
+                    logged["loss_discriminator"] = losses.discriminator_loss(real_logits, fake_logits, is_whole)
+                    loss_per_update = logged["loss_discriminator"] / args.gradient_accumulation_steps
+                    d_scaler.scale(loss_per_update).backward()
+                if accelerator.sync_gradients:
+                    discriminator_step(d_optimizer, d_scaler, world_size)
+                logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
+                logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
+        means.add(loss=loss, **logged)
         if not accelerator.sync_gradients:
             continue
 
-        # 7.11 After an update: EMA of the target, logs, checkpoint, validation.
+        # 7.11 After an update: EMA of the target, logs, the stage's model, checkpoint, validation.
         ema_update(target_unet.parameters(), accelerator.unwrap_model(unet).parameters(), args.ema_decay)
         lr_scheduler.step()
         global_step += 1
@@ -293,33 +297,37 @@ def main(args):
         is_last = global_step == args.max_train_steps
         if global_step % args.logging_steps == 0 or is_last:
             seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
-            logs = {"loss": accelerator.reduce(loss_sum / num_losses, "mean").item()}
+            num_samples_seen = means.counts["loss"] * args.train_batch_size * world_size
+            logs = means.take(functools.partial(accelerator.reduce, reduction="mean")) | {"stage": stage.index}
             logs["lr"] = lr_scheduler.get_last_lr()[0]
-            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            logs["samples_per_second"] = num_samples_seen / seconds
             logs |= cli.sum_counters(gather_object([train_data.counters]))
             cli.log_progress(accelerator, progress, logs, global_step)
-            loss_sum, num_losses = torch.zeros((), device=device), 0
+        if is_main and (global_step == stage.end or is_last):  # before the checkpoint: a resumed run goes on after it
+            folder = Path(args.output_dir, stage.name)
+            shown["student"].save_pretrained(folder / "unet", max_shard_size="100GB")
+            sampler.save_pretrained(folder / "scheduler")
+            export.save_grid(folder, sample(stage, global_step), prompts)
+            write_card(args, stage, folder, len(shards), global_step, total_batch_size)
         if global_step % args.checkpointing_steps == 0 or is_last:
-            state = {"args": cli.public_args(args), "run_id": run_id, "validation_prompts": prompts}
-            state["total_batch_size"] = total_batch_size
-            state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
+            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data)
+            state["stage_edges"] = [0, *(each.end for each in stages)]
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            sample(step=global_step)
+            sample(stage, global_step)
 
     # 8. Export: a pipeline that samples with the student, its card, an upload.
     progress.close()
     if is_main:
-        student = accelerator.unwrap_model(unet).eval()
-        images = sample(step=global_step)
-        pipeline = models.load_teacher(
-            args.pretrained_teacher_model, unet=student, scheduler=sampler, **teacher_options
-        )
-        pipeline.save_pretrained(args.output_dir)
-        target_unet.save_pretrained(Path(args.output_dir, "unet_target"))
+        stage = stage_at(stages, global_step - 1)
+        images = sample(stage, global_step)
+        teacher_options |= {"unet": shown["student"].eval(), "scheduler": sampler}
+        pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+        pipeline.save_pretrained(args.output_dir, max_shard_size="100GB")
+        target_unet.save_pretrained(Path(args.output_dir, "unet_target"), max_shard_size="100GB")
         export.save_grid(args.output_dir, images, prompts)
-        write_card(args, len(shards), global_step, total_batch_size)
+        write_card(args, stage, None, len(shards), global_step, total_batch_size)
         if args.push_to_hub:
             address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
             accelerator.print(f"uploaded to {address}")
@@ -329,32 +337,42 @@ def main(args):
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
-def write_card(args, num_shards, global_step, total_batch_size):
+def write_card(args, stage, stage_folder, num_shards, global_step, total_batch_size):
+    """README.md of the pipeline in --output_dir, or of one stage's U-Net in its folder there."""
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
-    low, high = args.w_min + 1, args.w_max + 1
-    model = args.hub_model_id or args.output_dir
+    guidance = "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice."
+    guidance_scale = 1.0
+    if args.unet_time_cond_proj_dim:
+        guidance = f"`guidance_scale` is w + 1: {args.w_min + 1:g} to {args.w_max + 1:g}, an input of the network."
+        guidance_scale = (args.w_min + args.w_max) / 2 + 1.0
+    model, k, load = args.hub_model_id or args.output_dir, stage.num_segments, ""
+    if stage_folder:
+        load = f"""
+unet, scheduler = "{stage.name}/unet", "{stage.name}/scheduler"
+pipe.unet = UNet2DConditionModel.from_pretrained("{model}", subfolder=unet, dtype=torch.float16).to("cuda")
+pipe.scheduler = TCDScheduler.from_pretrained("{model}", subfolder=scheduler)"""
     snippet = f"""
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{", TCDScheduler, UNet2DConditionModel" if stage_folder else ""}
 
-pipe = DiffusionPipeline.from_pretrained("{model}", dtype=torch.float16).to("cuda")
-image = pipe("a prompt", num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}).images[0]
+pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model if load else model}", dtype=torch.float16)
+pipe = pipe.to("cuda"){load}
+image = pipe("a prompt", num_inference_steps={k}, guidance_scale={guidance_scale:g}, eta=0.0).images[0]
 """
+    folder = stage_folder or args.output_dir
     export.write_model_card(
-        args.output_dir,
-        title=Path(args.output_dir).resolve().name,
-        method="A latent consistency model (arXiv 2310.04378): it samples in 1 to 8 steps with LCMScheduler.",
+        folder,
+        method=f"A model for {k} steps, by trajectory segmented consistency distillation (arXiv 2404.13686).",
         teacher=args.pretrained_teacher_model,
         data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
         command=cli.command_line(),
         snippet=snippet,
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",
-            f"`guidance_scale` is w + 1 and an input of the network: use {low:g} to {high:g}, the trained range.",
-            "`unet_target/` holds the EMA of the student that made the targets.",
+            f"For `num_inference_steps={k}` and `eta=0`; with other numbers of steps, try `eta=0.2` to `0.5`.",
+            guidance,
         ],
-        tags=["latent-consistency-model", "text-to-image", "diffusers"],
-        license=export.teacher_license(args.pretrained_teacher_model),
+        tags=["tscd", "text-to-image", "diffusers"],
     )
 
 

@@ -13,16 +13,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from common import UserError
+from common import UserError, checkpointing, export, stages
+from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES
-from common.shards import mask_credentials
+from common.shards import count_samples, mask_credentials
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from huggingface_hub import get_token
 
 SECRET_FLAGS = ("hub_token",)
@@ -257,6 +258,37 @@ def check_training_arguments(parser, args):
     args.validation_prompts = read_prompts(parser, args.validation_prompts)
 
 
+def run_state(args, run_id, prompts, total_batch_size, train_data):
+    """What a checkpoint says of the run beside its weights; called by every rank."""
+    return {
+        "args": public_args(args),
+        "run_id": run_id,
+        "validation_prompts": prompts,
+        "total_batch_size": total_batch_size,
+        "data": TrainingData.merge_state_dicts(gather_object([train_data.state_dict()])),
+    }
+
+
+def check_stage_arguments(parser, args):
+    """The cross-checks of TSCD's flags; fills in --max_train_steps where --stage_steps stand alone."""
+    count = len(args.stage_segments)
+    for name in ("stage_steps", "mse_weights", "adv_weights"):
+        values = getattr(args, name)
+        if values is not None and len(values) not in (1, count):
+            listed = ",".join(f"{value:g}" for value in values)
+            parser.error(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
+    if args.w_min > args.w_max:
+        parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
+    if args.stage_steps and args.max_train_steps is None:
+        args.max_train_steps = sum(stages.for_each(args.stage_steps, count))
+
+
+def resolve_stages(args, resumed):
+    """The list of `stages.Stage` that the flags ask for, with the edges of the resumed run."""
+    lists = args.stage_steps, args.max_train_steps, args.mse_weights, args.adv_weights
+    return stages.plan_stages(args.stage_segments, *lists, args.loss_type, resumed.get("stage_edges"))
+
+
 def resolve_teacher_defaults(args, is_sdxl, method_defaults=None):
     """Fill in the flags whose default depends on the teacher: SDXL's images and latents are larger."""
     defaults = {"resolution": 1024, "vae_encode_batch_size": 8} if is_sdxl else {}
@@ -361,6 +393,25 @@ def make_accelerator(args):
     return accelerator
 
 
+def open_run(args, accelerator, shards):
+    """Check and create --output_dir, find what --resume_from_checkpoint means, fill in seeds and lanes.
+
+    Returns (the checkpoint's folder or None, its state; that of a new run has global_step 0 and no flags). Raises
+    UserError where the folder, the checkpoint or a flag that differs from its run's cannot be used.
+    """
+    if accelerator.is_main_process:
+        checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
+    accelerator.wait_for_everyone()
+    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
+    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
+    args.seed = resolve_seed(args.seed, resumed["args"].get("seed"))
+    num_images = count_samples(shards) if Path(shards[0]).is_dir() else None
+    resolve_data(args, resumed["args"], accelerator.num_processes, num_images)
+    if checkpoint:
+        checkpointing.check_same_run(checkpoint, resumed["args"], public_args(args))
+    return checkpoint, resumed
+
+
 def resolve_data(args, saved_args, world_size, num_images=None):
     """Fill in --data_seed and --data_lanes, from the resumed run's flags where there is one.
 
@@ -377,26 +428,30 @@ def resolve_data(args, saved_args, world_size, num_images=None):
         args.data_lanes = world_size * max(1, min(8, batches))
 
 
-def resolve_steps(args, num_samples, world_size, resumed=None):
-    """Fill in --max_train_steps from --num_train_epochs. Returns the total batch size, samples per update.
+def resolve_steps(args, shards, world_size, resumed):
+    """Fill in --max_train_steps from --num_train_epochs. Returns the total batch size, samples per update, and how
+    many distinct samples an epoch has, or None where that is not known and not needed (counting reads local tars).
 
-    num_samples: how many distinct samples an epoch has, or None where the shards do not tell. resumed: the state of a
-    checkpoint. A resumed run keeps its total batch size, unless --data_seed changes: UserError when the number of
-    processes changed and the flags do not make up for it.
+    resumed: the state of a checkpoint. A resumed run keeps its total batch size, unless --data_seed changes: UserError
+    when the number of processes changed and the flags do not make up for it.
     """
+    is_needed = args.max_train_steps is None
+    num_counted = count_samples(shards) if is_needed or args.dry_run or Path(shards[0]).is_dir() else None
+    known = [number for number in (num_counted, args.max_train_samples) if number is not None]
+    num_samples = min(known) if known and (is_needed or num_counted is not None) else None
     total_batch_size = args.train_batch_size * world_size * args.gradient_accumulation_steps
-    if args.max_train_steps is None:
+    if is_needed:
         if num_samples is None:
             raise UserError("--max_train_steps is needed: how many samples remote shards hold is not known")
         args.max_train_steps = math.ceil(num_samples / total_batch_size) * args.num_train_epochs
-    saved = resumed or {"args": {}}
-    same_data = args.data_seed == saved["args"].get("data_seed")
-    if same_data and saved["total_batch_size"] != total_batch_size:
+    same_data = args.data_seed == resumed["args"].get("data_seed")
+    if same_data and resumed["total_batch_size"] != total_batch_size:
         raise UserError(
-            f"--resume_from_checkpoint: an update had {saved['total_batch_size']} samples and has {total_batch_size} "
-            f"with {world_size} process(es); change --gradient_accumulation_steps to keep their number"
+            f"--resume_from_checkpoint: an update had {resumed['total_batch_size']} samples and has "
+            f"{total_batch_size} with {world_size} process(es); change --gradient_accumulation_steps to keep their "
+            "number"
         )
-    return total_batch_size
+    return total_batch_size, num_samples
 
 
 def make_optimizer(args, parameters, total_batch_size):
@@ -444,6 +499,14 @@ def log_progress(accelerator, progress, values, step):
     """Send {name: number} to the trackers and show it on the progress bar."""
     accelerator.log(values, step=step)
     progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+
+
+def announce(args, derived):
+    """Print the flags and what follows from them, and keep both as training_config.json. Main process only."""
+    echo("Flags", public_args(args))
+    echo("What follows from them", derived)
+    if not args.dry_run:
+        export.write_config(args.output_dir, public_args(args), derived)
 
 
 def derived_configuration(

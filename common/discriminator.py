@@ -8,20 +8,24 @@ import contextlib
 import copy
 import math
 
+from common.models import vae_scale_factor
+
 import torch
+from diffusers import UNet2DConditionModel
 
 
 class Discriminator(torch.nn.Module):
     """Logits for "this is the teacher's" from the features of the U-Net's middle block.
 
     unet: the teacher's float32 UNet2DConditionModel; its embeddings, down and mid blocks are copied. latent_size: the
-    height and width of the latents. freeze_encoder: train the head alone. Parameters require gradients only inside
-    `trainable()`, so that the student's loss never leaves any on them.
+    height and width of the latents. frozen_dtype: train the head alone and keep the encoder in this dtype; None: train
+    both in float32. Parameters require gradients only inside `trainable()`, so that the student's loss leaves none.
     """
 
-    def __init__(self, unet, latent_size, freeze_encoder=False):
+    def __init__(self, unet, latent_size, frozen_dtype=None):
         super().__init__()
-        self.encoder, self.freeze_encoder = copy_encoder(unet), freeze_encoder
+        self.encoder, self.freeze_encoder = copy_encoder(unet), frozen_dtype is not None
+        self.encoder.to(frozen_dtype or torch.float32)
         self.channels = unet.config.block_out_channels[-1]
         num_downsamplers = sum(block.downsamplers is not None for block in unet.down_blocks)
         self.feature_size = math.ceil(latent_size / 2**num_downsamplers)
@@ -32,10 +36,10 @@ class Discriminator(torch.nn.Module):
     def forward(self, samples, timesteps, cond, noisy_latents, start_timesteps, conditional):
         """float32 logits (M, B) of M alternatives for the same B places on trajectories.
 
-        samples: M tensors (B, C, h, w) noised to `timesteps` (B,). cond: as from `models.conditioning`, for B. noisy_latents,
-        start_timesteps: x_t (B, C, h, w) and t (B,), whose features stand beside a sample's where `conditional`, and
-        zeros else. While the head trains, all of them go through the encoder as one batch; for the student's
-        loss, x_t goes on its own, so that its activations are not kept.
+        samples: M tensors (B, C, h, w) noised to `timesteps` (B,). cond: as from `models.conditioning`, for B.
+        noisy_latents, start_timesteps: x_t (B, C, h, w) and t (B,), whose features stand beside a sample's where
+        `conditional`, and zeros else. While the discriminator trains, all go through the encoder as one batch; for
+        the student's loss, x_t goes on its own, so that its activations are not kept.
         """
         num_samples = len(samples)
         if conditional and self.head[-1].weight.requires_grad:
@@ -52,12 +56,11 @@ class Discriminator(torch.nn.Module):
         return self.head(stacked).float().reshape(num_samples, -1)
 
     def features(self, samples, timesteps, cond):
-        """The middle block's output for each of M samples (B, C, h, w) at their times (B,): M tensors (B, c, h', w')."""
+        """The middle block's output (B, c, h', w') for each of M samples (B, C, h, w) at their M times (B,)."""
         num_samples = len(samples)
         batch = torch.cat([sample.to(self.encoder.dtype) for sample in samples])
-        return self.encoder(batch, torch.cat(timesteps), **repeat_conditioning(cond, num_samples)).sample.chunk(
-            num_samples
-        )
+        output = self.encoder(batch, torch.cat(timesteps), **repeat_conditioning(cond, num_samples))
+        return output.sample.chunk(num_samples)
 
     @contextlib.contextmanager
     def trainable(self):
@@ -69,10 +72,14 @@ class Discriminator(torch.nn.Module):
         finally:
             trained.requires_grad_(False)
 
-    def parameter_groups(self, learning_rate, head_learning_rate):
-        """For an optimizer: the encoder's parameters (unless it is frozen) and the head's, each with its rate."""
+    def make_optimizer(self, learning_rate, head_learning_rate, use_scaler):
+        """AdamW with betas (0, 0.99), with a rate for the encoder (unless it is frozen) and one for the head, and a
+        GradScaler, which does nothing unless `use_scaler`."""
         groups = [] if self.freeze_encoder else [{"params": list(self.encoder.parameters()), "lr": learning_rate}]
-        return [*groups, {"params": list(self.head.parameters()), "lr": head_learning_rate}]
+        groups.append({"params": list(self.head.parameters()), "lr": head_learning_rate})
+        device = next(self.head.parameters()).device.type
+        optimizer = torch.optim.AdamW(groups, betas=(0.0, 0.99), fused=device == "cuda")
+        return optimizer, torch.amp.GradScaler(device, enabled=use_scaler)
 
     def reset(self, seed):
         """Start anew: the teacher's encoder, a head drawn from `seed`, the same on every process."""
@@ -123,11 +130,10 @@ def repeat_conditioning(cond, times):
     }
 
 
-def step(optimizer, scaler, world_size):
+def discriminator_step(optimizer, scaler, world_size):
     """Average the gradients over all processes, then one optimizer step through the GradScaler; gradients are freed.
 
-    The discriminator's optimizer stays outside `accelerator.prepare`: accelerate's clip_grad_norm_ would unscale it
-    with the student's.
+    optimizer, scaler: not prepared by accelerate, whose clip_grad_norm_ would unscale them with the student's.
     """
     if world_size > 1:
         for group in optimizer.param_groups:
@@ -137,3 +143,17 @@ def step(optimizer, scaler, world_size):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+
+
+def discriminator_summary(config, resolution, frozen_dtype=None):
+    """{name: text} of what a discriminator adds, for the derived configuration; on the meta device, without weights.
+
+    config: as from `models.read_teacher_config`. Memory is weights, gradients and AdamW's two states.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config["unet"])
+        discriminator = Discriminator(unet, resolution // vae_scale_factor(config["vae"]), frozen_dtype)
+    encoder, head = (sum(p.numel() for p in part.parameters()) for part in (discriminator.encoder, discriminator.head))
+    encoder_bytes = 16 if frozen_dtype is None else frozen_dtype.itemsize
+    gib = (encoder_bytes * encoder + 16 * head) / 2**30
+    return {"discriminator": f"{(encoder + head) / 1e6:.2f} M parameters, {gib:.3f} GiB more per process"}

@@ -24,6 +24,12 @@ class Stage(NamedTuple):
     def name(self):
         return f"stage-{self.index}-k{self.num_segments}"
 
+    @property
+    def summary(self):
+        """What the stage does, for the derived configuration."""
+        weights = f"weights {self.mse_weight:g} (MSE), {self.adv_weight:g} (adversarial)"
+        return f"updates {self.start} to {self.end}, a model for {self.num_segments} steps; {weights}"
+
     def is_warmup(self, global_step):
         """Whether the discriminator trains alone yet: the first 10 % of the stage's updates, at most 200."""
         return global_step < self.start + min(MAX_WARMUP_STEPS, int(WARMUP_FRACTION * (self.end - self.start)))
@@ -33,17 +39,7 @@ class Stage(NamedTuple):
         return global_step < self.start + unconditional_start * (self.end - self.start)
 
 
-def check_stages(stage_segments, **lists):
-    """UserError unless each of the lists (stage_steps, mse_weights, adv_weights; or None) has one number or one for
-    each of stage_segments, such as [8, 4, 2, 1]."""
-    count = len(stage_segments)
-    for name, values in lists.items():
-        if values is not None and len(values) not in (1, count):
-            listed = ",".join(f"{value:g}" for value in values)
-            raise UserError(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
-
-
-def for_each_stage(values, count):
+def for_each(values, count):
     """[x] or [x, y, ...] -> a list of `count`."""
     return values * count if len(values) == 1 else values
 
@@ -60,7 +56,7 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
     if edges is None:
         if max_train_steps < count:
             raise UserError(f"--max_train_steps={max_train_steps} is too few for {count} stages of an update or more")
-        steps = for_each_stage(stage_steps or [max_train_steps // count], count)
+        steps = for_each(stage_steps or [max_train_steps // count], count)
         edges = [sum(steps[:i]) for i in range(count + 1)]
         if stage_steps is None:
             edges[-1] = max_train_steps
@@ -68,8 +64,10 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
             raise UserError(
                 f"--stage_steps add up to {edges[-1]} updates and --max_train_steps is {max_train_steps}; drop one"
             )
-    defaults = [[table[max(key for key in table if key <= k)] for k in stage_segments] for table in (MSE_WEIGHTS, ADV_WEIGHTS[loss_type])]
-    mse, adv = (for_each_stage(given or default, count) for given, default in zip((mse_weights, adv_weights), defaults))
+    tables = MSE_WEIGHTS, ADV_WEIGHTS[loss_type]
+    defaults = [[table[max(key for key in table if key <= k)] for k in stage_segments] for table in tables]
+    mse = for_each(mse_weights or defaults[0], count)
+    adv = for_each(adv_weights or defaults[1], count)
     return [Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i]) for i, k in enumerate(stage_segments)]
 
 

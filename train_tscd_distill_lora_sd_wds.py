@@ -1,0 +1,370 @@
+"""Trajectory segmented consistency distillation as LoRAs: adapters for an SD or SDXL teacher, for 8, 4, 2, 1 steps.
+
+One frozen base network serves three times: without the adapters it is the teacher, with them the student, with them
+under no_grad the target. The trajectory is cut into k segments, k falls from stage to stage in one run, and each stage
+leaves a LoRA for k steps. The distance is a mix of MSE and an adversarial loss. Paper: Hyper-SD (arXiv 2404.13686),
+Section 3.1, Algorithm 1; the discriminator is that of SDXL-Lightning (2402.13929). Deviations: segments are cut on
+node indices of the DDIM grid; jumps end at the lower end of a segment by default (--boundary_prob), where a network
+that cannot see the end has an exact solution.
+
+    accelerate launch train_tscd_distill_lora_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd_lora --mixed_precision=bf16 \\
+        --learning_rate=1e-4 --adam_weight_decay=0 --max_train_steps=4000 --train_batch_size=12
+
+To change the method, copy this file and edit step 7.
+"""
+
+import argparse
+import functools
+import itertools
+import time
+import uuid
+from pathlib import Path
+
+from common import args as cli
+from common import checkpointing, export, lora, losses, models, validation
+from common.data import TrainingData, keyed_generator, keyed_seed
+from common.discriminator import Discriminator, discriminator_step, discriminator_summary
+from common.images import decode_image_text
+from common.schedules import alpha_sigma, append_dims, draw_segment, segment_nodes
+from common.shards import expand_shards
+from common.solvers import TrajectorySolver
+from common.stages import stage_at
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    cli.add_teacher_arguments(parser)
+    cli.add_data_arguments(parser)
+    cli.add_training_arguments(parser, output_dir="tscd-distilled-lora", tracker_project_name="text2image-fine-tune")
+    yes_no = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("trajectory segmented consistency distillation").add_argument
+    add("--init_lora", help="start from an earlier LoRA (its folder or file) instead of from the teacher")
+    add("--lora_rank", type=cli.positive_int, default=64, help="rank of the adapters")
+    add("--lora_alpha", type=cli.positive_float, default=64, help="adapters are scaled by alpha / rank")
+    add("--lora_dropout", type=cli.fraction, default=0.0, help="dropout before the adapters, while training")
+    add("--lora_target_modules", help="ends of module paths, with commas; default: LCM-LoRA's list")
+    add("--w_min", type=cli.non_negative_float, default=4.0, help="smallest guidance w, guidance_scale is w + 1")
+    add("--w_max", type=cli.non_negative_float, default=5.0, help="largest guidance w")
+    add("--num_ddim_timesteps", type=cli.positive_int, default=40, help="points of the grid, N")
+    add("--stage_segments", type=cli.int_list, default=[8, 4, 2, 1], help="k of every stage: the steps of its model")
+    add("--stage_steps", type=cli.int_list, help="updates of each stage; default: equal parts of --max_train_steps")
+    add("--boundary_prob", type=cli.fraction, default=1.0, help="share of jumps to the segment's end; the paper: 0")
+    add("--swap_terminal_noise", action=yes_no, default=True, help="start from pure noise at the last timestep")
+    add("--noise_offset", type=cli.non_negative_float, default=0.0, help="scale of noise that is constant per channel")
+    add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
+    add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
+    add = parser.add_argument_group("adversarial distance").add_argument
+    add("--mse_weights", type=cli.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
+    add("--adv_weights", type=cli.weight_list, help="likewise; all 0: no discriminator")
+    add("--adv_learning_rate", type=cli.non_negative_float, default=1e-6, help="of the discriminator's encoder")
+    add("--adv_head_learning_rate", type=cli.non_negative_float, default=1e-5, help="of the discriminator's head")
+    add("--adv_unconditional_start", type=cli.fraction, default=0.5, help="share of a stage with x_t as a condition")
+    add("--freeze_discriminator_backbone", action="store_true", help="train the discriminator's head alone")
+    parser.set_defaults(validation_num_inference_steps=None)  # those of the stage
+    args = parser.parse_args(argv)
+    cli.check_training_arguments(parser, args)
+    cli.check_stage_arguments(parser, args)
+    return args
+
+
+@cli.user_errors
+def main(args):
+    # 1. Accelerator, and every check that needs no weights.
+    accelerator = cli.make_accelerator(args)
+    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
+    frozen_dtype = teacher_dtype if args.freeze_discriminator_backbone else None
+    teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
+    teacher_options["revision"] = args.teacher_revision or args.revision
+    config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
+    cli.resolve_teacher_defaults(args, config["is_sdxl"])
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
+    if args.pretrained_vae_model_name_or_path:
+        config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
+    models.check_resolution(config, args.resolution)
+    target_modules = lora.parse_target_modules(args.lora_target_modules)
+    lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora
+    trained_parameters = lora.check_lora(config["unet"], *lora_settings)
+    noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
+    shards = expand_shards(args.train_shards_path_or_url)
+    checkpoint, resumed = cli.open_run(args, accelerator, shards)
+
+    # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
+    decode = functools.partial(decode_image_text, **cli.image_options(args))
+    train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
+    if checkpoint:
+        train_data.load_state_dict(resumed["data"])
+    total_batch_size, num_samples = cli.resolve_steps(args, shards, world_size, resumed)
+    stages = cli.resolve_stages(args, resumed)
+    adversarial = any(stage.adv_weight for stage in stages)
+    derived = cli.derived_configuration(
+        models.count_parameters_and_flops(config, args.resolution),
+        world_size=world_size,
+        total_batch_size=total_batch_size,
+        max_train_steps=args.max_train_steps,
+        num_samples=num_samples,
+        compute_bytes=weight_dtype.itemsize,
+        teacher_bytes=teacher_dtype.itemsize,
+        use_8bit_adam=args.use_8bit_adam,
+        trained_parameters=trained_parameters,
+    )
+    derived |= {stage.name: stage.summary for stage in stages}
+    if adversarial:
+        derived |= discriminator_summary(config, args.resolution, frozen_dtype)
+    if is_main:
+        cli.announce(args, derived)
+    batches = iter(train_data)
+    first_batch = next(batches)
+    captions = [caption for caption in first_batch["captions"] if caption] or [""]
+    prompts = args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
+    if args.dry_run:
+        accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
+        return
+
+    # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
+    torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
+    alpha, sigma = (x.to(device) for x in alpha_sigma(noise_scheduler.alphas_cumprod))  # (T,)
+    solver = TrajectorySolver(alpha, sigma, noise_scheduler.config.prediction_type)
+    teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
+    accelerator.print(f"loading {args.pretrained_teacher_model}")
+    teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    teacher.vae.to(device, models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path))
+    for text_encoder in models.text_encoders(teacher):
+        text_encoder.to(device, weight_dtype)
+    uncond = models.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
+
+    # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
+    if adversarial:
+        latent_size = args.resolution // models.vae_scale_factor(config["vae"])
+        discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype).to(device)
+    teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the discriminator has its float32 weights
+    lora.add_lora(teacher_unet, args.lora_rank, args.lora_alpha, args.lora_dropout, target_modules, args.init_lora)
+    unet = teacher_unet.train()
+    sampler = models.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
+    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
+    models.save_memory([unet, discriminator.encoder] if adversarial else [unet], [], *saving)
+
+    # 5. Optimizer and learning rate.
+    optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)
+    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    lora.register_adapter_checkpointing(accelerator, unet)
+    modules, objects = {}, {"lr_scheduler": lr_scheduler}
+    if adversarial:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
+        rates = args.adv_learning_rate, args.adv_head_learning_rate
+        d_optimizer, d_scaler = discriminator.make_optimizer(*rates, use_scaler=weight_dtype == torch.float16)
+        modules["discriminator"] = discriminator
+        objects |= {"discriminator_optimizer": d_optimizer, "discriminator_scaler": d_scaler}
+
+    # 6. Prepare, resume, trackers.
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    global_step = resumed["global_step"]
+    if checkpoint:
+        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
+        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
+    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
+    if is_main:
+        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    shown = {"student": accelerator.unwrap_model(unet)}
+
+    def sample(stage, step):
+        steps = args.validation_num_inference_steps or [stage.num_segments]
+        place = sampler, prompts, steps, args.seed, args.resolution, step
+        return validation.sample_grid(accelerator, teacher, shown, *place, guidance_scale=1.0)
+
+    # 7. The loop.
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    means, logged_at = losses.RunningMeans(), time.perf_counter()
+    batches = itertools.chain([first_batch], batches)
+    while global_step < args.max_train_steps:
+        stage = stage_at(stages, global_step)
+        if stage.adv_weight and global_step == stage.start and accelerator.sync_gradients:
+            discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
+            d_optimizer.state.clear()
+        batch = next(batches)
+        with accelerator.accumulate(unet):
+            # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
+            #     any number of processes, different on every rank.
+            generator = keyed_generator(args.seed, "tscd", batch["micro_batch"], device)
+            images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
+            latents = models.encode_images(teacher.vae, images, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
+            origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
+            time_ids = models.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            cond = models.conditioning(teacher, batch["captions"], time_ids)
+            batch_size = len(latents)
+
+            # 7.2 Draw the nodes t > t' >= s of a segment, and its upper end.
+            options = args.num_ddim_timesteps, args.boundary_prob, batch_size, generator, device
+            drawn = draw_segment(stage.num_segments, *options)
+            start_timesteps, timesteps, end_timesteps, top_timesteps = (nodes[index] for index in drawn)  # (B,) each
+            is_whole = drawn[3] - drawn[2] == args.num_ddim_timesteps // stage.num_segments  # s: the segment's end
+
+            # 7.3 No boundary scalings: the jump is the identity at s = t.
+
+            # 7.4 Add noise: x_t = alpha z_0 + sigma eps, and noise alone at the last timestep.
+            noise = torch.randn(latents.shape, generator=generator, device=device)
+            noise += args.noise_offset * torch.randn((*noise.shape[:2], 1, 1), generator=generator, device=device)
+            alpha_start, sigma_start = (append_dims(x[start_timesteps], 4) for x in (alpha, sigma))
+            noisy_latents = alpha_start * latents + sigma_start * noise  # (B, 4, h, w)
+            if args.swap_terminal_noise:
+                is_last_timestep = append_dims(start_timesteps == num_train_timesteps - 1, 4)
+                noisy_latents = torch.where(is_last_timestep, noise, noisy_latents)
+
+            # 7.5 Draw the guidance w.
+            w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch_size, generator=generator, device=device)
+
+            with torch.no_grad():
+                # 7.6 Teacher: cond and uncond in one forward, guided = cond + w (cond - uncond).
+                with lora.adapters_off(teacher_unet):
+                    teacher_output = teacher_unet(
+                        noisy_latents.repeat(2, 1, 1, 1).to(teacher_dtype),
+                        start_timesteps.repeat(2),
+                        **models.concat_conditioning(cond, uncond, teacher_dtype),
+                    ).sample.float()
+                cond_output, uncond_output = teacher_output.chunk(2)
+                guided = cond_output + append_dims(w, 4) * (cond_output - uncond_output)
+
+                # 7.7 The exact jump down to t'.
+                z_prev = solver.jump(guided, noisy_latents, start_timesteps, timesteps)  # (B, 4, h, w)
+
+                # 7.8 Target: the student's own jump from t' to s.
+                with accelerator.autocast():
+                    target_output = teacher_unet(z_prev, timesteps, **cond).sample
+                target = solver.jump(target_output, z_prev, timesteps, end_timesteps)
+
+            # 7.9 Student: its jump from t to s.
+            output = unet(noisy_latents, start_timesteps, **cond).sample
+            model_pred = solver.jump(output, noisy_latents, start_timesteps, end_timesteps)
+
+            # 7.10 Loss: lambda_mse d(y^, y) + lambda_adv softplus(-D(y^)), backward, update.
+            mse_pred, adv_pred = (model_pred.view_as(model_pred) for _ in range(2))  # to tell their gradients apart
+            loss_mse = losses.distance(mse_pred, target, args.loss_type, args.huber_c)
+            loss, logged = stage.mse_weight * loss_mse, {"loss_mse": loss_mse}
+            if stage.adv_weight:
+                adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
+                ends = end_timesteps, top_timesteps
+                adv_timesteps, q, adv_noise = losses.draw_renoising(alpha, *ends, latents.shape, adv_generator)
+                conditional = stage.is_conditional(global_step, args.adv_unconditional_start)
+                context = adv_timesteps, cond, noisy_latents, start_timesteps, conditional
+            if stage.adv_weight and not stage.is_warmup(global_step):
+                mse_pred.retain_grad(), adv_pred.retain_grad()
+                with accelerator.autocast():
+                    (fake_logits,) = discriminator([q * adv_pred + adv_noise], *context)
+                logged["loss_adv"] = losses.generator_loss(fake_logits, is_whole)
+                loss = loss + stage.adv_weight * logged["loss_adv"]
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(lora.lora_parameters(unet), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if "loss_adv" in logged:
+                logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
+
+            #      The discriminator: softplus(-D(y)) + softplus(D(y^)), in every micro-batch too.
+            if stage.adv_weight:
+                samples = [q * x + adv_noise for x in (target, model_pred.detach())]
+                with discriminator.trainable():
+                    with accelerator.autocast():
+                        real_logits, fake_logits = discriminator(samples, *context)
+                    logged["loss_discriminator"] = losses.discriminator_loss(real_logits, fake_logits, is_whole)
+                    loss_per_update = logged["loss_discriminator"] / args.gradient_accumulation_steps
+                    d_scaler.scale(loss_per_update).backward()
+                if accelerator.sync_gradients:
+                    discriminator_step(d_optimizer, d_scaler, world_size)
+                logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
+                logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
+        means.add(loss=loss, **logged)
+        if not accelerator.sync_gradients:
+            continue
+
+        # 7.11 After an update: logs, the stage's model, checkpoint, validation.
+        lr_scheduler.step()
+        global_step += 1
+        progress.update()
+        is_last = global_step == args.max_train_steps
+        if global_step % args.logging_steps == 0 or is_last:
+            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
+            num_samples_seen = means.counts["loss"] * args.train_batch_size * world_size
+            logs = means.take(functools.partial(accelerator.reduce, reduction="mean")) | {"stage": stage.index}
+            logs["lr"] = lr_scheduler.get_last_lr()[0]
+            logs["samples_per_second"] = num_samples_seen / seconds
+            logs |= cli.sum_counters(gather_object([train_data.counters]))
+            cli.log_progress(accelerator, progress, logs, global_step)
+        if is_main and (global_step == stage.end or is_last):  # before the checkpoint: a resumed run goes on after it
+            folder = Path(args.output_dir, stage.name)
+            lora.save_lora(folder, unet)
+            sampler.save_pretrained(folder / "scheduler")
+            export.save_grid(folder, sample(stage, global_step), prompts)
+            write_card(args, stage, folder, len(shards), global_step, total_batch_size)
+        if global_step % args.checkpointing_steps == 0 or is_last:
+            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data)
+            state["stage_edges"] = [0, *(each.end for each in stages)]
+            limit = args.checkpoints_total_limit
+            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
+        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+            sample(stage, global_step)
+
+    # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, its scheduler and card, an upload.
+    progress.close()
+    if is_main:
+        stage = stage_at(stages, global_step - 1)
+        images = sample(stage, global_step)
+        lora.save_lora(args.output_dir, unet)
+        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
+        export.save_grid(args.output_dir, images, prompts)
+        write_card(args, stage, None, len(shards), global_step, total_batch_size)
+        if args.push_to_hub:
+            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+            accelerator.print(f"uploaded to {address}")
+    accelerator.wait_for_everyone()
+    unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
+    accelerator.end_training()
+    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+
+
+def write_card(args, stage, stage_folder, num_shards, global_step, total_batch_size):
+    """README.md of the LoRA in --output_dir, or of one stage's in its folder there."""
+    w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
+    model, k = args.hub_model_id or args.output_dir, stage.num_segments
+    prefix = f"{stage.name}/" if stage_folder else ""
+    place = f'"{model}", subfolder="{stage.name}"' if stage_folder else f'"{model}"'
+    snippet = f"""
+import torch
+from diffusers import DiffusionPipeline, TCDScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model}", dtype=torch.float16).to("cuda")
+pipe.scheduler = TCDScheduler.from_pretrained("{model}", subfolder="{prefix}scheduler")
+pipe.load_lora_weights({place})
+image = pipe("a prompt", num_inference_steps={k}, guidance_scale=1, eta=0.0).images[0]
+"""
+    folder = stage_folder or args.output_dir
+    export.write_model_card(
+        folder,
+        method=f"A LoRA for {k} steps, by trajectory segmented consistency distillation (arXiv 2404.13686).",
+        teacher=args.pretrained_teacher_model,
+        data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        command=cli.command_line(),
+        snippet=snippet,
+        notes=[
+            f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",
+            f"For `num_inference_steps={k}` and `eta=0`; with other numbers of steps, try `eta=0.2` to `0.5`.",
+            "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
+            f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "
+            "`pytorch_lora_weights_kohya.safetensors` for ComfyUI and A1111.",
+        ],
+        tags=["tscd", "lora", "text-to-image", "diffusers"],
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())
