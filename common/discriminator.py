@@ -25,7 +25,8 @@ class Discriminator(torch.nn.Module):
     def __init__(self, unet, latent_size, frozen_dtype=None):
         super().__init__()
         self.encoder, self.freeze_encoder = copy_encoder(unet), frozen_dtype is not None
-        self.encoder.to(frozen_dtype or torch.float32)
+        for parameter in self.encoder.parameters():  # .to() of a diffusers model warns of nothing at length
+            parameter.data = parameter.data.to(frozen_dtype or torch.float32)
         self.channels = unet.config.block_out_channels[-1]
         num_downsamplers = sum(block.downsamplers is not None for block in unet.down_blocks)
         self.feature_size = math.ceil(latent_size / 2**num_downsamplers)
@@ -107,14 +108,15 @@ def copy_encoder(unet):
 def make_head(channels, feature_size):
     """(B, 2 channels, h', w') -> (B, 1): two convolutions with GroupNorm and SiLU, the mean over places, a linear map.
 
-    Convolutions are 4x4 with stride 2, and 3x3 with stride 1 where the features are smaller than 4x4.
+    Convolutions are 4x4 with stride 2, and 3x3 with stride 1 where the features are smaller than 4x4. 32 groups, fewer
+    in narrow networks: a group of one channel would take away what the mean over places could tell.
     """
     layers, width = [], 2 * channels
     for _ in range(2):
         halve = feature_size >= 4
         kernel, stride = (4, 2) if halve else (3, 1)
         layers.append(torch.nn.Conv2d(width, channels, kernel, stride, padding=1))
-        layers += [torch.nn.GroupNorm(math.gcd(32, channels), channels), torch.nn.SiLU()]
+        layers += [torch.nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels), torch.nn.SiLU()]
         width, feature_size = channels, feature_size // 2 if halve else feature_size
     pooled = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
     return torch.nn.Sequential(*layers, *pooled, torch.nn.Linear(channels, 1))

@@ -21,9 +21,10 @@ from common import UserError, metrics
 from common import args as cli
 from common.tools import digits
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,23 @@ METHODS = {
             "w_min": 1.0,
             "w_max": 1.0,
             "validation_steps": 400,
+        },
+    },
+    "tscd": {
+        "script": "train_tscd_distill_sd_wds.py",
+        "guidance_scale": 1.0,  # baked in
+        "flags": {
+            "resolution": digits.RESOLUTION,
+            "train_batch_size": 32,
+            "stage_steps": 400,
+            "learning_rate": 1e-4,
+            "adam_weight_decay": 0.0,
+            "loss_type": "huber",
+            "w_min": 1.0,
+            "w_max": 1.0,
+            "adv_learning_rate": 1e-5,
+            "adv_head_learning_rate": 1e-4,
+            "validation_steps": 0,
         },
     },
 }
@@ -131,9 +149,7 @@ def main(args):
         train(recipe, teacher_dir, output_dir / "shards" / "train", student_dir, args.seed)
     measure_once(
         student_dir / "metrics",
-        lambda: measure(
-            judge, load_student(student_dir, teacher_dir), STUDENT_STEPS, recipe["guidance_scale"], args.seed
-        ),
+        lambda: measure_student(judge, student_dir, teacher_dir, recipe["guidance_scale"], args.seed),
     )
 
     # 6. The report.
@@ -264,13 +280,28 @@ def load_pipeline(folder):
 
 
 def load_student(folder, teacher_dir):
-    """What a method saved, as a stock pipeline: a whole one, or the teacher's with the LoRA loaded from its file."""
+    """What a method saved, as a stock pipeline: a whole one, or the teacher's with a U-Net or a LoRA from its file."""
     if (folder / "model_index.json").exists():
         return load_pipeline(folder)
     pipeline = load_pipeline(teacher_dir)
-    pipeline.load_lora_weights(folder)
-    pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if (folder / "unet").is_dir():
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    else:
+        pipeline.load_lora_weights(folder)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder, subfolder="scheduler")
     return pipeline
+
+
+def measure_student(judge, folder, teacher_dir, guidance_scale, seed):
+    """The student at STUDENT_STEPS, or the model of every stage at the number of steps that it is for."""
+    stages = {stage: [int(stage.name.split("-k")[1])] for stage in sorted(folder.glob("stage-*"))}
+    measured = [
+        measure(judge, load_student(part, teacher_dir), steps, guidance_scale, seed)
+        for part, steps in (stages or {folder: STUDENT_STEPS}).items()
+    ]
+    rows = [row for results, _ in measured for row in results["rows"]]
+    return measured[0][0] | {"rows": rows}, np.concatenate([images for _, images in measured])
 
 
 def measure_teacher(judge, folder, steps, seed):

@@ -1,0 +1,195 @@
+from common import losses
+from common.discriminator import Discriminator, copy_encoder, discriminator_step, make_head
+from common.schedules import alpha_sigma
+from tests.test_lora import SD, SDXL, make_unet
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+
+def inputs(xl=False, batch=3):
+    g = torch.Generator().manual_seed(0)
+    real, fake, noisy = torch.randn(3, batch, 4, 8, 8, generator=g)
+    cond = {"encoder_hidden_states": torch.randn(batch, 7, 32, generator=g)}
+    if xl:
+        time_ids = torch.randint(64, (batch, 6), generator=g)
+        cond["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, 16, generator=g), "time_ids": time_ids}
+    return real, fake, noisy, torch.tensor([5, 100, 700])[:batch], torch.tensor([200, 500, 999])[:batch], cond
+
+
+@pytest.mark.parametrize("config", [SD, SDXL], ids=["sd", "sdxl"])
+def test_the_encoder_ends_with_the_middle_block(config):
+    unet, seen = make_unet(config), []
+    unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
+    real, _, _, t, _, cond = inputs(config is SDXL)
+    unet(real, t, **cond)
+    encoder = copy_encoder(unet)
+    output = encoder(real, t, **cond).sample
+    assert torch.equal(output, seen[0])
+    names = set(dict(unet.named_parameters()))
+    mine = set(dict(encoder.named_parameters()))
+    assert mine < names and not any(n.startswith(("up_blocks", "conv_out", "conv_norm_out")) for n in mine)
+    assert len(unet.up_blocks) == len(config["block_out_channels"])  # the U-Net itself is whole
+
+
+@pytest.mark.parametrize("config", [SD, SDXL], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("conditional", [True, False])
+def test_one_batch_gives_the_logits_of_separate_ones(config, conditional):
+    discriminator = Discriminator(make_unet(config), 8)
+    discriminator.reset(1)
+    real, fake, noisy, adv_t, t, cond = inputs(config is SDXL)
+    context = adv_t, cond, noisy, t, conditional
+    with discriminator.trainable():
+        both = discriminator([real, fake], *context)
+    assert both.shape == (2, 3) and both.dtype == torch.float32
+    for sample, logits in zip((real, fake), both, strict=True):
+        torch.testing.assert_close(discriminator([sample], *context)[0], logits)
+        for i in range(3):
+            one = {"encoder_hidden_states": cond["encoder_hidden_states"][i : i + 1]}
+            if "added_cond_kwargs" in cond:
+                one["added_cond_kwargs"] = {k: v[i : i + 1] for k, v in cond["added_cond_kwargs"].items()}
+            place = adv_t[i : i + 1], one, noisy[i : i + 1], t[i : i + 1], conditional
+            torch.testing.assert_close(discriminator([sample[i : i + 1]], *place)[0], logits[i : i + 1])
+
+
+def test_only_a_conditional_one_sees_where_the_student_started():
+    discriminator = Discriminator(make_unet(SD), 8)
+    real, _, noisy, adv_t, t, cond = inputs()
+    with torch.no_grad():
+        for conditional in (True, False):
+            a = discriminator([real], adv_t, cond, noisy, t, conditional)
+            b = discriminator([real], adv_t, cond, noisy + 1, t, conditional)
+            assert torch.equal(a, b) != conditional
+
+
+@pytest.mark.parametrize("frozen_dtype", [None, torch.bfloat16])
+def test_no_gradient_crosses_between_the_two_phases(frozen_dtype):
+    discriminator = Discriminator(make_unet(SD), 8, frozen_dtype)
+    discriminator.reset(1)
+    before = {name: p.clone() for name, p in discriminator.named_parameters()}
+    optimizer, scaler = discriminator.make_optimizer(1e-3, 1e-2, use_scaler=False)
+    real, fake, noisy, adv_t, t, cond = inputs()
+    fake.requires_grad_()
+    context, mask = (adv_t, cond, noisy, t, True), torch.tensor([True, True, True])
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=frozen_dtype is not None)
+
+    with autocast:
+        (logits,) = discriminator([fake], *context)
+    losses.generator_loss(logits, mask).backward()
+    assert fake.grad.norm() > 0
+    assert all(p.grad is None for p in discriminator.parameters())
+    fake.grad = None
+
+    with discriminator.trainable():
+        with autocast:
+            real_logits, fake_logits = discriminator([real, fake.detach()], *context)
+        losses.discriminator_loss(real_logits, fake_logits, mask).backward()
+    assert fake.grad is None and not any(p.requires_grad for p in discriminator.parameters())
+    trained = {name for name, p in discriminator.named_parameters() if p.grad is not None and p.grad.norm() > 0}
+    encoder = {name for name in trained if name.startswith("encoder")}
+    assert bool(encoder) == (frozen_dtype is None) and {n for n in before if n.startswith("head")} <= trained
+    discriminator_step(optimizer, scaler, world_size=1)
+    assert all(p.grad is None for p in discriminator.parameters())
+    moved = {name for name, p in discriminator.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trained
+
+
+def test_the_learning_rates_are_of_encoder_and_head():
+    discriminator = Discriminator(make_unet(SD), 8)
+    optimizer, _ = discriminator.make_optimizer(1e-6, 1e-5, use_scaler=False)
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-6, 1e-5]
+    assert sizes == [sum(p.numel() for p in part.parameters()) for part in (discriminator.encoder, discriminator.head)]
+    assert optimizer.defaults["betas"] == (0.0, 0.99)
+
+
+def test_it_learns_to_tell_two_kinds_apart():
+    discriminator = Discriminator(make_unet(SD), 8)
+    discriminator.reset(0)
+    optimizer, scaler = discriminator.make_optimizer(1e-3, 3e-3, use_scaler=False)
+    _, _, noisy, adv_t, t, cond = inputs()
+    mask, history = torch.ones(3, dtype=torch.bool), []
+    for i in range(40):
+        real, fake = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(i))
+        real = torch.nn.functional.avg_pool2d(real, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        with discriminator.trainable():
+            real_logits, fake_logits = discriminator([real, fake], adv_t, cond, noisy, t, True)
+            loss = losses.discriminator_loss(real_logits, fake_logits, mask)
+            loss.backward()
+        discriminator_step(optimizer, scaler, world_size=1)
+        history.append(loss.item())
+    assert history[0] > 1.0 and sum(history[-5:]) / 5 < 0.3
+
+
+def test_reset_starts_anew_whatever_happened_before_and_leaves_the_random_state():
+    discriminator = Discriminator(make_unet(SD), 8)
+    discriminator.reset(5)
+    first = {name: p.clone() for name, p in discriminator.state_dict().items()}
+    with torch.no_grad():
+        for p in discriminator.parameters():
+            p.add_(1.0)
+    state = torch.get_rng_state()
+    discriminator.reset(5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(p, first[name]) for name, p in discriminator.state_dict().items())
+    assert all(torch.equal(p, first["encoder." + n]) for n, p in copy_encoder(make_unet(SD)).state_dict().items())
+    discriminator.reset(6)
+    assert not torch.equal(discriminator.head[0].weight, first["head.0.weight"])
+    assert torch.equal(discriminator.encoder.conv_in.weight, first["encoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize(("size", "kernels"), [(8, [4, 4]), (16, [4, 4]), (4, [4, 3]), (3, [3, 3]), (1, [3, 3])])
+def test_the_head_fits_features_of_any_size(size, kernels):
+    head = make_head(48, size)
+    convolutions = [layer for layer in head if isinstance(layer, torch.nn.Conv2d)]
+    norms = [layer for layer in head if isinstance(layer, torch.nn.GroupNorm)]
+    assert [layer.kernel_size[0] for layer in convolutions] == kernels
+    assert [layer.stride[0] for layer in convolutions] == [2 if k == 4 else 1 for k in kernels]
+    assert [layer.num_groups for layer in norms] == [2, 2] and make_head(1280, 8)[1].num_groups == 32
+    assert head(torch.randn(2, 96, size, size)).shape == (2, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def test_renoising_has_the_moments_of_the_forward_process():
+    """x_s = alpha_s x_0 + sigma_s e carried to t* must be distributed as alpha_* x_0 + sigma_* e."""
+    alpha, sigma = alpha_sigma(DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+    generator, n = torch.Generator().manual_seed(0), 4000
+    s, top = torch.full((n,), 499), torch.full((n,), 749)
+    t, q, noise = losses.draw_renoising(alpha, s, top, (n, 4, 4, 4), generator)
+    assert t.min() == 499 and t.max() == 749 and t.float().mean().item() == pytest.approx(624, abs=5)
+    x_0 = 0.7
+    x_s = alpha[499] * x_0 + sigma[499] * torch.randn(n, 4, 4, 4, generator=generator)
+    standardised = (q * x_s + noise - alpha[t].view(-1, 1, 1, 1) * x_0) / sigma[t].view(-1, 1, 1, 1)
+    assert standardised.mean().item() == pytest.approx(0, abs=0.01)
+    for part in (t < 560, t > 690):  # for early and for late times alike
+        assert standardised[part].std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_renoising_to_the_same_time_changes_nothing():
+    alpha, _ = alpha_sigma(DDPMScheduler().alphas_cumprod)
+    s = torch.tensor([0, 24, 999])
+    t, q, noise = losses.draw_renoising(alpha, s, s, (3, 4, 8, 8), torch.Generator().manual_seed(0))
+    x = torch.randn(3, 4, 8, 8)
+    assert torch.equal(t, s) and torch.equal(q * x + noise, x)
+
+
+def test_the_losses_are_those_of_a_binary_classifier():
+    real, fake = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(50) % 3 == 0
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = bce(real[mask], torch.ones(17)) + bce(fake[mask], torch.zeros(17))
+    torch.testing.assert_close(losses.discriminator_loss(real, fake, mask), expected)
+    torch.testing.assert_close(losses.generator_loss(fake, mask), bce(fake[mask], torch.ones(17)))
+    assert losses.generator_loss(fake, torch.zeros(50, dtype=torch.bool)) == 0
+
+
+def test_running_means():
+    means = losses.RunningMeans()
+    means.add(a=torch.tensor(1.0), b=torch.tensor(4.0))
+    means.add(a=torch.tensor(3.0, requires_grad=True))
+    assert means.counts["a"] == 2
+    assert means.take(lambda tensor: tensor) == {"a": 2.0, "b": 4.0} and means.take(lambda tensor: tensor) == {}

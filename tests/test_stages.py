@@ -1,0 +1,64 @@
+from common import UserError
+from common.stages import plan_stages, stage_at
+
+import pytest
+
+FOUR = [8, 4, 2, 1]
+
+
+def plan(stage_steps=None, max_train_steps=100, mse=None, adv=None, loss_type="l2", edges=None, segments=FOUR):
+    return plan_stages(segments, stage_steps, max_train_steps, mse, adv, loss_type, edges)
+
+
+def edges(stages):
+    return [0, *(stage.end for stage in stages)]
+
+
+def test_default_edges_are_equal_parts_and_the_last_takes_the_rest():
+    assert edges(plan()) == [0, 25, 50, 75, 100]
+    assert edges(plan(max_train_steps=103)) == [0, 25, 50, 75, 103]
+    assert [stage.name for stage in plan()] == ["stage-0-k8", "stage-1-k4", "stage-2-k2", "stage-3-k1"]
+
+
+def test_steps_of_each_stage():
+    assert edges(plan([5], 20)) == [0, 5, 10, 15, 20]
+    assert edges(plan([1, 2, 3, 4], 10)) == [0, 1, 3, 6, 10]
+    with pytest.raises(UserError, match="--stage_steps add up to 10 updates and --max_train_steps is 11"):
+        plan([1, 2, 3, 4], 11)
+    with pytest.raises(UserError, match="--max_train_steps=3 is too few for 4 stages"):
+        plan(max_train_steps=3)
+
+
+def test_every_update_belongs_to_the_stage_whose_edges_hold_it():
+    stages = plan([1, 2, 3, 4], 10)
+    assert [stage_at(stages, step).num_segments for step in range(12)] == [8, 4, 4, 2, 2, 2, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("max_train_steps", [60, 400])
+def test_a_resumed_run_keeps_its_edges(max_train_steps):
+    kept = plan(max_train_steps=max_train_steps, edges=[0, 25, 50, 75, 100])
+    assert kept == plan()
+    assert stage_at(kept, 399) == kept[-1]
+
+
+def test_weights_by_stage_and_their_defaults():
+    assert [stage.mse_weight for stage in plan()] == [1, 1, 0.5, 0.25]
+    assert [stage.mse_weight for stage in plan(mse=[2.0])] == [2] * 4
+    assert [stage.adv_weight for stage in plan(adv=[0, 1, 2, 3])] == [0, 1, 2, 3]
+    l2, huber = ([stage.adv_weight for stage in plan(loss_type=t)] for t in ("l2", "huber"))
+    assert len(l2) == len(huber) == 4
+    assert plan(segments=[16, 5, 3], max_train_steps=9)[0].mse_weight == 1
+    assert [s.mse_weight for s in plan(segments=[5, 3], max_train_steps=9)] == [1, 0.5]
+
+
+@pytest.mark.parametrize(("length", "warmup"), [(100, 10), (4000, 200), (9, 0)])
+def test_the_discriminator_trains_alone_for_a_tenth_of_a_stage(length, warmup):
+    stage = plan([length], 4 * length)[2]
+    steps = [step - stage.start for step in range(stage.start, stage.end) if stage.is_warmup(step)]
+    assert steps == list(range(warmup))
+
+
+@pytest.mark.parametrize(("start", "number"), [(0.5, 50), (0.0, 0), (1.0, 100)])
+def test_it_sees_the_start_in_the_first_part_of_a_stage(start, number):
+    stage = plan([100], 400)[1]
+    assert sum(stage.is_conditional(step, start) for step in range(stage.start, stage.end)) == number
