@@ -350,7 +350,7 @@ image = pipe("a prompt", num_inference_steps={k}, guidance_scale=1, eta=0.0).ima
     folder = stage_folder or args.output_dir
     export.write_model_card(
         folder,
-        method=f"A LoRA for {k} steps, by trajectory segmented consistency distillation (arXiv 2404.13686).",
+        method=f"A LoRA that samples in {k} step(s), by trajectory segmented consistency distillation (2404.13686).",
         teacher=args.pretrained_teacher_model,
         data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
         command=cli.command_line(),

@@ -30,7 +30,7 @@ class Discriminator(torch.nn.Module):
         self.channels = unet.config.block_out_channels[-1]
         num_downsamplers = sum(block.downsamplers is not None for block in unet.down_blocks)
         self.feature_size = math.ceil(latent_size / 2**num_downsamplers)
-        self.head = make_head(self.channels, self.feature_size)
+        self.head = make_head(self.channels, self.feature_size, seed=0)
         self.initial_encoder = None
         self.requires_grad_(False).train()
 
@@ -89,9 +89,7 @@ class Discriminator(torch.nn.Module):
                 state = self.encoder.state_dict()
                 self.initial_encoder = {name: value.to("cpu", copy=True) for name, value in state.items()}
             self.encoder.load_state_dict(self.initial_encoder)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.head.load_state_dict(make_head(self.channels, self.feature_size).state_dict())
+        self.head.load_state_dict(make_head(self.channels, self.feature_size, seed).state_dict())
 
 
 def copy_encoder(unet):
@@ -105,12 +103,18 @@ def copy_encoder(unet):
     return encoder
 
 
-def make_head(channels, feature_size):
+def make_head(channels, feature_size, seed):
     """(B, 2 channels, h', w') -> (B, 1): two convolutions with GroupNorm and SiLU, the mean over places, a linear map.
 
     Convolutions are 4x4 with stride 2, and 3x3 with stride 1 where the features are smaller than 4x4. 32 groups, fewer
     in narrow networks: a group of one channel would take away what the mean over places could tell.
     """
+    with torch.random.fork_rng(devices=[]):  # the run's own random state stays what it is without a discriminator
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(*_head_layers(channels, feature_size))
+
+
+def _head_layers(channels, feature_size):
     layers, width = [], 2 * channels
     for _ in range(2):
         halve = feature_size >= 4
@@ -118,8 +122,7 @@ def make_head(channels, feature_size):
         layers.append(torch.nn.Conv2d(width, channels, kernel, stride, padding=1))
         layers += [torch.nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels), torch.nn.SiLU()]
         width, feature_size = channels, feature_size // 2 if halve else feature_size
-    pooled = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
-    return torch.nn.Sequential(*layers, *pooled, torch.nn.Linear(channels, 1))
+    return [*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(channels, 1)]
 
 
 def repeat_conditioning(cond, times):

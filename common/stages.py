@@ -28,7 +28,7 @@ class Stage(NamedTuple):
     def summary(self):
         """What the stage does, for the derived configuration."""
         weights = f"weights {self.mse_weight:g} (MSE), {self.adv_weight:g} (adversarial)"
-        return f"updates {self.start} to {self.end}, a model for {self.num_segments} steps; {weights}"
+        return f"updates {self.start} to {self.end}, sampling in {self.num_segments}; {weights}"
 
     def is_warmup(self, global_step):
         """Whether the discriminator trains alone yet: the first 10 % of the stage's updates, at most 200."""

@@ -7,11 +7,17 @@ import shlex
 import sys
 
 from common import args as cli
+from common.shards import expand_shards
 
 import pytest
 import torch
 
-SCRIPTS = ["train_lcm_distill_sd_wds", "train_lcm_distill_lora_sd_wds"]
+SCRIPTS = [
+    "train_lcm_distill_sd_wds",
+    "train_lcm_distill_lora_sd_wds",
+    "train_tscd_distill_sd_wds",
+    "train_tscd_distill_lora_sd_wds",
+]
 
 # The guide's command, verbatim.
 GUIDE_LCM = """
@@ -44,6 +50,52 @@ GUIDE_LCM_LORA = (
     .replace("--resolution=512", "--resolution=512 --lora_rank=64")
     .replace("--learning_rate=1e-6", "--learning_rate=1e-4")
 )
+
+# The guide's two commands, verbatim.
+GUIDE_TSCD = """
+accelerate launch train_tscd_distill_sd_wds.py \\
+    --pretrained_teacher_model=$MODEL_NAME \\
+    --output_dir=$OUTPUT_DIR \\
+    --mixed_precision=fp16 \\
+    --resolution=512 \\
+    --learning_rate=1e-6 --loss_type="l2" --ema_decay=0.95 --adam_weight_decay=0.0 \\
+    --max_train_steps=100000 \\
+    --max_train_samples=4000000 \\
+    --dataloader_num_workers=8 \\
+    --train_shards_path_or_url="pipe:curl -L -s https://huggingface.co/datasets/laion/conceptual-captions-12m-webdataset/resolve/main/data/{00000..01099}.tar?download=true" \\
+    --validation_steps=200 \\
+    --checkpointing_steps=200 --checkpoints_total_limit=10 \\
+    --train_batch_size=12 \\
+    --gradient_checkpointing --enable_xformers_memory_efficient_attention \\
+    --gradient_accumulation_steps=1 \\
+    --use_8bit_adam \\
+    --resume_from_checkpoint=latest \\
+    --report_to=tensorboard \\
+    --seed=453645634 \\
+"""  # noqa: E501
+GUIDE_TSCD_LORA = """
+CUDA_VISIBLE_DEVICES=5 accelerate launch train_tscd_distill_lora_sd_wds.py \\
+    --pretrained_teacher_model=$MODEL_NAME \\
+    --output_dir=$OUTPUT_DIR \\
+    --mixed_precision=fp16 \\
+    --resolution=512 \\
+    --lora_rank=64 \\
+    --learning_rate=1e-6 --loss_type="l2" --adam_weight_decay=0.0 \\
+    --max_train_steps=10000 \\
+    --max_train_samples=4000000 \\
+    --dataloader_num_workers=8 \\
+    --train_shards_path_or_url="pipe:curl -L -s https://huggingface.co/datasets/laion/conceptual-captions-12m-webdataset/resolve/main/data/{00000..01099}.tar?download=true" \\
+    --validation_steps=200 \\
+    --checkpointing_steps=200 --checkpoints_total_limit=10 \\
+    --train_batch_size=12 \\
+    --gradient_checkpointing --enable_xformers_memory_efficient_attention \\
+    --gradient_accumulation_steps=1 \\
+    --use_8bit_adam \\
+    --resume_from_checkpoint=latest \\
+    --report_to=tensorboard \\
+    --seed=453645634 \\
+"""  # noqa: E501
+GUIDES = dict(zip(SCRIPTS, (GUIDE_LCM, GUIDE_LCM_LORA, GUIDE_TSCD, GUIDE_TSCD_LORA), strict=True))
 
 # name: default, as the public script has them (None: no default).
 PUBLIC_FLAGS = {
@@ -78,24 +130,31 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_guides_command_parses_verbatim(gpu, name):
-    guide = GUIDE_LCM if "lora" not in name else GUIDE_LCM_LORA
-    words = shlex.split(guide.rstrip().removesuffix("\\").replace("\\\n", "")) + ["\\"]  # no line follows the last
-    assert words[2] == f"{name}.py"
-    args = script(name).parse_args(words[3:])
-    assert args.max_train_samples == 4_000_000 and args.report_to == ["wandb"] and args.loss_type == "huber"
-    assert args.train_shards_path_or_url.endswith("{00000..01099}.tar?download=true") and args.push_to_hub
+    words = shlex.split(GUIDES[name].rstrip().removesuffix("\\").replace("\\\n", "")) + ["\\"]  # no line follows
+    args = script(name).parse_args(words[words.index(f"{name}.py") + 1 :])
+    assert args.max_train_samples == 4_000_000 and args.seed == 453645634 and args.mixed_precision == "fp16"
+    assert args.train_shards_path_or_url.endswith("{00000..01099}.tar?download=true")
+    tscd = "tscd" in name
+    assert (args.report_to, args.loss_type) == (["tensorboard"], "l2") if tscd else (["wandb"], "huber")
+    assert args.push_to_hub != tscd and args.max_train_steps == (
+        1000 if not tscd else 10_000 if "lora" in name else 100_000
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_public_flag_is_there_with_its_default(name):
     args = script(name).parse_args(REQUIRED)
-    script(name).resolve_defaults(args, is_sdxl=False)
+    getattr(script(name), "resolve_defaults", cli.resolve_teacher_defaults)(args, is_sdxl=False)
     args, expected = vars(args), dict(PUBLIC_FLAGS)
     if "lora" in name:
         for flag in ("ema_decay", "unet_time_cond_proj_dim"):
             del expected[flag]
         expected |= {"lora_rank": 64, "lora_alpha": 64, "lora_dropout": 0.0, "lora_target_modules": None}
         expected |= {"w_min": 7.5, "w_max": 7.5}  # an exception: the student cannot see w
+    if "tscd" in name:
+        del expected["timestep_scaling_factor"]
+        expected |= {"output_dir": args["output_dir"], "w_min": 4.0, "w_max": 5.0, "num_ddim_timesteps": 40}
+        expected |= {"unet_time_cond_proj_dim": None} if "lora" not in name else {}
     assert {flag: args[flag] for flag in expected} == expected
     assert args["cast_teacher_unet"] is True  # an exception: the teacher computes in the run's dtype
 
@@ -129,7 +188,10 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         (["--adam_beta2=1"], "--adam_beta2: must be at least 0 and less than 1"),
         ([f"--seed={2**64}"], "--seed: must be a whole number from 0 to 2^62"),
         (["--validation_num_inference_steps="], "--validation_num_inference_steps: names no number"),
-        (["--num_ddim_timesteps=2"], "--validation_num_inference_steps: at most --num_ddim_timesteps=2 steps"),
+        (
+            ["--num_ddim_timesteps=2", "--validation_num_inference_steps=4"],
+            "--validation_num_inference_steps: at most --num_ddim_timesteps=2 steps",
+        ),
         (["--report_to=tensorboard,none"], "--report_to=tensorboard,none: none and all stand alone"),
         (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "--lr_scheduler=polynomial falls to 1e-7"),
         (["--huber_c=0"], "--huber_c: must be a positive number"),
@@ -150,6 +212,34 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
         script(name).parse_args(REQUIRED + flags)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("name", SCRIPTS[2:])
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--stage_steps=1,2"], "--stage_steps=1,2 has 2 numbers for 4 stages; give one, or 4"),
+        (["--stage_segments=4,1", "--adv_weights=1,2,3"], "--adv_weights=1,2,3 has 3 numbers for 2 stages"),
+        (["--mse_weights=1,0.5,1,-1"], "--mse_weights: must be a number that is not negative"),
+        (["--mse_weights=a"], "--mse_weights: invalid list of numbers value: 'a'"),
+        (["--stage_segments=8,0"], "--stage_segments: must be at least 1"),
+        (["--stage_steps="], "--stage_steps: names no number"),
+        (["--w_min=6"], "--w_min=6.0 is larger than --w_max=5.0; swap them"),
+        (["--boundary_prob=2"], "--boundary_prob: must be between 0 and 1"),
+    ],
+)
+def test_mistakes_about_stages(name, flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script(name).parse_args(REQUIRED + flags)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_steps_of_stages_decide_the_length_of_a_run():
+    name = "train_tscd_distill_sd_wds"
+    assert script(name).parse_args(REQUIRED + ["--stage_steps=1,2,3,4"]).max_train_steps == 10
+    assert script(name).parse_args(REQUIRED + ["--stage_steps=5"]).max_train_steps == 20
+    assert script(name).parse_args(REQUIRED).max_train_steps is None
 
 
 def test_only_one_process_of_a_node_prints_the_sentence(monkeypatch, capsys):
@@ -214,14 +304,19 @@ def test_defaults_for_sdxl_are_its_own():
         script(SCRIPTS[0]).resolve_defaults(args, is_sdxl=False)
 
 
-def test_steps_follow_from_epochs():
-    args = argparse.Namespace(
-        train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None, num_train_epochs=3, data_seed=1
-    )
-    assert cli.resolve_steps(args, 100, world_size=2) == 16 and args.max_train_steps == 21
+def test_steps_follow_from_epochs(shards):
+    args = argparse.Namespace(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None)
+    vars(args).update(num_train_epochs=3, data_seed=1, dry_run=False, max_train_samples=None)
+    files = expand_shards(shards)
+    assert cli.resolve_steps(args, files, 2, {"args": {}}) == (16, 1437) and args.max_train_steps == 270
+    assert cli.resolve_steps(args, files, 2, {"args": {}}) == (16, None)  # not counted without need
+    args.max_train_steps, args.max_train_samples = None, 100
+    assert cli.resolve_steps(args, files, 2, {"args": {}}) == (16, 100) and args.max_train_steps == 21
     args.max_train_steps = None
+    assert cli.resolve_steps(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
+    args.max_train_steps, args.max_train_samples = None, None
     with pytest.raises(cli.UserError, match="--max_train_steps is needed"):
-        cli.resolve_steps(args, None, world_size=2)
+        cli.resolve_steps(args, ["pipe:cat x"], 2, {"args": {}})
 
 
 @pytest.mark.parametrize(("scale_lr", "expected"), [(False, 0.001), (True, 0.008)])

@@ -141,12 +141,12 @@ def test_reset_starts_anew_whatever_happened_before_and_leaves_the_random_state(
 
 @pytest.mark.parametrize(("size", "kernels"), [(8, [4, 4]), (16, [4, 4]), (4, [4, 3]), (3, [3, 3]), (1, [3, 3])])
 def test_the_head_fits_features_of_any_size(size, kernels):
-    head = make_head(48, size)
+    head = make_head(48, size, 0)
     convolutions = [layer for layer in head if isinstance(layer, torch.nn.Conv2d)]
     norms = [layer for layer in head if isinstance(layer, torch.nn.GroupNorm)]
     assert [layer.kernel_size[0] for layer in convolutions] == kernels
     assert [layer.stride[0] for layer in convolutions] == [2 if k == 4 else 1 for k in kernels]
-    assert [layer.num_groups for layer in norms] == [2, 2] and make_head(1280, 8)[1].num_groups == 32
+    assert [layer.num_groups for layer in norms] == [2, 2] and make_head(1280, 8, 0)[1].num_groups == 32
     assert head(torch.randn(2, 96, size, size)).shape == (2, 1)
 
 

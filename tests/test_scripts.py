@@ -4,6 +4,7 @@ import contextlib
 import gc
 import hashlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -14,30 +15,36 @@ from pathlib import Path
 
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
+import train_tscd_distill_lora_sd_wds as tscd_lora
+import train_tscd_distill_sd_wds as tscd
 from common import checkpointing, lora, models
 from common.data import TrainingData, keyed_generator
 from common.images import decode_image_text
 from common.shards import expand_shards
-from tests.test_args import GUIDE_LCM, GUIDE_LCM_LORA
+from tests.test_args import GUIDES
 
 import numpy as np
 import pytest
 import torch
 from accelerate import tracking
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(lcm.__file__).parent
-SCRIPTS = [lcm, lcm_lora]
-IDS = ["lcm", "lcm_lora"]
-every_script = pytest.mark.parametrize("script", SCRIPTS, ids=IDS)
+SCRIPTS = {"lcm": lcm, "lcm_lora": lcm_lora, "tscd": tscd, "tscd_lora": tscd_lora}
+LORA_SCRIPTS = (lcm_lora, tscd_lora)
+every_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+every_lcm_script = pytest.mark.parametrize("script", [lcm, lcm_lora], ids=["lcm", "lcm_lora"])
 # What a script needs on top of the flags that all of them share.
 OWN_FLAGS = {
     lcm: {"w_min": 0, "w_max": 2, "unet_time_cond_proj_dim": 32},
     lcm_lora: {"w_min": 0, "w_max": 2, "lora_rank": 4, "lora_alpha": 6},
+    # two stages of two updates, adversarial from the first on
+    tscd: {"w_min": 0, "w_max": 2, "stage_segments": "2,1", "adv_weights": 0.1, "adv_head_learning_rate": 1e-3},
 }
+OWN_FLAGS[tscd_lora] = OWN_FLAGS[tscd] | {"lora_rank": 4, "lora_alpha": 6}
 
 
 @pytest.fixture
@@ -139,7 +146,7 @@ def test_the_result_is_a_pipeline_that_stock_diffusers_loads(tmp_path, flags):
     assert not (out / "safety_checker").exists()
 
 
-@every_script
+@every_lcm_script
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(
     tmp_path, flags, teacher, shards, prediction_type, script
@@ -199,7 +206,8 @@ def stock_pipeline(teacher_dir, lora_dir=None, weight_name=None):
     pipeline = DiffusionPipeline.from_pretrained(teacher_dir)
     if lora_dir:
         pipeline.load_lora_weights(lora_dir, **({"weight_name": weight_name} if weight_name else {}))
-        pipeline.scheduler = LCMScheduler.from_pretrained(lora_dir, subfolder="scheduler")
+        scheduler = LCMScheduler if LCMScheduler.__name__ in Path(lora_dir, "README.md").read_text() else TCDScheduler
+        pipeline.scheduler = scheduler.from_pretrained(lora_dir, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -260,10 +268,8 @@ def test_sdxl_teachers_run_in_the_same_script(tmp_path, flags, teacher, script):
     (tmp_path / "b" / "checkpoint-4" / "COMPLETE").unlink()
     train(flags(tmp_path / "b", script, **changes, resume_from_checkpoint="latest"), script)
     assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
-    if script is lcm:
-        pipeline, guidance_scale = DiffusionPipeline.from_pretrained(tmp_path / "a"), 2.0
-    else:
-        pipeline, guidance_scale = stock_pipeline(teacher("sdxl"), tmp_path / "a"), 1.0
+    is_lora, guidance_scale = script in LORA_SCRIPTS, 2.0 if script is lcm else 1.0
+    pipeline = stock_pipeline(*((teacher("sdxl"), tmp_path / "a") if is_lora else (tmp_path / "a",)))
     image = pipeline("a three", num_inference_steps=2, guidance_scale=guidance_scale, output_type="np").images[0]
     assert type(pipeline).__name__ == "StableDiffusionXLPipeline" and image.shape == (16, 16, 3) and image.std() > 0
 
@@ -356,6 +362,12 @@ VARIANTS = {
         lcm_lora,
         {"mixed_precision": "bf16", "lora_dropout": 0.3, "dataloader_num_workers": 2, "train_batch_size": 5},
     ),
+    "TSCD, from the edge of a stage": (tscd, {}),
+    "TSCD, from inside a stage, accumulation": (tscd, {"stage_steps": "3,1", "gradient_accumulation_steps": 2}),
+    "TSCD LoRA, bf16, frozen discriminator": (
+        tscd_lora,
+        {"mixed_precision": "bf16", "freeze_discriminator_backbone": True, "lora_dropout": 0.3},
+    ),
 }
 
 
@@ -392,7 +404,7 @@ c._fsync = dying
 """
 
 
-@pytest.mark.parametrize(("script", "where"), [(lcm, "True"), (lcm_lora, "'COMPLETE' in str(path)")], ids=IDS)
+@pytest.mark.parametrize(("script", "where"), [(lcm, "True"), (lcm_lora, "'COMPLETE' in str(path)")])
 def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, script, where):
     done = launch(flags(tmp_path / "b", script), prelude=KILLED.format(where=where), script=script)
     assert done.returncode != 0
@@ -414,6 +426,16 @@ def checked(group=None):
     assert not left, "DDP outlives its process group"
     destroy(group)
 torch.distributed.destroy_process_group = checked
+
+import common.discriminator as d
+step = d.discriminator_step
+def step_and_compare(optimizer, scaler, world_size):
+    step(optimizer, scaler, world_size)
+    mine = torch.stack([p.double().sum() for group in optimizer.param_groups for p in group["params"]])
+    first = mine.clone()
+    torch.distributed.broadcast(first, 0)
+    assert world_size == 2 and torch.equal(mine, first), "the discriminators differ"
+d.discriminator_step = step_and_compare
 """
 
 
@@ -430,7 +452,7 @@ def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(t
     train(flags(tmp_path / "one", script, gradient_accumulation_steps=2, **two), script)
     one, both = (list(scalars(tmp_path / name, "loss").values()) for name in ("one", "two"))
     assert one == pytest.approx(both, rel=1e-4)
-    weights = "model.safetensors" if script is lcm else "adapters.safetensors"
+    weights = "adapters.safetensors" if script in LORA_SCRIPTS else "model.safetensors"
     a, b = (load_file(tmp_path / name / "checkpoint-4" / weights) for name in ("one", "two"))
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-5
     assert (
@@ -561,17 +583,19 @@ def test_resume_with_another_configuration_is_refused(tmp_path, flags, capsys):
 @every_script
 def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, script):
     """Excluded: xformers (no CPU kernels), fp16 (GPU only, bf16 here), wandb and the hub (network services)."""
-    guide = GUIDE_LCM if script is lcm else GUIDE_LCM_LORA
-    command = guide.replace("$MODEL_DIR", teacher()).replace("$OUTPUT_DIR", str(tmp_path / "out"))
+    command = re.sub(r"\$MODEL_(DIR|NAME)", teacher(), GUIDES[script.__name__])
+    command = command.replace("$OUTPUT_DIR", str(tmp_path / "out"))
     command = command.replace("--enable_xformers_memory_efficient_attention", "").replace("--push_to_hub", "")
     command = command.replace("fp16", "bf16").replace("wandb", "tensorboard").replace("=512", "=16")
     start, end = command.index("pipe:"), command.index("?download=true")
     command = command[:start] + "pipe:cat " + shards + command[end + len("?download=true") :]
-    words = shlex.split(command.replace("max_train_steps=1000", "max_train_steps=2").replace("\\\n", ""))
-    assert words[2] == f"{script.__name__}.py"
-    train(words[3:], script)
-    assert checkpointing.completeness(tmp_path / "out" / "checkpoint-2") is None
-    assert (tmp_path / "out" / ("model_index.json" if script is lcm else "pytorch_lora_weights.safetensors")).is_file()
+    command = re.sub(r"max_train_steps=\d+", "max_train_steps=4", command)
+    words = shlex.split(command.replace("\\\n", ""))
+    start = words.index(f"{script.__name__}.py") + 1
+    train(words[start:], script)
+    assert checkpointing.completeness(tmp_path / "out" / "checkpoint-4") is None
+    result = "pytorch_lora_weights.safetensors" if script in LORA_SCRIPTS else "model_index.json"
+    assert (tmp_path / "out" / result).is_file()
 
 
 def test_dry_run_checks_everything_and_writes_nothing(tmp_path, flags, capsys, monkeypatch):

@@ -1,0 +1,347 @@
+"""The TSCD scripts: what is theirs alone. What they share with the others is in test_scripts.py."""
+
+import json
+from pathlib import Path
+
+import train_tscd_distill_lora_sd_wds as tscd_lora
+import train_tscd_distill_sd_wds as tscd
+from common import checkpointing, lora, losses, models, stages
+from common.data import TrainingData, keyed_generator, keyed_seed
+from common.discriminator import Discriminator
+from common.images import decode_image_text
+from common.shards import expand_shards
+from tests.test_scripts import digests, flags, scalars, train
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, TCDScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+__all__ = ["flags"]
+both = pytest.mark.parametrize("script", [tscd, tscd_lora], ids=["full", "lora"])
+
+
+def text_of(card):
+    return Path(card, "README.md").read_text()
+
+
+@both
+def test_every_stage_leaves_a_model_for_its_number_of_steps(tmp_path, flags, teacher, script):
+    out = tmp_path / "out"
+    train(flags(out, script, stage_segments="4,2,1", max_train_steps=7, learning_rate=0.01), script)
+    state = checkpointing.read_state(out / "checkpoint-7")
+    assert state["stage_edges"] == [0, 2, 4, 7]
+    seen = []
+    for name, k in (("stage-0-k4", 4), ("stage-1-k2", 2), ("stage-2-k1", 1), (".", 1)):
+        folder = out / name
+        scheduler = TCDScheduler.from_pretrained(folder, subfolder="scheduler")
+        assert scheduler.config.original_inference_steps == 40
+        pipeline = DiffusionPipeline.from_pretrained(teacher())
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = scheduler
+        if script is tscd:
+            pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        else:
+            pipeline.load_lora_weights(folder)
+        options = {"num_inference_steps": k, "guidance_scale": 1, "eta": 0.0, "output_type": "np"}
+        image = pipeline("a three", **options, generator=torch.manual_seed(0)).images[0]
+        assert np.isfinite(image).all() and (folder / "sample_grid.png").is_file()
+        seen.append(image)
+        card = text_of(folder)
+        assert f"num_inference_steps={k}, guidance_scale=1, eta=0.0" in card and f"samples in {k} step" in card
+        assert ('subfolder="stage-' in card or f"{name}/unet" in card) == (name != ".")
+    # each stage trained on, and the last one is the result
+    assert not np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[1], seen[2])
+    assert np.array_equal(seen[2], seen[3])
+    if script is tscd:
+        whole = DiffusionPipeline.from_pretrained(out)
+        again = whole("a three", **options, generator=torch.manual_seed(0)).images[0]
+        assert np.array_equal(again, seen[3]) and (out / "unet_target" / "config.json").is_file()
+
+
+def test_the_lora_of_the_last_stage_is_the_student_and_the_base_is_the_teacher(tmp_path, flags, teacher):
+    out = tmp_path / "out"
+    train(flags(out, tscd_lora, learning_rate=0.01), tscd_lora)
+    trained = models.load_teacher(teacher()).unet
+    lora.add_lora(trained, 4, 6)
+    for name, tensor in load_file(out / "checkpoint-4" / "adapters.safetensors").items():
+        lora.adapter_tensors(trained)[name].data.copy_(tensor)
+    pipeline = DiffusionPipeline.from_pretrained(teacher())
+    z, t, text = torch.randn(2, 4, 8, 8), torch.tensor([999, 24]), torch.randn(2, 77, 64)
+    with torch.no_grad():
+        base = pipeline.unet(z, t, text).sample
+        with lora.adapters_off(trained):
+            assert torch.equal(trained(z, t, text).sample, base)
+        pipeline.load_lora_weights(out / "stage-1-k1")
+        assert torch.equal(pipeline.unet(z, t, text).sample, trained(z, t, text).sample)
+    assert (trained(z, t, text).sample - base).abs().max() > 1e-2
+
+
+# --- the method
+
+
+def reference(teacher_dir, shards, k, boundary_prob, noise_offset, swap):
+    """The draws and both sides of a first update, from diffusers' schedulers instead of our jumps."""
+    pipe = DiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
+    decode = lambda raw, rng: decode_image_text(raw, rng, resolution=16)  # noqa: E731
+    data = TrainingData(expand_shards(shards), decode, batch_size=4, seed=1, shuffle_block_samples=16)
+    batch, draw = next(iter(data)), keyed_generator(1, "tscd", 0, "cpu")
+    latents = pipe.vae.encode(batch["images"] / 127.5 - 1).latent_dist.sample(draw) * pipe.vae.config.scaling_factor
+    length = 40 // k
+    i = torch.randint(40, (4,), generator=draw)
+    b = i // length * length
+    m = b + (torch.rand(4, generator=draw) * (i - b + 1)).long()
+    m = torch.where(torch.rand(4, generator=draw) < boundary_prob, b, m)
+    noise = torch.randn(latents.shape, generator=draw)
+    noise = noise + noise_offset * torch.randn(4, 4, 1, 1, generator=draw)
+    w = 2 * torch.rand(4, generator=draw)
+    embeds, uncond = (pipe.encode_prompt(c, "cpu", 1, False)[0] for c in (batch["captions"], [""]))
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    ddim.set_timesteps(1)
+
+    def jump(output, z, t, s):  # DDIM's own step from t to s
+        ddim.num_inference_steps = 1
+        ddim.config.num_train_timesteps = t - s  # prev_timestep = t - num_train_timesteps // num_inference_steps
+        return z if s == t else ddim.step(output, t, z).prev_sample
+
+    node = lambda j: max(0, 25 * int(j) - 1)  # noqa: E731
+    sides, starts = [], []
+    for j in range(4):
+        t, t_prev, s, text = node(i[j] + 1), node(i[j]), node(m[j]), embeds[j : j + 1]
+        z = ddim.add_noise(latents[j : j + 1], noise[j : j + 1], torch.tensor([t]))
+        if swap and t == 999:
+            z = noise[j : j + 1]
+        cond, unc = pipe.unet(z, t, text).sample, pipe.unet(z, t, uncond).sample
+        z_prev = jump(unc + (w[j] + 1) * (cond - unc), z, t, t_prev)
+        target = jump(pipe.unet(z_prev, t_prev, text).sample, z_prev, t_prev, s)
+        sides.append((jump(cond, z, t, s), target))
+        starts.append((z, t, s, node(b[j] + length), bool(m[j] == b[j])))
+    return pipe, embeds, sides, starts
+
+
+@both
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("segments", "boundary_prob", "noise_offset", "swap"), [(4, 0.5, 0.1, True), (1, 0.0, 0.0, False), (2, 1, 0, True)]
+)
+def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(
+    tmp_path, flags, teacher, shards, script, prediction_type, segments, boundary_prob, noise_offset, swap
+):
+    options = {"stage_segments": segments, "boundary_prob": boundary_prob, "noise_offset": noise_offset}
+    options |= {"adv_weights": 0, "mse_weights": 0.5, "max_train_steps": 1}
+    options |= {} if swap else {"no-swap_terminal_noise": True}
+    train(flags(tmp_path, script, pretrained_teacher_model=teacher(prediction_type), **options), script)
+    with torch.no_grad():
+        _, _, sides, _ = reference(teacher(prediction_type), shards, segments, boundary_prob, noise_offset, swap)
+    expected = torch.cat([a - b for a, b in sides]).square().mean().item()
+    assert scalars(tmp_path, "loss_mse")[1] == pytest.approx(expected, rel=2e-4, abs=1e-8)
+    assert scalars(tmp_path, "loss")[1] == pytest.approx(0.5 * expected, rel=2e-4, abs=1e-8)
+    assert not scalars(tmp_path, "loss_adv")
+
+
+def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
+    """Without it SD's alpha_T = 0.068 leaks the image into what should be noise."""
+    seen, make_student = [], models.make_student
+
+    def patched(*args, **kwargs):
+        student = make_student(*args, **kwargs)
+        student.register_forward_pre_hook(
+            lambda module, inputs: seen.append(inputs) if torch.is_grad_enabled() else None
+        )
+        return student
+
+    monkeypatch.setattr(models, "make_student", patched)
+    options = {"stage_segments": 1, "num_ddim_timesteps": 2, "adv_weights": 0, "max_train_steps": 1, "seed": 3}
+    train(flags(tmp_path / "a", tscd, **options), tscd)
+    train(flags(tmp_path / "b", tscd, **options, **{"no-swap_terminal_noise": True}), tscd)
+    (swapped, t), (leaking, _) = seen
+    last = t == 999
+    assert last.any() and not last.all()
+    assert torch.equal(swapped[~last], leaking[~last])
+    difference = (swapped[last] - leaking[last]).abs().flatten(1).amax(1)
+    assert (difference > 1e-3).all()
+
+
+@both
+@pytest.mark.parametrize("start", [1.0, 0.0], ids=["conditional", "unconditional"])
+def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, start):
+    """softplus of the logits of both sides, noised from s to the same t*, over the samples that end their segment."""
+    options = {"stage_segments": 2, "boundary_prob": 0.5, "adv_weights": 0.3, "mse_weights": 2, "max_train_steps": 1}
+    train(flags(tmp_path, script, **options, adv_unconditional_start=start), script)
+    with torch.no_grad():
+        pipe, embeds, sides, starts = reference(teacher(), shards, 2, 0.5, 0.0, True)
+        discriminator = Discriminator(pipe.unet, 8)
+        discriminator.reset(keyed_seed(1, "discriminator", 0))
+        draw = keyed_generator(1, "adversarial", 0, "cpu")
+        position, noise = torch.rand(4, generator=draw), torch.randn(4, 4, 8, 8, generator=draw)
+        a = pipe.scheduler.alphas_cumprod
+        generator_losses, discriminator_losses = [], []
+        for j, (z, t, s, top, is_whole) in enumerate(starts):
+            if not is_whole:
+                continue
+            adv_t = s + int(position[j] * (top - s + 1))
+            fake, real = (a[adv_t] / a[s]).sqrt() * torch.cat(sides[j]) + (1 - a[adv_t] / a[s]).sqrt() * noise[j]
+            cond = {"encoder_hidden_states": embeds[j : j + 1]}
+            context = torch.tensor([adv_t]), cond, z, torch.tensor([t]), start == 1.0
+            logits = [discriminator([x[None]], *context)[0, 0] for x in (fake, real)]
+            generator_losses.append(torch.log1p(torch.exp(-logits[0])))
+            discriminator_losses.append(torch.log1p(torch.exp(-logits[1])) + torch.log1p(torch.exp(logits[0])))
+    assert 0 < len(generator_losses) < 4
+    adv, mse = np.mean(generator_losses), torch.cat([x - y for x, y in sides]).square().mean().item()
+    assert scalars(tmp_path, "loss_adv")[1] == pytest.approx(adv, rel=1e-4)
+    assert scalars(tmp_path, "loss_discriminator")[1] == pytest.approx(np.mean(discriminator_losses), rel=1e-4)
+    assert scalars(tmp_path, "loss")[1] == pytest.approx(2 * mse + 0.3 * adv, rel=1e-4)
+
+
+def test_the_ratio_of_the_gradients_is_the_one_at_the_students_output(tmp_path, flags):
+    """It is linear in the weights; and the weights of both parts reach the student."""
+    options = {"stage_segments": 1, "max_train_steps": 1}
+    for name, adv, mse in (("a", 0.1, 1), ("b", 0.3, 1), ("c", 0.1, 4)):
+        train(flags(tmp_path / name, tscd, **options, adv_weights=adv, mse_weights=mse), tscd)
+    a, b, c = (scalars(tmp_path / name, "grad_norm_ratio")[1] for name in "abc")
+    assert a > 0 and b == pytest.approx(3 * a, rel=1e-4) and c == pytest.approx(a / 4, rel=1e-4)
+
+
+@both
+def test_without_adversarial_weights_there_is_no_discriminator_and_nothing_else_changes(
+    tmp_path, flags, monkeypatch, script
+):
+    """A run whose discriminator only warms up has, bit for bit, the student of a run without one."""
+    common = {"mse_weights": 1, "gradient_accumulation_steps": 2, "max_train_steps": 4}
+    train(flags(tmp_path / "a", script, **common, adv_weights="0,0"), script)
+    monkeypatch.setattr(stages, "WARMUP_FRACTION", 1.0)
+    train(flags(tmp_path / "b", script, **common, adv_weights="0.1"), script)
+    a, b = (digests(tmp_path / name / "checkpoint-4") for name in "ab")
+    assert "discriminator.safetensors" in b and "discriminator.safetensors" not in a
+    same = a.keys() - {"objects.pt"}
+    assert {k: a[k] for k in same} == {k: b[k] for k in same}
+    assert scalars(tmp_path / "a", "loss") == scalars(tmp_path / "b", "loss")
+    assert scalars(tmp_path / "b", "loss_discriminator") and not scalars(tmp_path / "b", "loss_adv")
+    first, last = (load_file(tmp_path / "b" / f"checkpoint-{n}" / "discriminator.safetensors") for n in (2, 4))
+    assert any(not torch.equal(first[k], last[k]) for k in first)
+
+
+@pytest.mark.parametrize("weights", ["0,0.1", "0.1,0"])
+def test_stages_without_an_adversarial_weight_leave_the_discriminator_alone(tmp_path, flags, weights):
+    train(flags(tmp_path, tscd, adv_weights=weights), tscd)
+    assert set(scalars(tmp_path, "loss_adv")) == ({3, 4} if weights[0] == "0" else {1, 2})
+    one, two = (load_file(tmp_path / f"checkpoint-{n}" / "discriminator.safetensors") for n in (2, 4))
+    assert any(not torch.equal(one[k], two[k]) for k in one) == (weights[0] == "0")
+
+
+def test_the_discriminators_optimizer_is_not_accelerates(tmp_path, flags, monkeypatch):
+    """The trap: clip_grad_norm_ unscales every prepared optimizer."""
+    seen, save = [], checkpointing.save_checkpoint
+
+    def watch(accelerator, *args):
+        seen.append((len(accelerator._optimizers), len(accelerator._models)))
+        return save(accelerator, *args)
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", watch)
+    train(flags(tmp_path, tscd, max_train_steps=2), tscd)
+    assert seen == [(1, 1)]
+    saved = torch.load(tmp_path / "checkpoint-2" / "objects.pt", weights_only=True)
+    assert saved.keys() == {"lr_scheduler", "discriminator_optimizer", "discriminator_scaler"}
+    groups = saved["discriminator_optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-6, 1e-3]
+    assert all(float(state["step"]) == 1 for state in saved["discriminator_optimizer"]["state"].values())  # re-made
+
+
+def test_a_gradscaler_unscales_and_skips_infinite_gradients():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+    tscd.discriminator_step(optimizer, scaler, world_size=1)
+    torch.testing.assert_close(parameter.data, torch.tensor([0.0, -1.0, -2.0]))
+    scaler.scale((parameter * torch.tensor([1.0, float("inf"), 3.0])).sum()).backward()
+    tscd.discriminator_step(optimizer, scaler, world_size=1)
+    torch.testing.assert_close(parameter.data, torch.tensor([0.0, -1.0, -2.0]))
+    assert scaler.get_scale() == 512.0 and parameter.grad is None
+
+
+# --- stages, resume, flags
+
+
+def test_extending_a_run_keeps_the_stages_where_they_were(tmp_path, flags):
+    train(flags(tmp_path / "a", tscd, max_train_steps=4), tscd)
+    train(flags(tmp_path / "a", tscd, max_train_steps=6, resume_from_checkpoint="latest"), tscd)
+    state = checkpointing.read_state(tmp_path / "a" / "checkpoint-6")
+    assert state["stage_edges"] == [0, 2, 4] and (tmp_path / "a" / "stage-1-k1").is_dir()
+    assert "Trained for 6 updates" in text_of(tmp_path / "a" / "stage-1-k1")
+    assert list(scalars(tmp_path / "a", "stage").values()) == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_run_that_ends_early_exports_the_stage_that_it_reached(tmp_path, flags):
+    train(flags(tmp_path, tscd, max_train_steps=4), tscd)
+    (tmp_path / "checkpoint-4" / "COMPLETE").unlink()
+    train(flags(tmp_path, tscd, max_train_steps=3, resume_from_checkpoint="latest"), tscd)
+    assert "Trained for 3 updates" in text_of(tmp_path) and "num_inference_steps=1," in text_of(tmp_path)
+
+
+@both
+def test_a_frozen_backbone_stays_the_teachers(tmp_path, flags, teacher, script):
+    train(flags(tmp_path, script, freeze_discriminator_backbone=True), script)
+    saved = load_file(tmp_path / "checkpoint-4" / "discriminator.safetensors")
+    original = load_file(Path(teacher(), "unet", "diffusion_pytorch_model.safetensors"))
+    encoder = {k.removeprefix("encoder."): v for k, v in saved.items() if k.startswith("encoder.")}
+    assert encoder and all(torch.equal(original[k], v) for k, v in encoder.items())
+    heads = [load_file(tmp_path / f"checkpoint-{n}" / "discriminator.safetensors")["head.0.weight"] for n in (2, 4)]
+    assert not torch.equal(*heads)
+
+
+def test_an_embedding_of_w_is_an_option(tmp_path, flags):
+    train(flags(tmp_path, tscd, unet_time_cond_proj_dim=32, learning_rate=0.01), tscd)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert pipeline.unet.config.time_cond_proj_dim == 32 and "guidance_scale=2," in text_of(tmp_path)
+    options = {"num_inference_steps": 1, "output_type": "np"}
+    images = [pipeline("a", guidance_scale=g, generator=torch.manual_seed(0), **options).images for g in (1.5, 2.5)]
+    assert not np.array_equal(*images)
+
+
+def test_a_student_goes_on_from_an_earlier_one(tmp_path, flags):
+    train(flags(tmp_path / "a", tscd), tscd)
+    start = tmp_path / "a" / "stage-0-k2"
+    options = {"learning_rate": 0, "adam_weight_decay": 0, "max_train_steps": 2}
+    train(flags(tmp_path / "b", tscd, init_unet=start, **options), tscd)
+    a, b = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (start, tmp_path / "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@both
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_ddim_timesteps": 50, "stage_segments": "8,4,2,1"}, "--num_ddim_timesteps=50 must divide 1000 and"),
+        ({"stage_segments": "7,1"}, "--stage_segments=7,1: no grid of 1000 timesteps"),
+        ({"max_train_steps": 1}, "--max_train_steps=1 is too few for 2 stages"),
+        ({"stage_steps": "2,3"}, "--stage_steps add up to 5 updates and --max_train_steps is 4; drop one"),
+    ],
+)
+def test_mistakes_are_found_before_any_weight_is_loaded(
+    tmp_path, flags, capsys, monkeypatch, script, changes, sentence
+):
+    monkeypatch.setattr(models, "load_teacher", None)
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", script, **changes), script)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_the_plan_is_printed_and_kept(tmp_path, flags, capsys):
+    train(flags(tmp_path / "out", tscd, dry_run=True), tscd)
+    out = capsys.readouterr().out
+    assert "stage-1-k1" in out and "updates 2 to 4, sampling in 1" in out
+    assert "M parameters" in out and "GiB more per process" in out
+    train(flags(tmp_path / "out", tscd, adv_weights=0), tscd)
+    derived = json.loads((tmp_path / "out" / "training_config.json").read_text())["derived"]
+    assert "stage-0-k2" in derived and "discriminator" not in derived
+
+
+def test_masked_means_of_the_logits_are_logged(tmp_path, flags):
+    train(flags(tmp_path, tscd), tscd)
+    for tag in ("logit_real", "logit_fake", "loss_discriminator", "loss_adv", "grad_norm_ratio"):
+        values = list(scalars(tmp_path, tag).values())
+        assert len(values) == 4 and np.isfinite(values).all()
+    assert losses.RunningMeans().take(None) == {}
