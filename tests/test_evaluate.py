@@ -215,6 +215,11 @@ def test_a_lora_is_sampled_with_the_scheduler_in_its_folder(root, tmp_path):
     diffusers.LCMScheduler(original_inference_steps=20).save_pretrained(folder / "scheduler")
     kept = load_pipeline(str(root / "pipeline"), lora=folder).scheduler
     assert isinstance(kept, diffusers.LCMScheduler) and kept.config.original_inference_steps == 20
+    diffusers.TCDScheduler(original_inference_steps=40).save_pretrained(folder / "scheduler")
+    kept = load_pipeline(str(root / "pipeline"), lora=folder).scheduler
+    assert isinstance(kept, diffusers.TCDScheduler) and kept.config.original_inference_steps == 40
+    shutil.copytree(root / "pipeline" / "unet", folder / "unet")
+    assert isinstance(load_pipeline(str(root / "pipeline"), unet=folder / "unet").scheduler, diffusers.TCDScheduler)
     chosen = load_pipeline(str(root / "pipeline"), lora=folder, scheduler="ddim").scheduler
     chosen.set_timesteps(4)
     assert isinstance(chosen, diffusers.DDIMScheduler) and chosen.timesteps.tolist() == [999, 749, 499, 249]

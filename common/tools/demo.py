@@ -20,11 +20,11 @@ from pathlib import Path
 from common import UserError, metrics
 from common import args as cli
 from common.tools import digits
+from common.tools.evaluate import load_pipeline
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,24 +273,12 @@ def to_tensor(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def load_pipeline(folder):
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def load_student(folder, teacher_dir):
     """What a method saved, as a stock pipeline: a whole one, or the teacher's with a U-Net or a LoRA from its file."""
     if (folder / "model_index.json").exists():
-        return load_pipeline(folder)
-    pipeline = load_pipeline(teacher_dir)
-    if (folder / "unet").is_dir():
-        pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    else:
-        pipeline.load_lora_weights(folder)
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder, subfolder="scheduler")
-    return pipeline
+        return load_pipeline(str(folder))
+    unet = folder / "unet"
+    return load_pipeline(str(teacher_dir), **({"unet": unet} if unet.is_dir() else {"lora": folder}))
 
 
 def measure_student(judge, folder, teacher_dir, guidance_scale, seed):
@@ -306,7 +294,7 @@ def measure_student(judge, folder, teacher_dir, guidance_scale, seed):
 
 def measure_teacher(judge, folder, steps, seed):
     """With DDIM from the last timestep down: the checkpoint's own spacing never sees noise at one and two steps."""
-    pipeline = load_pipeline(folder)
+    pipeline = load_pipeline(str(folder))
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config, clip_sample=False, timestep_spacing="trailing"
     )

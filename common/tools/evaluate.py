@@ -397,7 +397,7 @@ def load_pipeline(
 ):  # fmt: skip
     """A stock diffusers pipeline without its safety checker, which would replace images by black ones.
 
-    unet: folder that replaces its U-Net; lora: folder or file, with the scheduler in the folder where there is one;
+    unet: folder that replaces its U-Net; lora: folder or file; with the scheduler beside either, where there is one;
     scheduler: keep, ddim, lcm or tcd, the last three made from the configuration of the pipeline's own, ddim from the
     last timestep down (trailing), which few steps need. UserError: not loadable, or the LoRA fits nothing.
     """
@@ -414,8 +414,8 @@ def load_pipeline(
         pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, variant=variant, **where, **parts)
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
-    if lora and scheduler == "keep" and Path(lora, "scheduler", "scheduler_config.json").is_file():
-        pipeline.scheduler = diffusers.LCMScheduler.from_pretrained(lora, subfolder="scheduler")
+    if scheduler == "keep" and (lora or unet):
+        pipeline.scheduler = scheduler_beside(lora or Path(unet).parent) or pipeline.scheduler
     if scheduler != "keep":
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             name = type(pipeline.scheduler).__name__
@@ -430,6 +430,17 @@ def load_pipeline(
         load_lora(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def scheduler_beside(folder):
+    """The scheduler that a training script saved in FOLDER/scheduler, or None."""
+    import diffusers
+
+    file = Path(folder, "scheduler", "scheduler_config.json")
+    if not file.is_file():
+        return None
+    cls = getattr(diffusers, json.loads(file.read_text())["_class_name"])
+    return cls.from_pretrained(folder, subfolder="scheduler")
 
 
 def load_unet(index, unet, dtype):
