@@ -32,6 +32,8 @@ class Discriminator(torch.nn.Module):
         self.feature_size = math.ceil(latent_size / 2**num_downsamplers)
         self.head = make_head(self.channels, self.feature_size, seed=0)
         self.initial_encoder = None
+        if not self.freeze_encoder:  # stays in main memory; taken before a checkpoint is loaded into the encoder
+            self.initial_encoder = {name: value.clone() for name, value in self.encoder.state_dict().items()}
         self.requires_grad_(False).train()
 
     def forward(self, samples, timesteps, cond, noisy_latents, start_timesteps, conditional):
@@ -85,9 +87,6 @@ class Discriminator(torch.nn.Module):
     def reset(self, seed):
         """Start anew: the teacher's encoder, a head drawn from `seed`, the same on every process."""
         if not self.freeze_encoder:
-            if self.initial_encoder is None:  # kept in main memory
-                state = self.encoder.state_dict()
-                self.initial_encoder = {name: value.to("cpu", copy=True) for name, value in state.items()}
             self.encoder.load_state_dict(self.initial_encoder)
         self.head.load_state_dict(make_head(self.channels, self.feature_size, seed).state_dict())
 

@@ -124,6 +124,10 @@ def test_it_learns_to_tell_two_kinds_apart():
 
 def test_reset_starts_anew_whatever_happened_before_and_leaves_the_random_state():
     discriminator = Discriminator(make_unet(SD), 8)
+    other = Discriminator(make_unet(SD), 8)
+    with torch.no_grad():
+        other.encoder.conv_in.weight.add_(1.0)
+    discriminator.load_state_dict(other.state_dict())  # as a resumed run does before its first reset
     discriminator.reset(5)
     first = {name: p.clone() for name, p in discriminator.state_dict().items()}
     with torch.no_grad():
