@@ -22,13 +22,18 @@ from common.tools import demo  # noqa: E402
 import numpy as np  # noqa: E402
 
 TOTAL_STEPS = 4 * demo.METHODS["tscd"]["flags"]["stage_steps"]
+SAME = {
+    name: demo.METHODS["tscd"]["flags"][name]
+    for name in ("learning_rate", "lr_scheduler", "lr_warmup_steps", "ema_decay")
+}
 MSE = {"adv_weights": 0}
 VARIANTS = {
     "teacher, 4 k steps": (None, {}),
     "LCM": ("lcm", {"max_train_steps": TOTAL_STEPS}),
-    "MSE only, boundary_prob 1": ("tscd", MSE),
-    "MSE only, boundary_prob 0.5": ("tscd", MSE | {"boundary_prob": 0.5}),
-    "MSE only, boundary_prob 0": ("tscd", MSE | {"boundary_prob": 0.0}),
+    "LCM with TSCD's learning rate and EMA": ("lcm", SAME | {"max_train_steps": TOTAL_STEPS}),
+    "Huber only, boundary_prob 1": ("tscd", MSE),
+    "Huber only, boundary_prob 0.5": ("tscd", MSE | {"boundary_prob": 0.5}),
+    "Huber only, boundary_prob 0": ("tscd", MSE | {"boundary_prob": 0.0}),
     "adversarial, boundary_prob 1": ("tscd", {}),
     "adversarial, boundary_prob 0.5": ("tscd", {"boundary_prob": 0.5}),
     "adversarial, boundary_prob 0": ("tscd", {"boundary_prob": 0.0}),
