@@ -98,7 +98,7 @@ def main(args):
     train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    total_batch_size, num_samples = cli.resolve_steps(args, shards, world_size, resumed)
+    total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
     derived = cli.derived_configuration(
         models.count_parameters_and_flops(config, args.resolution),
         world_size=world_size,

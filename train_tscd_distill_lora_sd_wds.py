@@ -104,7 +104,7 @@ def main(args):
     train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    total_batch_size, num_samples = cli.resolve_steps(args, shards, world_size, resumed)
+    total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
     stages = cli.resolve_stages(args, resumed)
     adversarial = any(stage.adv_weight for stage in stages)
     derived = cli.derived_configuration(

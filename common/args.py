@@ -428,30 +428,38 @@ def resolve_data(args, saved_args, world_size, num_images=None):
         args.data_lanes = world_size * max(1, min(8, batches))
 
 
-def resolve_steps(args, shards, world_size, resumed):
-    """Fill in --max_train_steps from --num_train_epochs. Returns the total batch size, samples per update, and how
-    many distinct samples an epoch has, or None where that is not known and not needed (counting reads local tars).
+def resolve_epochs(args, shards, world_size, resumed):
+    """`resolve_steps` for shards, counting them only where that is needed (it reads every local tar).
 
-    resumed: the state of a checkpoint. A resumed run keeps its total batch size, unless --data_seed changes: UserError
-    when the number of processes changed and the flags do not make up for it.
+    Returns the total batch size, and how many distinct samples an epoch has, or None where that is not known.
     """
     is_needed = args.max_train_steps is None
     num_counted = count_samples(shards) if is_needed or args.dry_run or Path(shards[0]).is_dir() else None
     known = [number for number in (num_counted, args.max_train_samples) if number is not None]
     num_samples = min(known) if known and (is_needed or num_counted is not None) else None
+    return resolve_steps(args, num_samples, world_size, resumed), num_samples
+
+
+def resolve_steps(args, num_samples, world_size, resumed=None):
+    """Fill in --max_train_steps from --num_train_epochs. Returns the total batch size, samples per update.
+
+    num_samples: how many distinct samples an epoch has, or None where the shards do not tell. resumed: the state of a
+    checkpoint. A resumed run keeps its total batch size, unless --data_seed changes: UserError when the number of
+    processes changed and the flags do not make up for it.
+    """
     total_batch_size = args.train_batch_size * world_size * args.gradient_accumulation_steps
-    if is_needed:
+    if args.max_train_steps is None:
         if num_samples is None:
             raise UserError("--max_train_steps is needed: how many samples remote shards hold is not known")
         args.max_train_steps = math.ceil(num_samples / total_batch_size) * args.num_train_epochs
-    same_data = args.data_seed == resumed["args"].get("data_seed")
-    if same_data and resumed["total_batch_size"] != total_batch_size:
+    saved = resumed or {"args": {}}
+    same_data = args.data_seed == saved["args"].get("data_seed")
+    if same_data and saved["total_batch_size"] != total_batch_size:
         raise UserError(
-            f"--resume_from_checkpoint: an update had {resumed['total_batch_size']} samples and has "
-            f"{total_batch_size} with {world_size} process(es); change --gradient_accumulation_steps to keep their "
-            "number"
+            f"--resume_from_checkpoint: an update had {saved['total_batch_size']} samples and has {total_batch_size} "
+            f"with {world_size} process(es); change --gradient_accumulation_steps to keep their number"
         )
-    return total_batch_size, num_samples
+    return total_batch_size
 
 
 def make_optimizer(args, parameters, total_batch_size):

@@ -308,15 +308,15 @@ def test_steps_follow_from_epochs(shards):
     args = argparse.Namespace(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None)
     vars(args).update(num_train_epochs=3, data_seed=1, dry_run=False, max_train_samples=None)
     files = expand_shards(shards)
-    assert cli.resolve_steps(args, files, 2, {"args": {}}) == (16, 1437) and args.max_train_steps == 270
-    assert cli.resolve_steps(args, files, 2, {"args": {}}) == (16, None)  # not counted without need
+    assert cli.resolve_epochs(args, files, 2, {"args": {}}) == (16, 1437) and args.max_train_steps == 270
+    assert cli.resolve_epochs(args, files, 2, {"args": {}}) == (16, None)  # not counted without need
     args.max_train_steps, args.max_train_samples = None, 100
-    assert cli.resolve_steps(args, files, 2, {"args": {}}) == (16, 100) and args.max_train_steps == 21
+    assert cli.resolve_epochs(args, files, 2, {"args": {}}) == (16, 100) and args.max_train_steps == 21
     args.max_train_steps = None
-    assert cli.resolve_steps(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
+    assert cli.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
     args.max_train_steps, args.max_train_samples = None, None
     with pytest.raises(cli.UserError, match="--max_train_steps is needed"):
-        cli.resolve_steps(args, ["pipe:cat x"], 2, {"args": {}})
+        cli.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}})
 
 
 @pytest.mark.parametrize(("scale_lr", "expected"), [(False, 0.001), (True, 0.008)])
