@@ -221,9 +221,7 @@ def main(args):
     loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
     batches = itertools.chain([first_batch], batches)
     num_levels = sigmas = probabilities = None
-    lognormal = functools.partial(
-        consistency.lognormal_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max, device=device
-    )
+    draw = functools.partial(consistency.lognormal_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max)
     while global_step < args.max_train_steps:
         batch = next(batches)
         with accelerator.accumulate(unet):
@@ -237,7 +235,7 @@ def main(args):
             # 7.2 Draw a pair of noise levels: sigma > target_sigma >= 0. 0 is the data.
             if step < 0:
                 progress_values = {"pretraining": 1}
-                sigma = lognormal(batch_size, args.pretrain_p_mean, args.pretrain_p_std, generator)  # (B,)
+                sigma = draw(batch_size, args.pretrain_p_mean, args.pretrain_p_std, generator)  # (B,)
                 target_sigma = torch.zeros_like(sigma)
             elif args.objective == "ict":
                 if num_levels != discretization_steps(step):
@@ -251,7 +249,7 @@ def main(args):
             else:
                 stage = consistency.ect_stage(step, tuning_steps, args.ect_stages)
                 progress_values = {"ect_stage": stage}
-                sigma = lognormal(batch_size, args.p_mean, args.p_std, generator)
+                sigma = draw(batch_size, args.p_mean, args.p_std, generator)
                 target_sigma = consistency.ect_target_sigma(sigma, stage, args.ect_q, args.ect_k, args.ect_b)
 
             # 7.3 Add the same noise to both sides.

@@ -59,9 +59,9 @@ def sigma_probabilities(sigmas, p_mean=-1.1, p_std=2.0, skip_steps=1):
     return weights / weights.sum()
 
 
-def lognormal_sigmas(batch_size, p_mean, p_std, sigma_min, sigma_max, generator, device):
+def lognormal_sigmas(batch_size, p_mean, p_std, generator, sigma_min=0.002, sigma_max=80.0):
     """exp(P_mean + P_std n), clamped to [sigma_min, sigma_max]: float32 (B,) (EDM, table 1; ECT, section 3)."""
-    n = torch.randn(batch_size, generator=generator, device=device)
+    n = torch.randn(batch_size, generator=generator, device=generator.device)
     return (p_mean + p_std * n).exp().clamp(sigma_min, sigma_max)
 
 

@@ -1,4 +1,4 @@
-"""The scheduler of consistency models, also of those whose network is told something else than diffusers' scheduler tells it."""
+"""The schedulers of consistency models, and how the result is saved with them."""
 
 from pathlib import Path
 

@@ -73,7 +73,7 @@ def test_shares_of_the_pairs_are_scipys_lognormal_in_bins(num_sigmas, skip, p_me
 
 def test_drawn_sigmas_are_lognormal_and_clamped():
     generator = torch.Generator().manual_seed(0)
-    draw = consistency.lognormal_sigmas(100_000, -1.1, 2.0, 0.002, 80.0, generator, "cpu")
+    draw = consistency.lognormal_sigmas(100_000, -1.1, 2.0, generator)
     assert draw.min() >= 0.002 and draw.max() <= 80.0
     inside = draw[(draw > 0.002) & (draw < 80)].double().numpy()
     lognormal = scipy.stats.lognorm(s=2.0, scale=math.exp(-1.1))
