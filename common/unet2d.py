@@ -148,7 +148,7 @@ def _check_config(flag, config):
 def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_dir=None):
     """A UNet2DModel in float32: new, its last convolution zero so that f starts as c_skip x, or with given weights."""
     if pretrained_name is None:
-        unet = UNet2DModel.from_config(config)
+        unet = UNet2DModel.from_config(config).train()
         torch.nn.init.zeros_(unet.conv_out.weight)
         torch.nn.init.zeros_(unet.conv_out.bias)
         return unet
@@ -162,7 +162,7 @@ def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_d
             cache_dir=cache_dir,
             torch_dtype=torch.float32,
             **changes,
-        )
+        ).train()  # from_pretrained leaves it in eval mode, without dropout
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
