@@ -115,7 +115,7 @@ def main(args):
     cli.resolve_data(args, resumed["args"], world_size, num_counted)
     if checkpoint:
         checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
-    network = ct_args.load_feature_network(args.feature_network, device, args.cache_dir) if args.eval_steps else None
+    network = ct_args.load_feature_network(args, device)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     decode = functools.partial(

@@ -107,10 +107,13 @@ def scalings(sigma, sigma_min=0.002, sigma_data=0.5):
 
 
 def noise_condition(sigma, noise_precond_type="cm"):
-    """c_noise, what the network is told instead of sigma: cm 250 ln sigma, edm 0.25 ln sigma, none sigma."""
+    """c_noise, what the network is told instead of sigma: cm 250 ln sigma, edm 0.25 ln sigma, none sigma.
+
+    Rounded once, to the dtype of `sigma`: the stock scheduler computes it in float64.
+    """
     if noise_precond_type == "none":
         return sigma
-    return (250.0 if noise_precond_type == "cm" else 0.25) * sigma.log()
+    return ((250.0 if noise_precond_type == "cm" else 0.25) * sigma.double().log()).to(sigma.dtype)
 
 
 def consistency_function(

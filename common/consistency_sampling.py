@@ -74,9 +74,9 @@ def read_reference(data, limit):
 class Evaluation:
     """Fréchet and kernel distance of samples to training images, on the features of an image network.
 
-    network: from `metrics.load_feature_network`; reference: `read_reference`'s, wanted on the main process. Samples
-    have the reference's classes, repeated in its order. With `class_accuracy` the network is a classifier of the same
-    classes in the same order.
+    network: from `metrics.load_feature_network`; reference: what `read_reference` returns. Samples have the reference's
+    classes, repeated in its order. With `class_accuracy` the network is a classifier of the same classes in the same
+    order.
     """
 
     def __init__(self, accelerator, network, reference, num_samples, batch_size, seed, class_accuracy=False):
@@ -104,9 +104,9 @@ class Evaluation:
             seed = keyed_seed(self.seed, "evaluation", index)
             images = sample(unet, scheduler, labels, timesteps, seed, self.accelerator.autocast)
             hits = metrics.prompt_accuracy(self.network, images, labels) * len(labels) if self.class_accuracy else 0.0
-            parts.append((index, metrics.image_features(self.network, images).tolist(), hits))
-        parts = sorted(gather_object(parts))  # by index: the same sums for any number of processes
-        features = torch.tensor([feature for _, part, _ in parts for feature in part])
+            parts.append((index, metrics.image_features(self.network, images).numpy(), hits))
+        parts = sorted(gather_object(parts), key=lambda part: part[0])  # the same for any number of processes
+        features = torch.cat([torch.from_numpy(part) for _, part, _ in parts])
         if not torch.isfinite(features).all():
             return {"frechet_distance": None, "kernel_distance": None}  # weights that have diverged
         values = {

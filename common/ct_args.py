@@ -8,6 +8,8 @@ import argparse
 from common import UserError, metrics
 from common import args as cli
 
+import torch
+
 REFUSED = {  # flags of the public script that it never reads
     "ddpm_num_steps": "a consistency model has no DDPM schedule, --discretization_s_1 is the number of noise levels",
     "ddpm_num_inference_steps": "a consistency model has no DDPM schedule, --eval_nfe is the number of sampling steps",
@@ -99,6 +101,8 @@ def check_arguments(parser, args):
         parser.error(f"--mid_sigma={args.mid_sigma} must lie between --sigma_min and --sigma_max")
     if args.eval_steps and not args.feature_network:
         parser.error("--eval_steps needs --feature_network, such as facebook/dinov2-large or a folder")
+    if min(args.eval_num_samples, args.eval_num_reference) < 2:
+        parser.error("--eval_num_samples and --eval_num_reference: a distance needs at least 2 of each")
     if args.eval_class_accuracy and not (args.eval_steps and args.class_conditional):
         parser.error("--eval_class_accuracy needs --eval_steps and --class_conditional")
 
@@ -138,13 +142,27 @@ def check_pretrain_steps(args):
         )
 
 
-def load_feature_network(name, device, cache_dir=None):
-    """`metrics.load_feature_network` for --feature_network; UserError where it cannot be loaded."""
+def load_feature_network(args, device):
+    """`metrics.load_feature_network` for --feature_network, None without --eval_steps.
+
+    UserError where it cannot be loaded or used, tried on one image.
+    """
+    if not args.eval_steps:
+        return None
+    flag = f"--feature_network={args.feature_network}"
     try:
-        return metrics.load_feature_network(name, device, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
+        network = metrics.load_feature_network(args.feature_network, device, cache_dir=args.cache_dir)
+        images = torch.zeros((1, 3, args.resolution, args.resolution), dtype=torch.uint8)
+        metrics.image_features(network, images)
+        classes = metrics.class_logits(network, images).shape[1] if args.eval_class_accuracy else None
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--feature_network={name} cannot be loaded ({reason})") from None
+        raise UserError(f"{flag} cannot be used ({reason}); name another network") from None
+    if classes not in (None, args.num_classes):
+        raise UserError(
+            f"{flag} knows {classes} classes and the data have {args.num_classes}; drop --eval_class_accuracy"
+        )
+    return network
 
 
 def place(args):

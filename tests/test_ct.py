@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import tarfile
 
 import train_cm_ct_unconditional as ct
@@ -14,12 +16,14 @@ from common.data import TrainingData, keyed_generator
 from common.image_data import open_images
 from common.images import decode_image_label
 from common.shards import IMAGE_KEYS, DataError
-from common.tools import digits
+from common.tools import demo, demo_ct, digits
 from tests.test_args import gpu  # noqa: F401  (a fixture)
+from tests.test_args import test_mistakes_end_in_one_sentence_and_exit_code_2 as mistakes
 from tests.test_scripts import NO_DDP_LEFT, fingerprint, launch, scalars
 from tests.test_scripts import train as run_script
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
@@ -83,6 +87,11 @@ NUM_IMAGES = 120
 def rows(number=NUM_IMAGES):
     (images, labels), _ = digits.load_split()
     return [Image.fromarray(image) for image in images[:number]], labels[:number].tolist()
+
+
+@pytest.fixture(autouse=True)
+def no_cache_at_home(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="session")
@@ -245,6 +254,7 @@ def test_help_runs_and_every_flag_is_read_somewhere(capsys):
         (["--mid_sigma=90"], "--mid_sigma=90.0 must lie between"),
         (["--eval_steps=10"], "--eval_steps needs --feature_network"),
         (["--eval_class_accuracy"], "--eval_class_accuracy needs --eval_steps"),
+        (["--eval_num_samples=1"], "a distance needs at least 2 of each"),
         (["--sigma_min=90"], "--sigma_min=90.0 must be less than"),
         (["--objective=ect"], "--objective=ect tunes a diffusion model"),
         (["--ect_q=1", "--objective=ect", "--pretrain_steps=1"], "--ect_q must be more than 1"),
@@ -287,7 +297,7 @@ def test_classes_of_shards_must_be_counted_by_the_user(capsys):
         ({"resolution": 9}, "2 levels need a --resolution that 2 divides, not 9"),
         ({"discretization_s_1": 1280, "max_train_steps": 7}, "--max_train_steps=7 is too short for the 8 levels"),
         ({"pretrain_steps": 9}, "--pretrain_steps=9 is more than --max_train_steps=8"),
-        ({"eval_steps": 2, "feature_network": "/no/such"}, "--feature_network=/no/such cannot be loaded"),
+        ({"eval_steps": 2, "feature_network": "/no/such"}, "--feature_network=/no/such cannot be used"),
         ({"max_train_samples": 3, "data_lanes": 8}, "--max_train_samples must be at least 8"),
         ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint=checkpoint-7: there is no such"),
@@ -598,6 +608,13 @@ def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):
         open_images(None, "cifar100", image_column="img")
 
 
+def test_a_classifier_of_other_classes_is_refused(tmp_path, flags, classifier, capsys):
+    options = {"eval_steps": 4, "feature_network": classifier, "eval_class_accuracy": True, "num_classes": 11}
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", **options))
+    assert stopped.value.code == 2 and "knows 10 classes and the data have 11" in capsys.readouterr().err
+
+
 def test_a_folder_of_images_is_no_shards(image_folder):
     with pytest.raises(DataError, match="pass images as --train_data_dir"):
         open_images(str(image_folder))
@@ -904,3 +921,72 @@ def test_no_value_is_pulled_from_the_device_between_log_entries(tmp_path, flags,
     monkeypatch.setattr(torch.Tensor, "item", counted)
     train(flags(tmp_path / "out", gradient_accumulation_steps=2, logging_steps=4, report_to="none"))
     assert len(pulls) == 2
+
+
+def test_script_length():
+    lines = open(ct.__file__).read().splitlines()
+    start = lines.index("def main(args):")
+    end = next(i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith((" ", ")")))
+    assert sum(1 for line in lines if line.strip()) <= 350
+    assert sum(1 for line in lines[start:end] if line.strip()) <= 240
+
+
+# --- the demo
+
+
+def test_the_demo_measures_what_it_was_told_to_train(tmp_path, classifier, monkeypatch):
+    """The three runs of the demo, short; the reference is sampled with Heun, the others through the stock pipeline."""
+    shutil.copytree(classifier, tmp_path / "classifier")
+    (tmp_path / "demo.json").write_text('{"seed": 3}')
+    short = {"max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 8, "validation_steps": 0}
+    monkeypatch.setattr(demo_ct, "FLAGS", demo_ct.FLAGS | short)
+    changed = {"ict": {}, "ect": {"pretrain_steps": 4}, "diffusion": {"pretrain_steps": 8}}
+    monkeypatch.setattr(demo_ct, "RUNS", {name: demo_ct.RUNS[name] | changed[name] for name in demo_ct.RUNS})
+    monkeypatch.setattr(demo, "SET_SIZE", 20)
+
+    def in_process(command, **kwargs):
+        train(command[command.index(str(demo.ROOT / demo_ct.SCRIPT)) + 1 :])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo_ct.subprocess, "run", in_process)
+    demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
+    report = (tmp_path / "ct_report.md").read_text()
+    lines = [line for line in report.splitlines() if line.startswith("| ") and "model" not in line]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| ict", "1"], ["| ict", "2"], ["| ect", "1"], ["| ect", "2"], ["| diffusion", "18"],
+    ]  # fmt: skip
+    assert (tmp_path / "ct_report.png").is_file() and "CC BY 4.0" in report
+    monkeypatch.setattr(demo_ct, "train", None)  # a second demo reuses all
+    demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
+    demo.open_output_dir(tmp_path, 4, rebuild=True)
+    assert not list(tmp_path.glob("ct_ict")) and not list(tmp_path.glob("ct_digits"))
+
+
+def test_the_demos_digits_are_those_that_the_classifier_knows(tmp_path):
+    demo_ct.write_digits(tmp_path)
+    shards, source = open_images(None, train_data_dir=tmp_path, label_column="label")
+    (large, labels), _ = digits.load_split()
+    assert source.num_classes == 10 and len(source.keys) == len(labels)
+    images, small_labels = digits.load_small()
+    floats = np.repeat(images[..., None], 3, axis=-1) / 255
+    assert np.array_equal(demo_ct.enlarge(floats), large) and np.array_equal(small_labels, labels)
+    row = source.read(0)
+    assert np.asarray(Image.open(io.BytesIO(row["png"]))).shape == (8, 8) and row["cls"] == b"0"
+
+
+# --- mistakes in the flags that all scripts share
+
+
+def shared_mistakes():
+    marks = mistakes.pytestmark
+    cases = next(mark.args[1] for mark in marks if mark.args[0] == ("flags", "sentence"))
+    flags = vars(ct.parse_args(REQUIRED))
+    own = {"huber_c"}  # 0 is a value here
+    return [case for case in cases if case[0][0][2:].split("=")[0] in flags.keys() - own]
+
+
+@pytest.mark.parametrize(("words", "sentence"), shared_mistakes())
+def test_mistakes_in_shared_flags(words, sentence, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(cli, "get_token", lambda: None)
+    test_mistakes_end_in_one_sentence_and_exit_code_2(words, sentence, capsys)

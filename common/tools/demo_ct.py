@@ -76,7 +76,7 @@ def run(output_dir, seed):
 
 
 def built_names():
-    return ["ct_digits", *(f"ct_{name}" for name in RUNS)]
+    return ["ct_digits", "ct_cache", *(f"ct_{name}" for name in RUNS)]
 
 
 def write_digits(folder):
@@ -99,6 +99,7 @@ def training_command(output_dir, folder, flags, seed):
         f"--train_data_dir={output_dir / 'ct_digits'}",
         f"--model_config_name_or_path={output_dir / 'ct_unet.json'}",
         f"--output_dir={folder}",
+        f"--cache_dir={output_dir / 'ct_cache'}",
         *(f"--{name}" if value is None else f"--{name}={value}" for name, value in (FLAGS | flags).items()),
         f"--seed={seed}",
     ]
@@ -227,8 +228,8 @@ def report_lines(results):
         f"Floor: the {digits.NUM_HELD_OUT} held-out digits are at distance {floor:.2f} from the training digits.",
         "",
         f"- {FLAGS['max_train_steps']:,} updates of {FLAGS['train_batch_size']} images each, one network, "
-        f"{RESOLUTION} pixels. `diffusion` is the diffusion training that ECT begins with, for the whole budget, sampled with EDM's "
-        f"Heun sampler: {HEUN_STEPS} steps, {2 * HEUN_STEPS - 1} evaluations of the network.",
+        f"{RESOLUTION} pixels. `diffusion` is the diffusion training that ECT begins with, for the whole budget, "
+        f"sampled with EDM's Heun sampler: {HEUN_STEPS} steps, {2 * HEUN_STEPS - 1} evaluations of the network.",
         f"- Every row: {demo.NUM_SETS * demo.SET_SIZE:,} samples in {demo.NUM_SETS} sets, every digit equally often, "
         "enlarged to 16 pixels and measured as the Stable Diffusion demo does; ± is the spread of the sets.",
         f"- Data: {digits.DATA_NOTE}.",
