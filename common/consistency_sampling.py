@@ -74,9 +74,8 @@ def read_reference(data, limit):
 class Evaluation:
     """Fréchet and kernel distance of samples to training images, on the features of an image network.
 
-    network: from `metrics.load_feature_network`; reference: what `read_reference` returns. Samples have the reference's
-    classes, repeated in its order. With `class_accuracy` the network is a classifier of the same classes in the same
-    order.
+    network: from `metrics.load_feature_network`; reference: what `read_reference` returns. Samples have its classes,
+    repeated in its order. With `class_accuracy` the network is a classifier of the same classes in the same order.
     """
 
     def __init__(self, accelerator, network, reference, num_samples, batch_size, seed, class_accuracy=False):
