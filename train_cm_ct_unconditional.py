@@ -134,15 +134,22 @@ def main(args):
     ct_args.check_pretrain_steps(args)
     # How long the curriculum is; an extended run keeps the one that it began with.
     tuning_steps = resumed.get("tuning_steps") or args.max_train_steps - args.pretrain_steps
-    s_0, s_1 = args.discretization_s_0, args.discretization_s_1
-    s_1 = s_0 if args.constant_discretization_steps else s_1
+    s_0 = args.discretization_s_0
+    s_1 = s_0 if args.constant_discretization_steps else args.discretization_s_1
     discretization_steps = functools.partial(
         consistency.discretization_steps, max_train_steps=tuning_steps, s_0=s_0, s_1=s_1
     )
     counts = unet2d.count_parameters_and_flops(unet_config)
     derived = ct_args.derived_configuration(args, counts, world_size, total_batch_size, num_samples)
-    if args.objective == "ict" and tuning_steps:  # an error where the curriculum does not fit
+    sigma_range = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho}
+    timesteps = {
+        k: consistency.sampling_timesteps(k, args.mid_sigma, args.discretization_s_1 + 1, **sigma_range)
+        for k in args.eval_nfe
+    }
+    if args.objective == "ict" and tuning_steps:  # with an error where the curriculum or its shares do not fit
         derived["noise levels"] = f"{discretization_steps(0)} to {discretization_steps(tuning_steps - 1)}"
+        sigmas = consistency.karras_sigmas(s_0 + 1, **sigma_range)
+        consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
     if is_main:
         cli.echo("Flags", cli.public_args(args))
         cli.echo("What follows from them", derived)
@@ -163,7 +170,6 @@ def main(args):
         noise_precond_type=args.noise_precond_type,
         input_precond_type=args.input_precond_type,
     )
-    sigma_range = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho}
     scheduler = make_scheduler(
         args.noise_precond_type,
         args.input_precond_type,
@@ -171,10 +177,6 @@ def main(args):
         sigma_data=args.sigma_data,
         **sigma_range,
     )
-    timesteps = {
-        k: consistency.sampling_timesteps(k, args.mid_sigma, args.discretization_s_1 + 1, **sigma_range)
-        for k in args.eval_nfe
-    }
 
     # 4. Network and its average, float32; F computes under autocast. The target is the same network without gradients.
     torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1

@@ -52,11 +52,15 @@ def sigma_probabilities(sigmas, p_mean=-1.1, p_std=2.0, skip_steps=1):
     """p(i), the share of pairs (sigma_i, sigma_{i + skip_steps}): a lognormal in bins (iCT, section 3.5).
 
     p(i) ∝ erf((ln sigma_{i+n} - P_mean) / (sqrt(2) P_std)) - erf((ln sigma_i - P_mean) / (sqrt(2) P_std))
-    sigmas: float64 (N,), ascending. Returns float64 (N - skip_steps,) with sum 1.
+    sigmas: float64 (N,), ascending. Returns float64 (N - skip_steps,) with sum 1. UserError where all are 0.
     """
     cdf = torch.erf((sigmas.log() - p_mean) / (math.sqrt(2) * p_std))
     weights = cdf[skip_steps:] - cdf[: len(sigmas) - skip_steps]
-    return weights / weights.sum()
+    if not weights.sum() > 0:
+        raise UserError(
+            f"--p_mean={p_mean}, --p_std={p_std}: no pair of noise levels between --sigma_min and --sigma_max is drawn"
+        )
+    return (weights / weights.sum()).clamp(min=0)
 
 
 def lognormal_sigmas(batch_size, p_mean, p_std, generator, sigma_min=0.002, sigma_max=80.0):
@@ -83,11 +87,17 @@ def sampling_timesteps(num_inference_steps, mid_sigma, num_sigmas, sigma_min=0.0
 
     Descending indices of CMStochasticIterativeScheduler with num_train_timesteps = N = num_sigmas, where index j is
     the noise level (smax^(1/rho) + j / (N - 1) (smin^(1/rho) - smax^(1/rho)))^rho. [0] for one step. With
-    num_inference_steps alone the scheduler's second level would be 2.5 instead of iCT's 0.821.
+    num_inference_steps alone the scheduler's second level would be 2.5 instead of iCT's 0.821. UserError where the
+    grid has too few levels.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     last = round((high - mid_sigma ** (1 / rho)) / (high - low) * (num_sigmas - 1))
     indices = {round(last * i / max(num_inference_steps - 1, 1)) for i in range(num_inference_steps)}
+    if len(indices) < num_inference_steps:
+        raise UserError(
+            f"--eval_nfe={num_inference_steps} is more steps than there are noise levels above --mid_sigma={mid_sigma};"
+            " take fewer, or a larger --discretization_s_1"
+        )
     return sorted(indices, reverse=True)
 
 

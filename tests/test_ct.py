@@ -297,6 +297,8 @@ def test_classes_of_shards_must_be_counted_by_the_user(capsys):
         ({"resolution": 9}, "2 levels need a --resolution that 2 divides, not 9"),
         ({"discretization_s_1": 1280, "max_train_steps": 7}, "--max_train_steps=7 is too short for the 8 levels"),
         ({"pretrain_steps": 9}, "--pretrain_steps=9 is more than --max_train_steps=8"),
+        ({"p_mean": 50}, "--p_mean=50.0, --p_std=2.0: no pair of noise levels"),
+        ({"eval_nfe": "1,50"}, "--eval_nfe=50 is more steps than there are noise levels"),
         ({"eval_steps": 2, "feature_network": "/no/such"}, "--feature_network=/no/such cannot be used"),
         ({"max_train_samples": 3, "data_lanes": 8}, "--max_train_samples must be at least 8"),
         ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),
