@@ -95,8 +95,8 @@ def sampling_timesteps(num_inference_steps, mid_sigma, num_sigmas, sigma_min=0.0
     indices = {round(last * i / max(num_inference_steps - 1, 1)) for i in range(num_inference_steps)}
     if len(indices) < num_inference_steps:
         raise UserError(
-            f"--eval_nfe={num_inference_steps} is more steps than there are noise levels above --mid_sigma={mid_sigma};"
-            " take fewer, or a larger --discretization_s_1"
+            f"--eval_nfe={num_inference_steps} is more steps than there are noise levels above --mid_sigma={mid_sigma}"
+            "; take fewer, or a larger --discretization_s_1"
         )
     return sorted(indices, reverse=True)
 

@@ -53,7 +53,7 @@ def report(output_dir, seeds):
         for rows in zip(*(result["rows"] for result in results), strict=True):
             distances = [row["frechet_distance"] for row in rows]
             accuracies = [row["class_accuracy"] for row in rows]
-            minutes = [result["training_seconds"] / 60 for result in results]
+            minutes = [result["training_seconds"]["cpu"] / 60 for result in results if result["training_seconds"]]
             print(
                 f"| {name}, {rows[0]['steps']} steps | {np.mean(distances):.2f} ± {np.std(distances):.2f} | "
                 f"{np.mean(accuracies):.3f} ± {np.std(accuracies):.3f} | "
