@@ -80,8 +80,8 @@ def parse_args(argv=None):
         parser.error(
             "--objective=ect tunes a diffusion model: add --pretrain_steps or --pretrained_model_name_or_path"
         )
-    if args.ect_q <= 1:
-        parser.error("--ect_q must be more than 1")
+    if not 1 < args.ect_q <= args.ect_q**args.ect_stages <= 2**16:
+        parser.error("--ect_q must be more than 1, and ect_q^ect_stages at most 65536, where float32 ends")
     if args.discretization_s_1 < args.discretization_s_0:
         parser.error(f"--discretization_s_1={args.discretization_s_1} is less than --discretization_s_0; swap them")
     if args.skip_steps > args.discretization_s_0:

@@ -258,6 +258,7 @@ def test_help_runs_and_every_flag_is_read_somewhere(capsys):
         (["--sigma_min=90"], "--sigma_min=90.0 must be less than"),
         (["--objective=ect"], "--objective=ect tunes a diffusion model"),
         (["--ect_q=1", "--objective=ect", "--pretrain_steps=1"], "--ect_q must be more than 1"),
+        (["--ect_q=256", "--objective=ect", "--pretrain_steps=1"], "ect_q^ect_stages at most 65536"),
         (["--discretization_s_1=5"], "--discretization_s_1=5 is less than --discretization_s_0"),
         (["--skip_steps=11"], "--skip_steps=11: at most --discretization_s_0=10"),
         (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
@@ -507,8 +508,8 @@ def test_constant_images_are_learnt(tmp_path, flags):
     grey = [Image.new("RGB", (8, 8), (191,) * 3)] * 16
     datasets.Dataset.from_dict({"img": grey, "label": [0] * 16}, features).save_to_disk(tmp_path / "grey")
     options = {"dataset_name": tmp_path / "grey", "class_conditional": None, "dropout": 0.0, "discretization_s_1": 10}
-    options |= {"max_train_steps": 400, "train_batch_size": 16, "checkpointing_steps": 400, "ema_max_decay": 0.98}
-    train(flags(tmp_path / "out", **options, learning_rate=2e-3, logging_steps=100))
+    options |= {"max_train_steps": 160, "train_batch_size": 8, "checkpointing_steps": 160, "ema_max_decay": 0.95}
+    train(flags(tmp_path / "out", **options | {"learning_rate": 4e-3, "logging_steps": 80}))
     pipeline = quiet(ConsistencyModelPipeline.from_pretrained(tmp_path / "out"))
     for timesteps in ([0], [6, 0]):
         images = pipeline(
