@@ -164,15 +164,22 @@ def add_teacher_arguments(parser):
     add("--cast_teacher_unet", action=yes_no, default=True, help="run the teacher in the dtype of --mixed_precision")
 
 
-def add_data_arguments(parser):
+def add_data_arguments(parser, text=True):
+    """text: whether the data have captions, and come from shards alone."""
     add = parser.add_argument_group("data").add_argument
-    add("--train_shards_path_or_url", required=True, help="tars (braces, globs, http://, pipe:) or an image folder")
+    add("--train_shards_path_or_url", required=text, help="tars (braces, globs, http://, pipe:) or an image folder")
     add("--resolution", type=positive_int, help="side of the square training images, in pixels; SD: 512, SDXL: 1024")
     add("--interpolation_type", default="bilinear", choices=INTERPOLATION_TYPES, help="how images are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--min_image_size", type=non_negative_int, default=0, help="skip images whose shorter side is less")
-    add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions replaced by the empty one")
+    if text:
+        add(
+            "--proportion_empty_prompts",
+            type=fraction,
+            default=0.0,
+            help="share of captions that are dropped",
+        )
     add("--max_train_samples", type=positive_int, help="use at most so many distinct samples")
     add("--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together")
     add(
@@ -184,7 +191,7 @@ def add_data_arguments(parser):
     add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 
-def add_training_arguments(parser, output_dir, tracker_project_name):
+def add_training_arguments(parser, output_dir, tracker_project_name, text=True):
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default=output_dir, help="where checkpoints, logs and the result go")
     add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
@@ -225,8 +232,9 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
         default=200,
         help="updates between two sample grids; 0: only at the end",
     )
-    add("--validation_prompts", action="append", help="repeatable, or @FILE; default: up to 4 captions of the data")
-    add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
+    if text:
+        add("--validation_prompts", action="append", help="repeatable, or @FILE; default: 4 captions of the data")
+        add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
 
     add = parser.add_argument_group("hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the result and its card")
@@ -255,7 +263,8 @@ def check_training_arguments(parser, args):
     args.report_to = check_trackers(parser, args.report_to)
     if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
         parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
-    args.validation_prompts = read_prompts(parser, args.validation_prompts)
+    if hasattr(args, "validation_prompts"):
+        args.validation_prompts = read_prompts(parser, args.validation_prompts)
 
 
 def run_state(args, run_id, prompts, total_batch_size, train_data):
@@ -342,9 +351,9 @@ def resolve_seed(seed, saved_seed=None):
 
 
 def image_options(args):
-    """The flags of `data.decode_image_text`."""
+    """The flags of `images.decode_image_text`, or, without captions, of `images.decode_image_label`."""
     names = ("resolution", "interpolation_type", "center_crop", "random_flip", "proportion_empty_prompts")
-    return {name: getattr(args, name) for name in (*names, "min_image_size")}
+    return {name: getattr(args, name) for name in (*names, "min_image_size") if hasattr(args, name)}
 
 
 def data_options(args, accelerator):
@@ -463,11 +472,16 @@ def resolve_steps(args, num_samples, world_size, resumed=None):
 
 
 def make_optimizer(args, parameters, total_batch_size):
-    """AdamW (fused on CUDA) or bitsandbytes' 8-bit AdamW over the list of trainable `parameters`."""
+    """AdamW (fused on CUDA), bitsandbytes' 8-bit AdamW, or RAdam over the list of trainable `parameters`.
+
+    RAdam is for scripts that have --optimizer_type; its weight decay is decoupled, as AdamW's.
+    """
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
         optimizer_class, options = AdamW8bit, {}
+    elif getattr(args, "optimizer_type", "adamw") == "radam":
+        optimizer_class, options = torch.optim.RAdam, {"decoupled_weight_decay": True}
     else:
         optimizer_class, options = torch.optim.AdamW, {"fused": torch.cuda.is_available()}
     return optimizer_class(

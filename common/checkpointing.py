@@ -5,6 +5,7 @@ size of every file, and only then renamed; older ones are pruned after that. A r
 last complete checkpoint intact. Nothing is unpickled but tensors and plain containers (`weights_only`).
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -27,12 +28,14 @@ MAY_CHANGE = frozenset(
     "output_dir resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
     "logging_dir logging_steps report_to tracker_project_name validation_steps validation_prompts "
     "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
-    "push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
+    "eval_steps eval_nfe eval_num_samples eval_num_reference eval_batch_size feature_network eval_class_accuracy "
+    "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
     "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes
 )
 
 # These too, where --data_seed changes: the data then start afresh.
 DATA_FLAGS = frozenset(
+    "dataset_name dataset_config_name dataset_image_column_name dataset_class_label_column_name train_data_dir "
     "data_seed data_lanes train_shards_path_or_url max_train_samples shuffle_block_samples train_batch_size".split()
 )
 
@@ -65,6 +68,21 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     except OSError as error:
         raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
     remove_leftovers(output_dir)
+
+
+def move_aside(output_dir, report=print):
+    """Rename an earlier run's folder to NAME.1, NAME.2, ...: nothing of it is lost. Main process only.
+
+    UserError where the folder holds anything but is no run's.
+    """
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    if not (output_dir / CONFIG).is_file():
+        raise UserError(f"--overwrite_output_dir: --output_dir={output_dir} holds files but no run; name a new folder")
+    number = next(n for n in itertools.count(1) if not output_dir.with_name(f"{output_dir.name}.{n}").exists())
+    output_dir.rename(output_dir.with_name(f"{output_dir.name}.{number}"))
+    report(f"{output_dir} was moved to {output_dir}.{number}")
 
 
 def completeness(checkpoint):

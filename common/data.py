@@ -192,6 +192,8 @@ class TrainingData:
     those of the loaded state. max_train_samples: at most that many distinct samples, the same in each epoch.
     max_skip_ratio: share of unreadable samples among the last 10,000 above which the run stops. data_timeout: seconds
     without a batch from the workers, or without an end of a pipe's command, after which it is given up.
+    source: samples that are neither shards nor a folder: `name`, `keys` (list of str, in a fixed order) and
+    read(index) -> {extension: bytes}; `shards` then only says which data they are.
     skipped_log: JSON lines of the first 1,000 skipped samples; ranks above 0 write beside it, `NAME.rank1.jsonl`.
     Raises DataError here, in `load_state_dict`, and while iterating.
     """
@@ -216,6 +218,7 @@ class TrainingData:
         pin_memory: bool = False,
         skipped_log: Path | None = None,
         report: Callable[[str], None] = print,
+        source=None,
     ):
         assert batch_size > 0 and shuffle_block_samples > 0 and shuffle_block_bytes > 0 and 0 <= rank < world_size
         self.shards, self.decode, self.required = list(shards), decode, required
@@ -231,7 +234,7 @@ class TrainingData:
             raise DataError("--train_shards_path_or_url names no shard.")
         if data_timeout <= 0:
             raise DataError("--data_timeout must be above 0: it is the number of seconds to wait for a batch.")
-        folders = [shard for shard in self.shards if not is_remote(shard) and os.path.isdir(shard)]
+        folders = [shard for shard in self.shards if not is_remote(shard) and os.path.isdir(shard) and source is None]
         if folders and len(self.shards) > 1:
             raise DataError(
                 f"--train_shards_path_or_url: {folders[0]!r} is a folder of images, which goes with no shards and "
@@ -239,6 +242,9 @@ class TrainingData:
             )
         self._folder = folders[0] if folders else None
         self._items = folder_items(self._folder) if folders else None
+        self._source = source
+        if source is not None:
+            self._folder, self._items = source.name, [(key, None) for key in source.keys]
         listing = json.dumps([self.shards, [name for name, _ in self._items or ()]])
         self._shards_hash = hashlib.sha256(listing.encode()).hexdigest()
         self._start(num_lanes or 8 * world_size, 0, None)
@@ -308,6 +314,8 @@ class TrainingData:
     def _folder_sample(self, index: int) -> tuple[str, dict]:
         """(key, raw); a file that cannot be read becomes an empty one, which no decoder takes."""
         name, caption = self._items[index]
+        if self._source is not None:
+            return name, self._source.read(index)
         path = os.path.join(self._folder, name)
         stem, extension = os.path.splitext(path)
         raw = {extension[1:].lower(): b""}

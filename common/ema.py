@@ -1,4 +1,4 @@
-"""Exponential moving average of parameters."""
+"""Exponential moving averages of parameters."""
 
 import torch
 
@@ -11,3 +11,31 @@ def ema_update(target_parameters, source_parameters, decay):
     update of 1e-6 is lost in half precision). Works on the sharded parameters themselves under FSDP.
     """
     torch._foreach_lerp_([p.detach() for p in target_parameters], [p.detach() for p in source_parameters], 1.0 - decay)
+
+
+def ema_decay(step, max_decay, min_decay=None, inv_gamma=None, power=0.75, gamma=None):
+    """The decay of the update that ends step `step` (1, 2, ...); the first one copies the weights.
+
+    Constant: max_decay, or with `min_decay` n / (9 + n) between the two, for n = step. With `inv_gamma`, warm-up:
+    1 - (1 + (n - 1) / inv_gamma)^-power between min_decay (0 unless given) and max_decay: both as diffusers' EMAModel.
+    With `gamma`, the power function (1 - 1 / n)^(gamma + 1), whose memory grows with the run (2312.02696, eq. 127).
+    """
+    if step <= 1:
+        return 0.0
+    if gamma is not None:
+        return (1 - 1 / step) ** (gamma + 1)
+    if inv_gamma is not None:
+        decay = 1 - (1 + (step - 1) / inv_gamma) ** -power
+    elif min_decay is None:
+        return max_decay
+    else:
+        decay = step / (9 + step)
+    return min(max_decay, max(min_decay or 0.0, decay))
+
+
+def ema_start_share(num_steps, **options):
+    """How much of an EMA over `num_steps` updates is still the weights after the first one; options of `ema_decay`."""
+    share = 1.0
+    for step in range(2, num_steps + 1):
+        share *= ema_decay(step, **options)
+    return share

@@ -47,28 +47,37 @@ def save_grid(output_dir, images, prompts):
     image_grid(rows, labels, prompts, scale=scale).save(Path(output_dir, "sample_grid.png"))
 
 
-def write_model_card(output_dir, *, method, teacher, data, command, snippet, notes, tags):
+def write_model_card(
+    output_dir,
+    *,
+    method,
+    data,
+    command,
+    snippet,
+    notes,
+    tags,
+    teacher=None,
+    license=None,
+    pipeline_tag="text-to-image",
+):
     """Write README.md: front matter for the hub, what the model is, the snippet that runs it, samples, the command.
 
-    teacher, data, command, method, notes: text. snippet: Python. The samples are `sample_grid.png` beside the card.
-    The title is the folder's name, the licence what the teacher's card states. A teacher that is a local folder is
-    named in the text only: `base_model` must be a hub repository.
+    teacher, data, command, method, notes: text; teacher is None where there is none. license: without it, what the
+    teacher's card states. snippet: Python. The samples are `sample_grid.png` beside the card, the title is the
+    folder's name. A teacher that is a local folder is named in the text only: `base_model` must be a hub repository.
     """
-    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": list(tags)}
-    if not Path(teacher).exists():
+    front = {"library_name": "diffusers", "pipeline_tag": pipeline_tag, "tags": list(tags)}
+    if teacher is not None and not Path(teacher).exists():
         front["base_model"] = teacher
-    license = teacher_license(teacher)
+    if license is None and teacher is not None:
+        license = teacher_license(teacher)
     if license:
         front["license"] = license
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "---",
-        "",
-        f"# {Path(output_dir).resolve().name}",
-        "",
-    ]
-    lines += [method, "", f"- Teacher: `{teacher}`" + (f" (licence: {license})" if license else ""), f"- Data: {data}"]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", ""]
+    lines += [f"# {Path(output_dir).resolve().name}", "", method, ""]
+    if teacher is not None:
+        lines.append(f"- Teacher: `{teacher}`" + (f" (licence: {license})" if license else ""))
+    lines.append(f"- Data: {data}")
     lines += [f"- {note}" for note in notes] + ["", "```python", snippet.strip(), "```", ""]
     lines += ["![samples](sample_grid.png)", ""]
     lines += ["## How it was made", "", "```bash", command, "```", ""]

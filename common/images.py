@@ -1,7 +1,8 @@
-"""Decoding a text-image sample: from the bytes of its members to a square uint8 image and a caption, without
+"""Decoding a sample: from the bytes of its members to a square uint8 image and a caption or a class, without
 torchvision. Left out: video, audio, ICC profiles."""
 
 import io
+import json
 import random
 import warnings
 
@@ -46,12 +47,65 @@ def decode_image_text(
     "too_small" (shorter side under `min_image_size`), "too_big" (more than `max_image_pixels` before or after the
     resize, judged before the pixels are decoded), or "decode".
     """
-    if interpolation_type not in INTERPOLATION_TYPES:
-        raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
-    antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
     empty_caption = rng.random() < proportion_empty_prompts
     caption = _decode_caption(raw)
+    limits = (min_image_size, max_image_pixels)
+    image, original_size, corner = _decode_square(
+        raw, resolution, interpolation_type, center_crop, flip, top, left, *limits
+    )
+    return {
+        "images": image,
+        "captions": "" if empty_caption else caption,
+        "original_sizes": torch.tensor(original_size),
+        "crop_top_lefts": torch.tensor(corner),
+    }
+
+
+def decode_image_label(
+    raw: dict[str, bytes],
+    rng: random.Random,
+    *,
+    resolution: int,
+    num_classes: int | None = None,
+    label_name: str = "label",
+    interpolation_type: str = "bilinear",
+    center_crop: bool = False,
+    random_flip: bool = False,
+    min_image_size: int = 0,
+    max_image_pixels: int = 178956970 // 2,
+) -> dict:
+    """Decode one image as `decode_image_text` does, and with `num_classes` its class instead of a caption.
+
+    The class is a whole number in the member `cls`, or under `label_name` in the member `json`. Returns `images` uint8
+    (3, R, R) and, with `num_classes`, `class_labels` int64 (), from 0 to num_classes - 1. Draws from `rng` in a fixed
+    order: flip, top, left. Raises SampleError: "decode" (also for a class that is missing or out of range),
+    "too_small", "too_big".
+    """
+    flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
+    label = {} if num_classes is None else {"class_labels": torch.tensor(_decode_label(raw, label_name, num_classes))}
+    limits = (min_image_size, max_image_pixels)
+    image, _, _ = _decode_square(raw, resolution, interpolation_type, center_crop, flip, top, left, *limits)
+    return {"images": image} | label
+
+
+def _decode_label(raw, label_name, num_classes):
+    try:
+        label = int(raw["cls"]) if "cls" in raw else json.loads(raw["json"])[label_name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SampleError("decode", f"no class, neither in cls nor as {label_name} in json: {error}") from error
+    if type(label) is not int or not 0 <= label < num_classes:
+        raise SampleError("decode", f"the class is {label!r}, not a whole number below --num_classes={num_classes}")
+    return label
+
+
+def _decode_square(
+    raw, resolution, interpolation_type, center_crop, flip, top, left, min_image_size, max_image_pixels
+):
+    """The image uint8 (3, R, R), its source's (height, width), the crop's (top, left); top and left are fractions."""
+    if interpolation_type not in INTERPOLATION_TYPES:
+        raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
+    antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
     image_bytes = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
     if image_bytes is None:
         raise SampleError("decode", "no image")
@@ -74,12 +128,7 @@ def decode_image_text(
         top, left = int(top * (height - resolution + 1)), int(left * (width - resolution + 1))
     column = width - resolution - left if flip else left  # (top, left) is a place in the flipped image
     image = image[0, :, top : top + resolution, column : column + resolution]  # (3, R, R)
-    return {
-        "images": image.flip(2) if flip else image,
-        "captions": "" if empty_caption else caption,
-        "original_sizes": torch.tensor(original_size),
-        "crop_top_lefts": torch.tensor((top, left)),
-    }
+    return image.flip(2) if flip else image, original_size, (top, left)
 
 
 def _decode_caption(raw: dict[str, bytes]) -> str:

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def card(tmp_path, **changes):
-    values = {"title": "my model", "method": "A method.", "teacher": "org/teacher", "data": "some shards",
+    values = {"method": "A method.", "teacher": "org/teacher", "data": "some shards",
               "command": "accelerate launch x.py --a=b", "snippet": "print(1)", "notes": ["one"], "tags": ["t"],
               "license": "mit"}  # fmt: skip
     export.write_model_card(tmp_path, **(values | changes))
@@ -20,13 +20,28 @@ def card(tmp_path, **changes):
 def test_card_names_teacher_licence_command_and_versions(tmp_path):
     front, body = card(tmp_path)
     assert front["base_model"] == "org/teacher" and front["license"] == "mit" and front["library_name"] == "diffusers"
-    for part in ("# my model", "accelerate launch x.py --a=b", "print(1)", "- one", "torch 2.13.0", "sample_grid.png"):
+    for part in (
+        f"# {tmp_path.name}",
+        "accelerate launch x.py --a=b",
+        "print(1)",
+        "- one",
+        "torch 2.13.0",
+        "sample_grid.png",
+    ):
         assert part in body
 
 
 def test_a_local_teacher_is_no_hub_base_model(tmp_path):
     front, body = card(tmp_path, teacher=str(tmp_path), license=None)
     assert "base_model" not in front and "license" not in front and str(tmp_path) in body
+
+
+def test_the_licence_is_the_teachers_unless_one_is_given(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: openrail\n---\ntext")
+    local = {"teacher": str(tmp_path / "teacher")}
+    assert card(tmp_path, **local, license=None)[0]["license"] == "openrail"
+    assert card(tmp_path, **local)[0]["license"] == "mit"
 
 
 def test_licence_of_a_teacher_folder(tmp_path):
@@ -46,6 +61,7 @@ def test_upload_is_the_model_and_its_card_only(tmp_path, monkeypatch):
     index = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": [None, None]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     model = ["unet/model.safetensors", "unet_target/model.safetensors", "scheduler/config.json"]
+    model += ["stage-1-k4/unet/model.safetensors", "stage-1-k4/README.md"]
     others = ["checkpoint-5/model.safetensors", "logs/run/events", "my logs/events", "skipped_samples.jsonl"]
     for name in [*model, *others, "README.md", "checkpoint-6.tmp/x", "pytorch_lora_weights.safetensors"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--output_dir", default="demo", help="everything that is built and measured")
-    add("--method", choices=list(METHODS), default="lcm", help="which training script to run")
+    add("--method", choices=[*METHODS, "ct"], default="lcm", help="which training script to run; ct needs no teacher")
     add("--teacher", choices=list(TEACHERS), default="sd", help="sd predicts the noise, as SD1.5 and SDXL do")
     add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")
     add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
@@ -146,6 +146,12 @@ def main(args):
     open_output_dir(output_dir, args.seed, args.rebuild)
     teacher_name, prediction_type, sdxl = TEACHERS[args.teacher]
     started = time.perf_counter()
+    if args.method == "ct":
+        from common.tools import demo_ct  # which imports this module
+
+        demo_ct.run(output_dir, args.seed)
+        print(f"finished in {time.perf_counter() - started:.0f} s", flush=True)
+        return
 
     # 3. Data, classifier, teacher.
     build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
@@ -206,8 +212,16 @@ def open_output_dir(output_dir, seed, rebuild):
 
 
 def built_names():
+    from common.tools import demo_ct
+
     teachers = [name for name, *_ in TEACHERS.values()]
-    return ["shards", "classifier", *teachers, *(t.replace("teacher", m) for t in teachers for m in METHODS)]
+    return [
+        "shards",
+        "classifier",
+        *demo_ct.built_names(),
+        *teachers,
+        *(t.replace("teacher", m) for t in teachers for m in METHODS),
+    ]
 
 
 def build_once(folder, build):

@@ -70,12 +70,20 @@ DATA_NOTE = (
 def load_split():
     """Return ((images, labels), (images, labels)) for training and held out: uint8 (N, 16, 16, 3) and int (N,)."""
     digits = load_digits()
-    images = [_enlarge(image) for image in digits.images]
-    train, held_out = train_test_split(
-        np.arange(len(images)), test_size=NUM_HELD_OUT, stratify=digits.target, random_state=0
-    )
-    images = np.stack(images)
+    images = np.stack([_enlarge(image) for image in digits.images])
+    train, held_out = _split(digits.target)
     return (images[train], digits.target[train]), (images[held_out], digits.target[held_out])
+
+
+def load_small():
+    """Return the training part as it is before `load_split` enlarges it: uint8 (N, 8, 8) and int (N,)."""
+    digits = load_digits()
+    train, _ = _split(digits.target)
+    return (digits.images[train] * (255 / 16)).round().astype(np.uint8), digits.target[train]
+
+
+def _split(labels):
+    return train_test_split(np.arange(len(labels)), test_size=NUM_HELD_OUT, stratify=labels, random_state=0)
 
 
 def _enlarge(image):

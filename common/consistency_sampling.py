@@ -1,0 +1,149 @@
+"""Samples of consistency models during training: grids for people, distances to the training data for the record."""
+
+import json
+import math
+from pathlib import Path
+
+from common import metrics, validation
+from common.data import keyed_seed
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import ConsistencyModelPipeline
+from tqdm import tqdm
+
+METRICS, BEST = "metrics.jsonl", "best_checkpoint.json"
+
+
+@torch.no_grad()
+def sample(unet, scheduler, labels, timesteps, seed, autocast):
+    """One batch through the stock pipeline: uint8 (B, 3, H, W) on the CPU, the same for a seed at any time.
+
+    labels: B classes, or None for each. timesteps: as from `consistency.sampling_timesteps`. autocast: makes the
+    context that the U-Net runs under.
+    """
+    pipeline = ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    class_labels = None if labels[0] is None else torch.tensor(labels)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with autocast(), validation.eval_mode(unet):
+        images = pipeline(
+            len(labels),
+            class_labels,
+            timesteps=timesteps,
+            generator=generator,
+            output_type="pt",
+            num_inference_steps=None,
+        ).images  # (B, 3, H, W) in [0, 1]
+    return (images * 255).round().to(torch.uint8).cpu()
+
+
+def sample_grid(accelerator, unets, scheduler, labels, timesteps, seed, step):
+    """Sample {name: U-Net} at {number of steps: timesteps}, from one noise, and send the images to every tracker.
+
+    Main process. Returns {tag: uint8 (N, H, W, 3)} with the tags `validation/NAME_K_steps`.
+    """
+    images = {
+        f"validation/{name}_{k}_steps": sample(unet, scheduler, labels, ts, seed, accelerator.autocast)
+        for name, unet in unets.items()
+        for k, ts in timesteps.items()
+    }
+    images = {tag: batch.permute(0, 2, 3, 1).numpy() for tag, batch in images.items()}
+    validation.log_images(accelerator.trackers, images, step)
+    return images
+
+
+def read_reference(data, limit):
+    """Up to `limit` distinct images of one pass over `data` (a TrainingData with one lane), with their classes.
+
+    Returns uint8 (N, 3, H, W), and N classes (None without classes).
+    """
+    images, labels, seen = [], [], set()
+    with tqdm(total=limit, desc="reading the reference images", unit="image", delay=5) as progress:
+        for batch in data:
+            classes = batch["class_labels"].tolist() if "class_labels" in batch else [None] * len(batch["keys"])
+            for key, image, label in zip(batch["keys"], batch["images"], classes, strict=True):
+                if key in seen or len(images) == limit:
+                    return torch.stack(images), labels
+                seen.add(key)
+                images.append(image)
+                labels.append(label)
+                progress.update()
+
+
+class Evaluation:
+    """Fréchet and kernel distance of samples to training images, on the features of an image network.
+
+    network: from `metrics.load_feature_network`; reference: what `read_reference` returns. Samples have its classes,
+    repeated in its order. With `class_accuracy` the network is a classifier of the same classes in the same order.
+    """
+
+    def __init__(self, accelerator, network, reference, num_samples, batch_size, seed, class_accuracy=False):
+        self.accelerator, self.network, self.class_accuracy = accelerator, network, class_accuracy
+        images, labels = reference
+        self.reference_features = metrics.image_features(network, images)
+        self.labels = [labels[i % len(labels)] for i in range(num_samples)]
+        self.batch_size, self.seed = batch_size, seed
+
+    def __call__(self, unets, scheduler, timesteps):
+        """Called by every process, which shares the work. Returns a row per network and number of steps, on all."""
+        rows = []
+        for name, unet in unets.items():
+            for num_steps, ts in timesteps.items():
+                row = {"network": name, "num_inference_steps": num_steps}
+                rows.append(row | self._measure(unet, scheduler, ts))
+        return rows
+
+    def _measure(self, unet, scheduler, timesteps):
+        parts = []
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        starts = range(0, len(self.labels), self.batch_size)
+        for index, start in list(enumerate(starts))[rank::world_size]:
+            labels = self.labels[start : start + self.batch_size]
+            seed = keyed_seed(self.seed, "evaluation", index)
+            images = sample(unet, scheduler, labels, timesteps, seed, self.accelerator.autocast)
+            hits = metrics.prompt_accuracy(self.network, images, labels) * len(labels) if self.class_accuracy else 0.0
+            parts.append((index, metrics.image_features(self.network, images).numpy(), hits))
+        parts = sorted(gather_object(parts), key=lambda part: part[0])  # the same for any number of processes
+        features = torch.cat([torch.from_numpy(part) for _, part, _ in parts])
+        if not torch.isfinite(features).all():
+            return {"frechet_distance": None, "kernel_distance": None}  # weights that have diverged
+        values = {
+            "frechet_distance": metrics.frechet_distance(features, self.reference_features),
+            "kernel_distance": metrics.kernel_distance(features, self.reference_features),
+        }
+        if self.class_accuracy:
+            values["class_accuracy"] = sum(hits for _, _, hits in parts) / len(features)
+        return values
+
+
+def record(output_dir, step, rows, checkpoint=None, metric="frechet_distance"):
+    """Append the rows of `step` to metrics.jsonl and note the best evaluation so far in best_checkpoint.json.
+
+    Best is the lowest `metric` over all networks at the most steps measured. checkpoint: the name of this step's, None
+    where none is saved. Rows of later steps, and of this one, are those of a run that was killed and resumed: they are
+    dropped. Returns the best row.
+    """
+    path = Path(output_dir, METRICS)
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    kept = [row for row in kept if row["step"] < step]
+    kept += [{"step": step, "checkpoint": checkpoint} | row for row in rows]
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    unfinished.rename(path)
+    most = max(row["num_inference_steps"] for row in kept)
+    rows_of_most = [row for row in kept if row["num_inference_steps"] == most]
+    best = min(rows_of_most, key=lambda row: math.inf if row[metric] is None else row[metric])
+    Path(output_dir, BEST).write_text(json.dumps({"metric": metric} | best, indent=1) + "\n")
+    return best
+
+
+def flatten(rows):
+    """Rows of an evaluation as {"eval/NETWORK_K_steps/METRIC": value} for trackers."""
+    keys = ("network", "num_inference_steps")
+    return {
+        f"eval/{row['network']}_{row['num_inference_steps']}_steps/{name}": value
+        for row in rows
+        for name, value in row.items()
+        if name not in keys and value is not None
+    }

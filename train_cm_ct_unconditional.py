@@ -1,0 +1,346 @@
+"""Consistency training: a model that samples images in 1 or 2 steps, from scratch, without a teacher.
+
+The network learns to give the same answer for an image with more and with less noise of one draw; the two noise levels
+of a pair move together as training goes on. `--objective=ict`: Improved Techniques for Training Consistency Models
+(arXiv 2310.14189), from scratch. `--objective=ect`: Easy Consistency Tuning (arXiv 2406.14548), which starts from a
+diffusion model of the same parametrisation, trained here (`--pretrain_steps`) or given. Deviations: positional, not
+Fourier features of the noise level, since diffusers' U-Net divides by those; new networks start at f = c_skip x.
+
+    accelerate launch train_cm_ct_unconditional.py --dataset_name=cifar10 --dataset_image_column_name=img \\
+        --resolution=32 --class_conditional --num_classes=10 --train_batch_size=128 --max_train_steps=400000 \\
+        --use_ema --mixed_precision=bf16 --output_dir=ct
+
+To change the method, copy this file and edit step 7.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import time
+import uuid
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+from common import args as cli
+from common import checkpointing, consistency, ct_args, ct_card, export, image_data, unet2d
+from common import consistency_sampling as sampling
+from common.consistency_scheduler import make_scheduler, save_result
+from common.data import TrainingData, keyed_generator, keyed_seed
+from common.ema import ema_decay, ema_start_share, ema_update
+from common.images import decode_image_label
+from common.schedules import append_dims
+from common.shards import IMAGE_KEYS, count_samples
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    cli.add_data_arguments(parser, text=False)
+    cli.add_training_arguments(parser, "consistency-model", "consistency-training", text=False)
+    ct_args.add_arguments(parser)
+    add = parser.add_argument_group("consistency training").add_argument
+    add("--objective", choices=["ict", "ect"], default="ict", help="from scratch, or from a diffusion model")
+    add(
+        "--pretrain_steps", type=cli.non_negative_int, default=0, help="of --max_train_steps: diffusion training first"
+    )
+    add("--pretrain_p_mean", type=float, default=-1.2, help="mean of ln sigma in these")
+    add("--pretrain_p_std", type=cli.positive_float, default=1.2, help="standard deviation of ln sigma in these")
+    add("--prediction_type", choices=["sample"], default="sample", help="the only one: f predicts the image")
+    add("--sigma_min", type=cli.positive_float, default=0.002, help="smallest noise level")
+    add("--sigma_max", type=cli.positive_float, default=80.0, help="largest noise level")
+    add("--sigma_data", type=cli.positive_float, default=0.5, help="standard deviation of the images in [-1, 1]")
+    add("--rho", type=cli.positive_float, default=7.0, help="curvature of the noise levels")
+    add("--p_mean", type=float, default=-1.1, help="mean of ln sigma of the pairs")
+    add("--p_std", type=cli.positive_float, default=2.0, help="standard deviation of ln sigma of the pairs")
+    add("--discretization_s_0", type=cli.positive_int, default=10, help="noise levels at the start, less one")
+    add("--discretization_s_1", type=cli.positive_int, default=1280, help="noise levels at the end, less one")
+    add("--constant_discretization_steps", action="store_true", help="s_0 + 1 noise levels from start to end")
+    add("--skip_steps", type=cli.positive_int, default=1, help="noise levels from one of a pair to the other")
+    add("--ect_q", type=cli.positive_float, default=2.0, help="r / t is 1 - 1 / q^stage for large t; 256: one stage")
+    add("--ect_stages", type=cli.positive_int, default=8, help="stages of equal length")
+    add("--ect_k", type=cli.non_negative_float, default=8.0, help="k of g(t) = 1 + k sigmoid(-b t)")
+    add("--ect_b", type=cli.non_negative_float, default=1.0, help="b of g(t) = 1 + k sigmoid(-b t)")
+    add("--huber_c", type=cli.non_negative_float, help="default: iCT 0.00054 sqrt(values of an image), ECT 0")
+    add("--loss_weighting", choices=consistency.LOSS_WEIGHTINGS, default="inverse_step", help="edm: ECT, ImageNet-64")
+    add("--noise_precond_type", choices=consistency.NOISE_PRECOND_TYPES, default="cm", help="what the network is told")
+    add("--input_precond_type", choices=consistency.INPUT_PRECOND_TYPES, default="cm", help="none: input not scaled")
+    yes_no = BooleanOptionalAction
+    add("--cast_teacher", action=yes_no, default=True, help="run the target in the dtype of --mixed_precision as well")
+    add("--optimizer_type", choices=["radam", "adamw"], help="default: radam; adamw with --use_8bit_adam")
+    args = parser.parse_args(argv)
+    cli.check_training_arguments(parser, args)
+    if args.sigma_min >= args.sigma_max:
+        parser.error(f"--sigma_min={args.sigma_min} must be less than --sigma_max={args.sigma_max}")
+    if args.objective == "ect" and not (args.pretrain_steps or args.pretrained_model_name_or_path):
+        parser.error(
+            "--objective=ect tunes a diffusion model: add --pretrain_steps or --pretrained_model_name_or_path"
+        )
+    if not 1 < args.ect_q <= args.ect_q**args.ect_stages <= 2**16:
+        parser.error("--ect_q must be more than 1, and ect_q^ect_stages at most 65536, where float32 ends")
+    if args.discretization_s_1 < args.discretization_s_0:
+        parser.error(f"--discretization_s_1={args.discretization_s_1} is less than --discretization_s_0; swap them")
+    if args.skip_steps > args.discretization_s_0:
+        parser.error(f"--skip_steps={args.skip_steps}: at most --discretization_s_0={args.discretization_s_0}")
+    if args.huber_c is None:
+        args.huber_c = consistency.default_huber_c(3, args.resolution) if args.objective == "ict" else 0.0
+    ct_args.check_arguments(parser, args)
+    return args
+
+
+@cli.user_errors
+def main(args):
+    # 1. Accelerator, and every check that needs no weights.
+    accelerator = cli.make_accelerator(args)
+    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    with accelerator.main_process_first():
+        shards, source = image_data.open_images(**ct_args.image_options(args))
+    ct_args.resolve_num_classes(args, source)
+    unet_config = unet2d.read_unet_config(**ct_args.unet_options(args))
+    if is_main:
+        if args.overwrite_output_dir and not args.dry_run:
+            checkpointing.move_aside(args.output_dir)
+        may_hold_files = args.resume_from_checkpoint or args.overwrite_output_dir
+        checkpointing.prepare_output_dir(args.output_dir, may_hold_files, args.dry_run)
+    accelerator.wait_for_everyone()
+    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
+    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
+    args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
+    num_counted = len(source.keys) if source else None
+    cli.resolve_data(args, resumed["args"], world_size, num_counted)
+    if checkpoint:
+        checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
+    network = ct_args.load_feature_network(args, device)
+
+    # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
+    decode = functools.partial(
+        decode_image_label, num_classes=args.num_classes, label_name=args.dataset_class_label_column_name
+    )
+    options = {"source": source, "required": ((IMAGE_KEYS, ("cls", "json")) if args.num_classes else (IMAGE_KEYS,))}
+    augmented = functools.partial(decode, **cli.image_options(args))
+    train_data = TrainingData(shards, augmented, **cli.data_options(args, accelerator), **options)
+    if checkpoint:
+        train_data.load_state_dict(resumed["data"])
+    if num_counted is None and (args.max_train_steps is None or args.dry_run):
+        num_counted = count_samples(shards)
+    known = [number for number in (num_counted, args.max_train_samples) if number is not None]
+    num_samples = min(known) if num_counted is not None or args.max_train_steps is None and known else None
+    total_batch_size = cli.resolve_steps(args, num_samples, world_size, resumed)
+    ct_args.check_pretrain_steps(args)
+    # How long the curriculum is; an extended run keeps the one that it began with.
+    tuning_steps = resumed.get("tuning_steps") or args.max_train_steps - args.pretrain_steps
+    s_0 = args.discretization_s_0
+    s_1 = s_0 if args.constant_discretization_steps else args.discretization_s_1
+    discretization_steps = functools.partial(
+        consistency.discretization_steps, max_train_steps=tuning_steps, s_0=s_0, s_1=s_1
+    )
+    counts = unet2d.count_parameters_and_flops(unet_config)
+    derived = ct_args.derived_configuration(args, counts, world_size, total_batch_size, num_samples)
+    sigma_range = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho}
+    timesteps = {
+        k: consistency.sampling_timesteps(k, args.mid_sigma, args.discretization_s_1 + 1, **sigma_range)
+        for k in args.eval_nfe
+    }
+    if args.objective == "ict" and tuning_steps:  # with an error where the curriculum or its shares do not fit
+        derived["noise levels"] = f"{discretization_steps(0)} to {discretization_steps(tuning_steps - 1)}"
+        sigmas = consistency.karras_sigmas(s_0 + 1, **sigma_range)
+        consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
+    if is_main:
+        cli.echo("Flags", cli.public_args(args))
+        cli.echo("What follows from them", derived)
+        if not args.dry_run:
+            export.write_config(args.output_dir, cli.public_args(args), derived)
+    batches = iter(train_data)
+    first_batch = next(batches)
+    if args.dry_run:
+        labels = f" Its classes: {first_batch['class_labels'].tolist()}." if args.class_conditional else ""
+        accelerator.print(f"The first batch was read.{labels} Dry run: nothing was written.")
+        return
+
+    # 3. Parametrisation, and the scheduler that samples with it. Noise levels and loss are float32 everywhere.
+    f = functools.partial(
+        consistency.consistency_function,
+        sigma_min=args.sigma_min,
+        sigma_data=args.sigma_data,
+        noise_precond_type=args.noise_precond_type,
+        input_precond_type=args.input_precond_type,
+    )
+    scheduler = make_scheduler(
+        args.noise_precond_type,
+        args.input_precond_type,
+        num_train_timesteps=args.discretization_s_1 + 1,
+        sigma_data=args.sigma_data,
+        **sigma_range,
+    )
+
+    # 4. Network and its average, float32; F computes under autocast. The target is the same network without gradients.
+    torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1
+    unet = unet2d.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_args.place(args))
+    ema_unet = copy.deepcopy(unet).requires_grad_(False).to(device) if args.use_ema else None
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        for module in (unet, ema_unet) if ema_unet else (unet,):
+            module.enable_xformers_memory_efficient_attention()
+    target_unet = unet.forward  # before accelerate puts autocast around it: --no-cast_teacher computes in float32
+    target_autocast = functools.partial(
+        torch.autocast, device.type, dtype=weight_dtype, enabled=args.cast_teacher and weight_dtype != torch.float32
+    )
+    dropout_devices = [device] if device.type == "cuda" else []
+
+    # 5. Optimizer and learning rate.
+    optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
+    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    ema_options = ct_args.ema_options(args)
+
+    # 6. Prepare, resume, trackers, evaluation.
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    modules = {"ema_unet": ema_unet} if ema_unet else {}
+    objects, global_step = {"lr_scheduler": lr_scheduler}, resumed["global_step"]
+    if checkpoint:
+        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
+        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
+    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
+    if is_main:
+        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    unets = {"raw": accelerator.unwrap_model(unet)} | ({"ema": ema_unet} if ema_unet else {})
+    grid_labels = [i % args.num_classes if args.num_classes else None for i in range(args.eval_batch_size)]
+    grid = functools.partial(sampling.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
+    if args.eval_steps:
+        plain = functools.partial(decode, **cli.image_options(args) | {"center_crop": True, "random_flip": False})
+        reference = TrainingData(shards, plain, batch_size=1, seed=0, num_lanes=1, **options)
+        reference = sampling.read_reference(reference, args.eval_num_reference)
+        evaluate = sampling.Evaluation(accelerator, network, reference, **ct_args.evaluation_options(args))
+
+    # 7. The loop.
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
+    batches = itertools.chain([first_batch], batches)
+    num_levels = sigmas = probabilities = None
+    draw = functools.partial(consistency.lognormal_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max)
+    while global_step < args.max_train_steps:
+        batch = next(batches)
+        with accelerator.accumulate(unet):
+            # 7.1 Images. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
+            #     any number of processes, different on every rank.
+            generator = keyed_generator(args.seed, "ct", batch["micro_batch"], device)
+            images = batch["images"].to(device, non_blocking=True).float() / 127.5 - 1  # (B, 3, H, W)
+            class_labels = batch["class_labels"].to(device, non_blocking=True) if args.class_conditional else None
+            batch_size, step = len(images), global_step - args.pretrain_steps  # of the consistency training
+
+            # 7.2 Draw a pair of noise levels: sigma > target_sigma >= 0. 0 is the data.
+            if step < 0:
+                progress_values = {"pretraining": 1}
+                sigma = draw(batch_size, args.pretrain_p_mean, args.pretrain_p_std, generator)  # (B,)
+                target_sigma = torch.zeros_like(sigma)
+            elif args.objective == "ict":
+                if num_levels != discretization_steps(step):
+                    num_levels = discretization_steps(step)
+                    sigmas = consistency.karras_sigmas(num_levels, **sigma_range)  # (N,) float64
+                    probabilities = consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
+                    sigmas, probabilities = sigmas.float().to(device), probabilities.to(device)
+                progress_values = {"discretization_steps": num_levels}
+                index = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
+                sigma, target_sigma = sigmas[index + args.skip_steps], sigmas[index]
+            else:
+                stage = consistency.ect_stage(step, tuning_steps, args.ect_stages)
+                progress_values = {"ect_stage": stage}
+                sigma = draw(batch_size, args.p_mean, args.p_std, generator)
+                target_sigma = consistency.ect_target_sigma(sigma, stage, args.ect_q, args.ect_k, args.ect_b)
+
+            # 7.3 Add the same noise to both sides.
+            noise = torch.randn(images.shape, generator=generator, device=device)
+            noisy_images = images + append_dims(sigma, 4) * noise
+            target_noisy_images = images + append_dims(target_sigma, 4) * noise
+
+            # 7.4 Student: f(x + sigma z, sigma), with dropout masks that are keyed too.
+            dropout_seed = keyed_seed(args.seed, "dropout", batch["micro_batch"])
+            with torch.random.fork_rng(dropout_devices):
+                torch.manual_seed(dropout_seed)
+                model_pred = f(unet, noisy_images, sigma, class_labels)
+
+            # 7.5 Target: the same weights and masks without gradients; the data where the lower level is (almost) 0.
+            is_data = append_dims(target_sigma < args.sigma_min, 4)
+            target = images
+            if step >= 0:
+                with torch.no_grad(), target_autocast(), torch.random.fork_rng(dropout_devices):
+                    torch.manual_seed(dropout_seed)
+                    lower = target_sigma.clamp(min=args.sigma_min)
+                    target = torch.where(is_data, images, f(target_unet, target_noisy_images, lower, class_labels))
+
+            # 7.6 Loss, backward, update: one norm per sample. Before that, diffusion training: squared, EDM's weights.
+            if step < 0:
+                squared = (model_pred - target).square().flatten(1).mean(1)  # (B,)
+                loss = (consistency.edm_weight(sigma, args.sigma_data) * squared).mean()
+            else:
+                weight = consistency.loss_weight(sigma, target_sigma, args.loss_weighting, args.sigma_data)
+                loss = (weight * consistency.pseudo_huber(model_pred, target, args.huber_c)).mean()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and args.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss_sum, num_losses = loss_sum + loss.detach(), num_losses + 1
+        if not accelerator.sync_gradients:
+            continue
+
+        # 7.7 After an update: average, logs, evaluation, checkpoint, samples.
+        global_step += 1
+        if ema_unet:
+            decay = ema_decay(global_step, **ema_options)
+            ema_update(ema_unet.parameters(), accelerator.unwrap_model(unet).parameters(), decay)
+        lr_scheduler.step()
+        progress.update()
+        is_last = global_step == args.max_train_steps
+        if global_step % args.logging_steps == 0 or is_last:
+            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
+            logs = {"loss": accelerator.reduce(loss_sum / num_losses, "mean").item()} | progress_values
+            logs["lr"] = lr_scheduler.get_last_lr()[0]
+            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            logs |= cli.sum_counters(gather_object([train_data.counters]))
+            cli.log_progress(accelerator, progress, logs, global_step)
+            loss_sum, num_losses = torch.zeros((), device=device), 0
+        saves = global_step % args.checkpointing_steps == 0 or is_last
+        if args.eval_steps and (global_step % args.eval_steps == 0 or is_last):
+            rows = evaluate(unets, scheduler, timesteps)
+            if is_main:
+                sampling.record(args.output_dir, global_step, rows, f"checkpoint-{global_step}" if saves else None)
+                accelerator.log(sampling.flatten(rows), step=global_step)
+        if saves:
+            state = {"args": cli.public_args(args), "run_id": run_id, "tuning_steps": tuning_steps}
+            state["total_batch_size"] = total_batch_size
+            state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
+            limit = args.checkpoints_total_limit
+            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
+        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+            grid(step=global_step)
+
+    # 8. Export: a pipeline that samples with the network's average, its card, an upload.
+    progress.close()
+    if is_main:
+        images = grid(step=global_step)
+        start_share = ema_start_share(global_step, **ema_options) if ema_unet else 1.0
+        chosen = "ema" if start_share <= math.exp(-3) else "raw"  # for a constant decay: after 3 / (1 - decay) updates
+        save_result(args.output_dir, unets[chosen].eval(), scheduler)
+        for name in unets.keys() - {chosen}:
+            unets[name].eval().save_pretrained(Path(args.output_dir, f"unet_{name}"))
+        export.save_grid(args.output_dir, images, ["" if label is None else str(label) for label in grid_labels])
+        result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
+        ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)
+        if args.push_to_hub:
+            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+            accelerator.print(f"uploaded to {address}")
+    accelerator.wait_for_everyone()
+    unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
+    accelerator.end_training()
+    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+
+
+if __name__ == "__main__":
+    main(parse_args())
