@@ -174,7 +174,8 @@ def add_data_arguments(parser):
     add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 
-def add_training_arguments(parser, output_dir, tracker_project_name):
+def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
+    """samples_prompts: whether the script draws samples of --validation_prompts at --validation_num_inference_steps."""
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default=output_dir, help="where checkpoints, logs and the result go")
     add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
@@ -215,8 +216,11 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
         default=200,
         help="updates between two sample grids; 0: only at the end",
     )
-    add("--validation_prompts", action="append", help="repeatable, or @FILE; default: up to 4 captions of the data")
-    add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
+    if samples_prompts:
+        add(
+            "--validation_prompts", action="append", help="repeatable, or @FILE; default: up to 4 captions of the data"
+        )
+        add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
 
     add = parser.add_argument_group("hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the result and its card")
@@ -245,7 +249,8 @@ def check_training_arguments(parser, args):
     args.report_to = check_trackers(parser, args.report_to)
     if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
         parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
-    args.validation_prompts = read_prompts(parser, args.validation_prompts)
+    if hasattr(args, "validation_prompts"):
+        args.validation_prompts = read_prompts(parser, args.validation_prompts)
 
 
 def resolve_teacher_defaults(args, is_sdxl, method_defaults=None):

@@ -1,5 +1,7 @@
 """Exponential moving average of parameters."""
 
+import contextlib
+
 import torch
 
 
@@ -11,3 +13,19 @@ def ema_update(target_parameters, source_parameters, decay):
     update of 1e-6 is lost in half precision). Works on the sharded parameters themselves under FSDP.
     """
     torch._foreach_lerp_([p.detach() for p in target_parameters], [p.detach() for p in source_parameters], 1.0 - decay)
+
+
+@contextlib.contextmanager
+def exchanged(parameters, others):
+    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round; no copy is made."""
+
+    def exchange():
+        for a, b in pairs:
+            a.data, b.data = b.data, a.data
+
+    pairs = list(zip(parameters, others, strict=True))
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
