@@ -1,10 +1,10 @@
 """Direct distillation: any diffusers pipeline learns to give in a few steps what its teacher gives in many.
 
-From the same prompt and noise, the student's few-step result is regressed onto the teacher's recorded many-step result,
-with gradients through all steps of the pipeline's own call, so that training and inference are the same code. Method:
-DiffSynth-Studio's direct distillation; there is no paper. Deviations: targets are the teacher's latents, not an image
-that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation; gradients always
-go through all steps, because truncating them to the last one is worse than no training.
+From the same prompt and noise, the student's few-step result is regressed onto the teacher's recorded many-step
+result, with gradients through all steps of the pipeline's own call, so that training and inference are the same code.
+Method: DiffSynth-Studio's direct distillation; there is no paper. Deviations: targets are the teacher's latents, not
+an image that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation. Left out:
+LPIPS, supervision of intermediate states, a memo of the text embeddings.
 
     python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
         --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
@@ -314,7 +314,7 @@ def main(args):
 def sample_and_measure(accelerator, student, data, measured, untrained, batch_size, step):
     """Measure and show pairs `measured` and log both: ({tag: uint8 (N, H, W, 3)}, relative MSE). Main process.
 
-    untrained: (relative MSE, latents) of the student before training; the rows are teacher, student, untrained student.
+    untrained: (relative MSE, latents) of the student before training; rows: teacher, student, untrained.
     """
     shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
     with accelerator.autocast(), validation.eval_mode(student):
@@ -363,8 +363,8 @@ def write_card(args, pipeline, kwargs, files, global_step, total_batch_size, res
             f"Trained for {global_step} updates of {total_batch_size} samples.",
             f"On {result['held_out_pairs']} held-out pairs its squared error is {error}, "
             f"{result['untrained']:.3f} before training.",
-            f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; guidance "
-            "is distilled into the weights.",
+            f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
+            "guidance is distilled into the weights.",
             *(
                 [f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha:g}: {', '.join(files)}."]
                 if args.lora_rank

@@ -175,7 +175,7 @@ def add_data_arguments(parser):
 
 
 def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
-    """samples_prompts: whether the script draws samples of --validation_prompts at --validation_num_inference_steps."""
+    """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps."""
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default=output_dir, help="where checkpoints, logs and the result go")
     add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")

@@ -17,7 +17,7 @@ def ema_update(target_parameters, source_parameters, decay):
 
 @contextlib.contextmanager
 def exchanged(parameters, others):
-    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round; no copy is made."""
+    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round. No copy."""
 
     def exchange():
         for a, b in pairs:

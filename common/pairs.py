@@ -358,8 +358,8 @@ def check_encoding(rollout, data, indices, limit=0.5):
             error = ((again - latents.float()).square().mean() / latents.float().var()).item()
     if error > limit:
         raise UserError(
-            f"--dataset_metadata_path: latents of {type(rollout.pipeline).__name__} cannot be made from images (decoded "
-            f"and encoded again they differ by {error:.2g} of their variance); make pairs with generate_pairs instead"
+            f"--dataset_metadata_path: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
+            f"(decoded and encoded again they differ by {error:.2g} of their variance); use generate_pairs"
         )
     return error
 

@@ -1,7 +1,7 @@
 """Any text-to-image or -video pipeline of diffusers as a differentiable function, without per-model code.
 
-diffusers runs `__call__` under `torch.no_grad`; the function that it decorates is the pipeline itself, and gradients go
-through all of its steps. So training and inference cannot differ. What a pipeline does is found out in `probes.py`.
+diffusers runs `__call__` under `torch.no_grad`; the function that it decorates is the pipeline itself, and gradients
+go through all of its steps. So training and inference cannot differ. What a pipeline does is found out in `probes.py`.
 Left out: pipelines that start from an image, and guidance that is a component (`guider`) instead of an argument.
 """
 
@@ -36,8 +36,8 @@ def read_pipeline_config(name, revision=None, cache_dir=None):
     """What a pipeline consists of, without its weights: {"class", "denoisers": {name: (class, configuration)},
     "scheduler": (class, configuration)}.
 
-    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when diffusers
-    has no such pipeline, or when its call cannot be distilled.
+    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when
+    diffusers has no such pipeline, or when its call cannot be distilled.
     """
     flag = f"--pretrained_teacher_model={name}"
     options = {"revision": revision, "cache_dir": cache_dir}
@@ -206,7 +206,7 @@ class _Answer:
 
 @torch.no_grad()
 def decode(pipeline, latents, prompts, **kwargs):
-    """Images (B, C, H, W) or videos in 0..1 of latents (B, ...) as `call` returns them, by the pipeline's own decoding;
+    """Images (B, C, H, W) or videos in 0..1 of latents (B, ...) as `call` returns them, by the pipeline's decoding;
     None where the pipeline changes latents after its last step, so that theirs cannot be put in from outside.
 
     kwargs: of a student's call. The pipeline runs with a scheduler that answers every step with these latents.

@@ -127,21 +127,29 @@ def repairs(scheduler, num_inference_steps):
 
 
 def repair_last_step(pipeline, prompts, kwargs):
-    """Change `pipeline.scheduler` until the last evaluation of a call with `kwargs` is not wasted, or leave it.
+    """Move the last evaluation of a call with `kwargs` away from the data where it is wasted: by a change of
+    `pipeline.scheduler`, which is saved with the student, or, where none helps, by an argument of the call.
 
-    Returns (last time before, last time after, the change or None). kwargs: of the student's call.
+    Returns (last time before, last time after, change of the scheduler, arguments for the call), the latter two {}
+    where nothing was done or helped. kwargs: of the student's call.
     """
     steps, original = kwargs["num_inference_steps"], pipeline.scheduler
     before = observe(pipeline, prompts, **kwargs).last_time
     if not is_wasted(before, steps):
-        return before, before, None
+        return before, before, {}, {}
     for change in repairs(original, steps):
         pipeline.scheduler = type(original).from_config(original.config, **change)
         after = observe(pipeline, prompts, **kwargs).last_time
         if not is_wasted(after, steps):
-            return before, after, change
+            return before, after, change, {}
     pipeline.scheduler = original
-    return before, before, None
+    even = [1.0 - i / steps for i in range(steps)]
+    for name, values in (("sigmas", even), ("timesteps", [1000.0 * sigma for sigma in even])):
+        if name in call_arguments(type(pipeline)) and "shift_terminal" in original.config:
+            after = observe(pipeline, prompts, **kwargs | {name: values}).last_time
+            if not is_wasted(after, steps):
+                return before, after, {}, {name: values}
+    return before, before, {}, {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +276,7 @@ def has_two(pipeline):
 def check_pairs(config, pairs_config, folder):
     """The scheduler that made the pairs, (class, configuration), the teacher's own without pairs_config.
 
-    config: the teacher's, as from `read_pipeline_config`. UserError when the pairs are of another pipeline; no weights.
+    config: the teacher's, as from `read_pipeline_config`. UserError when the pairs are of another pipeline.
     """
     if pairs_config is None:
         return config["scheduler"]
@@ -292,8 +300,8 @@ def check_same_weights(pipeline, pairs_config, folder):
     )
     if not same:
         raise UserError(
-            f"--pairs_dir={folder}: {pairs_config['model']} made these pairs, and --pretrained_teacher_model has other "
-            "weights; name the teacher that made them"
+            f"--pairs_dir={folder}: {pairs_config['model']} made these pairs, and --pretrained_teacher_model has "
+            "other weights; name the teacher that made them"
         )
 
 
@@ -320,19 +328,20 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
         kwargs |= off | {"num_inference_steps": num_inference_steps}
         check_draws("--student_scheduler", pipeline, prompts, **kwargs)
         notes = []
-        before, after, change = repair_last_step(pipeline, prompts, kwargs) if repair else (None, None, None)
+        before, after, change, added = repair_last_step(pipeline, prompts, kwargs) if repair else (0, 0, {}, {})
+        kwargs |= added
         seen = observe(pipeline, prompts, **kwargs)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--student_kwargs: the pipeline's call refuses {kwargs}: {error}") from error
-    if change:
+    if change or added:
         notes.append(
-            f"the last of {num_inference_steps} evaluations lay at {before:.3f} of the noise range, where it is wasted; "
-            f"the student's scheduler has {change} and ends at {after:.3f}"
+            f"the last of {num_inference_steps} evaluations lay at {before:.3f} of the noise range, wasted; "
+            f"the student's {'scheduler' if change else 'call'} has {change or added} and ends at {after:.3f}"
         )
     elif is_wasted(seen.last_time, num_inference_steps):
         notes.append(
-            f"WARNING: the last of {num_inference_steps} evaluations lies at {seen.last_time:.3f} of the noise range and "
-            "is wasted; try --student_scheduler_kwargs, or --student_kwargs with sigmas"
+            f"WARNING: the last of {num_inference_steps} evaluations lies at {seen.last_time:.3f} of the noise range, "
+            "wasted; try --student_scheduler_kwargs, or --student_kwargs with sigmas"
         )
     if guides(seen, len(prompts)):
         raise UserError(f"--student_kwargs: the student still guides with {kwargs}; leave guidance to the script")
@@ -365,7 +374,7 @@ def roll_out(rollout, data, indices, shift=0, **kwargs):
 
 @torch.no_grad()
 def measure(rollout, data, indices, batch_size, shift=0):
-    """(mean squared error over the variance of the teacher's latents, [student's latents of each pair, on the CPU])."""
+    """(mean squared error over the variance of the teacher's latents, [student's latents of each pair])."""
     error = total = squares = count = 0.0
     made = []
     for start in range(0, len(indices), batch_size):
@@ -397,16 +406,16 @@ def check_pairing(rollout, data, indices, batch_size, limit=0.7):
     wrong, _ = measure(rollout, data, indices, batch_size, shift=1_000_003)
     if not right < limit * wrong:
         raise UserError(
-            f"--pairs_dir, --dataset_metadata_path: from the recorded seeds the untrained student's error is {right:.2f} of "
-            f"the variance, from other seeds {wrong:.2f}; seeds and results do not belong together (another teacher, "
+            "--pairs_dir, --dataset_metadata_path: seeds and results do not belong together: the untrained student's "
+            f"error is {right:.2f} of the variance from the recorded seeds and {wrong:.2f} from others (another teacher, "
             "size, guidance or noise?)"
         )
     return right / wrong
 
 
 def freeze_unused(rollout, data, indices):
-    """Freeze parameters that the backward pass of one batch does not reach, and return their names: DDP waits for every
-    parameter that is not frozen. UserError when no gradient reaches any.
+    """Freeze parameters that the backward pass of one batch does not reach, and return their names: DDP waits for
+    every parameter that is not frozen. UserError when no gradient reaches any.
     """
     roll_out(rollout, data, indices).square().mean().backward()
     trained = {name: p for name, p in rollout.named_parameters() if p.requires_grad}

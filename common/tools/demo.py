@@ -19,11 +19,12 @@ from pathlib import Path
 
 from common import UserError, metrics
 from common import args as cli
-from common.tools import digits
+from common.tools import digits, dit
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusion3Pipeline
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,7 @@ TEACHERS = {
     "sd": ("teacher", "epsilon", False),
     "v_prediction": ("teacher_v_prediction", "v_prediction", False),
     "sdxl": ("teacher_sdxl", "epsilon", True),
+    "dit": ("teacher_dit", "flow", False),
 }
 TEACHER_STEPS = (50, 8, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
@@ -77,6 +79,30 @@ METHODS = {
     },
 }
 
+PAIRS = {"num_pairs": 2048, "num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE, "batch_size": 64}
+DIRECT = {
+    "script": "train_direct_distill.py",
+    "guidance_scale": 1.0,  # distilled: the teacher's guidance_scale of 2
+    "steps": (4,),
+    "flags": {
+        "num_inference_steps": 4,
+        "lora_rank": 0,
+        "train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 600,
+        "learning_rate": 5e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 20,
+        "adam_weight_decay": 0.0,
+        "validation_steps": 300,
+    },
+}
+METHODS |= {
+    "direct": DIRECT,
+    "direct_8": DIRECT | {"steps": (8,), "flags": DIRECT["flags"] | {"num_inference_steps": 8}},
+    "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
+}
+
 # A set is as large as the held-out part of the data, so that every distance here is biased alike, the floor's too.
 NUM_SETS, SET_SIZE = 3, digits.NUM_HELD_OUT
 SAMPLE_BATCH_SIZE = 60
@@ -91,7 +117,12 @@ def parse_args(argv=None):
     add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")
     add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
     add("--seed", type=cli.non_negative_int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.teacher == "dit" and not args.teacher_only and METHODS[args.method]["script"] != DIRECT["script"]:
+        parser.error(
+            f"--teacher=dit has no U-Net and --method={args.method} needs one; use direct, direct_8, direct_lora"
+        )
+    return args
 
 
 @cli.user_errors
@@ -109,7 +140,12 @@ def main(args):
     build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
     build_once(output_dir / "classifier", lambda folder: digits.build_classifier(folder, seed=args.seed))
     teacher_dir = output_dir / teacher_name
-    build_once(teacher_dir, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed, sdxl=sdxl))
+    if args.teacher == "dit":
+        build_once(teacher_dir, lambda folder: dit.build_teacher(folder, seed=args.seed))
+    else:
+        build_once(
+            teacher_dir, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed, sdxl=sdxl)
+        )
     (output_dir / "prompts.txt").write_text("\n".join(digits.canonical_prompts(len(digits.WORDS))) + "\n")
     judge = Judge(output_dir / "classifier")
 
@@ -128,11 +164,20 @@ def main(args):
     if (student_dir / "README.md").exists():  # the card, which the scripts write last
         print(f"{student_dir} is complete and reused; --rebuild starts over", flush=True)
     else:
-        train(recipe, teacher_dir, output_dir / "shards" / "train", student_dir, args.seed)
+        data_dir = output_dir / "shards" / "train"
+        if recipe["script"] == DIRECT["script"]:
+            data_dir = generate_pairs(
+                teacher_dir, data_dir, output_dir / teacher_name.replace("teacher", "pairs"), args.seed
+            )
+        train(recipe, teacher_dir, data_dir, student_dir, args.seed)
     measure_once(
         student_dir / "metrics",
         lambda: measure(
-            judge, load_student(student_dir, teacher_dir), STUDENT_STEPS, recipe["guidance_scale"], args.seed
+            judge,
+            load_student(student_dir, teacher_dir),
+            recipe.get("steps", STUDENT_STEPS),
+            recipe["guidance_scale"],
+            args.seed,
         ),
     )
 
@@ -167,7 +212,12 @@ def open_output_dir(output_dir, seed, rebuild):
 
 def built_names():
     teachers = [name for name, *_ in TEACHERS.values()]
-    return ["shards", "classifier", *teachers, *(t.replace("teacher", m) for t in teachers for m in METHODS)]
+    return [
+        "shards",
+        "classifier",
+        *teachers,
+        *(t.replace("teacher", m) for t in teachers for m in [*METHODS, "pairs"]),
+    ]
 
 
 def build_once(folder, build):
@@ -200,15 +250,17 @@ def measure_once(path, measure):
 # Training
 
 
-def training_command(recipe, teacher_dir, shards_dir, student_dir, seed):
-    """The words after `accelerate`, as a user would type them."""
+def training_command(recipe, teacher_dir, data_dir, student_dir, seed):
+    """The words after `accelerate`, as a user would type them; data_dir: shards, or a direct method's pairs."""
     last = digits.NUM_TRAIN_SHARDS - 1
+    data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
+    data = f"--pairs_dir={data_dir}" if recipe["script"] == DIRECT["script"] else data
     command = ["launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command += [] if torch.cuda.is_available() else ["--cpu"]
     command += [
         os.path.relpath(ROOT / recipe["script"]),
         f"--pretrained_teacher_model={teacher_dir}",
-        f"--train_shards_path_or_url={shards_dir}/{{00000..{last:05d}}}.tar",
+        data,
         f"--output_dir={student_dir}",
         *(f"--{name}={value}" for name, value in recipe["flags"].items()),
         f"--seed={seed}",
@@ -218,8 +270,24 @@ def training_command(recipe, teacher_dir, shards_dir, student_dir, seed):
     return command
 
 
-def train(recipe, teacher_dir, shards_dir, student_dir, seed):
-    command = training_command(recipe, teacher_dir, shards_dir, student_dir, seed)
+def generate_pairs(teacher_dir, shards_dir, pairs_dir, seed):
+    """Let the teacher answer the captions of the training digits; what is there is kept. Returns pairs_dir."""
+    is_dit = teacher_dir.name == TEACHERS["dit"][0]
+    # the samplers that the teachers are measured with at 50 steps; the students begin with the same
+    own = {"teacher_kwargs": json.dumps(dit.CALL_KWARGS)} if is_dit else {"scheduler": "DDIMScheduler"}
+    own |= {} if is_dit else {"scheduler_kwargs": json.dumps({"timestep_spacing": "trailing"})}
+    flags = {"pretrained_teacher_model": teacher_dir, "prompts": shards_dir, "output_dir": pairs_dir} | PAIRS | own
+    # far from the seeds that the samples of `measure` are drawn with
+    words = [f"--{name}={value}" for name, value in (flags | {"seed": 10**6 * (seed + 1)}).items()]
+    print("python -m common.tools.generate_pairs " + " \\\n    ".join(map(shlex.quote, words)), flush=True)
+    done = subprocess.run([sys.executable, "-m", "common.tools.generate_pairs", *words])
+    if done.returncode:
+        raise UserError(f"generate_pairs ended with exit code {done.returncode}; its own message is above")
+    return pairs_dir
+
+
+def train(recipe, teacher_dir, data_dir, student_dir, seed):
+    command = training_command(recipe, teacher_dir, data_dir, student_dir, seed)
     print("accelerate " + " \\\n    ".join(shlex.quote(word) for word in command), flush=True)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command])
@@ -269,16 +337,18 @@ def load_student(folder, teacher_dir):
         return load_pipeline(folder)
     pipeline = load_pipeline(teacher_dir)
     pipeline.load_lora_weights(folder)
-    pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     return pipeline
 
 
 def measure_teacher(judge, folder, steps, seed):
     """With DDIM from the last timestep down: the checkpoint's own spacing never sees noise at one and two steps."""
     pipeline = load_pipeline(folder)
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, clip_sample=False, timestep_spacing="trailing"
-    )
+    if hasattr(pipeline.scheduler, "alphas_cumprod"):
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, clip_sample=False, timestep_spacing="trailing"
+        )
     return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed)
 
 
@@ -332,6 +402,7 @@ def sample(pipeline, prompts, num_inference_steps, guidance_scale, generator):
         guidance_scale=guidance_scale,
         generator=generator,
         output_type="np",
+        **(dit.CALL_KWARGS if isinstance(pipeline, StableDiffusion3Pipeline) else {}),
     ).images
     return (images * 255).round().astype(np.uint8)
 

@@ -4,9 +4,9 @@
         --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
 
 or, on several GPUs, `accelerate launch --multi_gpu -m common.tools.generate_pairs ...`. Pair i has prompt i, seed
---seed + i, and a CPU generator of its own. Shards are fixed ranges of pairs, dealt to the processes, which never wait for
-each other; finished ones are skipped, so the same command goes on after an interruption, and the bytes are the same for
-any number of processes. Left out: pipelines that start from images.
+--seed + i, and a CPU generator of its own. Shards are fixed ranges of pairs, dealt to the processes, which never wait
+for each other; finished ones are skipped, so the same command goes on after an interruption, and the bytes are the
+same for any number of processes. Left out: pipelines that start from images.
 """
 
 import os
