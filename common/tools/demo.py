@@ -89,12 +89,12 @@ DIRECT = {
         "lora_rank": 0,
         "train_batch_size": 32,
         "gradient_accumulation_steps": 1,
-        "max_train_steps": 600,
+        "max_train_steps": 400,
         "learning_rate": 5e-4,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
         "adam_weight_decay": 0.0,
-        "validation_steps": 300,
+        "validation_steps": 200,
     },
 }
 METHODS |= {
