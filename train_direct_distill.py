@@ -3,8 +3,8 @@
 From the same prompt and noise, the student's few-step result is regressed onto the teacher's recorded many-step
 result, with gradients through all steps of the pipeline's own call, so that training and inference are the same code.
 Method: DiffSynth-Studio's direct distillation; there is no paper. Deviations: targets are the teacher's latents, not
-an image that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation. Left out:
-LPIPS, supervision of intermediate states, a memo of the text embeddings.
+an image that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation. Left
+out: LPIPS, supervision of intermediate states, a memo of the text embeddings.
 
     python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
         --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import UserError
 from common.data import keyed_seed
-from common.pipelines import decode, to_pixels
+from common.pipelines import decode
 from common.probes import noise_sha256
 from common.shards import TEXT_KEYS, SampleError, expand_shards, open_shard, tar_samples
 
@@ -307,12 +307,16 @@ class PairImages:
 
     def latents(self, indices):
         """(B, ...) as the pipeline's own, from the images."""
+        return encode(self.pipeline, self.pixels(indices))
+
+    def pixels(self, indices):
+        """(B, 3, H, W) in -1..1"""
         pixels = []
         for index in indices:
             with Image.open(self.base / self.files[index]) as image:
                 array = np.asarray(image.convert("RGB"))
             pixels.append(torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1.0)
-        return encode(self.pipeline, torch.stack(pixels))
+        return torch.stack(pixels)
 
     def call_kwargs(self, indices):
         """What a call needs beside the pairs' own arguments: the size of these images, which is one."""
@@ -322,7 +326,7 @@ class PairImages:
 
 @torch.no_grad()
 def encode(pipeline, pixels):
-    """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; for `check_encoding` to confirm.
+    """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; `check_encoding` confirms it.
 
     (mode - shift) / std * scale by the VAE's configuration, packed by the pipeline where its latents are packed.
     """
@@ -345,21 +349,19 @@ def encode(pipeline, pixels):
 
 @torch.no_grad()
 def check_encoding(rollout, data, indices, limit=0.5):
-    """UserError unless `encode` undoes the pipeline's own decoding of the student's latents, up to `limit` of their
-    variance. Returns the relative squared error."""
+    """UserError unless the pipeline decodes what `encode` made of images `indices` of `data`, a PairImages, to these
+    images, up to `limit` of their variance. Returns the relative squared error. The images have one size."""
     prompts, options = [data.prompts[i] for i in indices], rollout.kwargs | data.call_kwargs(indices)
-    latents = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))
-    images = decode(rollout.pipeline, latents, prompts, **options)
-    error = math.inf
-    if images is not None and images.ndim == 4:
-        pixels = torch.from_numpy(to_pixels(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        again = encode(rollout.pipeline, pixels)
-        if again.shape == latents.shape:
-            error = ((again - latents.float()).square().mean() / latents.float().var()).item()
-    if error > limit:
+    latents, error = data.latents(indices), math.inf
+    made = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))
+    if latents.shape == made.shape:
+        images, pixels = decode(rollout.pipeline, latents.to(made.dtype), prompts, **options), data.pixels(indices)
+        if images is not None and images.shape == pixels.shape:
+            error = ((images.float().cpu() * 2 - 1 - pixels).square().mean() / pixels.var()).item()
+    if not error <= limit:
         raise UserError(
             f"--dataset_metadata_path: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
-            f"(decoded and encoded again they differ by {error:.2g} of their variance); use generate_pairs"
+            f"(encoded and decoded again they differ by {error:.2g} of their variance); use generate_pairs"
         )
     return error
 

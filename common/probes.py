@@ -407,8 +407,8 @@ def check_pairing(rollout, data, indices, batch_size, limit=0.7):
     if not right < limit * wrong:
         raise UserError(
             "--pairs_dir, --dataset_metadata_path: seeds and results do not belong together: the untrained student's "
-            f"error is {right:.2f} of the variance from the recorded seeds and {wrong:.2f} from others (another teacher, "
-            "size, guidance or noise?)"
+            f"error is {right:.2f} of the variance from the recorded seeds and {wrong:.2f} from others (another "
+            "teacher, size, guidance or noise?)"
         )
     return right / wrong
 

@@ -2,8 +2,9 @@
 
     python -m common.tools.demo --method lcm
 
-builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`); launches the method's training script as
-anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps and the student at 4, 2 and 1; writes `demo/report.md`
+builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`); for direct distillation, pairs of the
+teacher; launches the method's training script as anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps and the student at 4, 2 and 1 (direct ones at the
+steps they were trained for); writes `demo/report.md`
 and `demo/report.png`. Whatever is complete is reused by the next run. Left out: several seeds; the numbers of one run
 say that a method works, not by how much it beats another.
 """
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import UserError, metrics
+from common import UserError, metrics, probes
 from common import args as cli
 from common.tools import digits, dit
 
@@ -99,7 +100,8 @@ DIRECT = {
 }
 METHODS |= {
     "direct": DIRECT,
-    "direct_8": DIRECT | {"steps": (8,), "flags": DIRECT["flags"] | {"num_inference_steps": 8}},
+    "direct_8": DIRECT
+    | {"steps": (8,), "flags": DIRECT["flags"] | {"num_inference_steps": 8, "max_train_steps": 200}},
     "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
 }
 
@@ -343,21 +345,33 @@ def load_student(folder, teacher_dir):
 
 
 def measure_teacher(judge, folder, steps, seed):
-    """With DDIM from the last timestep down: the checkpoint's own spacing never sees noise at one and two steps."""
+    """As well as it samples in few steps. With DDIM from the last timestep down: the checkpoint's own spacing never
+    sees noise at one and two steps. A flow's few steps end at an even schedule's last sigma instead of at the data.
+    """
     pipeline = load_pipeline(folder)
-    if hasattr(pipeline.scheduler, "alphas_cumprod"):
-        pipeline.scheduler = DDIMScheduler.from_config(
-            pipeline.scheduler.config, clip_sample=False, timestep_spacing="trailing"
-        )
-    return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed)
+    shipped = pipeline.scheduler
+    if hasattr(shipped, "alphas_cumprod"):
+        pipeline.scheduler = DDIMScheduler.from_config(shipped.config, clip_sample=False, timestep_spacing="trailing")
+        return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed)
+
+    def schedule(num_inference_steps):
+        change = probes.repairs(shipped, num_inference_steps)[-1] if 1 < num_inference_steps < 20 else {}
+        pipeline.scheduler = type(shipped).from_config(shipped.config, **change)
+
+    return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed, schedule)
 
 
-def measure(judge, pipeline, steps, guidance_scale, seed):
-    """Sample NUM_SETS sets at every number of steps. Returns the results, and images (len(steps), 10, H, W, 3)."""
+def measure(judge, pipeline, steps, guidance_scale, seed, schedule=None):
+    """Sample NUM_SETS sets at every number of steps. Returns the results, and images (len(steps), 10, H, W, 3).
+
+    schedule: called with each number of steps before it is sampled, to change the pipeline's scheduler.
+    """
     prompts = digits.canonical_prompts(SET_SIZE)
     rows, shown = [], []
     for num_inference_steps in steps:
         distances, accuracies, seconds = [], [], 0.0
+        if schedule:
+            schedule(num_inference_steps)
         with tqdm(total=NUM_SETS * SET_SIZE, desc=f"{num_inference_steps} steps", unit="image") as progress:
             for index in range(NUM_SETS):
                 generator = torch.Generator().manual_seed(seed * NUM_SETS + index)
@@ -455,7 +469,8 @@ def report_lines(results):
         "- Features: the 64 pooled outputs of `classifier/`; they compare with no other network's.",
         f'- Prompts: "{digits.CANONICAL_TEMPLATE.format("zero")}" to "nine", equally often; accuracy is how often the '
         "classifier sees the digit that the prompt names.",
-        "- Teachers are sampled with DDIM (trailing timesteps), students with the scheduler they were saved with; "
+        "- Teachers are sampled with DDIM (trailing timesteps), the flow-matching one with its own scheduler (below 20 "
+        "steps ending as an even schedule does), students with the scheduler they were saved with; "
         "guidance_scale: "
         + ", ".join(f"{name} {result['guidance_scale']:g}" for name, result in results.items())
         + ".",

@@ -415,7 +415,8 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
     if lora and scheduler == "keep" and Path(lora, "scheduler", "scheduler_config.json").is_file():
-        pipeline.scheduler = diffusers.LCMScheduler.from_pretrained(lora, subfolder="scheduler")
+        config = json.loads(Path(lora, "scheduler", "scheduler_config.json").read_text(encoding="utf-8"))
+        pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     if scheduler != "keep":
         if not hasattr(pipeline.scheduler, "alphas_cumprod"):
             name = type(pipeline.scheduler).__name__

@@ -18,6 +18,7 @@ from common.export import versions
 
 import diffusers
 import torch
+import transformers
 from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +72,7 @@ def main(args):
     device = torch.device(args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
     # 2. What is asked, checked before any weight is loaded.
     prompts = pairs.read_prompts(args.prompts, args.prompt_column)
