@@ -2,10 +2,10 @@
 
     python -m common.tools.demo --method lcm
 
-builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`); for direct distillation, pairs of the
-teacher; launches the method's training script as anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps and the student at 4, 2 and 1 (direct ones at the
-steps they were trained for); writes `demo/report.md`
-and `demo/report.png`. Whatever is complete is reused by the next run. Left out: several seeds; the numbers of one run
+builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`), and pairs of the teacher for direct
+distillation; launches the method's training script as anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps
+and the student at 4, 2 and 1, direct ones at the steps they were trained for; writes `demo/report.md` and
+`demo/report.png`. Whatever is complete is reused by the next run. Left out: several seeds; the numbers of one run
 say that a method works, not by how much it beats another.
 """
 
@@ -469,8 +469,8 @@ def report_lines(results):
         "- Features: the 64 pooled outputs of `classifier/`; they compare with no other network's.",
         f'- Prompts: "{digits.CANONICAL_TEMPLATE.format("zero")}" to "nine", equally often; accuracy is how often the '
         "classifier sees the digit that the prompt names.",
-        "- Teachers are sampled with DDIM (trailing timesteps), the flow-matching one with its own scheduler (below 20 "
-        "steps ending as an even schedule does), students with the scheduler they were saved with; "
+        "- Teachers are sampled with DDIM (trailing timesteps), the flow-matching one with its own scheduler (below "
+        "20 steps ending as an even schedule does), students with the scheduler they were saved with; "
         "guidance_scale: "
         + ", ".join(f"{name} {result['guidance_scale']:g}" for name, result in results.items())
         + ".",
