@@ -52,9 +52,9 @@ def read_pipeline_config(name, revision=None, cache_dir=None):
         takes = arguments(pipeline_class)
         missing = [argument for argument in NEEDED_ARGUMENTS if argument not in takes]
         found = {part: getattr(diffusers, parts[part][1], None) for part in DENOISERS if part in parts}
-        if missing or not found or None in found.values() or "scheduler" not in parts or "image" in takes:
+        if missing or not found or None in found.values() or "scheduler" not in parts or "strength" in takes:
             what = f"its call takes no {missing[0]}" if missing else "it has no denoiser and scheduler of diffusers"
-            what = "its call starts from an image" if "image" in takes and not missing else what
+            what = "it starts from an image" if "strength" in takes and not missing else what
             raise UserError(f"{flag}: a {pipeline_class.__name__} cannot be distilled by this script, {what}")
         configs = {part: (cls, cls.load_config(name, subfolder=part, **options)) for part, cls in found.items()}
         scheduler_class = getattr(diffusers, parts["scheduler"][1])
