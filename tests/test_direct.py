@@ -482,6 +482,24 @@ def test_mistakes_are_found_before_any_weight_is_loaded(tmp_path, flags, capsys,
     assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("class_name", "sentence"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "it starts from an image"),
+        ("NoSuchPipeline", "has no NoSuchPipeline"),
+        ("DDPMPipeline", "its call takes no prompt"),
+    ],
+)
+def test_pipelines_that_cannot_be_distilled_are_refused(tmp_path, direct_teacher, class_name, sentence):
+    for part in Path(direct_teacher()).iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "model_index.json").unlink()
+    index = json.loads(Path(direct_teacher(), "model_index.json").read_text()) | {"_class_name": class_name}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=sentence):
+        pipelines.read_pipeline_config(tmp_path)
+
+
 def test_incomplete_and_damaged_pairs_are_refused(tmp_path, made):
     folder = rewritten(made, tmp_path / "pairs", lambda seed: seed)
     (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:3000])

@@ -46,6 +46,7 @@ def test_upload_is_the_model_and_its_card_only(tmp_path, monkeypatch):
     index = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": [None, None]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     model = ["unet/model.safetensors", "unet_target/model.safetensors", "scheduler/config.json"]
+    model += ["transformer/model.safetensors", "transformer_adapter/adapter_config.json"]  # a merged LoRA and itself
     others = ["checkpoint-5/model.safetensors", "logs/run/events", "my logs/events", "skipped_samples.jsonl"]
     for name in [*model, *others, "README.md", "checkpoint-6.tmp/x", "pytorch_lora_weights.safetensors"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
