@@ -61,6 +61,8 @@ def parse_args(argv=None):
         args.teacher_kwargs
     ):
         parser.error(f"--teacher_kwargs: {min(clash)} has a flag of its own, --{min(clash)}")
+    if bool(args.height) != bool(args.width):
+        parser.error("--height and --width go together: some pipelines ignore one alone")
     return args
 
 
