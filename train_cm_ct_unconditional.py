@@ -41,7 +41,7 @@ from tqdm import tqdm
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     cli.add_data_arguments(parser, text=False)
-    cli.add_training_arguments(parser, "consistency-model", "consistency-training", text=False)
+    cli.add_training_arguments(parser, "consistency-model", "consistency-training", samples_prompts=False)
     ct_args.add_arguments(parser)
     add = parser.add_argument_group("consistency training").add_argument
     add("--objective", choices=["ict", "ect"], default="ict", help="from scratch, or from a diffusion model")

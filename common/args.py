@@ -191,7 +191,8 @@ def add_data_arguments(parser, text=True):
     add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 
-def add_training_arguments(parser, output_dir, tracker_project_name, text=True):
+def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
+    """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps."""
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default=output_dir, help="where checkpoints, logs and the result go")
     add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
@@ -232,7 +233,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name, text=True):
         default=200,
         help="updates between two sample grids; 0: only at the end",
     )
-    if text:
+    if samples_prompts:
         add("--validation_prompts", action="append", help="repeatable, or @FILE; default: 4 captions of the data")
         add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
 

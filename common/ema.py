@@ -1,5 +1,7 @@
 """Exponential moving averages of parameters."""
 
+import contextlib
+
 import torch
 
 
@@ -39,3 +41,19 @@ def ema_start_share(num_steps, **options):
     for step in range(2, num_steps + 1):
         share *= ema_decay(step, **options)
     return share
+
+
+@contextlib.contextmanager
+def exchanged(parameters, others):
+    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round. No copy."""
+
+    def exchange():
+        for a, b in pairs:
+            a.data, b.data = b.data, a.data
+
+    pairs = list(zip(parameters, others, strict=True))
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+DENOISERS_AND_SCHEDULER = ("unet", "transformer", "prior", "scheduler")  # folders that stand without a whole pipeline
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset")
 
 
@@ -88,15 +89,16 @@ def write_model_card(
 def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_message="Add the trained model"):
     """Upload the model and its card, and nothing else of the folder: no checkpoint, log or run file.
 
-    The model is model_index.json with its parts, U-Net folders beside them, weights in the folder itself (a LoRA)
-    with the scheduler that they are for, and the models of earlier stages. Returns the address of the repository.
+    The model is model_index.json with its parts, folders of U-Nets and other denoisers beside them, weights in the
+    folder itself (a LoRA) with the scheduler that they are for, and the models of earlier stages. Returns the address
+    of the repository.
     """
     output_dir = Path(output_dir)
     index = output_dir / "model_index.json"
     parts = set(json.loads(index.read_text())) if index.is_file() else set()
     wanted = ["README.md", "sample_grid.png", "model_index.json"]
     for path in output_dir.iterdir():
-        if path.is_dir() and (path.name in parts or path.name.startswith(("unet", "scheduler", "stage-"))):
+        if path.is_dir() and (path.name in parts or path.name.startswith((*DENOISERS_AND_SCHEDULER, "stage-"))):
             wanted.append(f"{path.name}/*")
         elif path.is_file() and path.suffix == ".safetensors":
             wanted.append(path.name)

@@ -6,7 +6,7 @@ import json
 import tarfile
 
 from common import metrics
-from common.tools import demo, digits
+from common.tools import demo, digits, dit
 
 import numpy as np
 import pytest
@@ -247,7 +247,66 @@ def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monk
     start = command.index(recipe["script"])
     script = __import__(recipe["script"].removesuffix(".py"))
     args = script.parse_args(command[start + 1 :])
-    assert args.seed == 3 and args.resume_from_checkpoint is None and args.train_shards_path_or_url.endswith(".tar")
+    data = (
+        args.pairs_dir
+        if method.startswith("direct")
+        else args.train_shards_path_or_url.removesuffix("/{00000..00007}.tar")
+    )
+    assert args.seed == 3 and args.resume_from_checkpoint is None and data == str(tmp_path / "train")
     (tmp_path / "student" / "checkpoint-100").mkdir(parents=True)
     command = demo.training_command(recipe, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3)
     assert command[-1] == "--resume_from_checkpoint=latest"
+
+
+def test_the_dit_teacher_is_for_direct_distillation_alone(capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.parse_args(["--teacher=dit", "--method=lcm"])
+    err = capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "--teacher=dit has no U-Net and --method=lcm needs one" in err
+        and err.count("\n") == 1
+    )
+    for method in ("direct", "direct_8", "direct_lora"):
+        assert demo.parse_args(["--teacher=dit", f"--method={method}"]).method == method
+
+
+def test_the_dit_teacher_is_an_sd3_checkpoint_and_its_words_are_tokens(tmp_path):
+    dit.build_teacher(tmp_path, vae_steps=2, steps=2, batch_size=4, layers=1)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipeline).__name__ == "StableDiffusion3Pipeline" and pipeline.scheduler.config.shift == 3.0
+    for template in digits.TEMPLATES:
+        for word in digits.WORDS:
+            caption = template.format(word)
+            t5 = pipeline.tokenizer_3(caption).input_ids
+            assert len(t5) <= dit.T5_LENGTH and pipeline.tokenizer_3.unk_token_id not in t5
+            assert len(pipeline.tokenizer(caption).input_ids) <= dit.TEXT_LENGTH == pipeline.tokenizer_max_length
+    images = demo.sample(pipeline, ["a three", "a four"], 2, 2.0, torch.Generator().manual_seed(0))
+    assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
+
+
+def test_the_loss_of_the_dit_teacher_is_flow_matching(monkeypatch):
+    """What its transformer is trained to say is what FlowMatchEulerDiscreteScheduler integrates: dz/dsigma."""
+    torch.manual_seed(0)
+    pipeline = dit.untrained_pipeline(digits.train_vae(torch.zeros(8, 3, 16, 16), steps=1), layers=1)
+    pipeline.vae.register_to_config(shift_factor=0.0)
+    seen = []
+
+    def watched(prediction, target):
+        seen.append(target)
+        return (prediction - target).square().mean()
+
+    monkeypatch.setattr(dit.F, "mse_loss", watched)
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    images, labels = digits.load_split()[0]
+    dit.train_transformer(pipeline, digits.to_tensor(images[:64]), torch.from_numpy(labels[:64]), 1, 4, 1e-3)
+    hook.remove()
+    (inputs, target), scheduler = seen, pipeline.scheduler
+    for z, t, velocity in zip(inputs["hidden_states"], inputs["timestep"], target, strict=True):
+        scheduler.set_timesteps(sigmas=[t.item() / 1000], mu=None)
+        scheduler.sigmas[0] = t / 1000
+        end = scheduler.step(velocity, scheduler.timesteps[0], z).prev_sample  # to sigma = 0
+        assert torch.allclose(end + t / 1000 * velocity, z, atol=1e-5) and end.std() < z.std() + 1.0
+        assert (end + velocity).std() == pytest.approx(1.0, abs=0.3)  # at sigma = 1: the noise

@@ -62,6 +62,7 @@ def test_upload_is_the_model_and_its_card_only(tmp_path, monkeypatch):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     model = ["unet/model.safetensors", "unet_target/model.safetensors", "scheduler/config.json"]
     model += ["stage-1-k4/unet/model.safetensors", "stage-1-k4/README.md"]
+    model += ["transformer/model.safetensors", "transformer_adapter/adapter_config.json"]  # a merged LoRA and itself
     others = ["checkpoint-5/model.safetensors", "logs/run/events", "my logs/events", "skipped_samples.jsonl"]
     for name in [*model, *others, "README.md", "checkpoint-6.tmp/x", "pytorch_lora_weights.safetensors"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

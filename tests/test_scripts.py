@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import train_direct_distill as direct
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
@@ -730,7 +731,7 @@ def test_images_of_student_and_target_reach_tensorboard(tmp_path, flags):
     }
 
 
-@every_script
+@pytest.mark.parametrize("script", [*SCRIPTS, direct], ids=[*IDS, "direct"])
 def test_script_length(script):
     lines = Path(script.__file__).read_text().splitlines()
     start = lines.index("def main(args):")

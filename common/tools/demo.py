@@ -2,9 +2,10 @@
 
     python -m common.tools.demo --method lcm
 
-builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`); launches the method's training script as
-anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps and the student at 4, 2 and 1; writes `demo/report.md`
-and `demo/report.png`. Whatever is complete is reused by the next run. Left out: several seeds; the numbers of one run
+builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`), and pairs of the teacher for direct
+distillation; launches the method's training script as anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps
+and the student at 4, 2 and 1, direct ones at the steps they were trained for; writes `demo/report.md` and
+`demo/report.png`. Whatever is complete is reused by the next run. Left out: several seeds; the numbers of one run
 say that a method works, not by how much it beats another.
 """
 
@@ -17,14 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-from common import UserError, metrics
+from common import UserError, metrics, probes
 from common import args as cli
-from common.tools import digits
+from common.tools import digits, dit
 from common.tools.evaluate import load_pipeline
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,7 @@ TEACHERS = {
     "sd": ("teacher", "epsilon", False),
     "v_prediction": ("teacher_v_prediction", "v_prediction", False),
     "sdxl": ("teacher_sdxl", "epsilon", True),
+    "dit": ("teacher_dit", "flow", False),
 }
 TEACHER_STEPS = (50, 8, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
@@ -119,6 +121,31 @@ METHODS = {
     },
 }
 
+PAIRS = {"num_pairs": 2048, "num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE, "batch_size": 64}
+DIRECT = {
+    "script": "train_direct_distill.py",
+    "guidance_scale": 1.0,  # distilled: the teacher's guidance_scale of 2
+    "steps": (4,),
+    "flags": {
+        "num_inference_steps": 4,
+        "lora_rank": 0,
+        "train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 400,
+        "learning_rate": 5e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 20,
+        "adam_weight_decay": 0.0,
+        "validation_steps": 200,
+    },
+}
+METHODS |= {
+    "direct": DIRECT,
+    "direct_8": DIRECT
+    | {"steps": (8,), "flags": DIRECT["flags"] | {"num_inference_steps": 8, "max_train_steps": 200}},
+    "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
+}
+
 # A set is as large as the held-out part of the data, so that every distance here is biased alike, the floor's too.
 NUM_SETS, SET_SIZE = 3, digits.NUM_HELD_OUT
 SAMPLE_BATCH_SIZE = 60
@@ -133,7 +160,12 @@ def parse_args(argv=None):
     add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")
     add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
     add("--seed", type=cli.non_negative_int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.teacher == "dit" and not args.teacher_only and METHODS[args.method]["script"] != DIRECT["script"]:
+        parser.error(
+            f"--teacher=dit has no U-Net and --method={args.method} needs one; use direct, direct_8, direct_lora"
+        )
+    return args
 
 
 @cli.user_errors
@@ -157,7 +189,12 @@ def main(args):
     build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
     build_once(output_dir / "classifier", lambda folder: digits.build_classifier(folder, seed=args.seed))
     teacher_dir = output_dir / teacher_name
-    build_once(teacher_dir, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed, sdxl=sdxl))
+    if args.teacher == "dit":
+        build_once(teacher_dir, lambda folder: dit.build_teacher(folder, seed=args.seed))
+    else:
+        build_once(
+            teacher_dir, lambda folder: digits.build_teacher(folder, prediction_type, seed=args.seed, sdxl=sdxl)
+        )
     (output_dir / "prompts.txt").write_text("\n".join(digits.canonical_prompts(len(digits.WORDS))) + "\n")
     judge = Judge(output_dir / "classifier")
 
@@ -176,10 +213,15 @@ def main(args):
     if (student_dir / "README.md").exists():  # the card, which the scripts write last
         print(f"{student_dir} is complete and reused; --rebuild starts over", flush=True)
     else:
-        train(recipe, teacher_dir, output_dir / "shards" / "train", student_dir, args.seed)
+        data_dir = output_dir / "shards" / "train"
+        if recipe["script"] == DIRECT["script"]:
+            data_dir = generate_pairs(
+                teacher_dir, data_dir, output_dir / teacher_name.replace("teacher", "pairs"), args.seed
+            )
+        train(recipe, teacher_dir, data_dir, student_dir, args.seed)
     measure_once(
         student_dir / "metrics",
-        lambda: measure_student(judge, student_dir, teacher_dir, recipe["guidance_scale"], args.seed),
+        lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed),
     )
 
     # 6. The report.
@@ -220,7 +262,7 @@ def built_names():
         "classifier",
         *demo_ct.built_names(),
         *teachers,
-        *(t.replace("teacher", m) for t in teachers for m in METHODS),
+        *(t.replace("teacher", m) for t in teachers for m in [*METHODS, "pairs"]),
     ]
 
 
@@ -254,15 +296,17 @@ def measure_once(path, measure):
 # Training
 
 
-def training_command(recipe, teacher_dir, shards_dir, student_dir, seed):
-    """The words after `accelerate`, as a user would type them."""
+def training_command(recipe, teacher_dir, data_dir, student_dir, seed):
+    """The words after `accelerate`, as a user would type them; data_dir: shards, or a direct method's pairs."""
     last = digits.NUM_TRAIN_SHARDS - 1
+    data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
+    data = f"--pairs_dir={data_dir}" if recipe["script"] == DIRECT["script"] else data
     command = ["launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command += [] if torch.cuda.is_available() else ["--cpu"]
     command += [
         os.path.relpath(ROOT / recipe["script"]),
         f"--pretrained_teacher_model={teacher_dir}",
-        f"--train_shards_path_or_url={shards_dir}/{{00000..{last:05d}}}.tar",
+        data,
         f"--output_dir={student_dir}",
         *(f"--{name}={value}" for name, value in recipe["flags"].items()),
         f"--seed={seed}",
@@ -272,8 +316,24 @@ def training_command(recipe, teacher_dir, shards_dir, student_dir, seed):
     return command
 
 
-def train(recipe, teacher_dir, shards_dir, student_dir, seed):
-    command = training_command(recipe, teacher_dir, shards_dir, student_dir, seed)
+def generate_pairs(teacher_dir, shards_dir, pairs_dir, seed):
+    """Let the teacher answer the captions of the training digits; what is there is kept. Returns pairs_dir."""
+    is_dit = teacher_dir.name == TEACHERS["dit"][0]
+    # the samplers that the teachers are measured with at 50 steps; the students begin with the same
+    own = {"teacher_kwargs": json.dumps(dit.CALL_KWARGS)} if is_dit else {"scheduler": "DDIMScheduler"}
+    own |= {} if is_dit else {"scheduler_kwargs": json.dumps({"timestep_spacing": "trailing"})}
+    flags = {"pretrained_teacher_model": teacher_dir, "prompts": shards_dir, "output_dir": pairs_dir} | PAIRS | own
+    # far from the seeds that the samples of `measure` are drawn with
+    words = [f"--{name}={value}" for name, value in (flags | {"seed": 10**6 * (seed + 1)}).items()]
+    print("python -m common.tools.generate_pairs " + " \\\n    ".join(map(shlex.quote, words)), flush=True)
+    done = subprocess.run([sys.executable, "-m", "common.tools.generate_pairs", *words])
+    if done.returncode:
+        raise UserError(f"generate_pairs ended with exit code {done.returncode}; its own message is above")
+    return pairs_dir
+
+
+def train(recipe, teacher_dir, data_dir, student_dir, seed):
+    command = training_command(recipe, teacher_dir, data_dir, student_dir, seed)
     print("accelerate " + " \\\n    ".join(shlex.quote(word) for word in command), flush=True)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command])
@@ -319,32 +379,45 @@ def load_student(folder, teacher_dir):
     return load_pipeline(str(teacher_dir), **({"unet": unet} if unet.is_dir() else {"lora": folder}))
 
 
-def measure_student(judge, folder, teacher_dir, guidance_scale, seed):
-    """The student at STUDENT_STEPS, or the model of every stage at the number of steps that it is for."""
+def measure_student(judge, folder, teacher_dir, recipe, seed):
+    """The student at its method's numbers of steps, or the model of every stage at the number that it is for."""
     stages = {stage: [int(stage.name.split("-k")[1])] for stage in sorted(folder.glob("stage-*"))}
     measured = [
-        measure(judge, load_student(part, teacher_dir), steps, guidance_scale, seed)
-        for part, steps in (stages or {folder: STUDENT_STEPS}).items()
+        measure(judge, load_student(part, teacher_dir), steps, recipe["guidance_scale"], seed)
+        for part, steps in (stages or {folder: recipe.get("steps", STUDENT_STEPS)}).items()
     ]
     rows = [row for results, _ in measured for row in results["rows"]]
     return measured[0][0] | {"rows": rows}, np.concatenate([images for _, images in measured])
 
 
 def measure_teacher(judge, folder, steps, seed):
-    """With DDIM from the last timestep down: the checkpoint's own spacing never sees noise at one and two steps."""
+    """As well as it samples in few steps. With DDIM from the last timestep down: the checkpoint's own spacing never
+    sees noise at one and two steps. A flow's few steps end at an even schedule's last sigma instead of at the data.
+    """
     pipeline = load_pipeline(str(folder))
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, clip_sample=False, timestep_spacing="trailing"
-    )
-    return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed)
+    shipped = pipeline.scheduler
+    if hasattr(shipped, "alphas_cumprod"):
+        pipeline.scheduler = DDIMScheduler.from_config(shipped.config, clip_sample=False, timestep_spacing="trailing")
+        return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed)
+
+    def schedule(num_inference_steps):
+        change = probes.repairs(shipped, num_inference_steps)[-1] if 1 < num_inference_steps < 20 else {}
+        pipeline.scheduler = type(shipped).from_config(shipped.config, **change)
+
+    return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed, schedule)
 
 
-def measure(judge, pipeline, steps, guidance_scale, seed):
-    """Sample NUM_SETS sets at every number of steps. Returns the results, and images (len(steps), 10, H, W, 3)."""
+def measure(judge, pipeline, steps, guidance_scale, seed, schedule=None):
+    """Sample NUM_SETS sets at every number of steps. Returns the results, and images (len(steps), 10, H, W, 3).
+
+    schedule: called with each number of steps before it is sampled, to change the pipeline's scheduler.
+    """
     prompts = digits.canonical_prompts(SET_SIZE)
     rows, shown = [], []
     for num_inference_steps in steps:
         distances, accuracies, seconds = [], [], 0.0
+        if schedule:
+            schedule(num_inference_steps)
         with tqdm(total=NUM_SETS * SET_SIZE, desc=f"{num_inference_steps} steps", unit="image") as progress:
             for index in range(NUM_SETS):
                 generator = torch.Generator().manual_seed(seed * NUM_SETS + index)
@@ -389,6 +462,7 @@ def sample(pipeline, prompts, num_inference_steps, guidance_scale, generator):
         guidance_scale=guidance_scale,
         generator=generator,
         output_type="np",
+        **(dit.CALL_KWARGS if isinstance(pipeline, StableDiffusion3Pipeline) else {}),
     ).images
     return (images * 255).round().astype(np.uint8)
 
@@ -441,7 +515,8 @@ def report_lines(results):
         "- Features: the 64 pooled outputs of `classifier/`; they compare with no other network's.",
         f'- Prompts: "{digits.CANONICAL_TEMPLATE.format("zero")}" to "nine", equally often; accuracy is how often the '
         "classifier sees the digit that the prompt names.",
-        "- Teachers are sampled with DDIM (trailing timesteps), students with the scheduler they were saved with; "
+        "- Teachers are sampled with DDIM (trailing timesteps), the flow-matching one with its own scheduler (below "
+        "20 steps ending as an even schedule does), students with the scheduler they were saved with; "
         "guidance_scale: "
         + ", ".join(f"{name} {result['guidance_scale']:g}" for name, result in results.items())
         + ".",

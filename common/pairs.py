@@ -1,0 +1,402 @@
+"""Teacher pairs for direct distillation: what (prompt, seed) the teacher was asked, and the latents that it gave.
+
+A folder of pairs holds `dataset_config.json` and tar shards of fixed ranges of indices. Pair i is `NNNNNNNNN.json`
+(index, prompt, seed = base seed + i, sha256 of the float32 unit noise) and `.safetensors` (`latents`, as the pipeline
+calls them, in its dtype), optionally `.png`. The bytes depend on the flags alone, not on the number of processes.
+The other form is a table of images: `image,prompt,seed,rand_device,num_inference_steps,cfg_scale`; they are encoded
+again, which loses what the decoder lost, and are never resized: that would part them from their noise.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import tarfile
+from pathlib import Path
+
+from common import UserError
+from common.data import keyed_seed
+from common.pipelines import decode
+from common.probes import noise_sha256
+from common.shards import TEXT_KEYS, SampleError, expand_shards, open_shard, tar_samples
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+CONFIG = "dataset_config.json"
+FORMAT = 1
+COLUMNS = ("image", "prompt", "seed")
+FREE_KEYS = ("model", "revision", "versions", "weights_sample")  # of CONFIG; told apart by weights_sample instead
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def read_prompts(spec, column=None):
+    """Prompts of --prompts: a text file (one a line), a column of a csv or parquet table, or captions of shards.
+
+    column: of a table; default: `prompt`, `text` or `caption`. Raises UserError that names the flag.
+    """
+    flag, path = f"--prompts={spec}", Path(spec.removeprefix("@"))
+    suffix = path.suffix.lower()
+    try:
+        if path.is_file() and suffix == ".txt":
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        elif path.is_file() and suffix == ".csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file))
+            prompts = _column(flag, {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}, column)
+        elif path.is_file() and suffix == ".parquet":
+            from pyarrow import parquet
+
+            name = _column_name(flag, parquet.read_schema(path).names, column)
+            prompts = parquet.read_table(path, columns=[name]).column(name).to_pylist()
+        else:
+            prompts = _captions(spec)
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{flag} cannot be read ({str(error).splitlines()[0]})") from None
+    prompts = [prompt.strip() for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
+    if not prompts:
+        raise UserError(f"{flag} holds no prompt")
+    return prompts
+
+
+def _column_name(flag, names, column):
+    name = column or next((name for name in ("prompt", "text", "caption") if name in names), None)
+    if name not in names:
+        raise UserError(
+            f"{flag}: no column {name or 'prompt, text or caption'!r}; name one with --prompt_column: {names}"
+        )
+    return name
+
+
+def _column(flag, table, column):
+    return table[_column_name(flag, list(table), column)]
+
+
+def _captions(spec):
+    try:
+        shards = expand_shards(spec)
+    except UserError as error:
+        raise UserError(str(error).replace("--train_shards_path_or_url", "--prompts")) from None
+    prompts = []
+    for shard in shards:
+        try:
+            if os.path.isdir(shard):
+                raise UserError(f"--prompts={spec}: a folder of images; give a text file, a csv, a parquet or shards")
+            with open_shard(shard, 600) as file:
+                for _, _, raw in tar_samples(file, [TEXT_KEYS]):
+                    text = next((raw[key] for key in TEXT_KEYS if raw.get(key)), b"")
+                    prompts.append(text.decode("utf-8-sig", errors="replace"))
+        except SampleError as error:
+            raise UserError(f"--prompts={spec}: {shard} cannot be read ({error.detail})") from None
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def shard_name(shard):
+    return f"{shard:05d}.tar"
+
+
+def shard_range(shard, num_pairs, samples_per_shard):
+    return range(shard * samples_per_shard, min((shard + 1) * samples_per_shard, num_pairs))
+
+
+def num_shards(config):
+    return math.ceil(config["num_pairs"] / config["samples_per_shard"])
+
+
+def write_config(folder, config):
+    """Write CONFIG, or check that the one which is there says the same; called by every process.
+
+    Raises UserError for a folder that holds other files, or pairs that other flags made.
+    """
+    folder = Path(folder)
+    flag = f"--output_dir={folder}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} is a file; name a folder")
+    if (
+        folder.is_dir()
+        and not (folder / CONFIG).exists()
+        and any(not p.name.endswith(".tmp") for p in folder.iterdir())
+    ):
+        raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
+    text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if (folder / CONFIG).exists():
+        there, here = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(text)
+        changed = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k) and k != "versions"]
+        if changed:
+            raise UserError(
+                f"{flag} holds pairs of other flags (they differ in {', '.join(changed)}); repeat the command that "
+                "began it, or name a new folder"
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{CONFIG}.{os.getpid()}.tmp"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.rename(folder / CONFIG)
+    except OSError as error:
+        raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def write_shard(path, pairs):
+    """Write the members of `pairs` to a tar that is complete or does not exist.
+
+    pairs: (index, prompt, seed, latents of one sample, uint8 image (H, W, 3) or None).
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    with open(unfinished, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for index, prompt, seed, latents, image in pairs:
+                record = {"index": index, "prompt": prompt, "seed": seed}
+                record["noise_sha256"] = noise_sha256(seed, latents.numel())
+                members = {"json": json.dumps(record, ensure_ascii=False).encode()}
+                members["safetensors"] = save({"latents": latents.contiguous()})
+                if image is not None:
+                    png = io.BytesIO()
+                    Image.fromarray(image).save(png, format="png")
+                    members["png"] = png.getvalue()
+                for extension, payload in members.items():
+                    member = tarfile.TarInfo(f"{index:09d}.{extension}")  # owner 0, time 0
+                    member.size = len(payload)
+                    tar.addfile(member, io.BytesIO(payload))
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_config(folder):
+    """CONFIG of a folder of pairs; UserError unless it is there and every shard is complete."""
+    flag, path = f"--pairs_dir={folder}", Path(folder, CONFIG)
+    if not path.is_file():
+        raise UserError(f"{flag}: no {CONFIG} in it; make pairs with `python -m common.tools.generate_pairs`")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        there = [shard for shard in range(num_shards(config)) if Path(folder, shard_name(shard)).is_file()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flag}: its {CONFIG} cannot be read ({error})") from None
+    if config.get("format") != FORMAT:
+        raise UserError(f"{flag}: its format is {config.get('format')!r}, this version reads {FORMAT}")
+    if len(there) < num_shards(config):
+        raise UserError(
+            f"{flag} holds {len(there)} of {num_shards(config)} shards; repeat the generate_pairs command to finish it"
+        )
+    return config
+
+
+class PairShards:
+    """The pairs of a folder, by index: prompts and seeds in memory, latents read when they are asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.config = Path(folder), read_config(folder)
+        self.prompts, self.seeds, self.hashes, self._places = [], [], [], []
+        for shard in range(num_shards(self.config)):
+            path = self.folder / shard_name(shard)
+            try:
+                self._index(path)
+            except (tarfile.TarError, ValueError, KeyError, TypeError, OSError) as error:
+                raise UserError(
+                    f"--pairs_dir={folder}: {path.name} is damaged ({error}); delete it and repeat generate_pairs"
+                ) from None
+        if len(self._places) != self.config["num_pairs"]:
+            raise UserError(
+                f"--pairs_dir={folder}: {len(self._places)} pairs where {CONFIG} says {self.config['num_pairs']}"
+            )
+
+    def _index(self, path):
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    record = json.loads(tar.extractfile(member).read())
+                    self.prompts.append(record["prompt"])
+                    self.seeds.append(int(record["seed"]))
+                    self.hashes.append(record["noise_sha256"])
+                elif member.name.endswith(".safetensors"):
+                    self._places.append((path, member.offset_data, member.size))
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def latents(self, indices):
+        """(B, ...) in the dtype that they were stored in."""
+        found = []
+        for index in indices:
+            path, offset, size = self._places[index]
+            try:
+                with open(path, "rb") as file:
+                    file.seek(offset)
+                    found.append(load(file.read(size))["latents"])
+            except (OSError, SafetensorError, KeyError) as error:
+                raise UserError(
+                    f"--pairs_dir: pair {index} in {path} cannot be read ({error}); make it again"
+                ) from None
+        return torch.stack(found)
+
+    def call_kwargs(self, indices):
+        return {}
+
+
+class PairImages:
+    """The pairs of a metadata table, by index; images are encoded when they are asked for, once `pipeline` is set."""
+
+    def __init__(self, metadata_path, base_path=None, height=None, width=None, max_pixels=None):
+        flag, self.pipeline = f"--dataset_metadata_path={metadata_path}", None
+        self.base = Path(base_path if base_path is not None else Path(metadata_path).parent)
+        try:
+            with open(metadata_path, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, ValueError, csv.Error) as error:
+            raise UserError(f"{flag} cannot be read ({error})") from None
+        missing = [name for name in COLUMNS if not rows or rows[0].get(name) is None]
+        if missing:
+            raise UserError(f"{flag} has no column or no row of {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+        devices = {row.get("rand_device") or "cpu" for row in rows}
+        if devices != {"cpu"}:
+            raise UserError(
+                f"{flag}: rand_device is {', '.join(sorted(devices))}; only noise of the cpu can be made again"
+            )
+        try:
+            self.seeds = [int(row["seed"]) for row in rows]
+            self.steps = {int(row["num_inference_steps"]) for row in rows if row.get("num_inference_steps")}
+            scales = {float(row["cfg_scale"]) for row in rows if row.get("cfg_scale")}
+        except ValueError as error:
+            raise UserError(f"{flag}: {error}; seed, num_inference_steps and cfg_scale are numbers") from None
+        if len(self.steps) > 1 or scales - {1.0}:
+            raise UserError(
+                f"{flag}: num_inference_steps and cfg_scale are the student's: one number of steps, and cfg_scale 1"
+            )
+        self.prompts, self.files = [row["prompt"] for row in rows], [row["image"] for row in rows]
+        self.sizes = [self._size(file, height, width, max_pixels) for file in self.files]
+        if not max_pixels and len(set(self.sizes)) > 1:
+            raise UserError(
+                f"{flag}: its images have {len(set(self.sizes))} sizes; pass --max_pixels with --train_batch_size=1"
+            )
+        self.hashes = None
+
+    def _size(self, file, height, width, max_pixels):
+        try:
+            with Image.open(self.base / file) as image:
+                size = image.size[1], image.size[0]
+        except (OSError, ValueError) as error:
+            raise UserError(f"--dataset_base_path={self.base}: {file} cannot be read ({error})") from None
+        if height and size != (height, width):
+            raise UserError(
+                f"--height={height} --width={width}: {file} has {size[0]} x {size[1]} pixels; resizing would part it "
+                "from its noise, generate it in this size"
+            )
+        if max_pixels and size[0] * size[1] > max_pixels:
+            raise UserError(f"--max_pixels={max_pixels}: {file} has {size[0]} x {size[1]}, and resizing is no option")
+        return size
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def latents(self, indices):
+        """(B, ...) as the pipeline's own, from the images."""
+        return encode(self.pipeline, self.pixels(indices))
+
+    def pixels(self, indices):
+        """(B, 3, H, W) in -1..1"""
+        pixels = []
+        for index in indices:
+            with Image.open(self.base / self.files[index]) as image:
+                array = np.asarray(image.convert("RGB"))
+            pixels.append(torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1.0)
+        return torch.stack(pixels)
+
+    def call_kwargs(self, indices):
+        """What a call needs beside the pairs' own arguments: the size of these images, which is one."""
+        height, width = self.sizes[indices[0]]
+        return {"height": height, "width": width}
+
+
+@torch.no_grad()
+def encode(pipeline, pixels):
+    """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; `check_encoding` confirms it.
+
+    (mode - shift) / std * scale by the VAE's configuration, packed by the pipeline where its latents are packed.
+    """
+    vae, config = pipeline.vae, pipeline.vae.config
+    of_video = any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
+    pixels = pixels.to(vae.device, vae.dtype)
+    encoded = vae.encode(pixels.unsqueeze(2) if of_video else pixels)
+    latents = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent).float()
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shape = [1, -1] + [1] * (latents.ndim - 2)
+        shift = torch.tensor(config["latents_mean"], device=latents.device).view(shape)
+        scale = scale / torch.tensor(config["latents_std"], device=latents.device).view(shape)
+    latents = (latents - shift) * scale
+    if hasattr(pipeline, "_pack_latents"):
+        batch, channels, height, width = *latents.shape[:2], *latents.shape[-2:]
+        latents = pipeline._pack_latents(latents, batch, channels, height, width)
+    return latents
+
+
+@torch.no_grad()
+def check_encoding(rollout, data, indices, limit=0.5):
+    """UserError unless the pipeline decodes what `encode` made of images `indices` of `data`, a PairImages, to these
+    images, up to `limit` of their variance. Returns the relative squared error. The images have one size."""
+    prompts, options = [data.prompts[i] for i in indices], rollout.kwargs | data.call_kwargs(indices)
+    latents, error = data.latents(indices), math.inf
+    made = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))
+    if latents.shape == made.shape:
+        images, pixels = decode(rollout.pipeline, latents.to(made.dtype), prompts, **options), data.pixels(indices)
+        if images is not None and images.shape == pixels.shape:
+            error = ((images.float().cpu() * 2 - 1 - pixels).square().mean() / pixels.var()).item()
+    if not error <= limit:
+        raise UserError(
+            f"--dataset_metadata_path: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
+            f"(encoded and decoded again they differ by {error:.2g} of their variance); use generate_pairs"
+        )
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+def split(num_pairs, num_held_out):
+    """(training, held-out) indices: the last ones are held out."""
+    return range(num_pairs - num_held_out), range(num_pairs - num_held_out, num_pairs)
+
+
+class PairOrder:
+    """Which training pairs a micro-batch holds: an endless sequence of keyed permutations, cut into batches.
+
+    Global micro-batch j has samples jB to (j + 1)B of that sequence, so the order does not depend on the number of
+    processes and a resumed run needs to know nothing but j.
+    """
+
+    def __init__(self, num_train, batch_size, seed):
+        self.num_train, self.batch_size, self.seed = num_train, batch_size, seed
+        self._epochs = {}
+
+    def _permutation(self, epoch):
+        if epoch not in self._epochs:
+            generator = torch.Generator().manual_seed(keyed_seed(self.seed, "pairs", epoch))
+            self._epochs = dict(list(self._epochs.items())[-1:])
+            self._epochs[epoch] = torch.randperm(self.num_train, generator=generator).tolist()
+        return self._epochs[epoch]
+
+    def __getitem__(self, micro_batch):
+        places = range(micro_batch * self.batch_size, (micro_batch + 1) * self.batch_size)
+        return [self._permutation(place // self.num_train)[place % self.num_train] for place in places]
+
+
+def prompts_sha256(prompts):
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

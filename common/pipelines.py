@@ -1,0 +1,394 @@
+"""Any text-to-image or -video pipeline of diffusers as a differentiable function, without per-model code.
+
+diffusers runs `__call__` under `torch.no_grad`; the function that it decorates is the pipeline itself, and gradients
+go through all of its steps. So training and inference cannot differ. What a pipeline does is found out in `probes.py`.
+Left out: pipelines that start from an image, and guidance that is a component (`guider`) instead of an argument.
+"""
+
+import contextlib
+import functools
+import inspect
+import json
+from pathlib import Path
+
+from common import UserError
+from common import models as sd_models
+from common.lora import ADAPTER, WEIGHTS, lora_layers
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+NEEDED_ARGUMENTS = ("prompt", "num_inference_steps", "generator", "output_type", "return_dict")
+SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call: teacher and student differ in them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is, and loading it
+
+
+def read_pipeline_config(name, revision=None, cache_dir=None):
+    """What a pipeline consists of, without its weights: {"class", "denoisers": {name: (class, configuration)},
+    "scheduler": (class, configuration)}.
+
+    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when
+    diffusers has no such pipeline, or when its call cannot be distilled.
+    """
+    flag = f"--pretrained_teacher_model={name}"
+    options = {"revision": revision, "cache_dir": cache_dir}
+    if Path(name).exists() and not Path(name, "model_index.json").is_file():
+        raise UserError(f"{flag}: no model_index.json in it, so it is not a pipeline in diffusers layout")
+    try:
+        index = DiffusionPipeline.load_config(name, **options)
+        parts = {key: value for key, value in index.items() if isinstance(value, list) and value[1] is not None}
+        pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+        if pipeline_class is None:
+            raise UserError(f"{flag}: diffusers {diffusers.__version__} has no {index.get('_class_name')}")
+        takes = arguments(pipeline_class)
+        missing = [argument for argument in NEEDED_ARGUMENTS if argument not in takes]
+        found = {part: getattr(diffusers, parts[part][1], None) for part in DENOISERS if part in parts}
+        if missing or not found or None in found.values() or "scheduler" not in parts or "strength" in takes:
+            what = f"its call takes no {missing[0]}" if missing else "it has no denoiser and scheduler of diffusers"
+            what = "it starts from an image" if "strength" in takes and not missing else what
+            raise UserError(f"{flag}: a {pipeline_class.__name__} cannot be distilled by this script, {what}")
+        configs = {part: (cls, cls.load_config(name, subfolder=part, **options)) for part, cls in found.items()}
+        scheduler_class = getattr(diffusers, parts["scheduler"][1])
+        scheduler = scheduler_class, scheduler_class.load_config(name, subfolder="scheduler", **options)
+    except (OSError, ValueError, AttributeError) as error:
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({line})") from None
+    return {"class": pipeline_class, "denoisers": configs, "scheduler": scheduler}
+
+
+def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_dir=None, **replaced):
+    """The pipeline on the CPU in `dtype`, every weight frozen and in eval mode, without safety checkers.
+
+    name: folder or hub repository in diffusers layout. replaced: parts that are there already and are not loaded.
+    """
+    index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
+    skipped = {part: None for part in sd_models.NOT_TRAINED if part in index}
+    if "safety_checker" in index:
+        skipped["requires_safety_checker"] = False
+    options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, **options, **skipped | replaced)
+    except (OSError, ValueError, ImportError) as error:
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"--pretrained_teacher_model={name} cannot be loaded: {line}") from None
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def exempt_vae(pipeline):
+    """Let the VAE compute in its own dtype also under autocast: SDXL's overflows in float16."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return
+    original = vae.decode
+
+    def decode(latents, *args, **kwargs):
+        with torch.autocast(latents.device.type, enabled=False):
+            return original(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode
+
+
+def count_parameters(config, rank=None, alpha=None, names=None):
+    """(all, trained) parameters of the denoisers, without their weights; trained are the adapters', or all of them.
+
+    config: as from `read_pipeline_config`. Raises UserError for --lora_target_modules that do not fit.
+    """
+    total = trained = 0
+    for cls, values in config["denoisers"].values():
+        with torch.device("meta"):
+            module = cls.from_config(values)
+            parameters = sum(p.numel() for p in module.parameters())
+            total += parameters
+            if rank:
+                attach_lora(module, rank, alpha, 0.0, names)
+                parameters = sum(p.numel() for p in module.parameters()) - parameters
+        trained += parameters
+    return total, trained
+
+
+def denoisers(pipeline):
+    """{name: module} of the networks that denoise, in the order of DENOISERS."""
+    parts = {name: getattr(pipeline, name, None) for name in DENOISERS}
+    return {name: module for name, module in parts.items() if isinstance(module, torch.nn.Module)}
+
+
+def weights_sample(pipeline, num_tensors=32, num_values=4):
+    """{parameter's name: its first values as floats} of some of the denoisers' tensors: enough to tell two teachers
+    apart, whatever their folders are called and whichever precision they were loaded in."""
+    named = [(f"{d}.{n}", p) for d, module in denoisers(pipeline).items() for n, p in module.named_parameters()]
+    chosen = named[:: max(1, len(named) // num_tensors)]
+    return {name: p.detach().flatten()[:num_values].float().tolist() for name, p in chosen}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The call
+
+
+def undecorated(pipeline_class):
+    """`__call__` without torch.no_grad and whatever else wraps it."""
+    return inspect.unwrap(pipeline_class.__call__)
+
+
+def arguments(pipeline_class):
+    """{name: inspect.Parameter} of the call."""
+    return inspect.signature(undecorated(pipeline_class)).parameters
+
+
+def generators(seeds):
+    """One CPU generator a sample: the noise of a sample depends on its seed alone, not on batch, rank or device."""
+    return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+
+def call(pipeline, prompts, seeds, output_type="latent", **kwargs):
+    """The pipeline's own call, differentiable in its denoisers: B prompts and seeds -> its first output.
+
+    output_type "latent": whatever the pipeline calls latents, (B, ...), in its dtype; "pt": images (B, C, H, W) or
+    videos (B, F, C, H, W) in 0..1. seeds: B integers, or B generators. kwargs: for the call; a negative_prompt that is
+    a string is every sample's. Nothing is recorded for gradients under torch.no_grad.
+    """
+    if isinstance(kwargs.get("negative_prompt"), str):
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+    drawn = seeds if isinstance(seeds[0], torch.Generator) else generators(seeds)
+    options = {"generator": drawn, "output_type": output_type, "return_dict": False}
+    return undecorated(type(pipeline))(pipeline, prompt=list(prompts), **options, **kwargs)[0]
+
+
+class Rollout(torch.nn.Module):
+    """Owns the denoisers of a pipeline and runs its call: this is what DDP and FSDP wrap, while the pipeline keeps the
+    networks themselves, of which it reads configuration and dtype."""
+
+    def __init__(self, pipeline, **kwargs):
+        super().__init__()
+        self.denoisers = torch.nn.ModuleDict(denoisers(pipeline))
+        self.pipeline, self.kwargs = pipeline, kwargs
+
+    def train(self, mode=True):
+        """Denoisers stay in eval mode: some change what they return, and checkpointing does not depend on it. Only the
+        adapters' dropout follows."""
+        super().train(False)
+        self.training = mode
+        for layer in lora_layers(self).values():
+            layer.lora_dropout.train(mode)
+        return self
+
+    def forward(self, prompts, seeds, **kwargs):
+        return call(self.pipeline, prompts, seeds, **self.kwargs | kwargs)
+
+
+class _Answer:
+    """A scheduler whose every step leads to the latents that it was given."""
+
+    def __init__(self, scheduler, latents):
+        self._scheduler, self._latents = scheduler, latents
+
+    def __getattr__(self, name):
+        return getattr(self._scheduler, name)
+
+    def step(self, *args, return_dict=True, **kwargs):
+        answer = self._latents.clone()
+        if return_dict:
+            return type("Output", (), {"prev_sample": answer, "pred_original_sample": answer})()
+        return answer, answer
+
+
+@torch.no_grad()
+def decode(pipeline, latents, prompts, **kwargs):
+    """Images (B, C, H, W) or videos in 0..1 of latents (B, ...) as `call` returns them, by the pipeline's decoding;
+    None where the pipeline changes latents after its last step, so that theirs cannot be put in from outside.
+
+    kwargs: of a student's call. The pipeline runs with a scheduler that answers every step with these latents.
+    """
+    scheduler, part = pipeline.scheduler, next(iter(denoisers(pipeline).values()))
+    latents = latents.to(part.device)
+    pipeline.scheduler = _Answer(scheduler, latents)
+    try:
+        seeds = range(len(prompts))
+        if not torch.equal(call(pipeline, prompts, seeds, **kwargs).to(latents.dtype), latents):
+            return None
+        return call(pipeline, prompts, seeds, "pt", **kwargs)
+    finally:
+        pipeline.scheduler = scheduler
+
+
+def to_pixels(images):
+    """Images (B, C, H, W) or videos (B, F, C, H, W) in 0..1 -> uint8 (B, H, W, 3); of a video the middle frame."""
+    images = images[:, images.shape[1] // 2] if images.ndim == 5 else images
+    pixels = (images.float().clamp(0, 1) * 255.0).round().to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def enable_gradient_checkpointing(pipeline):
+    """Recompute activations block by block; a denoiser that cannot is recomputed as a whole, call by call."""
+    for module in denoisers(pipeline).values():
+        if getattr(module, "_supports_gradient_checkpointing", False):
+            module.enable_gradient_checkpointing()
+        else:
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def lora_targets(module, names=None):
+    """Full paths of the modules of a denoiser that get adapters.
+
+    names: ends of paths, as in PEFT; None: every Linear and Conv2d in a repeated block, a member of a ModuleList.
+    Raises UserError for a name that selects nothing, or anything but Linear and Conv2d.
+    """
+    layers = {path: m for path, m in module.named_modules() if path}
+    fits = {
+        p
+        for p, m in layers.items()
+        if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and getattr(m, "groups", 1) == 1
+    }
+    if names is None:
+        return sorted(path for path in fits if any(part.isdigit() for part in path.split(".")))
+    selected = set()
+    for name in names:
+        paths = {path for path in layers if f".{path}".endswith(f".{name}")}
+        if not paths or paths - fits:
+            raise UserError(
+                f"--lora_target_modules: {name!r} does not select Linear or Conv2d modules of the teacher's denoiser; "
+                "name ends of module paths, like to_q,to_k,to_v"
+            )
+        selected |= paths
+    return sorted(selected)
+
+
+def add_lora(pipeline, rank, alpha, dropout=0.0, names=None):
+    """Attach float32 adapters to every denoiser, in place; B starts at zero, so the student starts as the teacher."""
+    for module in denoisers(pipeline).values():
+        attach_lora(module, rank, alpha, dropout, names)
+
+
+def attach_lora(module, rank, alpha, dropout=0.0, names=None):
+    """`add_lora` for one denoiser, which is frozen but for its adapters; names: see `lora_targets`."""
+    targets = lora_targets(module, names)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    module.requires_grad_(False)
+    if hasattr(module, "add_adapter"):
+        module.add_adapter(config, ADAPTER)
+    else:
+        inject_adapter_in_model(config, module, ADAPTER)
+    for layer in lora_layers(module).values():
+        for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            part.float().requires_grad_(True)
+
+
+@contextlib.contextmanager
+def adapters_off(pipeline):
+    """Inside, the denoisers compute without their adapters, if they have any. Only under torch.no_grad."""
+    assert not torch.is_grad_enabled(), "adapters_off is for the untrained student: enter it under torch.no_grad()"
+    layers = [layer for module in denoisers(pipeline).values() for layer in lora_layers(module).values()]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def lora_files(pipeline_class, names):
+    """{denoiser: (file, keyword of save_lora_weights, keywords of load_lora_weights)}; None where the pipeline class
+    has no LoRA in diffusers."""
+    if not hasattr(pipeline_class, "save_lora_weights"):
+        return None
+    arguments = inspect.signature(pipeline_class.save_lora_weights).parameters
+    files = {}
+    for name in names:
+        if f"{name}_lora_layers" in arguments:
+            files[name] = WEIGHTS, name, {}
+        else:  # Wan 2.2: the second transformer's LoRA is a file of its own
+            files[name] = WEIGHTS.replace(".", f"_{name}.", 1), name.rpartition("_")[0], {f"load_into_{name}": True}
+    return files
+
+
+def save_lora(output_dir, pipeline):
+    """Write the adapters for `pipe.load_lora_weights`; returns the names of what was written.
+
+    Of a pipeline class that takes no LoRA in diffusers, each denoiser is written twice: as a PEFT adapter
+    (`NAME_adapter/`) and with the adapter merged into its weights (`NAME/`), which stock diffusers loads as `NAME=`.
+    """
+    output_dir, parts = Path(output_dir), denoisers(pipeline)
+    files, written = lora_files(type(pipeline), parts), []
+    for name, module in parts.items():
+        tensors = {
+            k: v.detach().cpu().contiguous()
+            for k, v in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+        }
+        config = module.peft_config[ADAPTER]
+        if files:
+            file, keyword, _ = files[name]
+            # Not config.to_dict(): another version of PEFT refuses fields that it does not know.
+            header = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+            layers = {f"{keyword}_lora_layers": tensors, f"{keyword}_lora_adapter_metadata": header}
+            type(pipeline).save_lora_weights(output_dir, weight_name=file, **layers)
+            written.append(file)
+            continue
+        folder = output_dir / f"{name}_adapter"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+        PeftConfig.save_pretrained(config, folder)
+        merged_denoiser(module).save_pretrained(output_dir / name)
+        written += [f"{name}_adapter", name]
+    return written
+
+
+def lora_load_calls(pipeline, written):
+    """(file, further arguments as text) of each load_lora_weights that loads what `save_lora` has written."""
+    files = lora_files(type(pipeline), denoisers(pipeline)) or {}
+    return [
+        (file, "".join(f", {name}={value}" for name, value in extra.items()))
+        for file, _, extra in files.values()
+        if file in written
+    ]
+
+
+@torch.no_grad()
+def merged_denoiser(module):
+    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT."""
+    weights = {}
+    layers = lora_layers(module)
+    for path, tensor in module.state_dict().items():
+        if ".lora_" not in path:
+            weights[path.replace(".base_layer.", ".")] = tensor.detach().float().cpu()
+    for path, layer in layers.items():
+        weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(ADAPTER).float().cpu()
+    copy = type(module).from_config(module.config)
+    copy.load_state_dict(weights)
+    return copy
+
+
+def public_kwargs(kwargs):
+    """Keyword arguments as they stand in a call in Python: `guidance_scale=1.0, num_inference_steps=4`."""
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(kwargs.items()))
+
+
+def parse_kwargs(flag, text):
+    """The dict of a flag that holds a JSON object; UserError otherwise."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"{flag}={text} is no JSON ({error}); write it like '{{\"guidance_scale\": 1}}'") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{flag}={text} is no JSON object; write it like '{{\"guidance_scale\": 1}}'")
+    return value

@@ -1,0 +1,207 @@
+"""Ask a teacher for many samples and keep what it was asked and gave: the data of `train_direct_distill.py`.
+
+    python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
+        --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
+
+or, on several GPUs, `accelerate launch --multi_gpu -m common.tools.generate_pairs ...`. Pair i has prompt i, seed
+--seed + i, and a CPU generator of its own. Shards are fixed ranges of pairs, dealt to the processes, which never wait
+for each other; finished ones are skipped, so the same command goes on after an interruption, and the bytes are the
+same for any number of processes. Left out: pipelines that start from images.
+"""
+
+import os
+from pathlib import Path
+
+from common import UserError, pairs, pipelines, probes
+from common import args as cli
+from common.export import versions
+
+import diffusers
+import torch
+import transformers
+from tqdm import tqdm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument_group("teacher").add_argument
+    add("--pretrained_teacher_model", required=True, help="folder or hub name, in diffusers layout")
+    add("--revision", help="hub revision of the teacher")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
+    add("--device", help="default: this process's GPU, else the CPU")
+    add = parser.add_argument_group("what it is asked").add_argument
+    add("--prompts", required=True, help="text file (one a line), csv, parquet, or WebDataset shards with captions")
+    add("--prompt_column", help="of a csv or parquet; default: prompt, text or caption")
+    add("--num_pairs", type=cli.positive_int, help="default: one for each prompt; more go through them again")
+    add("--num_inference_steps", type=cli.positive_int, default=50, help="of the teacher")
+    add("--guidance_scale", type=cli.non_negative_float, help="of the teacher; default: the pipeline's")
+    add("--negative_prompt", help="some pipelines do not guide without one")
+    add("--height", type=cli.positive_int, help="in pixels; default: the pipeline's")
+    add("--width", type=cli.positive_int, help="in pixels; default: the pipeline's")
+    add("--teacher_kwargs", help="JSON object of other arguments of the pipeline's call")
+    add("--scheduler", help="class of diffusers to sample with; default: the teacher's own")
+    add("--scheduler_kwargs", help="JSON object of changes to the scheduler's configuration")
+    add("--seed", type=cli.seed, default=0, help="of pair 0; pair i has seed + i")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, help="new, empty, or begun by the same command")
+    add("--samples_per_shard", type=cli.positive_int, default=256)
+    add("--batch_size", type=cli.positive_int, default=8, help="samples at once; part of what the bytes follow from")
+    add("--save_images", action="store_true", help="a png beside the latents, to look at")
+    args = parser.parse_args(argv)
+    for name in ("teacher_kwargs", "scheduler_kwargs"):
+        try:
+            setattr(args, name, pipelines.parse_kwargs(f"--{name}", getattr(args, name)))
+        except UserError as error:
+            parser.error(error)
+    if clash := {"num_inference_steps", "guidance_scale", "height", "width", "negative_prompt"} & set(
+        args.teacher_kwargs
+    ):
+        parser.error(f"--teacher_kwargs: {min(clash)} has a flag of its own, --{min(clash)}")
+    if bool(args.height) != bool(args.width):
+        parser.error("--height and --width go together: some pipelines ignore one alone")
+    return args
+
+
+@cli.user_errors
+def main(args):
+    # 1. This process's place; nothing is agreed with the others, so one that fails costs its shards alone.
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+    # 2. What is asked, checked before any weight is loaded.
+    prompts = pairs.read_prompts(args.prompts, args.prompt_column)
+    num_pairs = args.num_pairs or len(prompts)
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
+    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
+    scheduler_class, scheduler_config = teacher["scheduler"]
+    flag = "--scheduler" if args.scheduler else "--pretrained_teacher_model"
+    if args.scheduler:
+        scheduler_class = probes.scheduler_class("--scheduler", args.scheduler)
+    changes_flag = "--scheduler_kwargs" if args.scheduler_kwargs else flag
+    scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
+    check_output_dir(args.output_dir)
+
+    # 3. The teacher, and what it does with these arguments.
+    pipeline = pipelines.load_pipeline(
+        args.pretrained_teacher_model, DTYPES[args.dtype], variant=args.variant, scheduler=scheduler, **place
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    kwargs = call_kwargs(args, pipeline)
+    guided = check_teacher(pipeline, (prompts * 2)[:2], kwargs, flag)
+    config = {
+        "format": pairs.FORMAT,
+        "model": args.pretrained_teacher_model,
+        "revision": args.revision,
+        "pipeline": type(pipeline).__name__,
+        "weights_sample": pipelines.weights_sample(pipeline),
+        "scheduler": {"class": type(scheduler).__name__, "config": public_config(scheduler)},
+        "kwargs": kwargs,
+        "guided": guided,
+        "seed": args.seed,
+        "num_pairs": num_pairs,
+        "num_prompts": len(prompts),
+        "prompts_sha256": pairs.prompts_sha256(prompts),
+        "samples_per_shard": args.samples_per_shard,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "images": args.save_images,
+        "versions": versions(),
+    }
+    pairs.write_config(args.output_dir, config)
+
+    # 4. The shards of this process that are not there yet.
+    shards = list(range(pairs.num_shards(config)))[rank::world_size]
+    ranges = {shard: pairs.shard_range(shard, num_pairs, args.samples_per_shard) for shard in shards}
+    missing = [shard for shard in shards if not Path(args.output_dir, pairs.shard_name(shard)).exists()]
+    done = sum(len(ranges[shard]) for shard in shards if shard not in missing)
+    total = sum(map(len, ranges.values()))
+    label = f"pairs of process {rank}" if world_size > 1 else "pairs"
+    with tqdm(total=total, initial=done, desc=label, unit="pair", position=local_rank, smoothing=0.05) as progress:
+        for shard in missing:
+            made = make_pairs(pipeline, ranges[shard], prompts, args, kwargs, progress)
+            pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), made)
+    print(f"process {rank}: {len(shards)} of {pairs.num_shards(config)} shards are in {args.output_dir}", flush=True)
+
+
+def check_output_dir(folder):
+    """What `pairs.write_config` would refuse, said before the teacher is loaded."""
+    folder = Path(folder)
+    if folder.is_dir() and not (folder / pairs.CONFIG).exists() and any(folder.glob("[!.]*[!p]")):
+        raise UserError(f"--output_dir={folder} holds other files and no {pairs.CONFIG}; name an empty or new folder")
+
+
+def call_kwargs(args, pipeline):
+    """Everything that the teacher's call gets beside prompts and seeds; UserError for what it does not take."""
+    arguments = pipelines.arguments(type(pipeline))
+    kwargs = {"num_inference_steps": args.num_inference_steps} | args.teacher_kwargs
+    for name in ("height", "width", "negative_prompt"):
+        if getattr(args, name) is not None:
+            kwargs[name] = getattr(args, name)
+    scale = probes.guidance_argument(pipeline)
+    if args.guidance_scale is not None and scale is None:
+        raise UserError(f"--guidance_scale: {type(pipeline).__name__} takes none; drop the flag")
+    if scale is not None and scale not in kwargs:
+        value = arguments[scale].default if args.guidance_scale is None else args.guidance_scale
+        if value is not None:
+            kwargs[scale] = float(value)
+    for name in kwargs:
+        if name not in arguments:
+            raise UserError(f"--teacher_kwargs, --{name}: the call of {type(pipeline).__name__} has no {name}")
+    return kwargs
+
+
+def check_teacher(pipeline, prompts, kwargs, flag):
+    """Whether the teacher guides; UserError when it is asked to and does not, or when its steps draw noise."""
+    try:
+        probes.check_draws(flag, pipeline, prompts, **kwargs)
+        seen = probes.observe(pipeline, prompts, **kwargs | {"num_inference_steps": 2})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the teacher's call refuses these arguments ({kwargs}): {error}") from error
+    guided = probes.guides(seen, len(prompts))
+    embedded = probes.embeds_guidance(pipeline)
+    scale = probes.guidance_argument(pipeline)
+    if scale and kwargs.get(scale, 0) > 1 and not guided and not embedded:
+        raise UserError(
+            f"--guidance_scale={kwargs[scale]:g}: {type(pipeline).__name__} does not guide with these arguments, most "
+            "likely for lack of a --negative_prompt (one blank will do); or pass --guidance_scale=1"
+        )
+    return guided or embedded
+
+
+def public_config(scheduler):
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
+@torch.no_grad()
+def make_pairs(pipeline, indices, prompts, args, kwargs, progress):
+    """(index, prompt, seed, latents, image or None) of a shard, in batches counted from its start."""
+    for start in range(0, len(indices), args.batch_size):
+        batch = indices[start : start + args.batch_size]
+        texts, seeds = [prompts[i % len(prompts)] for i in batch], [args.seed + i for i in batch]
+        latents = pipelines.call(pipeline, texts, seeds, **kwargs)
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"--dtype={args.dtype}: the teacher gave NaN for pair {batch[0]} or one after it; use another"
+            )
+        images = [None] * len(batch)
+        if args.save_images:
+            decoded = pipelines.decode(pipeline, latents, texts, **kwargs | {"num_inference_steps": 2})
+            if decoded is None:
+                raise UserError(
+                    f"--save_images: latents of {type(pipeline).__name__} cannot be decoded alone; drop it"
+                )
+            images = pipelines.to_pixels(decoded)
+        yield from zip(batch, texts, seeds, latents.cpu(), images, strict=True)
+        progress.update(len(batch))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,632 @@
+"""Direct distillation from end to end: teacher pairs, the script, what it saves; on the digits."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import train_direct_distill as direct
+from common import UserError, checkpointing, pairs, pipelines, probes
+from common.tools import digits, dit, generate_pairs
+from tests import tiny_pipelines as tiny
+from tests.test_scripts import KILLED, NO_DDP_LEFT, fingerprint, launch, scalars, train
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(direct.__file__).parent
+NUM_PAIRS, TEACHER_STEPS = 24, 8
+QUICK = {
+    "vae_steps": 150,
+    "unet_steps": 300,
+    "unet_channels": (16, 32),
+    "unet_batch_size": 32,
+    "unet_learning_rate": 4e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def direct_teacher(build_once):
+    """direct_teacher("sd" or "dit"): a teacher whose autoencoder is good enough to encode its own images again."""
+
+    def get(kind="sd"):
+        if kind == "dit":
+            return str(build_once("direct_dit", lambda f: dit.build_teacher(f, vae_steps=5, steps=30, layers=2)))
+        return str(build_once("direct_sd", lambda f: digits.build_teacher(f, **QUICK)))
+
+    return get
+
+
+def ask(output_dir, teacher, prompts, **changes):
+    """generate_pairs in this process, as its command line."""
+    values = {
+        "pretrained_teacher_model": teacher, "prompts": prompts, "output_dir": output_dir, "num_pairs": NUM_PAIRS,
+        "num_inference_steps": TEACHER_STEPS, "guidance_scale": 2, "samples_per_shard": 8, "batch_size": 4,
+    } | changes  # fmt: skip
+    words = [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items() if v is not None]
+    generate_pairs.main(generate_pairs.parse_args(words))
+    return words  # the command line
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(digits.canonical_prompts(10)) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(build_once, direct_teacher, prompts_file):
+    """made("sd" or "dit"): a folder of pairs, by the schedulers that the teachers ship with."""
+
+    def get(kind="sd"):
+        extra = {"teacher_kwargs": json.dumps(dit.CALL_KWARGS)} if kind == "dit" else {}
+        build = lambda f: ask(f, direct_teacher(kind), prompts_file, save_images=True, **extra)  # noqa: E731
+        return str(build_once(f"pairs_{kind}", build))
+
+    return get
+
+
+@pytest.fixture
+def flags(direct_teacher, made):
+    def make(folder, kind="sd", **changes):
+        values = {
+            "pretrained_teacher_model": direct_teacher(kind), "pairs_dir": made(kind), "output_dir": folder,
+            "num_held_out": 4, "train_batch_size": 4, "gradient_accumulation_steps": 1, "max_train_steps": 4,
+            "learning_rate": 1e-3, "lora_rank": 0, "seed": 1, "validation_steps": 0, "logging_steps": 1,
+            "checkpointing_steps": 2,
+        } | changes  # fmt: skip
+        return [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items() if v is not None]
+
+    return make
+
+
+def run(words):
+    train(words, direct)
+
+
+def digests(checkpoint):
+    """{file: hash} of what training depends on."""
+    state = checkpointing.read_state(checkpoint)
+    files = sorted(
+        path for path in Path(checkpoint).iterdir() if path.suffix == ".safetensors" or path.name == "objects.pt"
+    )
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    optimizer = torch.load(Path(checkpoint, "optimizer.bin"), weights_only=True)["state"]
+    return sums | {"optimizer": fingerprint(optimizer), "data": state["data"], "rng": state["rng_digests"]}
+
+
+def members(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+# --- teacher pairs
+
+
+def test_pairs_are_what_the_stock_pipeline_gives(made, direct_teacher):
+    data = pairs.PairShards(made())
+    assert len(data) == NUM_PAIRS and data.seeds == list(range(NUM_PAIRS)) and data.config["guided"] is True
+    assert data.prompts == [digits.canonical_prompts(10)[i % 10] for i in range(NUM_PAIRS)]
+    stock = DiffusionPipeline.from_pretrained(direct_teacher())
+    indices = [8, 9, 10, 11]  # the first batch of the second shard
+    generator = [torch.Generator().manual_seed(i) for i in indices]
+    latents = stock(
+        [data.prompts[i] for i in indices], guidance_scale=2.0, num_inference_steps=TEACHER_STEPS, generator=generator,
+        output_type="latent",
+    ).images  # fmt: skip
+    assert torch.equal(data.latents(indices), latents)
+    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(9))
+    assert data.hashes[9] == hashlib.sha256(noise.numpy().tobytes()).hexdigest()
+    shown = stock.vae.decode(latents[:1] / stock.vae.config.scaling_factor).sample
+    with tarfile.open(Path(made(), "00001.tar")) as tar:
+        png = np.asarray(Image.open(io.BytesIO(tar.extractfile("000000008.png").read())))
+    expected = ((shown / 2 + 0.5).clamp(0, 1) * 255).round()[0].permute(1, 2, 0).detach().numpy()
+    assert np.abs(png - expected).max() <= 1
+
+
+def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
+    made, direct_teacher, prompts_file, tmp_path, monkeypatch
+):
+    expected = members(made())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        words = ask(tmp_path / "two", direct_teacher(), prompts_file, save_images=True)
+    assert members(tmp_path / "two") == expected
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    # Killed in the middle of writing the second shard, and begun again by the same command.
+    dying = "\n".join(
+        [
+            "import os, signal, sys",
+            f"sys.path.insert(0, {str(ROOT)!r})",
+            "from common import pairs",
+            "from common.tools import generate_pairs as g",
+            "shards, fsync = [], os.fsync",
+            "def killed(fd):",
+            "    shards.append(fd)",
+            "    fsync(fd) if len(shards) < 2 else os.kill(os.getpid(), signal.SIGKILL)",
+            "pairs.os.fsync = killed",
+            "g.main(g.parse_args())",
+        ]
+    )
+    words = [word.replace("/two", "/killed") for word in words]
+    done = subprocess.run([sys.executable, "-c", dying, *words], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    names = sorted(members(tmp_path / "killed"))
+    assert names == ["00000.tar", "00001.tar.tmp", "dataset_config.json"]
+    with pytest.raises(UserError, match="holds 1 of 3 shards; repeat the generate_pairs command"):
+        pairs.PairShards(tmp_path / "killed")
+    first = (tmp_path / "killed" / "00000.tar").stat().st_mtime_ns
+    generate_pairs.main(generate_pairs.parse_args(words))
+    assert members(tmp_path / "killed") == expected
+    assert (tmp_path / "killed" / "00000.tar").stat().st_mtime_ns == first  # kept, not made again
+
+
+def test_accelerate_launches_it_on_two_processes(direct_teacher, prompts_file, made, tmp_path):
+    words = ask(tmp_path / "config", direct_teacher(), prompts_file, save_images=True)
+    words = [word.replace("/config", "/out") for word in words]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launcher, "-m", "common.tools.generate_pairs", *words], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "process 1: 1 of 3 shards" in done.stdout and "pairs of process 0" in done.stderr
+    assert members(tmp_path / "out") == members(made())
+
+
+def test_prompts_from_every_source(tmp_path, shards):
+    expected = ["a one", "a two, or three"]
+    (tmp_path / "p.txt").write_text("a one\n\n a two, or three \n")
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "text"], [1, expected[0]], [2, expected[1]], [3, ""]])
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"caption": [*expected, None], "other": [1, 2, 3]}), tmp_path / "p.parquet")
+    for name in ("p.txt", "p.csv", "p.parquet"):
+        assert pairs.read_prompts(str(tmp_path / name)) == expected, name
+    assert pairs.read_prompts("@" + str(tmp_path / "p.txt")) == expected
+    captions = pairs.read_prompts(shards)
+    assert len(captions) == 1437 and all(any(word in c for word in digits.WORDS) for c in captions)
+    for name, column, sentence in [
+        ("p.csv", "prompt", "no column 'prompt'"),
+        ("p.parquet", "text", "no column 'text'"),
+        ("none.txt", None, "--prompts: 1 of 1 paths match no file"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            pairs.read_prompts(str(tmp_path / name), column)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        pairs.read_prompts(str(tmp_path / "empty.txt"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pretrained_teacher_model": "/no/teacher"}, "--pretrained_teacher_model=/no/teacher: neither a folder nor"),
+        ({"prompts": "/no/prompts.txt"}, "--prompts"),
+        ({"scheduler": "DDPMScheduler"}, "--scheduler: DDPMScheduler draws noise at its steps"),
+        ({"scheduler": "MagicScheduler"}, "--scheduler=MagicScheduler: diffusers has no such scheduler"),
+        ({"scheduler_kwargs": '{"magic": 1}'}, "--scheduler_kwargs: PNDMScheduler has no magic"),
+        ({"scheduler_kwargs": "[1]"}, "--scheduler_kwargs=[1] is no JSON object"),
+        ({"teacher_kwargs": "{"}, "--teacher_kwargs={ is no JSON"),
+        ({"teacher_kwargs": '{"height": 8}'}, "--teacher_kwargs: height has a flag of its own"),
+        ({"teacher_kwargs": '{"magic": 8}'}, "has no magic"),
+        ({"height": 16}, "--height and --width go together"),
+        ({"height": 17, "width": 17}, "the teacher's call refuses these arguments"),
+        ({"teacher_kwargs": '{"eta": 1.0}', "scheduler": "DDIMScheduler"}, "draws more random numbers"),
+        ({"num_pairs": 0}, "--num_pairs: must be at least 1"),
+        ({"output_dir": "FILE"}, "is a file; name a folder"),
+        ({"output_dir": "MINE"}, "holds other files"),
+        ({"output_dir": "MADE", "seed": 3}, "holds pairs of other flags (they differ in seed)"),
+    ],
+)
+def test_mistakes_of_generate_pairs(changes, sentence, direct_teacher, prompts_file, made, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    places = {"FILE": tmp_path / "mine" / "notes.txt", "MINE": tmp_path / "mine", "MADE": made()}
+    changes = {name: places.get(value, value) for name, value in changes.items()}
+    options = {"output_dir": tmp_path / "out", "prompts": prompts_file, "pretrained_teacher_model": direct_teacher()}
+    options |= changes | ({"save_images": True} if changes.get("output_dir") == made() else {})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        ask(options.pop("output_dir"), options.pop("pretrained_teacher_model"), options.pop("prompts"), **options)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
+    assert not (tmp_path / "out" / "00000.tar").exists()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_teacher_that_is_asked_to_guide_and_does_not_is_refused():
+    kwargs = tiny.KWARGS["Qwen-Image"]
+    silent = {name: value for name, value in kwargs.items() if name != "negative_prompt"}
+    steps = {"num_inference_steps": 4}
+    with pytest.raises(
+        UserError, match="does not guide with these arguments, most likely for lack of a --negative_prompt"
+    ):
+        generate_pairs.check_teacher(tiny.make("Qwen-Image"), ["a", "b"], silent | steps, "--scheduler")
+    assert generate_pairs.check_teacher(tiny.make("Qwen-Image"), ["a", "b"], kwargs | steps, "--scheduler")
+    assert generate_pairs.check_teacher(tiny.make("Flux"), ["a", "b"], tiny.KWARGS["Flux"] | steps, "--scheduler")
+
+
+# --- the result
+
+
+def stock_latents(pipeline, data, indices, **kwargs):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(data.seeds[i]) for i in indices]
+    prompts = [data.prompts[i] for i in indices]
+    return pipeline(prompts, generator=generator, output_type="latent", **kwargs)[0]
+
+
+@pytest.mark.parametrize("kind", ["sd", "dit"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_cards_snippet_gives_the_student_that_was_trained(tmp_path, flags, made, kind, rank, capsys):
+    """Stock diffusers, by the code in the card, gives the error that the script measured; the schedule is repaired."""
+    run(
+        flags(
+            tmp_path / "out", kind, lora_rank=rank, lora_alpha=6 if rank else None, validation_steps=2, ema_decay=0.5
+        )
+    )
+    out = capsys.readouterr().out
+    wasted = (
+        "wasted; the student's scheduler has {'timestep_spacing': 'trailing'}"
+        if kind == "sd"
+        else "'shift_terminal': 0.5"
+    )
+    assert wasted in out
+    card = (tmp_path / "out" / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    place = {}
+    exec(snippet.replace('.to("cuda")', "").replace("bfloat16", "float32"), place)
+    assert place["images"][0].size == (16, 16)
+
+    data, kwargs = pairs.PairShards(made(kind)), {"guidance_scale": 1.0, "num_inference_steps": 4}
+    kwargs |= dit.CALL_KWARGS if kind == "dit" else {}
+    assert all(f"{name}={value}" in snippet for name, value in kwargs.items())
+    held_out = list(range(NUM_PAIRS - 4, NUM_PAIRS))
+    student, target = stock_latents(place["pipe"], data, held_out, **kwargs), data.latents(held_out)
+    error = (student - target).square().mean() / target.var(correction=0)
+    result = json.loads((tmp_path / "out" / "held_out.json").read_text())
+    assert result["relative_mse"] == pytest.approx(error.item(), rel=1e-4) and result["held_out_pairs"] == 4
+    assert result["relative_mse"] < result["untrained"]
+    times = [999, 749, 499, 249] if kind == "sd" else pytest.approx([1000, 928.2, 799.3, 500], abs=0.1)
+    assert place["pipe"].scheduler.timesteps.tolist() == times
+    assert scalars(tmp_path / "out", "held_out/relative_mse").keys() == {2, 4}
+    grid = Image.open(tmp_path / "out" / "sample_grid.png").size
+    assert grid[0] > 4 * 96 and grid[1] > 3 * 96
+
+
+def test_the_first_loss_is_the_distance_of_stock_results(tmp_path, flags, made, direct_teacher):
+    run(flags(tmp_path / "out", max_train_steps=1, huber_c=0.3))
+    data = pairs.PairShards(made())
+    indices = pairs.PairOrder(NUM_PAIRS - 4, 4, 1)[0]
+    pipeline = DiffusionPipeline.from_pretrained(direct_teacher())
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False, timestep_spacing="trailing"
+    )
+    student = stock_latents(pipeline, data, indices, guidance_scale=1.0, num_inference_steps=4)
+    difference = (student - data.latents(indices)).double() / data.latents(range(NUM_PAIRS - 4)).std().double()
+    expected = ((difference**2 + 0.3**2).sqrt() - 0.3).mean()
+    assert scalars(tmp_path / "out", "loss")[1] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_training_lowers_the_held_out_error(tmp_path, flags):
+    run(flags(tmp_path / "out", max_train_steps=40, checkpointing_steps=40))
+    result = json.loads((tmp_path / "out" / "held_out.json").read_text())
+    assert result["relative_mse"] < 0.7 * result["untrained"]
+
+
+def test_gradient_checkpointing_and_bf16(tmp_path, flags):
+    run(flags(tmp_path / "a"))
+    run(flags(tmp_path / "b", gradient_checkpointing=True))
+    a, b = (list(scalars(tmp_path / name, "loss").values()) for name in "ab")
+    assert a == pytest.approx(b, rel=1e-4)
+    for rank in (0, 4):
+        run(flags(tmp_path / f"c{rank}", mixed_precision="bf16", lora_rank=rank, max_train_steps=2))
+        c = list(scalars(tmp_path / f"c{rank}", "loss").values())
+        assert c[0] == pytest.approx(a[0], rel=0.05)
+    saved = load_file(tmp_path / "c0" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+# --- resume, processes
+
+
+VARIANTS = {
+    "full, EMA, accumulation": {"ema_decay": 0.5, "gradient_accumulation_steps": 3},
+    "LoRA, dropout, 8-bit Adam, cosine": {
+        "lora_rank": 4, "lora_dropout": 0.3, "use_8bit_adam": True, "lr_scheduler": "cosine", "lr_warmup_steps": 1,
+        "train_batch_size": 3, "ema_decay": 0.9,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags, extra):
+    run(flags(tmp_path / "a", **extra))
+    run(flags(tmp_path / "b", **extra))
+    last = tmp_path / "b" / "checkpoint-4"
+    expected = digests(tmp_path / "a" / "checkpoint-4")
+    assert digests(last) == expected and "ema.safetensors" in expected
+    assert ("adapters.safetensors" if "lora_rank" in extra else "model.safetensors") in expected
+    (last / "COMPLETE").unlink()  # as if it had died while saving: the run goes back to step 2
+    (tmp_path / "b" / "held_out.json").unlink()
+    run(flags(tmp_path / "b", **extra, resume_from_checkpoint="latest"))
+    assert digests(last) == expected
+    assert scalars(tmp_path / "b", "loss") == scalars(tmp_path / "a", "loss")
+    assert (tmp_path / "b" / "held_out.json").read_text() == (tmp_path / "a" / "held_out.json").read_text()
+
+
+def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags):
+    done = launch(flags(tmp_path / "b", lora_rank=4), prelude=KILLED.format(where="True"), script=direct)
+    assert done.returncode != 0
+    assert [c.name for c in checkpointing.list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
+    run(flags(tmp_path / "b", lora_rank=4, resume_from_checkpoint="latest"))
+    run(flags(tmp_path / "a", lora_rank=4))
+    assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
+
+
+def test_two_processes_equal_one_and_resume(tmp_path, flags):
+    two = {"train_batch_size": 2, "ema_decay": 0.5}
+    done = launch(flags(tmp_path / "two", **two), num_processes=2, script=direct, prelude=NO_DDP_LEFT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run(flags(tmp_path / "one", gradient_accumulation_steps=2, **two))
+    one, both = (list(scalars(tmp_path / name, "loss").values()) for name in ("one", "two"))
+    assert one == pytest.approx(both, rel=1e-4)
+    a, b = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("one", "two"))
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 2e-4
+    expected = digests(tmp_path / "two" / "checkpoint-4")
+    (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
+    again = flags(tmp_path / "two", **two, resume_from_checkpoint="latest")
+    done = launch(again, num_processes=2, script=direct)
+    assert done.returncode == 0 and digests(tmp_path / "two" / "checkpoint-4") == expected, done.stderr[-2000:]
+
+
+def test_each_epoch_holds_every_pair_once_in_an_order_of_its_own():
+    order = pairs.PairOrder(10, 4, seed=1)
+    sequence = [i for j in range(5) for i in order[j]]
+    assert sorted(sequence[:10]) == sorted(sequence[10:]) == list(range(10)) and sequence[:10] != sequence[10:]
+    assert pairs.PairOrder(10, 4, seed=1)[3] == order[3] and pairs.PairOrder(10, 4, seed=2)[3] != order[3]
+    assert [i for j in range(20) for i in pairs.PairOrder(10, 1, seed=1)[j]] == sequence
+
+
+# --- the checks before training
+
+
+def rewritten(made, folder, change):
+    """A copy of the folder of pairs in which `change(record, latents)` has edited every pair."""
+    data = pairs.PairShards(made())
+    folder.mkdir()
+    (folder / "dataset_config.json").write_bytes(Path(made(), "dataset_config.json").read_bytes())
+    for shard in range(3):
+        indices = pairs.shard_range(shard, NUM_PAIRS, 8)
+        rows = zip(indices, data.latents(indices), strict=True)
+        pairs.write_shard(
+            folder / pairs.shard_name(shard), [(i, data.prompts[i], change(data.seeds[i]), z, None) for i, z in rows]
+        )
+    return folder
+
+
+def test_pairs_with_wrong_seeds_are_refused(tmp_path, flags, made, capsys):
+    folder = rewritten(made, tmp_path / "pairs", lambda seed: seed + 500)
+    with pytest.raises(SystemExit) as stopped:
+        run(flags(tmp_path / "out", pairs_dir=folder))
+    assert stopped.value.code == 2 and "seeds and results do not belong together" in capsys.readouterr().err
+
+
+def test_another_noise_is_refused(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr(probes, "noise_sha256", lambda seed, numel: "0" * 64)
+    with pytest.raises(SystemExit):
+        run(flags(tmp_path / "out"))
+    assert "gives another noise here than where the pairs were made" in capsys.readouterr().err
+
+
+def test_pairs_of_another_teacher_are_refused(tmp_path, flags, teacher, made, direct_teacher, capsys, monkeypatch):
+    for changes, sentence in [
+        ({"pretrained_teacher_model": teacher()}, "has other weights; name the teacher that made them"),
+        ({"pairs_dir": made("dit")}, "a StableDiffusion3Pipeline made these pairs"),
+    ]:
+        with pytest.raises(SystemExit):
+            run(flags(tmp_path / "out", **changes))
+        assert sentence in capsys.readouterr().err
+        for path in sorted((tmp_path / "out").rglob("*")):
+            path.unlink()
+
+
+def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_teacher, made):
+    config = pairs.read_config(made())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        probes.check_same_weights(pipelines.load_pipeline(direct_teacher(), dtype), config, "pairs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pretrained_teacher_model": "/no/teacher"}, "--pretrained_teacher_model=/no/teacher: neither"),
+        ({"pairs_dir": "/no/pairs"}, "--pairs_dir=/no/pairs: no dataset_config.json"),
+        ({"pairs_dir": None}, "pass either --pairs_dir or --dataset_metadata_path"),
+        ({"dataset_metadata_path": "m.csv"}, "pass either --pairs_dir or --dataset_metadata_path"),
+        ({"height": 16}, "are for --dataset_metadata_path"),
+        ({"num_held_out": 24}, "--num_held_out=24 leaves none of the 24 pairs"),
+        ({"student_scheduler": "LCMScheduler"}, "LCMScheduler draws noise at its steps"),
+        ({"student_scheduler": "Magic"}, "--student_scheduler=Magic: diffusers has no such scheduler"),
+        ({"student_scheduler_kwargs": '{"magic": 1}'}, "--student_scheduler_kwargs: DDIMScheduler has no magic"),
+        ({"student_kwargs": "4"}, "--student_kwargs=4 is no JSON object"),
+        ({"lora_rank": 4, "lora_target_modules": "to_x"}, "--lora_target_modules: 'to_x' does not select"),
+        ({"lora_rank": -1}, "--lora_rank: must not be negative"),
+        ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "there is no such checkpoint"),
+        ({"loss_type": "lpips"}, "--loss_type: invalid choice"),
+    ],
+)
+def test_mistakes_are_found_before_any_weight_is_loaded(tmp_path, flags, capsys, monkeypatch, changes, sentence):
+    command = flags(changes.pop("output_dir", tmp_path / "out"), **changes)
+    monkeypatch.setattr(pipelines, "load_pipeline", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(command)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("class_name", "sentence"),
+    [
+        ("StableDiffusionImg2ImgPipeline", "it starts from an image"),
+        ("NoSuchPipeline", "has no NoSuchPipeline"),
+        ("DDPMPipeline", "its call takes no prompt"),
+    ],
+)
+def test_pipelines_that_cannot_be_distilled_are_refused(tmp_path, direct_teacher, class_name, sentence):
+    for part in Path(direct_teacher()).iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "model_index.json").unlink()
+    index = json.loads(Path(direct_teacher(), "model_index.json").read_text()) | {"_class_name": class_name}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=sentence):
+        pipelines.read_pipeline_config(tmp_path)
+
+
+def test_incomplete_and_damaged_pairs_are_refused(tmp_path, made):
+    folder = rewritten(made, tmp_path / "pairs", lambda seed: seed)
+    (folder / "00001.tar").write_bytes((folder / "00001.tar").read_bytes()[:3000])
+    with pytest.raises(UserError, match="00001.tar is damaged|pairs where dataset_config.json says 24"):
+        pairs.PairShards(folder)
+    (folder / "00001.tar").unlink()
+    with pytest.raises(UserError, match="holds 2 of 3 shards"):
+        pairs.PairShards(folder)
+
+
+def test_dry_run_loads_and_writes_nothing(tmp_path, flags, capsys, monkeypatch):
+    command = flags(tmp_path / "out", dry_run=True, max_train_steps=None, num_train_epochs=2)
+    monkeypatch.setattr(pipelines, "load_pipeline", None)
+    run(command)
+    out = capsys.readouterr().out
+    assert (
+        "20 to train on, 4 held out" in out and "updates                 10" in out and not (tmp_path / "out").exists()
+    )
+
+
+def test_resume_with_another_configuration_is_refused(tmp_path, flags, capsys):
+    run(flags(tmp_path / "out", max_train_steps=2))
+    with pytest.raises(SystemExit):
+        run(
+            flags(
+                tmp_path / "out", max_train_steps=4, resume_from_checkpoint="latest", huber_c=1, num_inference_steps=2
+            )
+        )
+    err = capsys.readouterr().err
+    assert "--huber_c was 0.1 and is 1.0" in err and "--num_inference_steps was 4 and is 2" in err
+
+
+# --- the guide's folder of images
+
+
+@pytest.fixture(scope="module")
+def pictured(build_once, direct_teacher, prompts_file):
+    """Pairs with pngs, by a scheduler that this weak teacher can follow in few steps."""
+    own = {"scheduler": "DDIMScheduler", "scheduler_kwargs": '{"timestep_spacing": "trailing"}', "save_images": True}
+    return str(build_once("pictured", lambda folder: ask(folder, direct_teacher(), prompts_file, **own)))
+
+
+@pytest.fixture
+def table(tmp_path, pictured):
+    """The guide's metadata.csv and images, from the pngs beside the pairs."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = [["image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"]]
+    for path in sorted(Path(pictured).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                stem, extension = member.name.split(".")
+                if extension == "png":
+                    (folder / member.name).write_bytes(tar.extractfile(member).read())
+                    record = json.loads(tar.extractfile(f"{stem}.json").read())
+                    rows.append([member.name, record["prompt"], record["seed"], "cpu", 4, 1])
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def from_table(flags, folder, out, **changes):
+    return flags(out, pairs_dir=None, dataset_metadata_path=folder / "metadata.csv", **changes)
+
+
+@pytest.mark.parametrize("size", [{"height": 16, "width": 16}, {"max_pixels": 256, "train_batch_size": 1}, {}])
+def test_the_guides_folder_of_images(tmp_path, flags, table, size):
+    run(from_table(flags, table, tmp_path / "out", dataset_base_path=table, **size))
+    result = json.loads((tmp_path / "out" / "held_out.json").read_text())
+    assert result["relative_mse"] < 0.9 * result["untrained"]
+    config = json.loads((tmp_path / "out" / "training_config.json").read_text())["flags"]
+    assert config["num_inference_steps"] == 4
+
+
+def test_encoded_images_are_the_latents_but_for_what_the_decoder_lost(table, pictured, direct_teacher):
+    data, stored = pairs.PairImages(table / "metadata.csv"), pairs.PairShards(pictured)
+    data.pipeline = pipelines.load_pipeline(direct_teacher())
+    target = stored.latents(range(8))
+    assert (
+        data.latents(range(8)) - target
+    ).square().mean() < 0.6 * target.var()  # the posterior of a VAE that was trained for seconds is wide
+    assert data.seeds == stored.seeds and data.prompts == stored.prompts
+
+
+@pytest.mark.parametrize(
+    ("edit", "changes", "sentence"),
+    [
+        (lambda rows: [r[:2] for r in rows], {}, "has no column or no row of seed"),
+        (lambda rows: [[*r[:3], "cuda", *r[4:]] if i else r for i, r in enumerate(rows)], {}, "rand_device is cuda"),
+        (lambda rows: [[*r[:5], 4] if i else r for i, r in enumerate(rows)], {}, "cfg_scale 1"),
+        (lambda rows: [["no.png", *r[1:]] if i else r for i, r in enumerate(rows)], {}, "no.png cannot be read"),
+        (lambda rows: rows[:1], {}, "no column or no row"),
+        (lambda rows: rows, {"height": 32, "width": 32}, "--height=32 --width=32: 000000000.png has 16 x 16 pixels"),
+        (lambda rows: rows, {"max_pixels": 255, "train_batch_size": 1}, "--max_pixels=255"),
+        (lambda rows: rows, {"max_pixels": 256}, "--train_batch_size=1"),
+        (lambda rows: rows, {"num_inference_steps": 8}, "--num_inference_steps=8: the csv says 4"),
+    ],
+)
+def test_mistakes_in_the_guides_folder(tmp_path, flags, table, capsys, monkeypatch, edit, changes, sentence):
+    rows = list(csv.reader(open(table / "metadata.csv", newline="")))
+    with open(table / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(edit(rows))
+    command = from_table(flags, table, tmp_path / "out", **changes)
+    monkeypatch.setattr(pipelines, "load_pipeline", None)
+    with pytest.raises(SystemExit) as stopped:
+        run(command)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_images_of_several_sizes_need_max_pixels(tmp_path, flags, table, capsys):
+    Image.new("RGB", (24, 16)).save(table / "000000003.png")
+    with pytest.raises(SystemExit):
+        run(from_table(flags, table, tmp_path / "out"))
+    assert "its images have 2 sizes; pass --max_pixels" in capsys.readouterr().err
+
+
+def test_a_pipeline_that_cannot_be_given_images_is_refused(direct_teacher, table):
+    """An encoding that the decoding does not undo: here, a VAE whose encoder sees negatives."""
+    pipeline = pipelines.load_pipeline(direct_teacher())
+    data = pairs.PairImages(table / "metadata.csv")
+    data.pipeline = pipeline
+    rollout = pipelines.Rollout(pipeline, guidance_scale=1.0, num_inference_steps=4)
+    pipeline.scheduler, _ = probes.student_scheduler(DDIMScheduler, dict(pipeline.scheduler.config))
+    assert pairs.check_encoding(rollout, data, [0, 1]) < 0.5
+    encode = pipeline.vae.encode
+    pipeline.vae.encode = lambda pixels: encode(-pixels)
+    with pytest.raises(UserError, match="cannot be given images instead of latents"):
+        pairs.check_encoding(rollout, data, [0, 1])

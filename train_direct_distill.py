@@ -1,0 +1,378 @@
+"""Direct distillation: any diffusers pipeline learns to give in a few steps what its teacher gives in many.
+
+From the same prompt and noise, the student's few-step result is regressed onto the teacher's recorded many-step
+result, with gradients through all steps of the pipeline's own call, so that training and inference are the same code.
+Method: DiffSynth-Studio's direct distillation; there is no paper. Deviations: targets are the teacher's latents, not
+an image that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation. Left
+out: LPIPS, supervision of intermediate states, a memo of the text embeddings.
+
+    python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
+        --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
+    accelerate launch train_direct_distill.py --pretrained_teacher_model=Qwen/Qwen-Image --pairs_dir=pairs \\
+        --output_dir=direct --num_inference_steps=4 --lora_rank=64 --mixed_precision=bf16 --gradient_checkpointing
+
+To change the method, copy this file and edit step 7.
+"""
+
+import functools
+import json
+import time
+import uuid
+from pathlib import Path
+
+from common import UserError, checkpointing, export, lora, pairs, pipelines, probes, validation
+from common import args as cli
+from common.ema import ema_update, exchanged
+from common.losses import LOSS_TYPES, distance
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument_group("teacher").add_argument
+    add("--pretrained_teacher_model", required=True, help="folder or hub name of any text-to-image or -video pipeline")
+    add("--revision", help="hub revision of the teacher")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+    add = parser.add_argument_group("data").add_argument
+    add("--pairs_dir", help="what `python -m common.tools.generate_pairs` wrote")
+    add("--dataset_metadata_path", help="or a csv: image,prompt,seed,rand_device,num_inference_steps,cfg_scale")
+    add("--dataset_base_path", help="folder of the csv's images; default: the csv's own")
+    add("--height", type=cli.positive_int, help="all images of the csv must have it, nothing is resized")
+    add("--width", type=cli.positive_int, help="all images of the csv must have it, nothing is resized")
+    add("--max_pixels", type=cli.positive_int, help="images of several sizes, none larger; --train_batch_size=1")
+    add("--num_held_out", type=cli.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
+    add("--data_seed", type=cli.seed, help="seed of the order of the pairs; without it, --seed")
+    cli.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
+    add = parser.add_argument_group("direct distillation").add_argument
+    add("--num_inference_steps", type=cli.positive_int, help="of the student; default: 4, or the csv's")
+    add("--student_scheduler", help="class of diffusers; default: the one that made the pairs")
+    add("--student_scheduler_kwargs", help="JSON object of changes to its configuration")
+    add("--student_kwargs", help="JSON object of arguments of the student's call, over what is found out")
+    add("--loss_type", choices=LOSS_TYPES, default="huber", help="huber is the pseudo-Huber loss")
+    add("--huber_c", type=cli.positive_float, default=0.1, help="in standard deviations of the latents")
+    add("--ema_decay", type=cli.fraction, default=0.0, help="of the weights that are measured and saved; 0: no EMA")
+    add("--lora_rank", type=cli.non_negative_int, default=64, help="0 trains all weights of the denoiser")
+    add("--lora_alpha", type=cli.positive_float, help="adapters are scaled by alpha / rank; default: the rank")
+    add("--lora_dropout", type=cli.fraction, default=0.0)
+    add("--lora_target_modules", help="comma list; default: every linear layer and convolution of the blocks")
+    parser.set_defaults(train_batch_size=4, gradient_accumulation_steps=8, learning_rate=None)
+    parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=50)
+    args = parser.parse_args(argv)
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.lora_rank else 1e-5
+    if args.lora_alpha is None:
+        args.lora_alpha = float(args.lora_rank or 1)
+    if bool(args.pairs_dir) == bool(args.dataset_metadata_path):
+        parser.error("pass either --pairs_dir or --dataset_metadata_path")
+    if args.pairs_dir and (args.height or args.width or args.max_pixels or args.dataset_base_path):
+        parser.error("--height, --width, --max_pixels, --dataset_base_path are for --dataset_metadata_path")
+    if bool(args.height) != bool(args.width) or args.height and args.max_pixels:
+        parser.error("--height and --width go together, and without --max_pixels")
+    if args.max_pixels and args.train_batch_size > 1:
+        parser.error("--max_pixels: images of several sizes need --train_batch_size=1")
+    for name in ("student_scheduler_kwargs", "student_kwargs"):
+        try:
+            setattr(args, name, pipelines.parse_kwargs(f"--{name}", getattr(args, name)))
+        except UserError as error:
+            parser.error(error)
+    cli.check_training_arguments(parser, args)
+    return args
+
+
+def read_data(args):
+    """The pairs; fills in --num_inference_steps and --num_held_out."""
+    if args.pairs_dir:
+        data, steps = pairs.PairShards(args.pairs_dir), set()
+    else:
+        size = args.height, args.width, args.max_pixels
+        data = pairs.PairImages(args.dataset_metadata_path, args.dataset_base_path, *size)
+        steps = data.steps
+    if args.num_inference_steps and steps - {args.num_inference_steps}:
+        raise UserError(f"--num_inference_steps={args.num_inference_steps}: the csv says {steps.pop()}; drop the flag")
+    args.num_inference_steps = args.num_inference_steps or (steps.pop() if steps else 4)
+    if args.num_held_out is None:
+        args.num_held_out = min(64, len(data) // 10)
+    if args.num_held_out >= len(data):
+        raise UserError(f"--num_held_out={args.num_held_out} leaves none of the {len(data)} pairs to train on")
+    return data
+
+
+def derived_configuration(args, parameters, trained, world_size, num_train, total_batch_size, compute_bytes):
+    """What follows from the flags: {name: text}. Memory is of the denoisers alone, without activations."""
+    memory = trained * (8 + (2 if args.use_8bit_adam else 8) + (4 if args.ema_decay else 0))
+    memory += parameters * compute_bytes if args.lora_rank else 0
+    return {
+        "processes": str(world_size),
+        "samples per update": str(total_batch_size) + ("" if total_batch_size >= 32 else " (32 or more are better)"),
+        "updates": str(args.max_train_steps),
+        "pairs": f"{num_train} to train on, {args.num_held_out} held out",
+        "epochs": f"{args.max_train_steps * total_batch_size / num_train:.2f}",
+        "parameters": f"{trained / 1e6:.2f} M trained, {parameters / 1e6:.2f} M in the denoiser",
+        "memory per process": f"{memory / 2**30:.3f} GiB for the denoiser without activations",
+        "evaluations per sample": f"{args.num_inference_steps} with gradients",
+    }
+
+
+@cli.user_errors
+def main(args):
+    # 1. Accelerator, and every check that needs no weights.
+    accelerator = cli.make_accelerator(args)
+    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
+    config = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
+    target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
+    parameters, trained = pipelines.count_parameters(config, args.lora_rank, args.lora_alpha, target_names)
+    if is_main:
+        checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
+    accelerator.wait_for_everyone()
+    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
+    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "global_step": 0}
+    args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
+    args.data_seed = args.seed if args.data_seed is None else args.data_seed
+
+    # 2. Pairs, and what follows from the flags.
+    data = read_data(args)
+    pairs_config = getattr(data, "config", None)  # a table of images has none
+    scheduler_class, scheduler_config = probes.check_pairs(config, pairs_config, args.pairs_dir)
+    if args.student_scheduler:
+        scheduler_class = probes.scheduler_class("--student_scheduler", args.student_scheduler)
+    scheduler, notes = probes.student_scheduler(
+        scheduler_class, scheduler_config, args.student_scheduler, args.student_scheduler_kwargs
+    )
+    if checkpoint:
+        checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
+    train_indices, held_out = pairs.split(len(data), args.num_held_out)
+    order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
+    total_batch_size = cli.resolve_steps(args, len(train_indices), world_size, resumed if checkpoint else None)
+    sizes = parameters, trained, world_size, len(train_indices), total_batch_size, weight_dtype.itemsize
+    derived = derived_configuration(args, *sizes)
+    if is_main:
+        cli.echo("Flags", cli.public_args(args))
+        cli.echo("What follows from them", derived)
+        if not args.dry_run:
+            export.write_config(args.output_dir, cli.public_args(args), derived)
+    if args.dry_run:
+        accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing was written.")
+        return
+
+    # 3. The teacher's pipeline with the student's scheduler, and what its call does; every change is reported.
+    torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
+    accelerator.print(f"loading {args.pretrained_teacher_model}")
+    load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, variant=args.variant, **place)
+    pipeline = load(weight_dtype if args.lora_rank else torch.float32, scheduler=scheduler)
+    probes.check_same_weights(pipeline, pairs_config, args.pairs_dir)
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            module.to(device, torch.float32 if name in pipelines.DENOISERS and not args.lora_rank else weight_dtype)
+    pipelines.exempt_vae(pipeline)
+    data.pipeline = pipeline
+    own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()
+    with accelerator.autocast():
+        teacher_kwargs = pairs_config["kwargs"] if pairs_config else {}
+        kwargs, found = probes.student_kwargs(
+            pipeline, data, teacher_kwargs, args.num_inference_steps, args.student_kwargs, repair=not own_schedule
+        )
+    for note in notes + found:
+        accelerator.print(note)
+
+    # 4. Student: adapters or all weights of the denoisers, owned by one module. What gets no gradient is frozen. The
+    #    checks of the pairs run on the untrained student, whose results the samples show beside the trained one's.
+    if args.lora_rank:
+        pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, args.lora_dropout, target_names)
+    else:
+        for module in pipelines.denoisers(pipeline).values():
+            module.requires_grad_(True)
+    if args.gradient_checkpointing:
+        pipelines.enable_gradient_checkpointing(pipeline)
+    if args.enable_xformers_memory_efficient_attention:
+        for module in pipelines.denoisers(pipeline).values():
+            module.enable_xformers_memory_efficient_attention()
+    rollout = pipelines.Rollout(pipeline, **kwargs)
+    measured = list(held_out) or list(train_indices)[:16]
+    with accelerator.autocast(), validation.eval_mode(rollout):
+        if isinstance(data, pairs.PairImages):
+            pairs.check_encoding(rollout, data, measured[:1])
+        probes.check_noise(data, data.latents(measured[:1]), measured[0])
+        probes.check_pairing(rollout, data, measured[:16], args.train_batch_size)
+        untrained = probes.measure(rollout, data, measured, args.train_batch_size)
+        unused = probes.freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
+    if unused:
+        accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
+    sampled = [data.latents([i]).float().flatten() for i in list(train_indices)[:256]]
+    latent_std = torch.cat(sampled).std().item()
+    weights = [parameter for parameter in rollout.parameters() if parameter.requires_grad]
+    ema_weights = torch.nn.ParameterList([p.detach().clone() for p in weights] if args.ema_decay else [])
+    ema_weights.requires_grad_(False)
+
+    # 5. Optimizer and learning rate.
+    optimizer = cli.make_optimizer(args, weights, total_batch_size)
+    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+
+    # 6. Prepare, resume, trackers.
+    student = rollout
+    rollout, optimizer = accelerator.prepare(rollout, optimizer)
+    if args.lora_rank:
+        lora.register_adapter_checkpointing(accelerator, rollout)
+    modules, objects = {"ema": ema_weights} if args.ema_decay else {}, {"lr_scheduler": lr_scheduler}
+    global_step, micro_batch = resumed["global_step"], resumed.get("data", {}).get("next_micro_batch", 0)
+    if checkpoint:
+        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
+        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
+    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
+    if is_main:
+        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    sample = functools.partial(
+        sample_and_measure, accelerator, student, data, measured, untrained, args.train_batch_size
+    )
+
+    # 7. The loop.
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
+    rollout.train()
+    while global_step < args.max_train_steps:
+        with accelerator.accumulate(rollout):
+            # 7.1 Pairs: global micro-batch j, the same after a resume and for any number of processes.
+            indices = [train_indices[i] for i in order[micro_batch + accelerator.process_index]]
+            micro_batch += world_size
+
+            # 7.2 Target: what the teacher made of these prompts and seeds in many steps.
+            target = data.latents(indices).to(device, torch.float32)  # (B, ...)
+
+            # 7.3 Student: the pipeline's call from the same noise in K steps, with gradients through all of them.
+            model_pred = probes.roll_out(rollout, data, indices)  # (B, ...)
+
+            # 7.4 Loss, in units of the latents' standard deviation.
+            loss = distance(model_pred / latent_std, target / latent_std, args.loss_type, args.huber_c)
+
+            # 7.5 Backward, update.
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(weights, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loss_sum, num_losses = loss_sum + loss.detach(), num_losses + 1
+        if not accelerator.sync_gradients:
+            continue
+
+        # 7.6 After an update: EMA, logs, checkpoint, validation.
+        if args.ema_decay:
+            ema_update(ema_weights, weights, args.ema_decay)
+        lr_scheduler.step()
+        global_step += 1
+        progress.update()
+        is_last = global_step == args.max_train_steps
+        if global_step % args.logging_steps == 0 or is_last:
+            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
+            logs = {"loss": accelerator.reduce(loss_sum / num_losses, "mean").item()}
+            logs["lr"] = lr_scheduler.get_last_lr()[0]
+            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            cli.log_progress(accelerator, progress, logs, global_step)
+            loss_sum, num_losses = torch.zeros((), device=device), 0
+        if global_step % args.checkpointing_steps == 0 or is_last:
+            state = {"args": cli.public_args(args), "run_id": run_id, "total_batch_size": total_batch_size}
+            state["data"] = {"next_micro_batch": micro_batch}
+            limit = args.checkpoints_total_limit
+            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
+        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+            with exchanged(weights if args.ema_decay else [], ema_weights):
+                sample(step=global_step)
+
+    # 8. Export: a pipeline with its scheduler, or a LoRA with it; card, upload.
+    progress.close()
+    if is_main:
+        with exchanged(weights if args.ema_decay else [], ema_weights):
+            images, relative_mse = sample(step=global_step)
+            if args.lora_rank:
+                files = pipelines.save_lora(args.output_dir, pipeline)
+                pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
+            else:
+                files = []
+                whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))
+                whole.save_pretrained(args.output_dir)
+        result = {"held_out_pairs": len(held_out), "relative_mse": relative_mse, "untrained": untrained[0]}
+        Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
+        export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
+        write_card(args, pipeline, kwargs, files, global_step, total_batch_size, result)
+        if args.push_to_hub:
+            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+            accelerator.print(f"uploaded to {address}")
+    accelerator.wait_for_everyone()
+    rollout, optimizer = accelerator.free_memory(
+        rollout, optimizer
+    )  # DDP that outlives its process group can deadlock
+    accelerator.end_training()
+    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+
+
+def sample_and_measure(accelerator, student, data, measured, untrained, batch_size, step):
+    """Measure and show pairs `measured` and log both: ({tag: uint8 (N, H, W, 3)}, relative MSE). Main process.
+
+    untrained: (relative MSE, latents) of the student before training; rows: teacher, student, untrained.
+    """
+    shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
+    with accelerator.autocast(), validation.eval_mode(student):
+        relative_mse, latents = probes.measure(student, data, measured, batch_size)
+        rows = {"teacher": [data.latents([i])[0] for i in shown]}
+        rows["student"] = [latents[measured.index(i)] for i in shown]
+        rows["untrained"] = [untrained[1][measured.index(i)] for i in shown]
+        images = {f"validation/{name}": probes.pictures(student, data, shown, z) for name, z in rows.items()}
+    images = {tag: batch for tag, batch in images.items() if batch is not None}
+    validation.log_images(accelerator.trackers, images, step)
+    values = {"held_out/relative_mse": relative_mse, "held_out/relative_mse_untrained": untrained[0]}
+    accelerator.log(values, step=step)
+    print("\n" + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
+    return images, relative_mse
+
+
+def write_card(args, pipeline, kwargs, files, global_step, total_batch_size, result):
+    model, scheduler = args.hub_model_id or args.output_dir, type(pipeline.scheduler).__name__
+    parts = [name for name in pipelines.denoisers(pipeline) if args.lora_rank and name in files]  # merged denoisers
+    base = args.pretrained_teacher_model if args.lora_rank else model
+    lines = [
+        f"from diffusers import {', '.join(sorted({'DiffusionPipeline', *([scheduler] if args.lora_rank else [])}))}"
+    ]
+    lines = ["import torch", *lines, ""]
+    for name in parts:
+        part = type(getattr(pipeline, name)).__name__
+        lines.insert(2, f"from diffusers import {part}")
+        lines.append(f'{name} = {part}.from_pretrained("{model}", subfolder="{name}", dtype=torch.bfloat16)')
+    given = "".join(f"{name}={name}, " for name in parts)
+    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}", {given}dtype=torch.bfloat16).to("cuda")')
+    if args.lora_rank:
+        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained("{model}", subfolder="scheduler")')
+    for file, extra in pipelines.lora_load_calls(pipeline, files):
+        lines.append(f'pipe.load_lora_weights("{model}", weight_name="{file}"{extra})')
+    lines.append(f'images = pipe("a prompt", {pipelines.public_kwargs(kwargs)})[0]')
+    error = f"{result['relative_mse']:.3f} of the variance of the teacher's latents"
+    export.write_model_card(
+        args.output_dir,
+        method=f"A student by direct distillation: it samples in {args.num_inference_steps} steps, without guidance.",
+        teacher=args.pretrained_teacher_model,
+        data=f"`{args.pairs_dir or args.dataset_metadata_path}`, the teacher's own results",
+        command=cli.command_line(),
+        snippet="\n".join(lines),
+        notes=[
+            f"Trained for {global_step} updates of {total_batch_size} samples.",
+            f"On {result['held_out_pairs']} held-out pairs its squared error is {error}, "
+            f"{result['untrained']:.3f} before training.",
+            f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
+            "guidance is distilled into the weights.",
+            *(
+                [f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha:g}: {', '.join(files)}."]
+                if args.lora_rank
+                else []
+            ),
+        ],
+        tags=["direct-distillation", *(["lora"] if args.lora_rank else []), "text-to-image", "diffusers"],
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())
