@@ -37,7 +37,6 @@ from common.solvers import DDIMSolver
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 
@@ -110,12 +109,10 @@ def main(args):
         use_8bit_adam=args.use_8bit_adam,
         trained_parameters=trained_parameters,
     )
-    if is_main:
-        cli.announce(args, derived)
+    cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
-    captions = [caption for caption in first_batch["captions"] if caption] or [""]
-    prompts = args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
+    prompts = cli.resolve_prompts(args, resumed, first_batch["captions"])
     if args.dry_run:
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
         return
@@ -138,14 +135,14 @@ def main(args):
     teacher_unet = teacher.unet.to(device, teacher_dtype)
     lora.add_lora(teacher_unet, args.lora_rank, args.lora_alpha, args.lora_dropout, target_modules, args.init_lora)
     unet = teacher_unet.train()
+    teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
     saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
     models.save_memory([unet], [], *saving)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)
-    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -208,7 +205,7 @@ def main(args):
             with torch.no_grad():
                 # 7.6 Teacher: cond and uncond in one forward, guided = cond + w (cond - uncond).
                 with lora.adapters_off(teacher_unet):
-                    teacher_output = teacher_unet(
+                    teacher_output = teacher_forward(
                         noisy_latents.repeat(2, 1, 1, 1).to(teacher_dtype),
                         start_timesteps.repeat(2),
                         **models.concat_conditioning(cond, uncond, teacher_dtype),

@@ -40,7 +40,6 @@ from common.solvers import DDIMSolver
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 
@@ -115,12 +114,10 @@ def main(args):
         teacher_bytes=teacher_dtype.itemsize,
         use_8bit_adam=args.use_8bit_adam,
     )
-    if is_main:
-        cli.announce(args, derived)
+    cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
-    captions = [caption for caption in first_batch["captions"] if caption] or [""]
-    prompts = args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
+    prompts = cli.resolve_prompts(args, resumed, first_batch["captions"])
     if args.dry_run:
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
         return
@@ -149,8 +146,7 @@ def main(args):
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
-    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)

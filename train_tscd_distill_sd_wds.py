@@ -35,7 +35,6 @@ from common.stages import stage_at
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 
@@ -121,12 +120,10 @@ def main(args):
     derived |= {stage.name: stage.summary for stage in stages}
     if adversarial:
         derived |= discriminator_summary(config, args.resolution, frozen_dtype)
-    if is_main:
-        cli.announce(args, derived)
+    cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
-    captions = [caption for caption in first_batch["captions"] if caption] or [""]
-    prompts = args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
+    prompts = cli.resolve_prompts(args, resumed, first_batch["captions"])
     if args.dry_run:
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
         return
@@ -156,8 +153,7 @@ def main(args):
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
-    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
     modules, objects = {"target_unet": target_unet}, {"lr_scheduler": lr_scheduler}
     if adversarial:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
         rates = args.adv_learning_rate, args.adv_head_learning_rate
@@ -178,14 +174,14 @@ def main(args):
     shown = {"student": accelerator.unwrap_model(unet), "target": target_unet}
 
     def sample(stage, step):
-        steps = args.validation_num_inference_steps or [stage.num_segments]
+        steps = sorted({stage.num_segments, *(args.validation_num_inference_steps or [])})
         place = sampler, prompts, steps, args.seed, args.resolution, step
         return validation.sample_grid(accelerator, teacher, shown, *place, guidance_scale=guidance_scale)
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
-    means, logged_at = losses.RunningMeans(), time.perf_counter()
-    batches = itertools.chain([first_batch], batches)
+    means, num_losses, logged_at = losses.RunningMeans(), 0, time.perf_counter()
+    batches, grid = itertools.chain([first_batch], batches), None
     while global_step < args.max_train_steps:
         stage = stage_at(stages, global_step)
         if stage.adv_weight and global_step == stage.start and accelerator.sync_gradients:
@@ -251,7 +247,7 @@ def main(args):
             # 7.10 Loss: lambda_mse d(y^, y) + lambda_adv softplus(-D(y^)), backward, update.
             mse_pred, adv_pred = (model_pred.view_as(model_pred) for _ in range(2))  # to tell their gradients apart
             loss_mse = losses.distance(mse_pred, target, args.loss_type, args.huber_c)
-            loss, logged = stage.mse_weight * loss_mse, {"loss_mse": loss_mse}
+            loss, adv_logged = stage.mse_weight * loss_mse, {}
             if stage.adv_weight:
                 adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
                 ends = end_timesteps, top_timesteps
@@ -262,15 +258,15 @@ def main(args):
                 mse_pred.retain_grad(), adv_pred.retain_grad()
                 with accelerator.autocast():
                     (fake_logits,) = discriminator([q * adv_pred + adv_noise], *context)
-                logged["loss_adv"] = losses.generator_loss(fake_logits, is_whole)
-                loss = loss + stage.adv_weight * logged["loss_adv"]
+                adv_logged["loss_adv"] = losses.generator_loss(fake_logits, is_whole)
+                loss = loss + stage.adv_weight * adv_logged["loss_adv"]
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if "loss_adv" in logged:
-                logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
+            if "loss_adv" in adv_logged and stage.mse_weight:
+                adv_logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
 
             #      The discriminator: softplus(-D(y)) + softplus(D(y^)), in every micro-batch too.
             if stage.adv_weight:
@@ -278,14 +274,16 @@ def main(args):
                 with discriminator.trainable():
                     with accelerator.autocast():
                         real_logits, fake_logits = discriminator(samples, *context)
-                    logged["loss_discriminator"] = losses.discriminator_loss(real_logits, fake_logits, is_whole)
-                    loss_per_update = logged["loss_discriminator"] / args.gradient_accumulation_steps
+                    adv_logged["loss_discriminator"] = losses.discriminator_loss(real_logits, fake_logits, is_whole)
+                    loss_per_update = adv_logged["loss_discriminator"] / args.gradient_accumulation_steps
                     d_scaler.scale(loss_per_update).backward()
                 if accelerator.sync_gradients:
                     discriminator_step(d_optimizer, d_scaler, world_size)
-                logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
-                logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
-        means.add(loss=loss, **logged)
+                adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
+                adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
+        means.add({"loss": loss, "loss_mse": loss_mse})
+        means.add(adv_logged, weight=is_whole.any())
+        num_losses += 1
         if not accelerator.sync_gradients:
             continue
 
@@ -297,36 +295,37 @@ def main(args):
         is_last = global_step == args.max_train_steps
         if global_step % args.logging_steps == 0 or is_last:
             seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
-            num_samples_seen = means.counts["loss"] * args.train_batch_size * world_size
             logs = means.take(functools.partial(accelerator.reduce, reduction="mean")) | {"stage": stage.index}
             logs["lr"] = lr_scheduler.get_last_lr()[0]
-            logs["samples_per_second"] = num_samples_seen / seconds
+            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
             logs |= cli.sum_counters(gather_object([train_data.counters]))
             cli.log_progress(accelerator, progress, logs, global_step)
+            num_losses = 0
         if is_main and (global_step == stage.end or is_last):  # before the checkpoint: a resumed run goes on after it
             folder = Path(args.output_dir, stage.name)
             shown["student"].save_pretrained(folder / "unet", max_shard_size="100GB")
             sampler.save_pretrained(folder / "scheduler")
-            export.save_grid(folder, sample(stage, global_step), prompts)
+            grid = sample(stage, global_step)
+            export.save_grid(folder, grid, prompts)
             write_card(args, stage, folder, len(shards), global_step, total_batch_size)
-        if global_step % args.checkpointing_steps == 0 or is_last:
+        if global_step % args.checkpointing_steps == 0 or global_step == stage.end or is_last:
             state = cli.run_state(args, run_id, prompts, total_batch_size, train_data)
             state["stage_edges"] = [0, *(each.end for each in stages)]
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+        at_step = args.validation_steps and global_step % args.validation_steps == 0
+        if is_main and at_step and global_step != stage.end and not is_last:
             sample(stage, global_step)
 
     # 8. Export: a pipeline that samples with the student, its card, an upload.
     progress.close()
     if is_main:
         stage = stage_at(stages, global_step - 1)
-        images = sample(stage, global_step)
         teacher_options |= {"unet": shown["student"].eval(), "scheduler": sampler}
         pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
         pipeline.save_pretrained(args.output_dir, max_shard_size="100GB")
         target_unet.save_pretrained(Path(args.output_dir, "unet_target"), max_shard_size="100GB")
-        export.save_grid(args.output_dir, images, prompts)
+        export.save_grid(args.output_dir, grid or sample(stage, global_step), prompts)
         write_card(args, stage, None, len(shards), global_step, total_batch_size)
         if args.push_to_hub:
             address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)

@@ -24,6 +24,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from diffusers.optimization import get_scheduler
 from huggingface_hub import get_token
 
 SECRET_FLAGS = ("hub_token",)
@@ -235,7 +236,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     )
     if samples_prompts:
         add("--validation_prompts", action="append", help="repeatable, or @FILE; default: 4 captions of the data")
-        add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="such as 1,2,4")
+        add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="1,2,4; TSCD: the stage's")
 
     add = parser.add_argument_group("hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the result and its card")
@@ -419,6 +420,8 @@ def open_run(args, accelerator, shards):
     resolve_data(args, resumed["args"], accelerator.num_processes, num_images)
     if checkpoint:
         checkpointing.check_same_run(checkpoint, resumed["args"], public_args(args))
+    else:
+        checkpointing.check_same_start(args.output_dir, public_args(args))
     return checkpoint, resumed
 
 
@@ -495,6 +498,18 @@ def make_optimizer(args, parameters, total_batch_size):
     )
 
 
+def make_lr_scheduler(args, optimizer):
+    """The --lr_scheduler over --max_train_steps; not prepared by accelerate, which would step it once per process."""
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return get_scheduler(args.lr_scheduler, optimizer, **steps)
+
+
+def resolve_prompts(args, resumed, captions):
+    """What is sampled: --validation_prompts, the resumed run's prompts, or up to 4 captions of the first batch."""
+    captions = [caption for caption in captions if caption] or [""]
+    return args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
+
+
 def start_trackers(accelerator, project_name, config, run_id):
     """Start every tracker with the run's flags; a resumed run continues under its old id."""
     options = {
@@ -524,8 +539,10 @@ def log_progress(accelerator, progress, values, step):
     progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
 
 
-def announce(args, derived):
-    """Print the flags and what follows from them, and keep both as training_config.json. Main process only."""
+def announce(args, derived, is_main):
+    """On the main process, print the flags and what follows from them, and keep both as training_config.json."""
+    if not is_main:
+        return
     echo("Flags", public_args(args))
     echo("What follows from them", derived)
     if not args.dry_run:

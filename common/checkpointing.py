@@ -182,6 +182,13 @@ def check_same_run(checkpoint, saved_args, args):
         raise UserError(f"--resume_from_checkpoint={checkpoint} is of another configuration: {listed}")
 
 
+def check_same_start(output_dir, args):
+    """UserError where a run that starts anew would write over the finished stages of a run with other flags."""
+    config = Path(output_dir, CONFIG)
+    if config.is_file() and any(Path(output_dir).glob("stage-*")):
+        check_same_run(config, json.loads(config.read_text())["flags"], args)
+
+
 def _same_path(value):
     """What exists as a file or folder, as one spelling; anything else as it is."""
     return os.path.realpath(value) if isinstance(value, str) and value and os.path.exists(value) else value

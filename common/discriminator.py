@@ -109,7 +109,7 @@ def make_head(channels, feature_size, seed):
     in narrow networks: a group of one channel would take away what the mean over places could tell.
     """
     with torch.random.fork_rng(devices=[]):  # the run's own random state stays what it is without a discriminator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators too
         return torch.nn.Sequential(*_head_layers(channels, feature_size))
 
 

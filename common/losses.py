@@ -53,19 +53,27 @@ def masked_mean(values, mask):
 
 
 class RunningMeans:
-    """Means of named scalars between two log entries, kept on their device so that no step waits for the host."""
+    """Weighted means of named scalars between two log entries, on their device: no step waits for the host."""
 
     def __init__(self):
-        self.sums, self.counts = {}, {}
+        self.sums, self.weights = {}, {}
 
-    def add(self, **values):
-        """Add scalar tensors, detached, to their sums."""
+    def add(self, values, weight=None):
+        """Add {name: scalar tensor}, detached. weight: a scalar tensor, 0 where the values mean nothing; else 1."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            one = torch.ones((), device=value.device) if weight is None else weight.float()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach() * one
+            self.weights[name] = self.weights.get(name, 0.0) + one
 
     def take(self, reduce):
-        """{name: mean} as floats, averaged over the ranks by `reduce`(tensor); and start anew."""
-        means = {name: reduce(self.sums[name] / self.counts[name]).item() for name in self.sums}
-        self.sums, self.counts = {}, {}
+        """{name: mean} as floats over all ranks, without names whose weights add up to 0; and start anew.
+
+        reduce: averages a tensor over the ranks.
+        """
+        means = {}
+        for name in self.sums:
+            total, weight = reduce(torch.stack([self.sums[name], self.weights[name]])).tolist()
+            if weight:
+                means[name] = total / weight
+        self.sums, self.weights = {}, {}
         return means

@@ -36,7 +36,7 @@ class Stage(NamedTuple):
 
     def is_conditional(self, global_step, unconditional_start):
         """Whether the discriminator sees x_t too: before the fraction `unconditional_start` of the stage is over."""
-        return global_step < self.start + unconditional_start * (self.end - self.start)
+        return unconditional_start == 1 or global_step < self.start + unconditional_start * (self.end - self.start)
 
 
 def for_each(values, count):
@@ -50,7 +50,7 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
     stage_steps: [n] or one number for each stage; None: max_train_steps // stages for each, the rest to the last.
     mse_weights, adv_weights: likewise; None: the defaults by number of segments and loss type. edges: [start of
     stage 0, ..., end of the last], those of the run that is resumed: another max_train_steps must not move them.
-    Raises UserError when stage_steps and max_train_steps disagree.
+    Raises UserError when stage_steps and max_train_steps disagree, or a stage has no weight.
     """
     count = len(stage_segments)
     if edges is None:
@@ -68,7 +68,13 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
     defaults = [[table[max(key for key in table if key <= k)] for k in stage_segments] for table in tables]
     mse = for_each(mse_weights or defaults[0], count)
     adv = for_each(adv_weights or defaults[1], count)
-    return [Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i]) for i, k in enumerate(stage_segments)]
+    stages = [Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i]) for i, k in enumerate(stage_segments)]
+    for stage in stages:
+        if stage.mse_weight == stage.adv_weight == 0:
+            raise UserError(
+                f"--mse_weights and --adv_weights are 0 in {stage.name}: it would train nothing; change one"
+            )
+    return stages
 
 
 def stage_at(stages, global_step):

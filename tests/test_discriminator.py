@@ -191,9 +191,18 @@ def test_the_losses_are_those_of_a_binary_classifier():
     assert losses.generator_loss(fake, torch.zeros(50, dtype=torch.bool)) == 0
 
 
-def test_running_means():
-    means = losses.RunningMeans()
-    means.add(a=torch.tensor(1.0), b=torch.tensor(4.0))
-    means.add(a=torch.tensor(3.0, requires_grad=True))
-    assert means.counts["a"] == 2
-    assert means.take(lambda tensor: tensor) == {"a": 2.0, "b": 4.0} and means.take(lambda tensor: tensor) == {}
+def test_running_means_leave_out_what_means_nothing():
+    means, same = losses.RunningMeans(), lambda tensor: tensor
+    yes, no = torch.tensor(True), torch.tensor(False)
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)})
+    means.add({"a": torch.tensor(3.0, requires_grad=True)})
+    means.add({"c": torch.tensor(8.0), "d": torch.tensor(0.0)}, weight=no)
+    means.add({"c": torch.tensor(2.0)}, weight=yes)
+    assert means.take(same) == {"a": 2.0, "b": 4.0, "c": 2.0} and means.take(same) == {}
+
+
+def test_no_generator_of_a_gpu_is_seeded(monkeypatch):
+    """torch.manual_seed would: all ranks would then draw equal dropout masks."""
+    unet = make_unet(SD)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    Discriminator(unet, 8).reset(3)

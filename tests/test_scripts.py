@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import train_cm_ct_unconditional as ct
 import train_direct_distill as direct
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
@@ -731,7 +732,7 @@ def test_images_of_student_and_target_reach_tensorboard(tmp_path, flags):
     }
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, direct], ids=[*IDS, "direct"])
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), direct, ct], ids=[*SCRIPTS, "direct", "ct"])
 def test_script_length(script):
     lines = Path(script.__file__).read_text().splitlines()
     start = lines.index("def main(args):")

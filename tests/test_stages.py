@@ -62,3 +62,12 @@ def test_the_discriminator_trains_alone_for_a_tenth_of_a_stage(length, warmup):
 def test_it_sees_the_start_in_the_first_part_of_a_stage(start, number):
     stage = plan([100], 400)[1]
     assert sum(stage.is_conditional(step, start) for step in range(stage.start, stage.end)) == number
+
+
+def test_a_stage_without_any_weight_is_refused():
+    with pytest.raises(UserError, match="--mse_weights and --adv_weights are 0 in stage-2-k2"):
+        plan(mse=[1, 1, 0, 1], adv=[0.1, 0.1, 0, 0.1])
+
+
+def test_always_conditional_is_always_conditional():
+    assert plan([100], 400)[3].is_conditional(10_000, 1.0) and not plan([100], 400)[3].is_conditional(10_000, 0.99)

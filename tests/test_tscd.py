@@ -5,7 +5,7 @@ from pathlib import Path
 
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
-from common import checkpointing, lora, losses, models, stages
+from common import checkpointing, lora, models, stages
 from common.data import TrainingData, keyed_generator, keyed_seed
 from common.discriminator import Discriminator
 from common.images import decode_image_text
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, TCDScheduler, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 __all__ = ["flags"]
@@ -49,6 +50,14 @@ def test_every_stage_leaves_a_model_for_its_number_of_steps(tmp_path, flags, tea
         assert np.isfinite(image).all() and (folder / "sample_grid.png").is_file()
         seen.append(image)
         card = text_of(folder)
+        if name != "." or script is tscd_lora:  # the card's own snippet loads these weights, and no others of the run
+            code = card.split("```python")[1].split("```")[0].replace(', dtype=torch.float16).to("cuda")', ")")
+            code = code.replace(", dtype=torch.float16", "").replace('pipe = pipe.to("cuda")\n', "")
+            scope = {}
+            exec(code.rsplit("image =", 1)[0], scope)
+            mine = scope["pipe"].unet.eval().state_dict()
+            assert all(torch.equal(mine[key], value) for key, value in pipeline.unet.state_dict().items())
+            assert scope["pipe"].scheduler.config == scheduler.config
         assert f"num_inference_steps={k}, guidance_scale=1, eta=0.0" in card and f"samples in {k} step" in card
         assert ('subfolder="stage-' in card or f"{name}/unet" in card) == (name != ".")
     # each stage trained on, and the last one is the result
@@ -240,7 +249,7 @@ def test_the_discriminators_optimizer_is_not_accelerates(tmp_path, flags, monkey
 
     monkeypatch.setattr(checkpointing, "save_checkpoint", watch)
     train(flags(tmp_path, tscd, max_train_steps=2), tscd)
-    assert seen == [(1, 1)]
+    assert set(seen) == {(1, 1)}
     saved = torch.load(tmp_path / "checkpoint-2" / "objects.pt", weights_only=True)
     assert saved.keys() == {"lr_scheduler", "discriminator_optimizer", "discriminator_scaler"}
     groups = saved["discriminator_optimizer"]["param_groups"]
@@ -271,6 +280,47 @@ def test_extending_a_run_keeps_the_stages_where_they_were(tmp_path, flags):
     assert state["stage_edges"] == [0, 2, 4] and (tmp_path / "a" / "stage-1-k1").is_dir()
     assert "Trained for 6 updates" in text_of(tmp_path / "a" / "stage-1-k1")
     assert list(scalars(tmp_path / "a", "stage").values()) == [0, 0, 1, 1, 1, 1]
+
+
+def test_finished_stages_are_not_written_over_by_a_run_with_other_flags(tmp_path, flags, capsys):
+    """Such as a run that was killed between a stage's model and its checkpoint."""
+    train(flags(tmp_path, tscd, max_train_steps=2, checkpointing_steps=100), tscd)
+    for name in ("checkpoint-1", "checkpoint-2"):  # a stage's end leaves one too
+        (tmp_path / name / "COMPLETE").unlink()
+    for name in ("README.md", "model_index.json"):
+        (tmp_path / name).unlink()
+    before = (tmp_path / "stage-0-k2" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    again = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path, tscd, **again, learning_rate=0.01), tscd)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--learning_rate was 0.0001 and is 0.01" in err and err.count("\n") == 1
+    assert (tmp_path / "stage-0-k2" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    train(flags(tmp_path, tscd, **again), tscd)  # the run itself starts anew
+    assert (tmp_path / "stage-0-k2" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_samples_beside_a_card_are_of_its_number_of_steps_too(tmp_path, flags):
+    train(flags(tmp_path, tscd, validation_num_inference_steps="1,4", max_train_steps=2), tscd)
+    heights = [Image.open(tmp_path / name / "sample_grid.png").height for name in ("stage-0-k2", "stage-1-k1")]
+    assert heights[0] > heights[1] * 1.3  # 1, 2 and 4 steps against 1 and 4
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_loras_teacher_computes_in_fp32_when_asked(tmp_path, flags, monkeypatch, keep):
+    """accelerate puts autocast around the student's forward, which is the teacher's too."""
+    seen, add_lora = [], lora.add_lora
+
+    def patched(unet, *args, **kwargs):
+        hook = lambda layer, inputs, output: seen.append(output.dtype) if len(output) == 8 else None  # noqa: E731
+        unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.register_forward_hook(hook)
+        add_lora(unet, *args, **kwargs)
+
+    monkeypatch.setattr(lora, "add_lora", patched)
+    extra = {"no-cast_teacher_unet": True} if keep else {}
+    train(flags(tmp_path, tscd_lora, mixed_precision="bf16", max_train_steps=2, **extra), tscd_lora)
+    assert set(seen) == {torch.float32 if keep else torch.bfloat16}
 
 
 def test_a_run_that_ends_early_exports_the_stage_that_it_reached(tmp_path, flags):
@@ -322,9 +372,11 @@ def test_a_student_goes_on_from_an_earlier_one(tmp_path, flags):
 def test_mistakes_are_found_before_any_weight_is_loaded(
     tmp_path, flags, capsys, monkeypatch, script, changes, sentence
 ):
+    command = flags(tmp_path / "out", script, **changes)
     monkeypatch.setattr(models, "load_teacher", None)
+    capsys.readouterr()  # what building the fixtures printed
     with pytest.raises(SystemExit) as stopped:
-        train(flags(tmp_path / "out", script, **changes), script)
+        train(command, script)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1
 
@@ -344,4 +396,3 @@ def test_masked_means_of_the_logits_are_logged(tmp_path, flags):
     for tag in ("logit_real", "logit_fake", "loss_discriminator", "loss_adv", "grad_norm_ratio"):
         values = list(scalars(tmp_path, tag).values())
         assert len(values) == 4 and np.isfinite(values).all()
-    assert losses.RunningMeans().take(None) == {}

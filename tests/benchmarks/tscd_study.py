@@ -49,7 +49,7 @@ def run(method, changes, seed, folder, args, judge):
     command = [sys.executable, str(ROOT / recipe["script"])] + [f"--{k}={v}" for k, v in flags.items()]
     with open(folder.with_suffix(".log"), "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
-    return demo.measure_student(judge, folder, args.demo / "teacher", recipe["guidance_scale"], seed)[0]
+    return demo.measure_student(judge, folder, args.demo / "teacher", recipe, seed)[0]
 
 
 def main():
