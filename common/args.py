@@ -11,9 +11,10 @@ import os
 import secrets
 import shlex
 import sys
+import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, export, stages
+from common import UserError, checkpointing, export, preemption, stages
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES
 from common.shards import count_samples, mask_credentials
@@ -24,6 +25,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from diffusers.optimization import get_scheduler
 from huggingface_hub import get_token
 
 SECRET_FLAGS = ("hub_token",)
@@ -66,7 +68,8 @@ def user_errors(main):
     @functools.wraps(main)
     def wrapped(args):
         try:
-            return main(args)
+            with preemption.noting_signals():
+                return main(args)
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
         except KeyboardInterrupt:
@@ -202,6 +205,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
     add("--adam_weight_decay", type=non_negative_float, default=1e-2)
     add("--adam_epsilon", type=positive_float, default=1e-8)
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    add("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -213,6 +217,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
     add("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
     add("--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep; without it, all")
     add("--resume_from_checkpoint", help="latest, a name under --output_dir, or a path")
+    add("--stop_margin", type=non_negative_int, default=300, help="seconds before a SLURM job's end to save and stop")
 
     add = parser.add_argument_group("logging and validation").add_argument
     add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, none; several with commas")
@@ -258,9 +263,10 @@ def check_training_arguments(parser, args):
     args.validation_prompts = read_prompts(parser, args.validation_prompts)
 
 
-def run_state(args, run_id, prompts, total_batch_size, train_data):
+def run_state(args, run_id, prompts, total_batch_size, train_data, num_skipped):
     """What a checkpoint says of the run beside its weights; called by every rank."""
     return {
+        "updates_skipped": num_skipped,
         "args": public_args(args),
         "run_id": run_id,
         "validation_prompts": prompts,
@@ -470,6 +476,27 @@ def make_optimizer(args, parameters, total_batch_size):
         eps=args.adam_epsilon,
         **options,
     )
+
+
+def make_lr_scheduler(args, optimizer):
+    """The learning rate's schedule over --max_train_steps updates; of an optimizer not yet prepared."""
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return get_scheduler(args.lr_scheduler, optimizer, **steps)
+
+
+def start_run(args, accelerator, resumed, derived):
+    """Start the trackers; called by every rank. Returns the run's id, that of the resumed run where there is one."""
+    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
+    if accelerator.is_main_process:
+        start_trackers(accelerator, args.tracker_project_name, public_args(args) | derived, run_id)
+    return run_id
+
+
+def upload(args, accelerator):
+    """What --push_to_hub asks for. Main process only."""
+    if args.push_to_hub:
+        address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        accelerator.print(f"uploaded to {address}")
 
 
 def start_trackers(accelerator, project_name, config, run_id):

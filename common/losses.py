@@ -1,5 +1,7 @@
 """Distances between the two sides of a consistency loss, always float32, and the adversarial losses."""
 
+import time
+
 from common.schedules import append_dims
 
 import torch
@@ -56,16 +58,23 @@ class RunningMeans:
     """Means of named scalars between two log entries, kept on their device so that no step waits for the host."""
 
     def __init__(self):
-        self.sums, self.counts = {}, {}
+        self.sums, self.num_finite, self.num_batches, self.started = {}, {}, 0, time.perf_counter()
 
     def add(self, **values):
-        """Add scalar tensors, detached, to their sums."""
+        """Add the scalar tensors of a micro-batch, detached, to their sums; those that are not finite are left out."""
+        self.num_batches += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            finite = value.detach().isfinite()
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(finite, value.detach(), 0.0)
+            self.num_finite[name] = self.num_finite.get(name, 0) + finite
 
-    def take(self, reduce):
-        """{name: mean} as floats, averaged over the ranks by `reduce`(tensor); and start anew."""
-        means = {name: reduce(self.sums[name] / self.counts[name]).item() for name in self.sums}
-        self.sums, self.counts = {}, {}
+    def take(self, accelerator, samples_per_batch):
+        """{name: mean} as floats, averaged over the ranks, with `samples_per_second`; and start anew.
+
+        A mean of nothing finite is NaN. samples_per_batch: of all ranks' micro-batches together.
+        """
+        reduce = accelerator.reduce
+        means = {name: reduce(self.sums[name] / self.num_finite[name], "mean").item() for name in self.sums}
+        means["samples_per_second"] = self.num_batches * samples_per_batch / (time.perf_counter() - self.started)
+        self.__init__()
         return means
