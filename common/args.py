@@ -24,7 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
 from huggingface_hub import get_token
 
@@ -242,7 +242,11 @@ def add_training_arguments(parser, output_dir, tracker_project_name):
 
 def check_training_arguments(parser, args):
     """Cross-checks that need no file and no model; each ends in `parser.error`."""
-    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed_precision not in ("no", "fp16", "bf16"):
+        parser.error(
+            f"the environment variable ACCELERATE_MIXED_PRECISION={mixed_precision} is none of no, fp16, bf16"
+        )
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision=fp16 needs a GPU (on a CPU it would silently run in fp32); use bf16 or no")
     if args.enable_xformers_memory_efficient_attention:
@@ -375,7 +379,8 @@ def data_options(args, accelerator):
 def make_accelerator(args):
     """accelerate's engine as the flags ask for it; trackers write under output_dir.
 
-    Raises UserError where the launcher's processes do not see each other: each would be a run of its own.
+    Raises UserError where the launcher's processes do not see each other (each would be a run of its own) and for an
+    engine that shards.
     """
     diffusers.utils.logging.set_verbosity_error()  # a training run's own lines should be found among the libraries'
     transformers.utils.logging.set_verbosity_error()
@@ -395,6 +400,12 @@ def make_accelerator(args):
             f"{started} processes were started but did not join (no GPU?); "
             "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
         )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"`accelerate config`: {accelerator.distributed_type.value} is not supported: targets, samples and "
+            "checkpoints need the whole student on each GPU; use plain data parallel training, with "
+            "--gradient_checkpointing and --use_8bit_adam or a LoRA script where memory is short"
+        )
     args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
     return accelerator
 
@@ -405,6 +416,7 @@ def open_run(args, accelerator, shards):
     Returns (the checkpoint's folder or None, its state; that of a new run has global_step 0 and no flags). Raises
     UserError where the folder, the checkpoint or a flag that differs from its run's cannot be used.
     """
+    preemption.job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     if accelerator.is_main_process:
         checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
     accelerator.wait_for_everyone()
