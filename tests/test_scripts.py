@@ -485,6 +485,7 @@ def test_resume_on_one_process_instead_of_two_keeps_the_batch_or_is_refused(tmp_
     done = launch(flags(tmp_path / "out", train_batch_size=2), num_processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = digests(tmp_path / "out" / "checkpoint-4")
+    losses = list(scalars(tmp_path / "out", "loss").values())
     (tmp_path / "out" / "checkpoint-4" / "COMPLETE").unlink()
     again = {"train_batch_size": 2, "resume_from_checkpoint": "latest"}
     with pytest.raises(SystemExit):
@@ -493,6 +494,7 @@ def test_resume_on_one_process_instead_of_two_keeps_the_batch_or_is_refused(tmp_
     train(flags(tmp_path / "out", gradient_accumulation_steps=2, **again))
     data = checkpointing.read_state(tmp_path / "out" / "checkpoint-4")["data"]
     assert data["cursors"] == expected["data"]["cursors"]
+    assert len(losses) == 4 and list(scalars(tmp_path / "out", "loss").values()) == pytest.approx(losses, rel=1e-4)
 
 
 def test_resume_notices_another_precision_and_keeps_the_data_seed(tmp_path, flags, capsys, monkeypatch):
