@@ -44,8 +44,10 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     options = {"revision": revision, "cache_dir": cache_dir}
     try:
         index = DiffusionPipeline.load_config(name, **options)
-    except (OSError, ValueError, AttributeError) as error:  # the last: of a list where an object should be
+    except (OSError, ValueError) as error:
         raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({_line(error)})") from None
+    if not isinstance(index, dict):
+        raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
     sdxl = _check_kind(flag, index)
     for part in [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]:
         if folder.is_dir() and part not in NOT_TRAINED:
@@ -154,8 +156,11 @@ def _check_kind(flag, index):
 
 
 def _checked_config(flag, config):
-    check_unet(flag, config["unet"], config["vae"], config.get("text_encoder_2"))
-    check_schedule(flag, config["scheduler"])
+    try:
+        check_unet(flag, config["unet"], config["vae"], config.get("text_encoder_2"))
+        check_schedule(flag, config["scheduler"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{flag}: a part's configuration is not what diffusers writes ({error!r})") from None
     if not config["is_sdxl"] and config["vae"].get("latents_mean") is not None:
         raise UserError(f"{flag}: its VAE has latents_mean, which the Stable Diffusion pipeline does not undo")
     return config

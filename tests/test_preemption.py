@@ -166,14 +166,6 @@ def test_sigterm_to_a_whole_job_of_one_process_with_a_loader(tmp_path, flags):
     assert step == 2 and "Traceback" not in done.stderr
 
 
-def test_sigusr1_to_one_process_alone(tmp_path, flags):
-    options = {"max_train_steps": 100, "checkpointing_steps": 100}
-    prelude = SENDS.format(rank=0, send="os.kill(os.getpid(), signal.SIGUSR1)", poison=False)
-    done = launch(flags(tmp_path / "out", **options), prelude=prelude)
-    step, _ = saved_at_a_stop(tmp_path / "out", done)
-    assert step == 2 and done.returncode != 0 and "exit status 75" in done.stderr
-
-
 def test_sigusr1_to_one_of_two_processes_stops_both_at_one_step_and_a_poisoned_one_skips_for_both(tmp_path, flags):
     options = {"max_train_steps": 100, "checkpointing_steps": 100, "train_batch_size": 2, "data_lanes": 8}
     prelude = SENDS.format(rank=1, send="os.kill(os.getpid(), signal.SIGUSR1)", poison=True)

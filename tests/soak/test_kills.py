@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from common import checkpointing
+from common.preemption import Stopper
 from common.tools import digits
 from tests.test_scripts import SCRIPTS, digests, flags, train
 
@@ -64,6 +65,10 @@ def end_of(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def is_running(process):
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def run(flags, script, log, hook=lambda: None):
     return end_of(life(flags, script, log, hook))
 
@@ -93,6 +98,29 @@ def teacher(built):
 @pytest.fixture(scope="module")
 def shards(built):
     return str(built / "shards" / "train" / "{00000..00007}.tar")
+
+
+def marking(marker):
+    """A hook: the moment of every update, and that of the loop's beginning, as lines of the file `marker`."""
+
+    def hook():
+        construct, check = Stopper.__init__, Stopper.check
+
+        def note():
+            with open(marker, "a") as file:
+                file.write(f"{time.monotonic()}\n")
+
+        def constructed(self, *args):
+            construct(self, *args)
+            note()
+
+        def checked(self):
+            note()
+            return check(self)
+
+        Stopper.__init__, Stopper.check = constructed, checked
+
+    return hook
 
 
 def counting(save_number, kill_at, counts):
@@ -130,13 +158,14 @@ def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_
     options |= {"report_to": "none", "gradient_accumulation_steps": 2, "logging_steps": 3, "train_batch_size": 2}
     if "tscd" in script.__name__:
         options["stage_segments"] = "4,2,1"
-    started = time.monotonic()
-    assert run(flags(tmp_path / "a", script, **options), script, log, counting(0, 0, tmp_path / "calls")) == 0, (
-        log.read_text()[-3000:]
-    )
-    seconds, calls = time.monotonic() - started, int((tmp_path / "calls").read_text())
+    count, mark = counting(0, 0, tmp_path / "calls"), marking(tmp_path / "moments")
+    assert run(flags(tmp_path / "a", script, **options), script, log, lambda: (count(), mark())) == 0, log.read_text()[
+        -3000:
+    ]
+    moments = [float(line) for line in (tmp_path / "moments").read_text().splitlines()]
+    seconds, calls = (moments[-1] - moments[0]) / STEPS, int((tmp_path / "calls").read_text())
     expected = digests(tmp_path / "a" / f"checkpoint-{STEPS}")
-    kills, rounds, equal, starts_anew = {"save": 0, "anywhere": 0}, 0, 0, 0
+    kills, rounds, equal = {"save": 0, "anywhere": 0}, 0, 0
     while sum(kills.values()) < KILLS:
         out = tmp_path / f"b{rounds}"
         rounds += 1
@@ -144,18 +173,21 @@ def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_
             resume = {"resume_from_checkpoint": "latest"} if out.exists() else {}
             enough = sum(kills.values()) >= KILLS
             inside = not enough and kills["save"] <= kills["anywhere"]
-            hook = counting(draw.choice((1, 1, 2)), draw.randint(1, calls), None) if inside else lambda: None
+            looping = tmp_path / "looping"
+            looping.unlink(missing_ok=True)
+            hook = counting(draw.choice((1, 1, 2)), draw.randint(1, calls), None) if inside else marking(looping)
             process = life(flags(out, script, **options, **resume), script, log, hook)
             if not inside and not enough:
-                time.sleep(draw.uniform(0, 0.35 * seconds))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                if draw.random() < 0.8:  # in the loop; else from the start on, while it loads
+                    while not looping.exists() and is_running(process):
+                        time.sleep(0.01)
+                time.sleep(draw.uniform(0, 6 * seconds))
+                os.kill(process, signal.SIGKILL)
             code = end_of(process)
             assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
             if code == 0:
                 break
             kills["save" if inside else "anywhere"] += 1
-            starts_anew += not checkpointing.list_checkpoints(out)
             checkpoints = [c for c in checkpointing.list_checkpoints(out) if not checkpointing.completeness(c)]
             assert checkpoints == checkpointing.list_checkpoints(out)  # what has its name is whole
         equal += digests(out / f"checkpoint-{STEPS}") == expected
