@@ -17,8 +17,6 @@ import copy
 import functools
 import itertools
 import math
-import time
-import uuid
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -29,12 +27,14 @@ from common.consistency_scheduler import make_scheduler, save_result
 from common.data import TrainingData, keyed_generator, keyed_seed
 from common.ema import ema_decay, ema_start_share, ema_update
 from common.images import decode_image_label
+from common.losses import RunningMeans
+from common.nonfinite import UpdateGuard
+from common.preemption import Stopper
 from common.schedules import append_dims
 from common.shards import IMAGE_KEYS, count_samples
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.optimization import get_scheduler
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 
@@ -195,8 +195,7 @@ def main(args):
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
-    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
     ema_options = ct_args.ema_options(args)
 
     # 6. Prepare, resume, trackers, evaluation.
@@ -206,9 +205,10 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
-    if is_main:
-        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    run_id = cli.start_run(args, accelerator, resumed, derived)
+    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
+    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
+    guard = UpdateGuard(accelerator, args.output_dir, *limits)
     unets = {"raw": accelerator.unwrap_model(unet)} | ({"ema": ema_unet} if ema_unet else {})
     grid_labels = [i % args.num_classes if args.num_classes else None for i in range(args.eval_batch_size)]
     grid = functools.partial(sampling.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
@@ -220,11 +220,11 @@ def main(args):
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
-    loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
+    means = RunningMeans()
     batches = itertools.chain([first_batch], batches)
     num_levels = sigmas = probabilities = None
     draw = functools.partial(consistency.lognormal_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max)
-    while global_step < args.max_train_steps:
+    while global_step < args.max_train_steps and not stopper.stops:
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Images. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
@@ -282,11 +282,9 @@ def main(args):
                 weight = consistency.loss_weight(sigma, target_sigma, args.loss_weighting, args.sigma_data)
                 loss = (weight * consistency.pseudo_huber(model_pred, target, args.huber_c)).mean()
             accelerator.backward(loss)
-            if accelerator.sync_gradients and args.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-            optimizer.step()
+            finite = guard.step(optimizer, unet.parameters(), args.max_grad_norm, loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
-        loss_sum, num_losses = loss_sum + loss.detach(), num_losses + 1
+        means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
@@ -294,18 +292,15 @@ def main(args):
         global_step += 1
         if ema_unet:
             decay = ema_decay(global_step, **ema_options)
-            ema_update(ema_unet.parameters(), accelerator.unwrap_model(unet).parameters(), decay)
+            ema_update(ema_unet.parameters(), accelerator.unwrap_model(unet).parameters(), decay, finite)
         lr_scheduler.step()
         progress.update()
-        is_last = global_step == args.max_train_steps
+        is_last = stopper.check() or global_step == args.max_train_steps
         if global_step % args.logging_steps == 0 or is_last:
-            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
-            logs = {"loss": accelerator.reduce(loss_sum / num_losses, "mean").item()} | progress_values
-            logs["lr"] = lr_scheduler.get_last_lr()[0]
-            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            logs = means.take(accelerator, args.train_batch_size * world_size) | progress_values
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
             logs |= cli.sum_counters(gather_object([train_data.counters]))
             cli.log_progress(accelerator, progress, logs, global_step)
-            loss_sum, num_losses = torch.zeros((), device=device), 0
         saves = global_step % args.checkpointing_steps == 0 or is_last
         if args.eval_steps and (global_step % args.eval_steps == 0 or is_last):
             rows = evaluate(unets, scheduler, timesteps)
@@ -314,6 +309,7 @@ def main(args):
                 accelerator.log(sampling.flatten(rows), step=global_step)
         if saves:
             state = {"args": cli.public_args(args), "run_id": run_id, "tuning_steps": tuning_steps}
+            state["updates_skipped"] = guard.count()
             state["total_batch_size"] = total_batch_size
             state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
             limit = args.checkpoints_total_limit
@@ -323,7 +319,7 @@ def main(args):
 
     # 8. Export: a pipeline that samples with the network's average, its card, an upload.
     progress.close()
-    if is_main:
+    if is_main and not stopper.stops:
         images = grid(step=global_step)
         start_share = ema_start_share(global_step, **ema_options) if ema_unet else 1.0
         chosen = "ema" if start_share <= math.exp(-3) else "raw"  # for a constant decay: after 3 / (1 - decay) updates
@@ -333,12 +329,11 @@ def main(args):
         export.save_grid(args.output_dir, images, ["" if label is None else str(label) for label in grid_labels])
         result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
         ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)
-        if args.push_to_hub:
-            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-            accelerator.print(f"uploaded to {address}")
+        cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
     accelerator.end_training()
+    stopper.leave(global_step)
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 

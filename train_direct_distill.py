@@ -16,18 +16,16 @@ To change the method, copy this file and edit step 7.
 
 import functools
 import json
-import time
-import uuid
 from pathlib import Path
 
 from common import UserError, checkpointing, export, lora, pairs, pipelines, probes, validation
 from common import args as cli
 from common.ema import ema_update, exchanged
-from common.losses import LOSS_TYPES, distance
+from common.losses import LOSS_TYPES, RunningMeans, distance
+from common.nonfinite import UpdateGuard
+from common.preemption import Stopper
 
 import torch
-from accelerate.utils import broadcast_object_list
-from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 
@@ -212,8 +210,7 @@ def main(args):
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, weights, total_batch_size)
-    lr_steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **lr_steps)
+    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
     student = rollout
@@ -225,18 +222,19 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
-    if is_main:
-        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    run_id = cli.start_run(args, accelerator, resumed, derived)
+    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
+    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
+    guard = UpdateGuard(accelerator, args.output_dir, *limits)
     sample = functools.partial(
         sample_and_measure, accelerator, student, data, measured, untrained, args.train_batch_size
     )
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
-    loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
+    means = RunningMeans()
     rollout.train()
-    while global_step < args.max_train_steps:
+    while global_step < args.max_train_steps and not stopper.stops:
         with accelerator.accumulate(rollout):
             # 7.1 Pairs: global micro-batch j, the same after a resume and for any number of processes.
             indices = [train_indices[i] for i in order[micro_batch + accelerator.process_index]]
@@ -253,31 +251,26 @@ def main(args):
 
             # 7.5 Backward, update.
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(weights, args.max_grad_norm)
-            optimizer.step()
+            finite = guard.step(optimizer, weights, args.max_grad_norm, loss, [str(i) for i in indices])
             optimizer.zero_grad(set_to_none=True)
-        loss_sum, num_losses = loss_sum + loss.detach(), num_losses + 1
+        means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
         # 7.6 After an update: EMA, logs, checkpoint, validation.
         if args.ema_decay:
-            ema_update(ema_weights, weights, args.ema_decay)
+            ema_update(ema_weights, weights, args.ema_decay, finite)
         lr_scheduler.step()
         global_step += 1
         progress.update()
-        is_last = global_step == args.max_train_steps
+        is_last = stopper.check() or global_step == args.max_train_steps
         if global_step % args.logging_steps == 0 or is_last:
-            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
-            logs = {"loss": accelerator.reduce(loss_sum / num_losses, "mean").item()}
-            logs["lr"] = lr_scheduler.get_last_lr()[0]
-            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            logs = means.take(accelerator, args.train_batch_size * world_size)
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
             cli.log_progress(accelerator, progress, logs, global_step)
-            loss_sum, num_losses = torch.zeros((), device=device), 0
         if global_step % args.checkpointing_steps == 0 or is_last:
             state = {"args": cli.public_args(args), "run_id": run_id, "total_batch_size": total_batch_size}
-            state["data"] = {"next_micro_batch": micro_batch}
+            state |= {"data": {"next_micro_batch": micro_batch}, "updates_skipped": guard.count()}
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
@@ -286,7 +279,7 @@ def main(args):
 
     # 8. Export: a pipeline with its scheduler, or a LoRA with it; card, upload.
     progress.close()
-    if is_main:
+    if is_main and not stopper.stops:
         with exchanged(weights if args.ema_decay else [], ema_weights):
             images, relative_mse = sample(step=global_step)
             if args.lora_rank:
@@ -300,14 +293,13 @@ def main(args):
         Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
         export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
         write_card(args, pipeline, kwargs, files, global_step, total_batch_size, result)
-        if args.push_to_hub:
-            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-            accelerator.print(f"uploaded to {address}")
+        cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     rollout, optimizer = accelerator.free_memory(
         rollout, optimizer
     )  # DDP that outlives its process group can deadlock
     accelerator.end_training()
+    stopper.leave(global_step)
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 

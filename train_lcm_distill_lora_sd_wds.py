@@ -14,15 +14,15 @@ To change the method, copy this file and edit step 7.
 
 import functools
 import itertools
-import time
-import uuid
 from pathlib import Path
 
 from common import UserError, checkpointing, export, lora, models, validation
 from common import args as cli
 from common.data import TrainingData, keyed_generator
 from common.images import decode_image_text
-from common.losses import LOSS_TYPES, distance
+from common.losses import LOSS_TYPES, RunningMeans, distance
+from common.nonfinite import UpdateGuard
+from common.preemption import Stopper
 from common.schedules import (
     alpha_sigma,
     append_dims,
@@ -35,7 +35,7 @@ from common.shards import expand_shards
 from common.solvers import DDIMSolver
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
 from tqdm import tqdm
 
@@ -152,9 +152,10 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
-    if is_main:
-        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    run_id = cli.start_run(args, accelerator, resumed, derived)
+    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
+    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
+    guard = UpdateGuard(accelerator, args.output_dir, *limits)
     sample = functools.partial(
         validation.sample_grid,
         accelerator,
@@ -170,9 +171,9 @@ def main(args):
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
-    loss_sum, num_losses, logged_at = torch.zeros((), device=device), 0, time.perf_counter()
+    means = RunningMeans()
     batches = itertools.chain([first_batch], batches)
-    while global_step < args.max_train_steps:
+    while global_step < args.max_train_steps and not stopper.stops:
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
@@ -233,11 +234,9 @@ def main(args):
             # 7.10 Loss, backward, update.
             loss = distance(model_pred, target, args.loss_type, args.huber_c)
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(lora.lora_parameters(unet), args.max_grad_norm)
-            optimizer.step()
+            guard.step(optimizer, lora.lora_parameters(unet), args.max_grad_norm, loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
-        loss_sum, num_losses = loss_sum + loss.detach(), num_losses + 1
+        means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
@@ -245,17 +244,14 @@ def main(args):
         lr_scheduler.step()
         global_step += 1
         progress.update()
-        is_last = global_step == args.max_train_steps
+        is_last = stopper.check() or global_step == args.max_train_steps
         if global_step % args.logging_steps == 0 or is_last:
-            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
-            logs = {"loss": accelerator.reduce(loss_sum / num_losses, "mean").item()}
-            logs["lr"] = lr_scheduler.get_last_lr()[0]
-            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            logs = means.take(accelerator, args.train_batch_size * world_size)
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
             logs |= cli.sum_counters(gather_object([train_data.counters]))
             cli.log_progress(accelerator, progress, logs, global_step)
-            loss_sum, num_losses = torch.zeros((), device=device), 0
         if global_step % args.checkpointing_steps == 0 or is_last:
-            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data)
+            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
@@ -263,18 +259,17 @@ def main(args):
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, its scheduler and card, an upload.
     progress.close()
-    if is_main:
+    if is_main and not stopper.stops:
         images = sample(step=global_step)
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
         export.save_grid(args.output_dir, images, prompts)
         write_card(args, len(shards), global_step, total_batch_size)
-        if args.push_to_hub:
-            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-            accelerator.print(f"uploaded to {address}")
+        cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
     accelerator.end_training()
+    stopper.leave(global_step)
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 

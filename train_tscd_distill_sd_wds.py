@@ -17,8 +17,6 @@ import argparse
 import copy
 import functools
 import itertools
-import time
-import uuid
 from pathlib import Path
 
 from common import args as cli
@@ -27,13 +25,15 @@ from common.data import TrainingData, keyed_generator, keyed_seed
 from common.discriminator import Discriminator, discriminator_step, discriminator_summary
 from common.ema import ema_update
 from common.images import decode_image_text
+from common.nonfinite import UpdateGuard
+from common.preemption import Stopper
 from common.schedules import alpha_sigma, append_dims, draw_segment, guidance_scale_embedding, segment_nodes
 from common.shards import expand_shards
 from common.solvers import TrajectorySolver
 from common.stages import stage_at
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
 from tqdm import tqdm
 
@@ -167,9 +167,10 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
-    if is_main:
-        cli.start_trackers(accelerator, args.tracker_project_name, cli.public_args(args) | derived, run_id)
+    run_id = cli.start_run(args, accelerator, resumed, derived)
+    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
+    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
+    guard = UpdateGuard(accelerator, args.output_dir, *limits)
     guidance_scale = (args.w_min + args.w_max) / 2 + 1.0 if args.unet_time_cond_proj_dim else 1.0
     shown = {"student": accelerator.unwrap_model(unet), "target": target_unet}
 
@@ -180,9 +181,9 @@ def main(args):
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
-    means, num_losses, logged_at = losses.RunningMeans(), 0, time.perf_counter()
+    means = losses.RunningMeans()
     batches, grid = itertools.chain([first_batch], batches), None
-    while global_step < args.max_train_steps:
+    while global_step < args.max_train_steps and not stopper.stops:
         stage = stage_at(stages, global_step)
         if stage.adv_weight and global_step == stage.start and accelerator.sync_gradients:
             discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
@@ -261,9 +262,7 @@ def main(args):
                 adv_logged["loss_adv"] = losses.generator_loss(fake_logits, is_whole)
                 loss = loss + stage.adv_weight * adv_logged["loss_adv"]
             accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-            optimizer.step()
+            finite = guard.step(optimizer, unet.parameters(), args.max_grad_norm, loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
             if "loss_adv" in adv_logged and stage.mse_weight:
                 adv_logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
@@ -278,30 +277,27 @@ def main(args):
                     loss_per_update = adv_logged["loss_discriminator"] / args.gradient_accumulation_steps
                     d_scaler.scale(loss_per_update).backward()
                 if accelerator.sync_gradients:
-                    discriminator_step(d_optimizer, d_scaler, world_size)
+                    guard.watch(discriminator_step(d_optimizer, d_scaler, world_size))
                 adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
                 adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
         means.add({"loss": loss, "loss_mse": loss_mse})
         means.add(adv_logged, weight=is_whole.any())
-        num_losses += 1
         if not accelerator.sync_gradients:
             continue
 
         # 7.11 After an update: EMA of the target, logs, the stage's model, checkpoint, validation.
-        ema_update(target_unet.parameters(), accelerator.unwrap_model(unet).parameters(), args.ema_decay)
+        ema_update(target_unet.parameters(), accelerator.unwrap_model(unet).parameters(), args.ema_decay, finite)
         lr_scheduler.step()
         global_step += 1
         progress.update()
-        is_last = global_step == args.max_train_steps
+        is_last = stopper.check() or global_step == args.max_train_steps
         if global_step % args.logging_steps == 0 or is_last:
-            seconds, logged_at = time.perf_counter() - logged_at, time.perf_counter()
-            logs = means.take(functools.partial(accelerator.reduce, reduction="mean")) | {"stage": stage.index}
-            logs["lr"] = lr_scheduler.get_last_lr()[0]
-            logs["samples_per_second"] = num_losses * args.train_batch_size * world_size / seconds
+            logs = means.take(accelerator, args.train_batch_size * world_size) | {"stage": stage.index}
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
             logs |= cli.sum_counters(gather_object([train_data.counters]))
             cli.log_progress(accelerator, progress, logs, global_step)
-            num_losses = 0
-        if is_main and (global_step == stage.end or is_last):  # before the checkpoint: a resumed run goes on after it
+        ends_stage = global_step == stage.end or global_step == args.max_train_steps
+        if is_main and ends_stage:  # before the checkpoint: a resumed run goes on after it
             folder = Path(args.output_dir, stage.name)
             shown["student"].save_pretrained(folder / "unet", max_shard_size="100GB")
             sampler.save_pretrained(folder / "scheduler")
@@ -309,7 +305,7 @@ def main(args):
             export.save_grid(folder, grid, prompts)
             write_card(args, stage, folder, len(shards), global_step, total_batch_size)
         if global_step % args.checkpointing_steps == 0 or global_step == stage.end or is_last:
-            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data)
+            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             state["stage_edges"] = [0, *(each.end for each in stages)]
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
@@ -319,7 +315,7 @@ def main(args):
 
     # 8. Export: a pipeline that samples with the student, its card, an upload.
     progress.close()
-    if is_main:
+    if is_main and not stopper.stops:
         stage = stage_at(stages, global_step - 1)
         teacher_options |= {"unet": shown["student"].eval(), "scheduler": sampler}
         pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
@@ -327,12 +323,11 @@ def main(args):
         target_unet.save_pretrained(Path(args.output_dir, "unet_target"), max_shard_size="100GB")
         export.save_grid(args.output_dir, grid or sample(stage, global_step), prompts)
         write_card(args, stage, None, len(shards), global_step, total_batch_size)
-        if args.push_to_hub:
-            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-            accelerator.print(f"uploaded to {address}")
+        cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
     accelerator.end_training()
+    stopper.leave(global_step)
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 

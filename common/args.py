@@ -11,9 +11,10 @@ import os
 import secrets
 import shlex
 import sys
+import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, export, stages
+from common import UserError, checkpointing, export, preemption, stages
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES
 from common.shards import count_samples, mask_credentials
@@ -23,7 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
 from huggingface_hub import get_token
 
@@ -67,7 +68,8 @@ def user_errors(main):
     @functools.wraps(main)
     def wrapped(args):
         try:
-            return main(args)
+            with preemption.noting_signals():
+                return main(args)
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
         except KeyboardInterrupt:
@@ -211,6 +213,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add("--adam_weight_decay", type=non_negative_float, default=1e-2)
     add("--adam_epsilon", type=positive_float, default=1e-8)
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    add("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -222,6 +225,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
     add("--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep; without it, all")
     add("--resume_from_checkpoint", help="latest, a name under --output_dir, or a path")
+    add("--stop_margin", type=non_negative_int, default=300, help="seconds before a SLURM job's end to save and stop")
 
     add = parser.add_argument_group("logging and validation").add_argument
     add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, none; several with commas")
@@ -247,7 +251,11 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
 
 def check_training_arguments(parser, args):
     """Cross-checks that need no file and no model; each ends in `parser.error`."""
-    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed_precision not in ("no", "fp16", "bf16"):
+        parser.error(
+            f"the environment variable ACCELERATE_MIXED_PRECISION={mixed_precision} is none of no, fp16, bf16"
+        )
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision=fp16 needs a GPU (on a CPU it would silently run in fp32); use bf16 or no")
     if args.enable_xformers_memory_efficient_attention:
@@ -269,9 +277,10 @@ def check_training_arguments(parser, args):
         args.validation_prompts = read_prompts(parser, args.validation_prompts)
 
 
-def run_state(args, run_id, prompts, total_batch_size, train_data):
+def run_state(args, run_id, prompts, total_batch_size, train_data, num_skipped):
     """What a checkpoint says of the run beside its weights; called by every rank."""
     return {
+        "updates_skipped": num_skipped,
         "args": public_args(args),
         "run_id": run_id,
         "validation_prompts": prompts,
@@ -380,7 +389,8 @@ def data_options(args, accelerator):
 def make_accelerator(args):
     """accelerate's engine as the flags ask for it; trackers write under output_dir.
 
-    Raises UserError where the launcher's processes do not see each other: each would be a run of its own.
+    Raises UserError where the launcher's processes do not see each other (each would be a run of its own) and for an
+    engine that shards.
     """
     diffusers.utils.logging.set_verbosity_error()  # a training run's own lines should be found among the libraries'
     transformers.utils.logging.set_verbosity_error()
@@ -400,6 +410,12 @@ def make_accelerator(args):
             f"{started} processes were started but did not join (no GPU?); "
             "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
         )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"`accelerate config`: {accelerator.distributed_type.value} is not supported: targets, samples and "
+            "checkpoints need the whole student on each GPU; use plain data parallel training, with "
+            "--gradient_checkpointing and --use_8bit_adam or a LoRA script where memory is short"
+        )
     args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
     return accelerator
 
@@ -410,6 +426,7 @@ def open_run(args, accelerator, shards):
     Returns (the checkpoint's folder or None, its state; that of a new run has global_step 0 and no flags). Raises
     UserError where the folder, the checkpoint or a flag that differs from its run's cannot be used.
     """
+    preemption.job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     if accelerator.is_main_process:
         checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
     accelerator.wait_for_everyone()
@@ -508,6 +525,21 @@ def resolve_prompts(args, resumed, captions):
     """What is sampled: --validation_prompts, the resumed run's prompts, or up to 4 captions of the first batch."""
     captions = [caption for caption in captions if caption] or [""]
     return args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
+
+
+def start_run(args, accelerator, resumed, derived):
+    """Start the trackers; called by every rank. Returns the run's id, that of the resumed run where there is one."""
+    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
+    if accelerator.is_main_process:
+        start_trackers(accelerator, args.tracker_project_name, public_args(args) | derived, run_id)
+    return run_id
+
+
+def upload(args, accelerator):
+    """What --push_to_hub asks for. Main process only."""
+    if args.push_to_hub:
+        address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        accelerator.print(f"uploaded to {address}")
 
 
 def start_trackers(accelerator, project_name, config, run_id):

@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from common import UserError
+from common import UserError, preemption
 
 import torch
 from accelerate.utils import gather_object
@@ -30,6 +30,7 @@ MAY_CHANGE = frozenset(
     "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
     "eval_steps eval_nfe eval_num_samples eval_num_reference eval_batch_size feature_network eval_class_accuracy "
     "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
+    "stop_margin max_nonfinite_steps "
     "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes
 )
 
@@ -43,9 +44,9 @@ DATA_FLAGS = frozenset(
 def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     """Check, before anything is loaded, that a run may write to `output_dir`; create it. Main process only.
 
-    What an interrupted save left is cleared up, see `remove_leftovers`. With `dry_run` nothing is written; the nearest
-    existing parent is asked instead. Raises UserError when the folder holds anything and the run does not resume, or
-    when it cannot be written to.
+    What an interrupted save left is cleared up, see `remove_leftovers`, and a STOP or REQUEUE file removed. With
+    `dry_run` nothing is written; the nearest existing parent is asked instead. Raises UserError when the folder holds
+    anything and the run does not resume, or when it cannot be written to.
     """
     output_dir = Path(output_dir)
     flag = f"--output_dir={output_dir}"
@@ -68,6 +69,7 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     except OSError as error:
         raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
     remove_leftovers(output_dir)
+    preemption.clear_marks(output_dir)
 
 
 def move_aside(output_dir, report=print):

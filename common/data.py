@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.preemption import outlive_sigterm
 from common.shards import (
     IMAGE_KEYS,
     MAX_MEMBER_BYTES,
@@ -381,6 +382,7 @@ class TrainingData:
             num_workers=self.num_workers,
             timeout=min(POLL_SECONDS, self.data_timeout) if self.num_workers else 0,
             pin_memory=self.pin_memory,
+            worker_init_fn=outlive_sigterm if self.num_workers else None,
             generator=torch.Generator(),  # so that the loader does not draw from the training's random state
         )
         with _no_signal_on_worker_death():

@@ -9,6 +9,7 @@ import copy
 import math
 
 from common.models import vae_scale_factor
+from common.nonfinite import step_if, total_norm
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -137,16 +138,24 @@ def repeat_conditioning(cond, times):
 def discriminator_step(optimizer, scaler, world_size):
     """Average the gradients over all processes, then one optimizer step through the GradScaler; gradients are freed.
 
-    optimizer, scaler: not prepared by accelerate, whose clip_grad_norm_ would unscale them with the student's.
+    optimizer, scaler: not prepared by accelerate, whose clip_grad_norm_ would unscale them with the student's. Returns
+    a 0-dim bool tensor: false where the gradients were not finite and the step was skipped. Under a scaler that is in
+    use it is true: skipping belongs to how that one finds its scale.
     """
     if world_size > 1:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= world_size
-    scaler.step(optimizer)
-    scaler.update()
+    finite = total_norm([p for group in optimizer.param_groups for p in group["params"]]).isfinite()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+        finite = torch.ones_like(finite)
+    else:
+        step_if(finite, optimizer)
     optimizer.zero_grad(set_to_none=True)
+    return finite
 
 
 def discriminator_summary(config, resolution, frozen_dtype=None):

@@ -1,5 +1,7 @@
 """Distances between the two sides of a consistency loss, always float32, and the adversarial losses."""
 
+import time
+
 from common.schedules import append_dims
 
 import torch
@@ -56,24 +58,30 @@ class RunningMeans:
     """Weighted means of named scalars between two log entries, on their device: no step waits for the host."""
 
     def __init__(self):
-        self.sums, self.weights = {}, {}
+        self.sums, self.weights, self.num_batches, self.started = {}, {}, 0, time.perf_counter()
 
     def add(self, values, weight=None):
-        """Add {name: scalar tensor}, detached. weight: a scalar tensor, 0 where the values mean nothing; else 1."""
+        """Add {name: scalar tensor} of a micro-batch, detached; those that are not finite are left out.
+
+        weight: a scalar tensor, 0 where the values mean nothing; else 1. Without it, the call counts as a micro-batch.
+        """
+        self.num_batches += weight is None
         for name, value in values.items():
-            one = torch.ones((), device=value.device) if weight is None else weight.float()
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach() * one
-            self.weights[name] = self.weights.get(name, 0.0) + one
+            value = value.detach()
+            counts = value.isfinite().float() if weight is None else value.isfinite() * weight.float()
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(counts > 0, value * counts, 0.0)
+            self.weights[name] = self.weights.get(name, 0.0) + counts
 
-    def take(self, reduce):
-        """{name: mean} as floats over all ranks, without names whose weights add up to 0; and start anew.
+    def take(self, accelerator, samples_per_batch):
+        """{name: mean} as floats over all ranks, with `samples_per_second`; and start anew.
 
-        reduce: averages a tensor over the ranks.
+        Without names whose weights add up to 0. samples_per_batch: of all ranks' micro-batches together.
         """
         means = {}
         for name in self.sums:
-            total, weight = reduce(torch.stack([self.sums[name], self.weights[name]])).tolist()
+            total, weight = accelerator.reduce(torch.stack([self.sums[name], self.weights[name]]), "sum").tolist()
             if weight:
                 means[name] = total / weight
-        self.sums, self.weights = {}, {}
+        means["samples_per_second"] = self.num_batches * samples_per_batch / (time.perf_counter() - self.started)
+        self.__init__()
         return means

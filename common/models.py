@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 NOT_TRAINED = ("safety_checker", "feature_extractor", "image_encoder")  # neither loaded nor copied into outputs
 REFINER = "the SDXL refiner, which starts from a finished image; use an SDXL base model"
+LOAD_ERRORS = (OSError, ValueError, IndexError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError)
 NUM_TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
 
@@ -45,6 +46,8 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
         index = DiffusionPipeline.load_config(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({_line(error)})") from None
+    if not isinstance(index, dict):
+        raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
     sdxl = _check_kind(flag, index)
     for part in [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]:
         if folder.is_dir() and part not in NOT_TRAINED:
@@ -57,7 +60,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
         }
         for part in ("text_encoder", "text_encoder_2")[: 1 + sdxl]:
             configs[part] = CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{flag}: a part of the teacher is missing or unreadable ({_line(error)})") from None
     return _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
 
@@ -71,8 +74,8 @@ def _read_single_file(flag, name, cache_dir):
     except SafetensorError as error:
         raise UserError(f"{flag}: the file is damaged or no safetensors file ({_line(error)})") from None
     try:  # one file holds no configuration: diffusers fetches that of the kind of model that the weights show
-        pipeline = load_teacher(name, cache_dir=cache_dir)
-    except (OSError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        pipeline = _load_teacher(name, None, None, cache_dir, None, None, {})
+    except LOAD_ERRORS as error:
         raise UserError(
             f"{flag}: the file cannot be loaded ({_line(error)}); a single file needs the hub, or a cache, for its "
             "configuration: convert it once to a folder in diffusers layout where there is no network"
@@ -153,8 +156,11 @@ def _check_kind(flag, index):
 
 
 def _checked_config(flag, config):
-    check_unet(flag, config["unet"], config["vae"], config.get("text_encoder_2"))
-    check_schedule(flag, config["scheduler"])
+    try:
+        check_unet(flag, config["unet"], config["vae"], config.get("text_encoder_2"))
+        check_schedule(flag, config["scheduler"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{flag}: a part's configuration is not what diffusers writes ({error!r})") from None
     if not config["is_sdxl"] and config["vae"].get("latents_mean") is not None:
         raise UserError(f"{flag}: its VAE has latents_mean, which the Stable Diffusion pipeline does not undo")
     return config
@@ -170,7 +176,13 @@ def _check_part(flag, folder, variant):
         raise UserError(f"{flag}: it is partial, its folder {folder.name}/ is missing or empty")
     if "config.json" not in names:  # a tokenizer or a scheduler
         return
-    weights = [n for n in sorted(names) if n.endswith((".safetensors", ".bin"))]
+    weights = [n for n in sorted(names) if n.endswith(".safetensors")]
+    pickled = [n for n in sorted(names) if n.endswith((".bin", ".pt", ".ckpt"))]
+    if pickled and not weights:
+        raise UserError(
+            f"{flag}: its folder {folder.name}/ has its weights only as {pickled[0]}, a pickle, which could run code; "
+            "convert them to .safetensors"
+        )
     wanted = [n for n in weights if (f".{variant}." in n if variant else n.count(".") == 1)]
     if not wanted:
         what = "weights"
@@ -184,8 +196,7 @@ def _check_part(flag, folder, variant):
         raise UserError(f"{flag}: it is partial, its folder {folder.name}/ has no {what}")
     for name in wanted:
         try:
-            if name.endswith(".safetensors"):
-                safe_open(folder / name, framework="pt").__enter__()  # reads the header and checks the length
+            safe_open(folder / name, framework="pt").__enter__()  # reads the header and checks the length
         except SafetensorError as error:
             raise UserError(f"{flag}: its file {folder.name}/{name} is damaged ({_line(error)})") from None
 
@@ -258,8 +269,17 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
     """The teacher as a diffusers pipeline: every weight float32 on the CPU, frozen, in eval mode.
 
     name: folder, hub repository, or one `.safetensors` file. vae: folder or hub name of another VAE, or None.
-    replaced: parts that are there already and are not loaded (unet, scheduler).
+    replaced: parts that are there already and are not loaded (unet, scheduler). Weights are safetensors, and no code
+    of a repository is run. Raises UserError where something cannot be loaded.
     """
+    try:
+        return _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced)
+    except LOAD_ERRORS as error:
+        flag = f"--pretrained_teacher_model={name}" + (f", --pretrained_vae_model_name_or_path={vae}" if vae else "")
+        raise UserError(f"{flag}: the weights cannot be loaded ({_line(error)})") from error
+
+
+def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced):
     options = {"cache_dir": cache_dir, "dtype": torch.float32}
     parts = options | replaced
     if Path(name).suffix == ".safetensors":
@@ -272,10 +292,11 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
         skipped = {part: None for part in NOT_TRAINED if part in index}
         if "safety_checker" in index:
             skipped["requires_safety_checker"] = False
-        pipeline = DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **skipped, **parts)
+        parts |= skipped | {"use_safetensors": True, "trust_remote_code": False}
+        pipeline = DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **parts)
     if vae is not None:
         place = {"subfolder": _vae_subfolder(vae), "revision": vae_revision}
-        pipeline.vae = AutoencoderKL.from_pretrained(vae, **place, **options)
+        pipeline.vae = AutoencoderKL.from_pretrained(vae, **place, **options, use_safetensors=True)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -310,7 +331,7 @@ def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None
     if init_unet is not None:
         subfolder = "unet" if Path(init_unet, "unet").is_dir() else None
         place = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir}
-        unet = UNet2DConditionModel.from_pretrained(init_unet, dtype=torch.float32, **place)
+        unet = UNet2DConditionModel.from_pretrained(init_unet, dtype=torch.float32, use_safetensors=True, **place)
         assert unet.config.time_cond_proj_dim == time_cond_proj_dim, "check_init_unet comes first"
         return unet.train()
     assert teacher_unet.dtype == torch.float32, "a student of rounded weights is not the teacher"

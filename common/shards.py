@@ -159,7 +159,11 @@ def _folder_metadata(folder: str) -> dict[str, str] | None:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file) if path == csv_path else map(json.loads, filter(str.strip, file))
-            return {os.path.normpath(row["file_name"]): row["text"] or "" for row in rows}
+            captions = {os.path.normpath(row["file_name"]): row["text"] or "" for row in rows}
+        wrong = next((name for name, caption in captions.items() if not isinstance(caption, str)), None)
+        if wrong is not None:
+            raise TypeError(f"the caption of {wrong} is no text")
+        return captions
     except KeyError as error:
         raise DataError(f"{path!r} has no column {error}: it needs file_name and text.") from None
     except (OSError, ValueError, TypeError, csv.Error) as error:

@@ -1,0 +1,125 @@
+"""Updates whose loss or gradient is not finite: skipped, counted, and the end of a run that has no others.
+
+Whether an update is skipped is decided on the device. The host asks at log entries and checkpoints only, so no step
+waits for it (8-bit optimizers excepted, which cannot skip on their own).
+"""
+
+import json
+from pathlib import Path
+
+from common import UserError
+
+import torch
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+
+LOG = "nonfinite_updates.jsonl"
+MAX_PENDING = 1_000  # updates after which the host asks in any case
+MAX_KEYS = 64  # sample keys in the sentence that ends a run
+
+
+def total_norm(parameters):
+    """The norm of all gradients as a plain scalar tensor, over all shards where they are sharded."""
+    return _whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def step_if(finite, optimizer):
+    """optimizer.step() where `finite` (0-dim bool tensor) is true; else weights and states stay what they are.
+
+    A fused optimizer decides on its device; for the others the host reads `finite`.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds it
+    if inner.defaults.get("fused"):
+        inner.grad_scale, inner.found_inf = None, (~finite).float()
+        try:
+            optimizer.step()
+        finally:
+            del inner.grad_scale, inner.found_inf
+    elif finite:
+        optimizer.step()
+
+
+class UpdateGuard:
+    """Clips and updates, skips what is not finite, and knows the samples that it came from.
+
+    limit: skipped updates in a row at which the run ends. global_step and num_skipped: those before this start.
+    """
+
+    def __init__(self, accelerator, output_dir, limit, global_step=0, num_skipped=0):
+        self.accelerator, self.log, self.limit = accelerator, Path(output_dir, LOG), limit
+        self.global_step, self.num_skipped, self.in_a_row = global_step, num_skipped, 0
+        self.keys, self.losses_finite = [], True  # of the micro-batches of the next update
+        self.pending = []  # (keys, 0-dim bool tensor: the update was finite), not asked for yet
+
+    def step(self, optimizer, parameters, max_grad_norm, loss, keys):
+        """After each backward: clip to max_grad_norm (None: do not) and update, once the gradients are complete.
+
+        loss: the micro-batch's; keys: its samples'. Returns the 0-dim bool tensor that `ema_update` takes: false
+        where the update was skipped; None between updates. With a GradScaler, that one decides, and what it skips for
+        the size of its scale alone does not count.
+        """
+        accelerator = self.accelerator
+        self.keys += keys
+        self.losses_finite = loss.detach().isfinite() & self.losses_finite
+        if not accelerator.sync_gradients:
+            return None
+        parameters = list(parameters)
+        if max_grad_norm is None:
+            accelerator.unscale_gradients(optimizer)
+            norm = total_norm(parameters)
+        else:
+            norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
+            norm = _whole(torch.as_tensor(norm))
+        counts_as_finite = finite = norm.isfinite()
+        if accelerator.scaler is None:
+            step_if(finite, optimizer)
+        else:
+            scale_can_fall = accelerator.scaler._get_scale_async() >= 1.0
+            optimizer.step()
+            counts_as_finite = self.losses_finite & (finite | scale_can_fall)
+        self.pending.append((self.keys, counts_as_finite))
+        self.keys, self.losses_finite = [], True
+        if len(self.pending) >= MAX_PENDING:
+            self.count()
+        return finite
+
+    def watch(self, finite):
+        """Let the latest update count as skipped where `finite` is false, as of another optimizer on its samples."""
+        keys, counts_as_finite = self.pending[-1]
+        self.pending[-1] = keys, counts_as_finite & finite
+
+    def count(self):
+        """How many updates were skipped, over all starts of the run; called by all processes at the same step.
+
+        Lists the samples of new ones in nonfinite_updates.jsonl. Raises UserError with `limit` of them in a row.
+        """
+        if not self.pending:
+            return self.num_skipped
+        pending, self.pending = self.pending, []
+        finite = torch.stack([flag for _, flag in pending]).float()
+        finite = self.accelerator.reduce(finite, "mean").tolist()
+        for (keys, _), value in zip(pending, finite, strict=True):
+            self.global_step += 1
+            if value == 1.0:
+                self.in_a_row = 0
+                continue
+            self.num_skipped += 1
+            self.in_a_row += 1
+            self._report(gather_object(list(keys)))
+        return self.num_skipped
+
+    def _report(self, keys):
+        if self.accelerator.is_main_process:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.global_step, "keys": keys}) + "\n")
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"--max_nonfinite_steps={self.limit}: the loss or its gradient was not finite in {self.in_a_row} "
+                f"updates in a row, the last is step {self.global_step} with the samples "
+                f"{', '.join(keys[:MAX_KEYS])}; lower --learning_rate or remove the samples that {LOG} lists, the "
+                "checkpoints before it are whole"
+            )

@@ -1,0 +1,286 @@
+"""Kill -9 again and again, resume, and compare with the run that was left alone; and disks that fail during a save.
+
+    python -m pytest tests/soak                                      # 20 kills a script
+    SOAK_KILLS=5 SOAK_SEED=1 SOAK_SUMMARY=soak.md python -m pytest tests/soak -n 0
+
+Each life of a run is a fork of this process, which has the libraries loaded, so that a kill costs seconds. Half of the
+kills come at a random call inside a save, half at a random moment. What is compared: weights, optimizer, EMA,
+learning-rate schedule, discriminator, the random state of the process, and the place in the data.
+"""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from common import checkpointing
+from common.preemption import Stopper
+from common.tools import digits
+from tests.test_scripts import SCRIPTS, digests, flags, train
+
+import pytest
+
+__all__ = ["flags"]
+KILLS = int(os.environ.get("SOAK_KILLS", "20"))
+SEED = int(os.environ.get("SOAK_SEED", "0"))
+SUMMARY = os.environ.get("SOAK_SUMMARY")
+STEPS, EVERY = 24, 2
+every_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+
+
+def life(flags, script, log, hook=lambda: None):
+    """Fork a process that runs the script: its id. hook: called in it before the run; its output goes to `log`."""
+    sys.stdout.flush(), sys.stderr.flush()
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(out), "w", buffering=1) for _ in range(2))
+        signal.alarm(600)
+        hook()
+        train(flags, script)
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def end_of(process):
+    """The exit code of a fork, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def is_running(process):
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def run(flags, script, log, hook=lambda: None):
+    return end_of(life(flags, script, log, hook))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A teacher and shards, made in a process of their own: autograd does not survive a fork."""
+    folder = tmp_path_factory.mktemp("built")
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            digits.build_teacher(folder / "teacher", "epsilon", vae_steps=5, unet_steps=20)
+            digits.write_shards(folder / "shards")
+            code = 0
+        finally:
+            os._exit(code)
+    assert end_of(process) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(built):
+    return lambda kind="epsilon": str(built / "teacher")
+
+
+@pytest.fixture(scope="module")
+def shards(built):
+    return str(built / "shards" / "train" / "{00000..00007}.tar")
+
+
+def marking(marker):
+    """A hook: the moment of every update, and that of the loop's beginning, as lines of the file `marker`."""
+
+    def hook():
+        construct, check = Stopper.__init__, Stopper.check
+
+        def note():
+            with open(marker, "a") as file:
+                file.write(f"{time.monotonic()}\n")
+
+        def constructed(self, *args):
+            construct(self, *args)
+            note()
+
+        def checked(self):
+            note()
+            return check(self)
+
+        Stopper.__init__, Stopper.check = constructed, checked
+
+    return hook
+
+
+def counting(save_number, kill_at, counts):
+    """A hook: count the calls, Python's and C's, inside each save; kill -9 at call `kill_at` of save `save_number`."""
+
+    def hook():
+        save, saves = checkpointing.save_checkpoint, []
+
+        def watched(*args):
+            saves.append(0)
+
+            def event(frame, kind, argument):
+                if kind in ("call", "c_call"):
+                    saves[-1] += 1
+                    if len(saves) == save_number and saves[-1] == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.setprofile(event)
+            try:
+                return save(*args)
+            finally:
+                sys.setprofile(None)
+                if counts is not None:
+                    counts.write_text(str(saves[-1]))
+
+        checkpointing.save_checkpoint = watched
+
+    return hook
+
+
+@every_script
+def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_path, flags, script):
+    draw, log = random.Random(f"{SEED} {script.__name__}"), tmp_path / "log"
+    options = {"max_train_steps": STEPS, "checkpointing_steps": EVERY, "checkpoints_total_limit": 3}
+    options |= {"report_to": "none", "gradient_accumulation_steps": 2, "logging_steps": 3, "train_batch_size": 2}
+    if "tscd" in script.__name__:
+        options["stage_segments"] = "4,2,1"
+    count, mark = counting(0, 0, tmp_path / "calls"), marking(tmp_path / "moments")
+    assert run(flags(tmp_path / "a", script, **options), script, log, lambda: (count(), mark())) == 0, log.read_text()[
+        -3000:
+    ]
+    moments = [float(line) for line in (tmp_path / "moments").read_text().splitlines()]
+    seconds, calls = (moments[-1] - moments[0]) / STEPS, int((tmp_path / "calls").read_text())
+    expected = digests(tmp_path / "a" / f"checkpoint-{STEPS}")
+    kills, rounds, equal = {"save": 0, "anywhere": 0}, 0, 0
+    while sum(kills.values()) < KILLS:
+        out = tmp_path / f"b{rounds}"
+        rounds += 1
+        while True:
+            resume = {"resume_from_checkpoint": "latest"} if out.exists() else {}
+            enough = sum(kills.values()) >= KILLS
+            inside = not enough and kills["save"] <= kills["anywhere"]
+            looping = tmp_path / "looping"
+            looping.unlink(missing_ok=True)
+            hook = counting(draw.choice((1, 1, 2)), draw.randint(1, calls), None) if inside else marking(looping)
+            process = life(flags(out, script, **options, **resume), script, log, hook)
+            if not inside and not enough:
+                if draw.random() < 0.8:  # in the loop; else from the start on, while it loads
+                    while not looping.exists() and is_running(process):
+                        time.sleep(0.01)
+                time.sleep(draw.uniform(0, 6 * seconds))
+                os.kill(process, signal.SIGKILL)
+            code = end_of(process)
+            assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
+            if code == 0:
+                break
+            kills["save" if inside else "anywhere"] += 1
+            checkpoints = [c for c in checkpointing.list_checkpoints(out) if not checkpointing.completeness(c)]
+            assert checkpoints == checkpointing.list_checkpoints(out)  # what has its name is whole
+        equal += digests(out / f"checkpoint-{STEPS}") == expected
+        assert not list(out.glob("*.tmp"))
+        shutil.rmtree(out)
+    row = f"| {script.__name__} | {sum(kills.values())} | {kills['save']} | {kills['anywhere']} | {rounds} | {equal} |"
+    print(row)
+    if SUMMARY:
+        with open(SUMMARY, "a") as file:
+            file.write(row + "\n")
+    assert equal == rounds, row
+
+
+@every_script
+@pytest.mark.parametrize("megabytes", [0.05, 3.0, 5.0])
+def test_a_disk_that_is_full_during_a_save_costs_that_checkpoint_alone(tmp_path, flags, script, megabytes):
+    """A file cannot grow beyond the limit, as on a full disk: the first, a middle or a late file of the save."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    assert run(flags(tmp_path / "a", script), script, log) == 0
+
+    def fills_up():
+        save, saves = checkpointing.save_checkpoint, []
+
+        def limited(*args):
+            saves.append(1)
+            if len(saves) == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6), resource.RLIM_INFINITY))
+            return save(*args)
+
+        checkpointing.save_checkpoint = limited
+
+    largest = max(path.stat().st_size for path in (tmp_path / "a" / "checkpoint-4").iterdir())
+    if largest < megabytes * 1e6:
+        pytest.skip("no file of this script's checkpoints is so large")
+    assert run(flags(out, script), script, log, fills_up) == 2, log.read_text()[-3000:]
+    lines = [line for line in log.read_text().splitlines() if "error: " in line]
+    assert len(lines) == 1 and "the checkpoint of step 4 could not be written" in lines[0], lines
+    assert [c.name for c in checkpointing.list_checkpoints(out)] == ["checkpoint-2"] and not list(out.glob("*.tmp"))
+    assert run(flags(out, script, resume_from_checkpoint="latest"), script, log) == 0
+    assert digests(out / "checkpoint-4") == digests(tmp_path / "a" / "checkpoint-4")
+
+
+@every_script
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up root's rights in the middle of a run")
+def test_an_output_folder_that_becomes_read_only_costs_that_checkpoint_alone(tmp_path, flags, script):
+    log, out = tmp_path / "log", tmp_path / "out"
+
+    def becomes_read_only():
+        save, saves = checkpointing.save_checkpoint, []
+
+        def limited(*args):
+            saves.append(1)
+            if len(saves) == 2:
+                os.chmod(out, 0o555)
+                os.seteuid(65534)
+            return save(*args)
+
+        checkpointing.save_checkpoint = limited
+
+    assert run(flags(out, script), script, log, becomes_read_only) == 2, log.read_text()[-3000:]
+    lines = [line for line in log.read_text().splitlines() if "error: " in line]
+    assert len(lines) == 1 and "checkpoint of step 4 could not be written (" in lines[0] and "ermission" in lines[0]
+    os.chmod(out, 0o755)
+    assert run(flags(tmp_path / "a", script), script, log) == 0
+    assert run(flags(out, script, resume_from_checkpoint="latest"), script, log) == 0
+    assert digests(out / "checkpoint-4") == digests(tmp_path / "a" / "checkpoint-4")
+
+
+@every_script
+def test_every_file_of_a_checkpoint_is_missed_by_name_and_latest_falls_back(tmp_path, flags, script):
+    log, out = tmp_path / "log", tmp_path / "out"
+    assert run(flags(out, script), script, log) == 0
+    expected = digests(out / "checkpoint-4")
+    for file in sorted(path.name for path in (out / "checkpoint-4").iterdir()):
+        for damage in ("truncated", "missing"):
+            broken = tmp_path / f"{file}-{damage}"
+            shutil.copytree(out, broken)
+            victim = broken / "checkpoint-4" / file
+            if damage == "missing":
+                victim.unlink()
+            else:
+                victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+            words = tmp_path / f"{broken.name}.log"
+            named = flags(broken, script, resume_from_checkpoint="checkpoint-4")
+            assert run(named, script, words) == 2 and file in words.read_text(), words.read_text()[-3000:]
+            words.unlink()
+            latest = flags(broken, script, resume_from_checkpoint="latest")
+            if (file, damage) in (("model.safetensors", "truncated"), ("optimizer.bin", "missing")):
+                assert run(latest, script, words) == 0
+                assert "checkpoint-4 is passed over: " in words.read_text()
+                assert f"resumed from {broken / 'checkpoint-2'} at step 2" in words.read_text()
+                assert digests(broken / "checkpoint-4") == expected
+            else:  # the choice alone
+                found = checkpointing.find_checkpoint(broken, "latest", lambda line: None)
+                assert found == Path(broken, "checkpoint-2")
+            shutil.rmtree(broken)

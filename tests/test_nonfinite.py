@@ -1,0 +1,210 @@
+"""Updates that are not finite: what is held, counted, reported, and when a run ends."""
+
+import json
+
+import train_lcm_distill_sd_wds as lcm
+import train_tscd_distill_sd_wds as tscd
+from common import UserError, checkpointing, models
+from common.data import TrainingData
+from common.discriminator import discriminator_step
+from common.ema import ema_update
+from common.images import decode_image_text
+from common.losses import RunningMeans
+from common.nonfinite import UpdateGuard, step_if
+from common.shards import expand_shards
+from tests.test_scripts import digests, flags, scalars, train
+
+import pytest
+import torch
+from accelerate import Accelerator
+from bitsandbytes.optim import AdamW8bit
+
+__all__ = ["flags"]
+NAN, INF = float("nan"), float("inf")
+OPTIMIZERS = {
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "8-bit AdamW": lambda p: AdamW8bit(p, lr=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1),
+}
+
+
+def copied(optimizer, parameter):
+    states = {k: v.clone() if torch.is_tensor(v) else v for k, v in optimizer.state[parameter].items()}
+    return [parameter.detach().clone(), *[states[name] for name in sorted(states) if torch.is_tensor(states[name])]]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_skipped_step_changes_neither_weights_nor_states_and_the_next_one_counts(make):
+    torch.manual_seed(0)
+    one, two = (torch.nn.Parameter(torch.linspace(-1, 1, 4096)) for _ in range(2))
+    skipping, plain = make([one]), make([two])
+    for step in range(4):
+        gradient = torch.randn(4096)
+        two.grad = gradient.clone()
+        plain.step()
+        if step == 2:  # one update between them is poisoned
+            one.grad, before = torch.full((4096,), NAN), copied(skipping, one)
+            step_if(one.grad.norm().isfinite(), skipping)
+            assert all(torch.equal(a, b) for a, b in zip(before, copied(skipping, one), strict=True))
+        one.grad = gradient.clone()
+        step_if(one.grad.norm().isfinite(), skipping)
+    assert all(torch.equal(a, b) for a, b in zip(copied(plain, two), copied(skipping, one), strict=True))
+    assert not hasattr(skipping, "found_inf")
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_average_is_held_with_the_weights(finite):
+    target, source = [torch.ones(3), torch.zeros(2)], [torch.tensor([3.0, 1, 2]), torch.ones(2)]
+    ema_update(target, source, 0.75, torch.tensor(finite))
+    expected = [torch.tensor([1.5, 1, 1.25]), torch.full((2,), 0.25)] if finite else [torch.ones(3), torch.zeros(2)]
+    for value, reference in zip(target, expected, strict=True):
+        torch.testing.assert_close(value, reference)
+
+
+def test_means_leave_out_what_is_not_finite():
+    means = RunningMeans()
+    for value in (1.0, NAN, 3.0, INF):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(NAN)})
+    logs = means.take(Accelerator(cpu=True), 4)
+    assert logs["a"] == 2.0 and "b" not in logs and logs["samples_per_second"] > 0
+
+
+def guarded(tmp_path, limit=10, accumulation=1, scaler=None):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    if scaler is not None:  # as on a GPU with fp16
+        accelerator.scaler, accelerator.native_amp, accelerator.state._mixed_precision = scaler, True, "fp16"
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = accelerator.prepare(torch.optim.SGD([parameter], lr=1.0))
+    guard = UpdateGuard(accelerator, tmp_path, limit)
+
+    def update(*factors, max_grad_norm=100.0, loss=1.0):
+        for factor in factors:
+            with accelerator.accumulate(torch.nn.Identity()):
+                value = (parameter * torch.tensor([1.0, factor])).sum() * loss
+                accelerator.backward(value)
+                finite = guard.step(optimizer, [parameter], max_grad_norm, value, [f"key {factor}"])
+                optimizer.zero_grad()
+        return finite
+
+    return guard, parameter, update
+
+
+@pytest.mark.parametrize("max_grad_norm", [100.0, None])
+def test_the_guard_counts_and_lists_the_samples(tmp_path, max_grad_norm):
+    guard, parameter, update = guarded(tmp_path, accumulation=2)
+    assert update(1.0, 3.0, max_grad_norm=max_grad_norm)
+    assert torch.equal(parameter.data, torch.tensor([0.0, -1.0]))
+    assert not update(1.0, NAN, max_grad_norm=max_grad_norm)
+    assert torch.equal(parameter.data, torch.tensor([0.0, -1.0])) and guard.count() == 1
+    assert guard.count() == 1 and guard.global_step == 2
+    entry = json.loads((tmp_path / "nonfinite_updates.jsonl").read_text())
+    assert entry == {"step": 2, "keys": ["key 1.0", "key nan"]}
+
+
+def test_gradients_are_clipped(tmp_path):
+    _, parameter, update = guarded(tmp_path)
+    update(1.0, max_grad_norm=0.5)
+    torch.testing.assert_close((1 - parameter.data).norm(), torch.tensor(0.5), rtol=1e-4, atol=0)
+
+
+def test_the_limit_is_of_updates_in_a_row(tmp_path):
+    guard, _, update = guarded(tmp_path, limit=3)
+    for factor in (NAN, NAN, 1.0, INF, INF):
+        update(factor)
+    assert guard.count() == 4
+    update(NAN)
+    with pytest.raises(UserError, match="max_nonfinite_steps=3: .* in 3 updates in a row.* step 6 .*samples key nan"):
+        guard.count()
+
+
+def test_a_gradscaler_finds_its_scale_without_being_counted_and_a_poisoned_loss_counts(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+    guard, parameter, update = guarded(tmp_path, scaler=scaler)
+    assert not update(16.0)  # the gradient overflows at this scale only
+    assert guard.count() == 0 and scaler.get_scale() == 2.0**126 and torch.equal(parameter.data, torch.ones(2))
+    for _ in range(4):
+        update(16.0)
+    assert guard.count() == 0 and not torch.equal(parameter.data, torch.ones(2))
+    held = parameter.data.clone()
+    assert not update(NAN)
+    assert guard.count() == 1 and torch.equal(parameter.data, held)
+
+
+def test_a_gradscaler_whose_scale_cannot_fall_further_counts(tmp_path):
+    class Bad(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * INF
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    guard, parameter, _ = guarded(tmp_path, scaler=scaler)
+    optimizer = guard.accelerator._optimizers[0]
+    for _ in range(5):  # scales 2, 1, 1/2, 1/4, 1/8
+        loss = Bad.apply(parameter).sum()
+        guard.accelerator.backward(loss)
+        guard.step(optimizer, [parameter], 1.0, loss, ["key"])
+        optimizer.zero_grad()
+    assert guard.count() == 3 and torch.equal(parameter.data, torch.ones(2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_discriminator_holds_too(fused):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([parameter], fused=fused), torch.amp.GradScaler("cpu", enabled=False)
+    (parameter * torch.tensor([1.0, NAN, 3.0])).sum().backward()
+    assert not discriminator_step(optimizer, scaler, world_size=1)
+    assert torch.equal(parameter.data, torch.ones(3)) and parameter.grad is None
+    parameter.sum().backward()
+    assert discriminator_step(optimizer, scaler, world_size=1) and not torch.equal(parameter.data, torch.ones(3))
+
+
+def poison(monkeypatch, is_poisoned):
+    """Latents become NaN, as those of a VAE that overflows in half precision, for images that `is_poisoned` says."""
+    encode = models.encode_images
+
+    def encode_images(vae, images, *args):
+        latents = encode(vae, images, *args)
+        return torch.full_like(latents, NAN) if is_poisoned(images) else latents
+
+    monkeypatch.setattr(models, "encode_images", encode_images)
+
+
+@pytest.mark.parametrize("script", [lcm, tscd], ids=["lcm", "tscd"])
+def test_a_poisoned_sample_costs_its_update_and_nothing_else(tmp_path, flags, shards, monkeypatch, script):
+    data = TrainingData(expand_shards(shards), lambda raw, rng: decode_image_text(raw, rng, resolution=16),
+                        batch_size=4, seed=1, shuffle_block_samples=16)  # fmt: skip
+    batches = iter(data)
+    next(batches)
+    bad = next(batches)
+    poison(monkeypatch, lambda images: torch.equal(images, bad["images"]))
+    train(flags(tmp_path, script, checkpointing_steps=1, max_train_steps=4, ema_decay=0.5), script)
+    saved = [digests(tmp_path / f"checkpoint-{n}") for n in (1, 2, 3)]
+    weights = [k for k in saved[0] if k.endswith(".safetensors")]
+    held = [*weights, "optimizer.bin"] if script is lcm else weights
+    assert len(weights) == (2 if script is lcm else 3)
+    assert {k: saved[0][k] for k in held} == {k: saved[1][k] for k in held}
+    assert all(saved[1][k] != saved[2][k] for k in held)
+    assert scalars(tmp_path, "updates_skipped") == {1: 0, 2: 1, 3: 1, 4: 1}
+    assert [n for n, loss in scalars(tmp_path, "loss").items() if loss != loss] == [2]
+    assert checkpointing.read_state(tmp_path / "checkpoint-4")["updates_skipped"] == 1
+    entry = json.loads((tmp_path / "nonfinite_updates.jsonl").read_text())
+    assert entry == {"step": 2, "keys": bad["keys"]}
+
+
+def test_a_run_of_nothing_else_ends_with_the_samples_keys(tmp_path, flags, monkeypatch, capsys):
+    calls = []
+    poison(monkeypatch, lambda images: calls.append(1) or len(calls) > 2)
+    options = {"max_train_steps": 20, "max_nonfinite_steps": 3, "checkpointing_steps": 2, "report_to": "none"}
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path, **options))
+    err = capsys.readouterr().err
+    entries = list(map(json.loads, (tmp_path / "nonfinite_updates.jsonl").read_text().splitlines()))
+    assert stopped.value.code == 2 and [entry["step"] for entry in entries] == [3, 4, 5]
+    assert "--max_nonfinite_steps=3" in err and all(key in err for key in entries[-1]["keys"])
+    assert "Traceback" not in err
+    assert checkpointing.completeness(tmp_path / "checkpoint-2") is None

@@ -1,0 +1,187 @@
+"""Stopping early: by signal, time limit and STOP file, as one process and as two, and going on from there."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import train_lcm_distill_lora_sd_wds as lcm_lora
+import train_lcm_distill_sd_wds as lcm
+import train_tscd_distill_lora_sd_wds as tscd_lora
+import train_tscd_distill_sd_wds as tscd
+from common import UserError, checkpointing, preemption
+from common.preemption import Stopper
+from tests.test_scripts import digests, flags, launch, train
+
+import pytest
+import torch
+
+__all__ = ["flags"]
+ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_noted_and_asks_for_a_stop(tmp_path, number, capsys):
+    before = signal.getsignal(number)
+    with preemption.noting_signals():
+        stopper = Stopper(ALONE, tmp_path, 300, 4)
+        assert not stopper.check() and not stopper.stops
+        stopper.leave(5)  # of a run that was not stopped: nothing
+        os.kill(os.getpid(), number)
+        assert stopper.check() and stopper.stops
+        with pytest.raises(SystemExit) as left:
+            stopper.leave(5)
+    assert left.value.code == 75 and signal.getsignal(number) == before
+    assert json.loads((tmp_path / "REQUEUE").read_text()) == {"global_step": 5, "reason": number.name}
+    assert f"stopped for {number.name} after step 5" in capsys.readouterr().out
+    with preemption.noting_signals():  # the next run in this process knows nothing of it
+        assert not Stopper(ALONE, tmp_path, 300, 4).check()
+
+
+def test_a_run_that_did_not_get_on_asks_for_no_requeue(tmp_path):
+    stopper = Stopper(ALONE, tmp_path, 300, 4)
+    (tmp_path / "STOP").touch()
+    assert stopper.check()
+    with pytest.raises(SystemExit):
+        stopper.leave(4)
+    assert not (tmp_path / "REQUEUE").exists()
+
+
+def test_the_stop_file_is_the_main_processs_business(tmp_path):
+    (tmp_path / "STOP").touch()
+    assert not Stopper(SimpleNamespace(is_main_process=False, num_processes=1), tmp_path, 300, 0).check()
+
+
+def test_a_slurm_job_stops_before_its_time_is_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
+    stopper = Stopper(ALONE, tmp_path, 300, 0)
+    assert not stopper.check()
+    later = time.time() + 701
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert stopper.check() and preemption.REASONS[stopper.reason] == "the job's time limit"
+
+
+@pytest.mark.parametrize(
+    ("text", "margin", "words"),
+    [
+        ("soon", 300, "SLURM_JOB_END_TIME='soon' is no time in seconds; unset it"),
+        ("1000", 300, "--stop_margin=300: the job ends in -"),
+        (str(int(time.time()) + 250), 300, "by SLURM_JOB_END_TIME; ask for more time, or lower the margin"),
+    ],
+)
+def test_a_time_limit_that_cannot_be_kept_is_refused(monkeypatch, text, margin, words):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", text)
+    with pytest.raises(UserError, match=words.replace("(", ".")):
+        preemption.job_deadline(margin)
+
+
+def test_marks_of_an_earlier_run_are_removed_at_the_start_but_not_by_a_dry_run(tmp_path):
+    for name in ("STOP", "REQUEUE", "mine"):
+        (tmp_path / name).touch()
+    checkpointing.prepare_output_dir(tmp_path, "latest", dry_run=True)
+    assert len(list(tmp_path.iterdir())) == 3
+    checkpointing.prepare_output_dir(tmp_path, "latest")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def stop_after(monkeypatch, folder, step):
+    """Have a STOP file touched between updates step - 1 and step."""
+    check, calls = Stopper.check, []
+
+    def checked(self):
+        calls.append(1)
+        if len(calls) == step:
+            Path(folder, "STOP").touch()
+        return check(self)
+
+    monkeypatch.setattr(Stopper, "check", checked)
+
+
+@pytest.mark.parametrize(("script", "step"), [(lcm_lora, 3), (tscd, 2)], ids=["lcm_lora", "tscd at a stage's end"])
+def test_a_stopped_run_saves_once_leaves_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch, script, step):
+    out, options = tmp_path / "b", {"checkpointing_steps": 4, "logging_steps": 4}
+    train(flags(tmp_path / "a", script, **options), script)
+    with monkeypatch.context() as patch:
+        stop_after(patch, out, step)
+        with pytest.raises(SystemExit) as left:
+            train(flags(out, script, **options), script)
+    assert left.value.code == 75 and (out / "REQUEUE").is_file()
+    assert [c.name for c in checkpointing.list_checkpoints(out)] == [f"checkpoint-{step}"]
+    assert not (out / "README.md").exists() and not list(out.glob("*.safetensors"))
+    assert (out / "stage-0-k2").exists() == (script is tscd)
+    train(flags(out, script, **options, resume_from_checkpoint="latest"), script)
+    assert digests(tmp_path / "a" / "checkpoint-4") == digests(out / "checkpoint-4")
+    assert not (out / "REQUEUE").exists() and not (out / "STOP").exists() and (out / "README.md").is_file()
+
+
+def test_a_stop_at_the_last_step_saves_and_the_next_start_exports(tmp_path, flags, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, tmp_path, 2)
+        with pytest.raises(SystemExit):
+            train(flags(tmp_path, lcm, max_train_steps=2))
+    assert not (tmp_path / "README.md").exists()
+    train(flags(tmp_path, lcm, max_train_steps=2, resume_from_checkpoint="latest"))
+    assert (tmp_path / "model_index.json").is_file() and not (tmp_path / "REQUEUE").exists()
+
+
+# Signals of real processes. After the given update, one rank sends it: to itself, to the launcher, or to all.
+SENDS = """
+import os, signal
+from common import models
+from common.preemption import Stopper
+check, encode, calls = Stopper.check, models.encode_images, []
+rank = int(os.environ.get("RANK", "0"))
+def checked(self):
+    calls.append(1)
+    if len(calls) == 2 and rank == {rank}:
+        {send}
+    return check(self)
+Stopper.check = checked
+def poisoned(*args):
+    latents = encode(*args)
+    return latents * float("nan") if {poison} and not calls and rank == 1 else latents
+models.encode_images = poisoned
+"""
+
+
+def saved_at_a_stop(out, done):
+    """The only checkpoint of a run that was stopped: (its step, its state)."""
+    (checkpoint,) = checkpointing.list_checkpoints(out)
+    assert checkpointing.completeness(checkpoint) is None, done.stderr[-2000:]
+    state = checkpointing.read_state(checkpoint)
+    assert json.loads((out / "REQUEUE").read_text())["global_step"] == state["global_step"]
+    assert "goes on from there, REQUEUE says so" in done.stdout and not (out / "README.md").exists()
+    return state["global_step"], state
+
+
+def test_sigterm_to_a_whole_job_of_one_process_with_a_loader(tmp_path, flags):
+    """As SLURM sends it: to the launcher, which dies of it, to the training process, and to its loader."""
+    options = {"max_train_steps": 100, "checkpointing_steps": 100, "dataloader_num_workers": 1}
+    send = "os.killpg(0, signal.SIGTERM)"
+    prelude = SENDS.format(rank=0, send=send, poison=False)
+    done = launch(flags(tmp_path / "out", tscd_lora, **options), prelude=prelude, script=tscd_lora)
+    step, _ = saved_at_a_stop(tmp_path / "out", done)
+    assert step == 2 and "Traceback" not in done.stderr
+
+
+def test_sigusr1_to_one_of_two_processes_stops_both_at_one_step_and_a_poisoned_one_skips_for_both(tmp_path, flags):
+    options = {"max_train_steps": 100, "checkpointing_steps": 100, "train_batch_size": 2, "data_lanes": 8}
+    prelude = SENDS.format(rank=1, send="os.kill(os.getpid(), signal.SIGUSR1)", poison=True)
+    done = launch(flags(tmp_path / "out", **options), num_processes=2, prelude=prelude)
+    step, state = saved_at_a_stop(tmp_path / "out", done)
+    assert step == 2 and len(state["rng_digests"]) == 2 and state["updates_skipped"] == 1
+    (skipped,) = map(json.loads, (tmp_path / "out" / "nonfinite_updates.jsonl").read_text().splitlines())
+    assert skipped["step"] == 1 and len(skipped["keys"]) == 4
+    optimizer = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"]
+    assert {float(entry["step"]) for entry in optimizer.values()} == {1.0}
+
+
+def test_sigterm_to_the_launcher_of_two_processes(tmp_path, flags):
+    """torchrun hands it on and waits; its own exit code is 1, and REQUEUE says what happened."""
+    options = {"max_train_steps": 100, "checkpointing_steps": 100, "train_batch_size": 2, "data_lanes": 8}
+    prelude = SENDS.format(rank=0, send="os.kill(os.getppid(), signal.SIGTERM)", poison=False)
+    done = launch(flags(tmp_path / "out", **options), num_processes=2, prelude=prelude)
+    step, _ = saved_at_a_stop(tmp_path / "out", done)
+    assert 2 <= step < 100 and done.returncode != 0

@@ -1,0 +1,116 @@
+"""Nothing is run from data, checkpoints or teachers; docs/security.md says so line by line."""
+
+import ast
+import os
+import re
+import shutil
+from pathlib import Path
+
+from common import UserError, checkpointing, models
+from tests.test_checkpointing import save, setup_run
+from tests.test_models import edit_json
+from tests.test_scripts import ROOT
+
+import pytest
+import torch
+
+SOURCES = sorted([*ROOT.glob("train_*.py"), *ROOT.glob("common/**/*.py")])
+
+
+def calls(path):
+    """(dotted name, call node) of every call in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_no_line_of_ours_unpickles_evaluates_or_opens_a_shell():
+    shells, loads = [], []
+    for path in SOURCES:
+        for name, node in calls(path):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert name not in ("eval", "exec", "__import__", "os.system", "os.popen"), (path, name)
+            assert not re.match(r"(pickle|dill|joblib|cloudpickle|marshal|shelve)\.", name), (path, name)
+            assert "shell" not in keywords and keywords.get("trust_remote_code", "False") == "False", (path, name)
+            assert name not in ("wds.decode", "webdataset.decode"), (path, name)
+            assert keywords.get("allow_pickle", "False") == "False", (path, name)  # numpy's default
+            if name == "torch.load":
+                loads.append(keywords.get("weights_only"))
+            if name.startswith("subprocess."):
+                shells.append((path.name, ast.unparse(node)))
+    assert loads and set(loads) == {"True"}
+    # the pipe: that the user typed, and the demo and the evaluation that start scripts by a list of words
+    assert {name for name, text in shells if "bash" in text or "arguments" in text} <= {"shards.py"}, shells
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "objects.pt", "pytorch_model.bin"])
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, name, force):
+    """accelerate reads the first two itself, and the last where model.safetensors is missing."""
+    path, trap = save(tmp_path, 1), tmp_path / "ran"
+    if force:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    if name == "pytorch_model.bin":
+        (path / "model.safetensors").unlink()
+    torch.save({"schedule": Evil(str(trap)), "random_state": Evil(str(trap))}, path / name)
+    accelerator, *_, modules, objects = setup_run(seed=5)
+    with pytest.raises(UserError, match="damaged"):
+        checkpointing.load_checkpoint(accelerator, path, modules, objects)
+    assert not trap.exists()
+
+
+CODE = "import os\nos.mkdir({trap!r})\nclass Own:\n    from_pretrained = from_config = staticmethod(print)\n"
+
+
+@pytest.mark.parametrize("what", ["scheduler", "pipeline", "tokenizer"])
+def test_a_teacher_runs_no_code(tmp_path, teacher, what):
+    folder, trap = Path(shutil.copytree(teacher(), tmp_path / "teacher")), tmp_path / "ran"
+    code = CODE.format(trap=str(trap))
+    if what == "pipeline":
+        (folder / "own.py").write_text(code)
+        (folder / "pipeline.py").write_text(code)
+        edit_json(folder / "model_index.json", _class_name=["own", "Own"])
+    elif what == "scheduler":
+        (folder / "scheduler" / "own.py").write_text(code)
+        edit_json(folder / "model_index.json", scheduler=["own", "Own"])
+    else:
+        (folder / "tokenizer" / "own.py").write_text(code)
+        edit_json(folder / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+    try:
+        models.read_teacher_config(str(folder))
+        models.load_teacher(str(folder))
+    except UserError as error:
+        assert "--pretrained_teacher_model=" in str(error)
+    else:
+        assert what == "tokenizer"  # CLIPTokenizer is named by its class, and the map is not looked at
+    assert not trap.exists()
+
+
+def test_pickled_weights_are_refused(tmp_path, teacher):
+    folder = Path(shutil.copytree(teacher(), tmp_path / "teacher"))
+    weights, trap = folder / "text_encoder" / "model.safetensors", tmp_path / "ran"
+    weights.unlink()
+    torch.save({"a": Evil(str(trap))}, weights.with_name("pytorch_model.bin"))
+    with pytest.raises(UserError, match="text_encoder/ has its weights only as pytorch_model.bin, a pickle"):
+        models.read_teacher_config(str(folder))
+    with pytest.raises(UserError, match="cannot be loaded"):  # as a hub name, whose files are not looked at before
+        models.load_teacher(str(folder))
+    assert not trap.exists()
+
+
+def test_the_guide_has_ten_lines_and_names_tests_that_exist():
+    lines = [line for line in (ROOT / "docs" / "security.md").read_text().splitlines() if re.match(r"\d+\. ", line)]
+    assert len(lines) == 10
+    for line in lines:
+        names = re.findall(r"`(tests/\w+\.py)::(\w+)`", line)
+        assert names, line
+        for file, test in names:
+            assert f"def {test}(" in (ROOT / file).read_text(), (file, test)
