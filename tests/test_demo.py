@@ -310,3 +310,23 @@ def test_the_loss_of_the_dit_teacher_is_flow_matching(monkeypatch):
         end = scheduler.step(velocity, scheduler.timesteps[0], z).prev_sample  # to sigma = 0
         assert torch.allclose(end + t / 1000 * velocity, z, atol=1e-5) and end.std() < z.std() + 1.0
         assert (end + velocity).std() == pytest.approx(1.0, abs=0.3)  # at sigma = 1: the noise
+
+
+def test_every_stages_model_is_measured_at_its_own_number_of_steps(tmp_path, monkeypatch):
+    for name in ("stage-0-k8", "stage-1-k4", "stage-2-k1", "unet"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(demo, "load_student", lambda folder, teacher_dir: folder.name)
+
+    def measure(judge, pipeline, steps, guidance_scale, seed):
+        rows = [{"of": pipeline, "steps": n, "guidance_scale": guidance_scale} for n in steps]
+        return {"rows": rows, "seed": seed}, np.zeros((len(steps), 10, 2, 2, 3))
+
+    monkeypatch.setattr(demo, "measure", measure)
+    recipe = demo.METHODS["tscd"]
+    results, images = demo.measure_student(None, tmp_path, None, recipe, 3)
+    assert [(row["of"], row["steps"]) for row in results["rows"]] == [
+        ("stage-0-k8", 8), ("stage-1-k4", 4), ("stage-2-k1", 1)
+    ]  # fmt: skip
+    assert len(images) == 3 and results["seed"] == 3 and results["rows"][0]["guidance_scale"] == 1.0
+    results, _ = demo.measure_student(None, tmp_path / "unet", None, demo.METHODS["lcm"], 3)
+    assert [row["steps"] for row in results["rows"]] == list(demo.STUDENT_STEPS)
