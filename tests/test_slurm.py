@@ -27,6 +27,10 @@ case "$BEHAVIOUR" in
 esac
 touch "$LOG/started.$SLURM_NODEID"
 until [ -e "$OUTPUT_DIR/STOP" ]; do sleep 0.05; done
+if [ "$BEHAVIOUR" = orphans ]; then
+    (sleep 1; echo '{"global_step": 5}' > "$OUTPUT_DIR/REQUEUE") &
+    exit 1
+fi
 echo '{"global_step": 5}' > "$OUTPUT_DIR/REQUEUE"
 exit 1
 """
@@ -124,6 +128,14 @@ def test_a_signal_to_the_job_stops_the_run_and_requeues_it(tmp_path, job, name, 
         machines = "--num_machines=2 --num_processes=2 --machine_rank={0}"
         place = "--main_process_ip=localhost --main_process_port=20777"
         assert commands == [f"{n} launch --multi_gpu {machines.format(n)} {place} {tail}" for n in range(2)]
+
+
+def test_a_run_that_outlives_its_launcher_is_waited_for(tmp_path, job):
+    process = job("single_node.sbatch", "orphans")
+    wait_for(tmp_path / "started.0", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and (tmp_path / "scontrol").read_text() == "requeue 777\n"
 
 
 @pytest.mark.parametrize("name", JOBS)
