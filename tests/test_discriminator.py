@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 from common import losses
 from common.discriminator import Discriminator, copy_encoder, discriminator_step, make_head
 from common.schedules import alpha_sigma
@@ -196,4 +198,7 @@ def test_running_means():
     means.add(a=torch.tensor(1.0), b=torch.tensor(4.0))
     means.add(a=torch.tensor(3.0, requires_grad=True))
     assert means.counts["a"] == 2
-    assert means.take(lambda tensor: tensor) == {"a": 2.0, "b": 4.0} and means.take(lambda tensor: tensor) == {}
+    alone = SimpleNamespace(reduce=lambda tensor, reduction: tensor)
+    taken = means.take(alone, 4)
+    assert taken.pop("samples_per_second") > 0 and taken == {"a": 2.0, "b": 4.0}
+    assert means.take(alone, 4) == {"samples_per_second": 0.0}
