@@ -176,12 +176,3 @@ def test_sigusr1_to_one_of_two_processes_stops_both_at_one_step_and_a_poisoned_o
     assert skipped["step"] == 1 and len(skipped["keys"]) == 4
     optimizer = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"]
     assert {float(entry["step"]) for entry in optimizer.values()} == {1.0}
-
-
-def test_sigterm_to_the_launcher_of_two_processes(tmp_path, flags):
-    """torchrun hands it on and waits; its own exit code is 1, and REQUEUE says what happened."""
-    options = {"max_train_steps": 100, "checkpointing_steps": 100, "train_batch_size": 2, "data_lanes": 8}
-    prelude = SENDS.format(rank=0, send="os.kill(os.getppid(), signal.SIGTERM)", poison=False)
-    done = launch(flags(tmp_path / "out", **options), num_processes=2, prelude=prelude)
-    step, _ = saved_at_a_stop(tmp_path / "out", done)
-    assert 2 <= step < 100 and done.returncode != 0

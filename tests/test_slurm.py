@@ -1,6 +1,5 @@
-"""The job files of docs/slurm under bash, with stand-ins for SLURM's commands; and two "nodes" on this machine."""
+"""The job files of docs/slurm under bash, with stand-ins for SLURM's commands; with real launchers in tests/soak."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,14 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import train_lcm_distill_sd_wds as lcm
-from common import checkpointing
-from tests.test_scripts import flags
-
 import pytest
 
-__all__ = ["flags"]
-FOLDER = Path(lcm.__file__).parent / "docs" / "slurm"
+FOLDER = Path(__file__).parents[1] / "docs" / "slurm"
 JOBS = sorted(path.name for path in FOLDER.glob("*.sbatch"))
 
 # Stands for a training run: it notes its command, waits for STOP or for its time, and leaves what a run leaves.
@@ -154,21 +148,3 @@ def test_a_task_of_an_array_that_runs_out_of_time_comes_back(tmp_path, job):
     assert process.returncode == 0 and "task 3 of 16 comes back" in out
     assert (tmp_path / "commands").read_text() == "3 of 16: in out\n"
     assert (tmp_path / "scontrol").read_text() == "requeue 700_3\n"
-
-
-def test_two_nodes_train_stop_at_the_jobs_signal_and_are_requeued(tmp_path, job, flags):
-    """Two launchers on this machine, each for a node of one process; everything but SLURM's commands is real."""
-    command = flags(tmp_path / "out", max_train_steps=500, checkpointing_steps=500, train_batch_size=2, data_lanes=8)
-    command = [word for word in command if not word.startswith("--output_dir")]
-    process = job("multi_node.sbatch", arguments=(lcm.__file__, *command), real_accelerate=True, SLURM_NODEID="",
-                  ACCELERATE_USE_CPU="true", SLURM_JOB_ID=str(os.getpid()))  # fmt: skip
-    wait_for(tmp_path / "out" / "training_config.json", process)
-    while not list((tmp_path / "out" / "logs").rglob("events.*")):  # the loop begins
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.1)
-    process.send_signal(signal.SIGUSR1)
-    out, _ = process.communicate(timeout=300)
-    (checkpoint,) = checkpointing.list_checkpoints(tmp_path / "out")
-    assert json.loads((checkpoint / "COMPLETE").read_text())["world_size"] == 2
-    assert process.returncode == 0 and "stopped for a STOP file after step" in out
-    assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
