@@ -197,7 +197,7 @@ def test_running_means():
     means = losses.RunningMeans()
     means.add(a=torch.tensor(1.0), b=torch.tensor(4.0))
     means.add(a=torch.tensor(3.0, requires_grad=True))
-    assert means.counts["a"] == 2
+    assert means.num_finite["a"] == 2
     alone = SimpleNamespace(reduce=lambda tensor, reduction: tensor)
     taken = means.take(alone, 4)
     assert taken.pop("samples_per_second") > 0 and taken == {"a": 2.0, "b": 4.0}
