@@ -302,7 +302,7 @@ def main(args):
             logs |= cli.sum_counters(gather_object([train_data.counters]))
             cli.log_progress(accelerator, progress, logs, global_step)
         saves = global_step % args.checkpointing_steps == 0 or is_last
-        if args.eval_steps and (global_step % args.eval_steps == 0 or is_last):
+        if args.eval_steps and (global_step % args.eval_steps == 0 or is_last and not stopper.stops):
             rows = evaluate(unets, scheduler, timesteps)
             if is_main:
                 sampling.record(args.output_dir, global_step, rows, f"checkpoint-{global_step}" if saves else None)
