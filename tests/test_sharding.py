@@ -49,5 +49,5 @@ def test_two_shards_equal_one_process_with_the_same_global_batch(tmp_path, kind=
 def test_an_engine_that_would_split_the_student_alone_is_refused(tmp_path, flags, monkeypatch):
     for engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         monkeypatch.setattr(Accelerator, "distributed_type", engine)
-        with pytest.raises(UserError, match=f"{engine.value} is not supported .* use plain data parallel"):
+        with pytest.raises(UserError, match=f"{engine.value} is not supported.* use plain data parallel"):
             cli.make_accelerator(lcm.parse_args(flags(tmp_path)))
