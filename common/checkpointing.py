@@ -263,7 +263,8 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
         shutil.rmtree(replaced, ignore_errors=True)
         if total_limit:
             for old in [c for c in list_checkpoints(output_dir) if c != final][: -(total_limit - 1) or None]:
-                shutil.rmtree(old)
+                doomed = old.rename(old.with_name(f"{old.name}.replaced.tmp"))  # whole under its name, or not at all
+                shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
     return final
 

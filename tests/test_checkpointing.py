@@ -257,3 +257,21 @@ def test_complete_file_lists_every_file(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / "COMPLETE").read_text())
     assert set(manifest["files"]) == {p.name for p in path.iterdir()} - {"COMPLETE"} and manifest["world_size"] == 1
+
+
+def test_a_death_while_an_old_one_is_pruned_leaves_no_half_of_it(tmp_path, monkeypatch):
+    save(tmp_path, 1, total_limit=1)
+
+    def die_halfway(folder, ignore_errors=False):
+        if Path(folder).exists():
+            (Path(folder) / checkpointing.STATE).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing.shutil, "rmtree", die_halfway)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, total_limit=1)
+    assert [c.name for c in checkpointing.list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert checkpointing.completeness(tmp_path / "checkpoint-2") is None
+    checkpointing.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
