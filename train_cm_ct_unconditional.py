@@ -29,7 +29,7 @@ from common.ema import ema_decay, ema_start_share, ema_update
 from common.images import decode_image_label
 from common.losses import RunningMeans
 from common.nonfinite import UpdateGuard
-from common.preemption import Stopper
+from common.preemption import Stopper, job_deadline
 from common.schedules import append_dims
 from common.shards import IMAGE_KEYS, count_samples
 
@@ -108,6 +108,7 @@ def main(args):
         may_hold_files = args.resume_from_checkpoint or args.overwrite_output_dir
         checkpointing.prepare_output_dir(args.output_dir, may_hold_files, args.dry_run)
     accelerator.wait_for_everyone()
+    job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
     args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
@@ -150,11 +151,7 @@ def main(args):
         derived["noise levels"] = f"{discretization_steps(0)} to {discretization_steps(tuning_steps - 1)}"
         sigmas = consistency.karras_sigmas(s_0 + 1, **sigma_range)
         consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
-    if is_main:
-        cli.echo("Flags", cli.public_args(args))
-        cli.echo("What follows from them", derived)
-        if not args.dry_run:
-            export.write_config(args.output_dir, cli.public_args(args), derived)
+    cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
     if args.dry_run:

@@ -23,7 +23,7 @@ from common import args as cli
 from common.ema import ema_update, exchanged
 from common.losses import LOSS_TYPES, RunningMeans, distance
 from common.nonfinite import UpdateGuard
-from common.preemption import Stopper
+from common.preemption import Stopper, job_deadline
 
 import torch
 from tqdm import tqdm
@@ -129,6 +129,7 @@ def main(args):
     if is_main:
         checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
     accelerator.wait_for_everyone()
+    job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "global_step": 0}
     args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
@@ -150,11 +151,7 @@ def main(args):
     total_batch_size = cli.resolve_steps(args, len(train_indices), world_size, resumed if checkpoint else None)
     sizes = parameters, trained, world_size, len(train_indices), total_batch_size, weight_dtype.itemsize
     derived = derived_configuration(args, *sizes)
-    if is_main:
-        cli.echo("Flags", cli.public_args(args))
-        cli.echo("What follows from them", derived)
-        if not args.dry_run:
-            export.write_config(args.output_dir, cli.public_args(args), derived)
+    cli.announce(args, derived, is_main)
     if args.dry_run:
         accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing was written.")
         return
