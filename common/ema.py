@@ -7,7 +7,7 @@ import torch
 
 @torch.no_grad()
 def ema_update(target_parameters, source_parameters, decay, finite=None):
-    """target <- decay * target + (1 - decay) * source, in place, a few fused kernels for the whole list.
+    """target <- decay * target + (1 - decay) * source, in place, each weight read and written once.
 
     finite: 0-dim bool tensor as from `UpdateGuard.step`; the target stays what it is where it is false, decided on the
     device.
@@ -18,10 +18,8 @@ def ema_update(target_parameters, source_parameters, decay, finite=None):
     targets, sources = ([p.detach() for p in each] for each in (target_parameters, source_parameters))
     if finite is None:
         torch._foreach_lerp_(targets, sources, 1.0 - decay)
-        return
-    steps = torch._foreach_sub(sources, targets)  # as large as the gradients, which are freed by now
-    torch._foreach_mul_(steps, (1.0 - decay) * finite)
-    torch._foreach_add_(targets, steps)
+    else:
+        torch._foreach_lerp_(targets, sources, [(1.0 - decay) * finite] * len(targets))
 
 
 def ema_decay(step, max_decay, min_decay=None, inv_gamma=None, power=0.75, gamma=None):
