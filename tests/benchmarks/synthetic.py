@@ -1,0 +1,170 @@
+"""Teachers of a named shape with random weights, images to train on, and the FLOPs of a training step.
+
+The speed of a step does not depend on the values of weights. A teacher is complete all the same, in diffusers' layout,
+so that the scripts load it as they load any other. Its tokenizer is the demo's, which knows few words.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from common import models
+from common.lora import ADAPTER
+from common.lora import add_lora as add_adapters
+from common.tools import digits
+from tests.benchmarks.data import write_shards
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Configurations of a teacher. text: keyword arguments of each text encoder; resolution: of its images, pixels."""
+
+    resolution: int
+    unet: dict
+    vae: dict
+    text: tuple
+    half: bool = True  # weights are written in float16, which halves the file; they are loaded in float32 anyway
+
+
+def _vae(*channels, layers=2, scaling_factor=0.18215):
+    blocks = len(channels)
+    return {
+        "latent_channels": 4,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "norm_num_groups": math.gcd(32, channels[0]),
+        "scaling_factor": scaling_factor,
+    }
+
+
+def _text(width, layers, heads, hidden_act="quick_gelu"):
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": hidden_act}
+
+
+CROSS_DOWN, CROSS_UP = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+SD_BLOCKS = {"down_block_types": (*CROSS_DOWN, "DownBlock2D"), "up_block_types": ("UpBlock2D", *CROSS_UP)}
+SDXL_UNET = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", *CROSS_DOWN[:2]),
+    "up_block_types": (*CROSS_UP[:2], "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+}
+SHAPES = {
+    # the proportions of SD 1.5 between U-Net, VAE and text encoder, at a 700th of its FLOPs
+    "tiny": Shape(
+        128,
+        {"block_out_channels": (48, 96, 192, 192), "cross_attention_dim": 64, "norm_num_groups": 16, **SD_BLOCKS},
+        _vae(20, 40, 80, 80),
+        (_text(64, 2, 4),),
+        half=False,
+    ),
+    "sd15": Shape(
+        512,
+        {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, **SD_BLOCKS},
+        _vae(128, 256, 512, 512),
+        (_text(768, 12, 12),),
+    ),
+    "sdxl": Shape(
+        1024,
+        SDXL_UNET,
+        _vae(128, 256, 512, 512, scaling_factor=0.13025),
+        (_text(768, 12, 12), _text(1280, 32, 20, "gelu")),
+    ),
+}
+
+
+def write_teacher(folder, shape, device="cpu"):
+    """A pipeline with random weights, seeded, in `folder`; nothing is done where one stands."""
+    if Path(folder, "model_index.json").exists():
+        return
+    torch.manual_seed(0)
+    parts = {"scheduler": digits.build_scheduler("epsilon", sdxl=len(shape.text) > 1)}
+    with torch.device(device):
+        sample_size = shape.resolution // models.vae_scale_factor(shape.vae)
+        parts["unet"] = UNet2DConditionModel(sample_size=sample_size, **shape.unet)
+        parts["vae"] = AutoencoderKL(sample_size=shape.resolution, **shape.vae)
+        for suffix, sizes in zip(("", "_2"), shape.text, strict=False):
+            tokenizer = digits.build_tokenizer(**({"pad_token": "!"} if suffix else {}))
+            text_class = CLIPTextModelWithProjection if suffix else CLIPTextModel
+            parts["text_encoder" + suffix] = text_class(text_config(tokenizer, sizes))
+            parts["tokenizer" + suffix] = tokenizer
+    if len(shape.text) > 1:
+        pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = diffusers.StableDiffusionPipeline(**parts, **nothing)
+    pipeline.to(dtype=torch.float16 if shape.half else torch.float32).save_pretrained(folder)
+    for name in ("tokenizer", "tokenizer_2")[: len(shape.text)]:
+        digits.save_tokenizer_files(parts[name], Path(folder, name))
+
+
+def text_config(tokenizer, sizes):
+    """A text encoder with CLIP's 49,408 words, of which `tokenizer` uses the first."""
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **sizes, **tokens)
+
+
+def write_images(folder, shards=4, samples=64):
+    """Tar shards of 640 x 480 JPEG pictures with captions; nothing is done where they stand."""
+    folder = Path(folder)
+    if not (folder / f"{shards - 1:05d}.tar").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_shards(folder, shards, samples)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs, 2 per multiply-add, attention included, counted on the meta device
+
+
+def step_flops(folder, script, resolution, *, cached=False, lora_rank=64, steps=4):
+    """FLOPs per sample of a training step, nothing recomputed: what model FLOPs utilization divides.
+
+    script: lcm, tscd (without the discriminator's), each also with _lora; direct, direct_lora (`steps` steps).
+    folder: the teacher. cached: the VAE does not run. Updates of weights (optimizer, EMA) are not counted.
+    """
+    config = models.read_teacher_config(str(folder))
+    counts = models.count_parameters_and_flops(config, resolution)
+    rank = lora_rank if script.endswith("_lora") else None
+    forward, both = unet_flops(config, resolution, rank)
+    if script.startswith("direct"):
+        return steps * both + counts["text_encode_flops"]
+    without = counts["unet_forward_flops"]
+    target = forward  # of a LoRA it is the student, without gradients
+    images = 0 if cached else counts["vae_encode_flops"]
+    return 2 * without + target + both + images + counts["text_encode_flops"]
+
+
+def unet_flops(config, resolution, lora_rank=None):
+    """(forward, forward and backward) of the student's U-Net, all weights or a LoRA trained, for one sample."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config["unet"]).train()
+        size = resolution // models.vae_scale_factor(config["vae"])
+        latents = torch.empty(1, unet.config.in_channels, size, size)
+        cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim)}
+        if "text_encoder_2" in config:
+            pooled = torch.empty(1, config["text_encoder_2"].projection_dim)
+            cond["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, models.NUM_TIME_IDS)}
+        if lora_rank:
+            add_adapters(unet, lora_rank, lora_rank)
+            assert ADAPTER in unet.peft_config
+        with FlopCounterMode(display=False) as flops:
+            output = unet(latents, torch.empty(1, dtype=torch.long), **cond).sample
+            forward = flops.get_total_flops()
+            output.mean().backward()
+        return forward, flops.get_total_flops()
