@@ -16,7 +16,6 @@ To change the method, copy this file and edit step 7.
 import copy
 import functools
 import itertools
-import math
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from common import checkpointing, consistency, ct_args, ct_card, export, image_d
 from common import consistency_sampling as sampling
 from common.consistency_scheduler import make_scheduler, save_result
 from common.data import TrainingData, keyed_generator, keyed_seed
-from common.ema import ema_decay, ema_start_share, ema_update
+from common.ema import MOST_OF_START, ema_decay, ema_start_share, ema_update
 from common.images import decode_image_label
 from common.losses import RunningMeans
 from common.nonfinite import UpdateGuard
@@ -319,7 +318,7 @@ def main(args):
     if is_main and not stopper.stops:
         images = grid(step=global_step)
         start_share = ema_start_share(global_step, **ema_options) if ema_unet else 1.0
-        chosen = "ema" if start_share <= math.exp(-3) else "raw"  # for a constant decay: after 3 / (1 - decay) updates
+        chosen = "ema" if start_share <= MOST_OF_START else "raw"
         save_result(args.output_dir, unets[chosen].eval(), scheduler)
         for name in unets.keys() - {chosen}:
             unets[name].eval().save_pretrained(Path(args.output_dir, f"unet_{name}"))

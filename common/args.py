@@ -170,7 +170,8 @@ def add_teacher_arguments(parser):
 def add_data_arguments(parser, text=True):
     """text: whether the data have captions, and come from shards alone."""
     add = parser.add_argument_group("data").add_argument
-    add("--train_shards_path_or_url", required=text, help="tars (braces, globs, http://, pipe:) or an image folder")
+    tars = "tars (braces, globs, http://, pipe:)" + (" or an image folder" if text else "")
+    add("--train_shards_path_or_url", required=text, help=tars)
     add("--resolution", type=positive_int, help="side of the square training images, in pixels; SD: 512, SDXL: 1024")
     add("--interpolation_type", default="bilinear", choices=INTERPOLATION_TYPES, help="how images are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")

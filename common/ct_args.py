@@ -7,6 +7,7 @@ import argparse
 
 from common import UserError, metrics
 from common import args as cli
+from common.ema import MOST_OF_START, ema_start_share
 
 import torch
 
@@ -219,7 +220,13 @@ def derived_configuration(args, counts, world_size, total_batch_size, num_sample
     parameters = counts["unet_parameters"]
     memory = parameters * (4 + 4 + (2 if args.use_8bit_adam else 8) + (4 if args.use_ema else 0))
     known = num_samples is not None
-    return {
+    average = {}
+    if args.use_ema:
+        share = ema_start_share(args.max_train_steps, **ema_options(args))
+        average["average"] = f"{share:.0%} of it still its start at the end"
+        if share > MOST_OF_START:
+            average["average"] += ": too much, the result will be the last weights; lower --ema_max_decay"
+    return average | {
         "processes": str(world_size),
         "samples per update": str(total_batch_size),
         "updates": str(args.max_train_steps),

@@ -173,9 +173,10 @@ class _Lane:
             return
         empty = 0 if cursor["used"] else cursor["empty"] + 1
         if empty == MAX_EMPTY_EPOCHS:
+            flag = getattr(data._source, "flag", "--train_shards_path_or_url")
             raise DataError(
                 f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
-                f"({_listing(tally.counts)}): check --train_shards_path_or_url, or pass fewer --data_lanes; "
+                f"({_listing(tally.counts)}): check {flag}, or pass fewer --data_lanes; "
                 f"skipped_samples.jsonl has the first{_last_detail(tally)}."
             )
         self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
@@ -194,7 +195,8 @@ class TrainingData:
     max_skip_ratio: share of unreadable samples among the last 10,000 above which the run stops. data_timeout: seconds
     without a batch from the workers, or without an end of a pipe's command, after which it is given up.
     source: samples that are neither shards nor a folder: `name`, `keys` (list of str, in a fixed order) and
-    read(index) -> {extension: bytes}; `shards` then only says which data they are.
+    read(index) -> {extension: bytes}, perhaps `flag`, the user's, for errors; `shards` then only says which data
+    they are.
     skipped_log: JSON lines of the first 1,000 skipped samples; ranks above 0 write beside it, `NAME.rank1.jsonl`.
     Raises DataError here, in `load_state_dict`, and while iterating.
     """

@@ -1,8 +1,11 @@
 """Exponential moving averages of parameters."""
 
 import contextlib
+import math
 
 import torch
+
+MOST_OF_START = math.exp(-3)  # of an average that is used; a constant decay reaches it after 3 / (1 - decay) updates
 
 
 @torch.no_grad()

@@ -32,15 +32,17 @@ class LabelledImages:
             if label_column not in dataset.column_names:
                 raise DataError(
                     f"{flag} has no column {label_column}: --dataset_class_label_column_name is one of {columns}, and "
-                    "an image folder has classes where its images lie in subfolders"
+                    "an image folder has classes where its images lie in two or more subfolders"
                 )
             feature = dataset.features[label_column]
             self._labels = dataset[label_column][:]
             if not self._labels or any(type(label) is not int for label in self._labels):
                 raise DataError(f"{flag}: the column {label_column} must hold a whole number, the class, in each row")
+            if max(self._labels) < 0:
+                raise DataError(f"{flag}: no row has a class, the column {label_column} holds only negative numbers")
             names = getattr(feature, "names", None)
             self.num_classes = len(names) if names else max(self._labels) + 1
-        self.name, self.keys = name, [f"{index:08d}" for index in range(len(dataset))]
+        self.name, self.flag, self.keys = name, flag, [f"{index:08d}" for index in range(len(dataset))]
 
     def read(self, index):
         """{extension: bytes} of a row; an image that cannot be read becomes an empty one, which no decoder takes."""

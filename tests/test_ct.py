@@ -618,6 +618,33 @@ def test_a_classifier_of_other_classes_is_refused(tmp_path, flags, classifier, c
     assert stopped.value.code == 2 and "knows 10 classes and the data have 11" in capsys.readouterr().err
 
 
+def labelled(labels):
+    images, _ = rows(len(labels))
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"img": images, "label": labels}, features)
+
+
+def test_a_split_without_classes_is_refused(tmp_path, flags, capsys):
+    """Test splits of the hub have -1 in each row; the network then got no class and no embedding for one."""
+    labelled([-1] * 20).save_to_disk(tmp_path / "data")
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", dataset_name=tmp_path / "data", num_classes=None))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "no row has a class, the column label holds only negative numbers" in err
+
+
+def test_data_of_which_nothing_is_usable_are_called_by_their_flag(tmp_path, flags, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(8):
+        (tmp_path / "data" / f"{i}.png").write_bytes(b"no image")
+    changes = {"dataset_name": None, "train_data_dir": tmp_path / "data", "class_conditional": None}
+    changes |= {"dataset_image_column_name": None, "num_classes": None}
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", **changes))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"check --train_data_dir={tmp_path / 'data'}, or pass fewer" in err
+
+
 def test_a_folder_of_images_is_no_shards(image_folder):
     with pytest.raises(DataError, match="pass images as --train_data_dir"):
         open_images(str(image_folder))
@@ -662,7 +689,9 @@ def test_a_run_too_short_for_its_average_gives_the_last_weights(tmp_path, flags,
     out = tmp_path / "out"
     assert same(weights(out / "unet"), load_file(out / "checkpoint-8" / "model.safetensors"))
     assert same(weights(out / "unet_ema"), load_file(out / "checkpoint-8" / "ema_unet.safetensors"))
-    assert "Warning: the run is too short for its average, 99% of which" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "99% of it still its start at the end: too much" in printed.partition("steps:")[0]  # before hours are spent
+    assert "Warning: the run is too short for its average, 99% of which" in printed
     assert "Warning: the run is too short" in (out / "README.md").read_text()
 
 
