@@ -63,6 +63,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 1e-5
+    if not args.lora_rank and (args.lora_alpha or args.lora_dropout or args.lora_target_modules):
+        parser.error("--lora_rank=0 trains all weights; drop --lora_alpha, --lora_dropout and --lora_target_modules")
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank or 1)
     if bool(args.pairs_dir) == bool(args.dataset_metadata_path):
@@ -138,6 +140,7 @@ def main(args):
     # 2. Pairs, and what follows from the flags.
     data = read_data(args)
     pairs_config = getattr(data, "config", None)  # a table of images has none
+    probes.check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
     scheduler_class, scheduler_config = probes.check_pairs(config, pairs_config, args.pairs_dir)
     if args.student_scheduler:
         scheduler_class = probes.scheduler_class("--student_scheduler", args.student_scheduler)
@@ -146,6 +149,7 @@ def main(args):
     )
     if checkpoint:
         checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
+        pairs.check_same_pairs(checkpoint, resumed, data)
     train_indices, held_out = pairs.split(len(data), args.num_held_out)
     order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
     total_batch_size = cli.resolve_steps(args, len(train_indices), world_size, resumed if checkpoint else None)
@@ -268,6 +272,7 @@ def main(args):
         if global_step % args.checkpointing_steps == 0 or is_last:
             state = {"args": cli.public_args(args), "run_id": run_id, "total_batch_size": total_batch_size}
             state |= {"data": {"next_micro_batch": micro_batch}, "updates_skipped": guard.count()}
+            state |= {"pairs_sha256": pairs.fingerprint(data)}
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:

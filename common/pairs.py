@@ -47,7 +47,7 @@ def read_prompts(spec, column=None):
     suffix = path.suffix.lower()
     try:
         if path.is_file() and suffix == ".txt":
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
         elif path.is_file() and suffix == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file))
@@ -396,6 +396,21 @@ class PairOrder:
     def __getitem__(self, micro_batch):
         places = range(micro_batch * self.batch_size, (micro_batch + 1) * self.batch_size)
         return [self._permutation(place // self.num_train)[place % self.num_train] for place in places]
+
+
+def fingerprint(data):
+    """What tells these pairs from others in their place: prompts, seeds and the arguments of the teacher's call."""
+    what = [data.prompts, data.seeds, getattr(data, "config", {}).get("kwargs")]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_pairs(checkpoint, resumed, data):
+    """UserError when `checkpoint`, of state `resumed`, was trained on other pairs, whatever their folder is called."""
+    if resumed.get("pairs_sha256", fingerprint(data)) != fingerprint(data):
+        raise UserError(
+            f"--resume_from_checkpoint={checkpoint} was trained on other pairs than --pairs_dir or "
+            "--dataset_metadata_path holds now; put them back, or name a new --output_dir"
+        )
 
 
 def prompts_sha256(prompts):

@@ -305,6 +305,23 @@ def check_same_weights(pipeline, pairs_config, folder):
         )
 
 
+FROM_PAIRS = ("prompt", "generator", "latents", "height", "width", "num_frames", "output_type", "return_dict")
+
+
+def check_overrides(pipeline_class, overrides, num_inference_steps):
+    """UserError for --student_kwargs that the pipeline's call does not take, or that are the script's own."""
+    for name in overrides:
+        if name == "num_inference_steps":
+            raise UserError("--student_kwargs: num_inference_steps has a flag of its own, --num_inference_steps")
+        if name in FROM_PAIRS or name.endswith("_per_prompt"):
+            raise UserError(f"--student_kwargs: {name} comes from the pairs and the script; leave it out")
+        if name not in call_arguments(pipeline_class):
+            raise UserError(f"--student_kwargs: the call of {pipeline_class.__name__} has no {name}")
+    for name in {"sigmas", "timesteps"} & overrides.keys():
+        if not isinstance(overrides[name], list) or len(overrides[name]) != num_inference_steps:
+            raise UserError(f"--student_kwargs: {name} must be a list of {num_inference_steps}, one for each step")
+
+
 def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, overrides, repair=True):
     """The arguments of the student's call, and sentences on what was found out: (kwargs, [notes]).
 
@@ -312,15 +329,10 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
     is repaired, by changing `pipeline.scheduler`. Raises UserError when guidance stays on, when a step asks the
     denoiser more than once, or when sampling draws noise.
     """
+    check_overrides(type(pipeline), overrides, num_inference_steps)
     prompts, size = (data.prompts * 2)[:2], data.call_kwargs([0])
     dropped = (*SCHEDULE_ARGUMENTS, "negative_prompt", "negative_prompt_2", "negative_prompt_3")
     kwargs = {name: value for name, value in teacher_kwargs.items() if name not in dropped} | size | overrides
-    for name in overrides:
-        if name not in call_arguments(type(pipeline)):
-            raise UserError(f"--student_kwargs: the call of {type(pipeline).__name__} has no {name}")
-    for name in {"sigmas", "timesteps"} & overrides.keys():
-        if len(overrides[name]) != num_inference_steps:
-            raise UserError(f"--student_kwargs: {len(overrides[name])} {name} for {num_inference_steps} steps")
     try:
         off = (
             {} if {"guidance_scale", "true_cfg_scale"} & overrides.keys() else guidance_off(pipeline, prompts, kwargs)
@@ -332,7 +344,9 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
         kwargs |= added
         seen = observe(pipeline, prompts, **kwargs)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"--student_kwargs: the pipeline's call refuses {kwargs}: {error}") from error
+        raise UserError(
+            f"--student_kwargs, --student_scheduler: the pipeline's call refuses {kwargs}: {error}"
+        ) from error
     if change or added:
         notes.append(
             f"the last of {num_inference_steps} evaluations lay at {before:.3f} of the noise range, wasted; "

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,9 @@ def test_accelerate_launches_it_on_two_processes(direct_teacher, prompts_file, m
 def test_prompts_from_every_source(tmp_path, shards):
     expected = ["a one", "a two, or three"]
     (tmp_path / "p.txt").write_text("a one\n\n a two, or three \n")
+    for separator in ("\x0b", "\x1c", "\x85", "\u2028"):  # Unicode's line ends end no prompt
+        (tmp_path / "u.txt").write_text(f"a{separator}one\r\na two\r\n", encoding="utf-8")
+        assert pairs.read_prompts(str(tmp_path / "u.txt")) == [f"a{separator}one", "a two"]
     with open(tmp_path / "p.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", "text"], [1, expected[0]], [2, expected[1]], [3, ""]])
     import pyarrow
@@ -229,6 +233,8 @@ def test_prompts_from_every_source(tmp_path, shards):
         ({"height": 16}, "--height and --width go together"),
         ({"height": 17, "width": 17}, "the teacher's call refuses these arguments"),
         ({"teacher_kwargs": '{"eta": 1.0}', "scheduler": "DDIMScheduler"}, "draws more random numbers"),
+        ({"device": "magic"}, "--device=magic cannot be used here"),
+        ({"device": "cuda:99"}, "--device=cuda:99 cannot be used here"),
         ({"num_pairs": 0}, "--num_pairs: must be at least 1"),
         ({"output_dir": "FILE"}, "is a file; name a folder"),
         ({"output_dir": "MINE"}, "holds other files"),
@@ -467,7 +473,14 @@ def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_t
         ({"student_scheduler": "Magic"}, "--student_scheduler=Magic: diffusers has no such scheduler"),
         ({"student_scheduler_kwargs": '{"magic": 1}'}, "--student_scheduler_kwargs: DDIMScheduler has no magic"),
         ({"student_kwargs": "4"}, "--student_kwargs=4 is no JSON object"),
+        ({"student_kwargs": '{"magic": 1}'}, "the call of StableDiffusionPipeline has no magic"),
+        ({"student_kwargs": '{"num_inference_steps": 3}'}, "has a flag of its own, --num_inference_steps"),
+        ({"student_kwargs": '{"prompt": "x"}'}, "--student_kwargs: prompt comes from the pairs"),
+        ({"student_kwargs": '{"height": 64, "width": 64}'}, "--student_kwargs: height comes from the pairs"),
+        ({"student_kwargs": '{"num_images_per_prompt": 2}'}, "num_images_per_prompt comes from the pairs"),
+        ({"student_kwargs": '{"timesteps": 4}'}, "--student_kwargs: timesteps must be a list of 4"),
         ({"lora_rank": 4, "lora_target_modules": "to_x"}, "--lora_target_modules: 'to_x' does not select"),
+        ({"lora_rank": 0, "lora_alpha": 8}, "--lora_rank=0 trains all weights; drop --lora_alpha"),
         ({"lora_rank": -1}, "--lora_rank: must not be negative"),
         ({"output_dir": "/proc/nothing"}, "--output_dir=/proc/nothing cannot be written to"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "there is no such checkpoint"),
@@ -531,6 +544,19 @@ def test_resume_with_another_configuration_is_refused(tmp_path, flags, capsys):
         )
     err = capsys.readouterr().err
     assert "--huber_c was 0.1 and is 1.0" in err and "--num_inference_steps was 4 and is 2" in err
+
+
+def test_resume_with_other_pairs_in_the_same_folder_is_refused(tmp_path, flags, made, capsys):
+    folder = tmp_path / "pairs"
+    shutil.copytree(made(), folder)
+    run(flags(tmp_path / "out", pairs_dir=folder, max_train_steps=2))
+    (folder / "00000.tar").rename(folder / "t")  # the same pairs, but another one is pair 0 and others are held out
+    (folder / "00002.tar").rename(folder / "00000.tar")
+    (folder / "t").rename(folder / "00002.tar")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(flags(tmp_path / "out", pairs_dir=folder, max_train_steps=4, resume_from_checkpoint="latest"))
+    assert stopped.value.code == 2 and "was trained on other pairs" in capsys.readouterr().err
 
 
 # --- the guide's folder of images

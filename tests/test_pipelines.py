@@ -306,7 +306,7 @@ def test_guidance_that_the_user_leaves_on_is_refused():
         probes.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"guidance_scale": 3.0})
     with pytest.raises(UserError, match="has no guidance_scales"):
         probes.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"guidance_scales": 3.0})
-    with pytest.raises(UserError, match="2 sigmas for 4 steps"):
+    with pytest.raises(UserError, match="sigmas must be a list of 4"):
         probes.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"sigmas": [1.0, 0.5]})
     with pytest.raises(UserError, match="refuses"):
         probes.student_kwargs(pipeline, Pairs(), {"height": 60}, 4, {})
