@@ -382,7 +382,7 @@ def data_options(args, accelerator):
         "max_skip_ratio": args.max_skip_ratio,
         "data_timeout": args.data_timeout,
         "pin_memory": accelerator.device.type == "cuda",
-        "skipped_log": None if args.dry_run else Path(args.output_dir, "skipped_samples.jsonl"),
+        "skipped_log": None if args.dry_run else Path(args.output_dir, checkpointing.SKIPPED),
         "report": accelerator.print,
     }
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_model, save_model
 
 COMPLETE = "COMPLETE"
 CONFIG = "training_config.json"  # what a run writes first
+SKIPPED = "skipped_samples.jsonl"  # what its data stream writes
 STATE = "training_state.json"
 # Resuming may change these; anything else that differs from the checkpoint's run is an error.
 MAY_CHANGE = frozenset(
@@ -46,13 +47,17 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
 
     What an interrupted save left is cleared up, see `remove_leftovers`, and a STOP or REQUEUE file removed. With
     `dry_run` nothing is written; the nearest existing parent is asked instead. Raises UserError when the folder holds
-    anything and the run does not resume, or when it cannot be written to.
+    anything and the run does not resume, or when it cannot be written to. What a start that failed has left there, its
+    flags and a list of skipped samples, does not count.
     """
     output_dir = Path(output_dir)
     flag = f"--output_dir={output_dir}"
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not resume_from_checkpoint:
+    names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    skipped = [name for name in names if name.startswith(Path(SKIPPED).stem + ".")]  # of every rank
+    failed_start = CONFIG in names and names == {CONFIG, *skipped}
+    if names and not failed_start and not resume_from_checkpoint:
         raise UserError(f"{flag} is not empty; name a new folder, or pass --resume_from_checkpoint=latest to continue")
     if dry_run:
         parent = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
@@ -68,6 +73,9 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
+    if failed_start and not resume_from_checkpoint:
+        for name in skipped:
+            (output_dir / name).unlink()  # the run would add to it
     remove_leftovers(output_dir)
     preemption.clear_marks(output_dir)
 

@@ -244,6 +244,18 @@ def test_output_dir_is_checked_before_anything_is_written(tmp_path):
         checkpointing.prepare_output_dir(new / "precious", None)
 
 
+def test_a_start_that_failed_does_not_stand_in_the_way_of_the_next(tmp_path):
+    """It has written its flags before the weights were loaded, and what it skipped of data that were all bad."""
+    (tmp_path / "training_config.json").write_text("{}")
+    for name in ("skipped_samples.jsonl", "skipped_samples.rank1.jsonl"):
+        (tmp_path / name).write_text("{}")
+    checkpointing.prepare_output_dir(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["training_config.json"]
+    (tmp_path / "logs").mkdir()  # training has begun
+    with pytest.raises(UserError, match="is not empty"):
+        checkpointing.prepare_output_dir(tmp_path, None)
+
+
 def test_a_full_disk_is_found_at_the_start(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

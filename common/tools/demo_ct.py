@@ -224,12 +224,14 @@ def report_lines(results):
                 f"{row['seconds_per_image']:.4f} | {'' if seconds is None else f'{seconds:.0f} s'} |"
             )
     floor = next(iter(results.values()))["floor"]
+    counts = sorted({int((FLAGS | RUNS[name])["max_train_steps"]) for name in results})
+    updates = " or ".join(f"{count:,}" for count in counts)
     return [
         *lines,
         "",
         f"Floor: the {digits.NUM_HELD_OUT} held-out digits are at distance {floor:.2f} from the training digits.",
         "",
-        f"- {FLAGS['max_train_steps']:,} updates of {FLAGS['train_batch_size']} images each, one network, "
+        f"- {updates} updates of {FLAGS['train_batch_size']} images, one network, "
         f"{RESOLUTION} pixels. `diffusion` is the diffusion training that ECT begins with, for the whole budget, "
         f"sampled with EDM's Heun sampler: {HEUN_STEPS} steps, {2 * HEUN_STEPS - 1} evaluations of the network.",
         f"- Every row: {demo.NUM_SETS * demo.SET_SIZE:,} samples in {demo.NUM_SETS} sets, every digit equally often, "
