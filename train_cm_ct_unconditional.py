@@ -178,11 +178,7 @@ def main(args):
     torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1
     unet = unet2d.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_args.place(args))
     ema_unet = copy.deepcopy(unet).requires_grad_(False).to(device) if args.use_ema else None
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        for module in (unet, ema_unet) if ema_unet else (unet,):
-            module.enable_xformers_memory_efficient_attention()
+    cli.apply_levers(args, [unet], [ema_unet] if ema_unet else [])
     target_unet = unet.forward  # before accelerate puts autocast around it: --no-cast_teacher computes in float32
     target_autocast = functools.partial(
         torch.autocast, device.type, dtype=weight_dtype, enabled=args.cast_teacher and weight_dtype != torch.float32

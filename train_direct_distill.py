@@ -18,7 +18,7 @@ import functools
 import json
 from pathlib import Path
 
-from common import UserError, checkpointing, export, lora, pairs, pipelines, probes, validation
+from common import UserError, checkpointing, export, levers, lora, pairs, pipelines, probes, validation
 from common import args as cli
 from common.ema import ema_update, exchanged
 from common.losses import LOSS_TYPES, RunningMeans, distance
@@ -127,6 +127,7 @@ def main(args):
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     config = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
+    levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     parameters, trained = pipelines.count_parameters(config, args.lora_rank, args.lora_alpha, target_names)
     if is_main:
         checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
@@ -187,11 +188,7 @@ def main(args):
     else:
         for module in pipelines.denoisers(pipeline).values():
             module.requires_grad_(True)
-    if args.gradient_checkpointing:
-        pipelines.enable_gradient_checkpointing(pipeline)
-    if args.enable_xformers_memory_efficient_attention:
-        for module in pipelines.denoisers(pipeline).values():
-            module.enable_xformers_memory_efficient_attention()
+    cli.apply_levers(args, list(pipelines.denoisers(pipeline).values()), [])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
     with accelerator.autocast(), validation.eval_mode(rollout):

@@ -137,8 +137,7 @@ def main(args):
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
-    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
-    models.save_memory([unet], [], *saving)
+    cli.apply_levers(args, [unet], [], teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)

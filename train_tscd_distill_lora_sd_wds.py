@@ -149,8 +149,8 @@ def main(args):
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = models.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
-    models.save_memory([unet, discriminator.encoder] if adversarial else [unet], [], *saving)
+    trained = [unet, discriminator.encoder] if adversarial else [unet]
+    cli.apply_levers(args, trained, [], teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)

@@ -14,7 +14,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, export, preemption, stages
+from common import UserError, checkpointing, export, levers, preemption, stages
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES
 from common.shards import count_samples, mask_credentials
@@ -217,7 +217,16 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--gradient_checkpointing",
+        nargs="?",
+        const="full",
+        default="none",
+        choices=levers.CHECKPOINTING,
+        help="recompute activations in the backward pass; selective: of the largest blocks; the bare flag: full",
+    )
+    add("--compile", action="store_true", help="torch.compile of the denoisers' blocks; takes minutes at the start")
+    add("--channels_last", action="store_true", help="convolutions' layout in memory; faster with --compile, on GPUs")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's attention")
     add("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
     add("--dry_run", action="store_true", help="check everything, print the derived configuration, write nothing")
@@ -264,6 +273,10 @@ def check_training_arguments(parser, args):
             parser.error("--enable_xformers_memory_efficient_attention: xformers is not installed; drop the flag")
         if not torch.cuda.is_available():
             parser.error("--enable_xformers_memory_efficient_attention needs a GPU, xformers has no CPU kernels")
+    if args.compile and (missing := levers.missing_to_compile()):
+        parser.error(f"--compile: torch.compile needs {missing}, and there is none; install one, or drop the flag")
+    if args.channels_last and args.use_8bit_adam and not getattr(args, "lora_rank", 0):
+        parser.error("--channels_last: --use_8bit_adam puts weights back into the other layout; drop one of them")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or drop the flag")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
@@ -514,6 +527,23 @@ def make_optimizer(args, parameters, total_batch_size):
         eps=args.adam_epsilon,
         **options,
     )
+
+
+def apply_levers(args, trained, frozen, vae=None):
+    """--gradient_checkpointing, --channels_last, --compile and xformers' kernels, on denoisers, in place.
+
+    trained: those with a backward pass; frozen: the others. After copies and adapters were made, before `prepare`.
+    """
+    for network in trained:
+        levers.recompute(network, args.gradient_checkpointing)
+    for network in (*trained, *frozen):
+        if args.enable_xformers_memory_efficient_attention:
+            network.enable_xformers_memory_efficient_attention()
+        if args.compile:
+            levers.compile_blocks(network)
+    for network in (*trained, *frozen, *([vae] if vae else [])):
+        if args.channels_last:
+            levers.channels_last(network)
 
 
 def make_lr_scheduler(args, optimizer):

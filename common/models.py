@@ -345,16 +345,6 @@ def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None
     return unet.train()
 
 
-def save_memory(trained, frozen, gradient_checkpointing, xformers):
-    """Make the modules (U-Nets) `trained` recompute activations, and all of them attend with xformers' kernels."""
-    if gradient_checkpointing:
-        for module in trained:
-            module.enable_gradient_checkpointing()
-    if xformers:
-        for module in (*trained, *frozen):
-            module.enable_xformers_memory_efficient_attention()
-
-
 @torch.no_grad()
 def conditioning(pipeline, captions, time_ids=None):
     """The keyword arguments that tell a U-Net the captions, as the stock pipeline makes them.

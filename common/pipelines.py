@@ -6,7 +6,6 @@ Left out: pipelines that start from an image, and guidance that is a component (
 """
 
 import contextlib
-import functools
 import inspect
 import json
 from pathlib import Path
@@ -21,7 +20,6 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 NEEDED_ARGUMENTS = ("prompt", "num_inference_steps", "generator", "output_type", "return_dict")
@@ -228,19 +226,6 @@ def to_pixels(images):
     images = images[:, images.shape[1] // 2] if images.ndim == 5 else images
     pixels = (images.float().clamp(0, 1) * 255.0).round().to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def enable_gradient_checkpointing(pipeline):
-    """Recompute activations block by block; a denoiser that cannot is recomputed as a whole, call by call."""
-    for module in denoisers(pipeline).values():
-        if getattr(module, "_supports_gradient_checkpointing", False):
-            module.enable_gradient_checkpointing()
-        else:
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

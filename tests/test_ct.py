@@ -65,7 +65,7 @@ PUBLIC_FLAGS = {
     "constant_discretization_steps": False, "p_mean": -1.1, "p_std": 2.0, "noise_precond_type": "cm",
     "input_precond_type": "cm", "skip_steps": 1, "use_ema": False, "ema_min_decay": None, "ema_max_decay": 0.99993,
     "use_ema_warmup": False, "ema_inv_gamma": 1.0, "ema_power": 0.75, "mixed_precision": None, "allow_tf32": False,
-    "gradient_checkpointing": False, "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": "none", "gradient_accumulation_steps": 1,
     "enable_xformers_memory_efficient_attention": False, "local_rank": -1, "validation_steps": 200,
     "eval_batch_size": 16, "checkpointing_steps": 500, "checkpoints_total_limit": None, "resume_from_checkpoint": None,
     "report_to": ["tensorboard"], "logging_dir": "logs", "push_to_hub": False, "hub_token": None, "hub_model_id": None,
