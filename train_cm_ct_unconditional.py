@@ -236,7 +236,7 @@ def main(args):
                     num_levels = discretization_steps(step)
                     sigmas = consistency.karras_sigmas(num_levels, **sigma_range)  # (N,) float64
                     probabilities = consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
-                    sigmas, probabilities = sigmas.float().to(device), probabilities.to(device)
+                    sigmas, probabilities = (x.to(device, non_blocking=True) for x in (sigmas.float(), probabilities))
                 progress_values = {"discretization_steps": num_levels}
                 index = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
                 sigma, target_sigma = sigmas[index + args.skip_steps], sigmas[index]

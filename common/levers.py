@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 CHECKPOINTING = ("none", "selective", "full")
 COMPILE_OPTIONS = {"dynamic": False}  # of torch.compile; a resolution and a batch size are a run's
 # Variants of one block that are kept: its shapes times student, target, teacher and discriminator. By default there
-# are 8, and what comes after runs uncompiled without a word. SD 1.5 has 57, with TSCD's discriminator 101.
+# are 8, and what comes after runs uncompiled without a word. SD 1.5 has 57, with the discriminator of TSCD 90.
 RECOMPILE_LIMIT = 512
 
 
@@ -40,10 +40,13 @@ def _members(module, inside=False):
 
 
 def recomputed_blocks(network):
-    """The modules whose blocks `selective` recomputes. Of a U-Net the first down and the last up block, which work at
-    the full resolution: most of the activations for a small part of the FLOPs. Of others every second block."""
+    """The modules whose blocks `selective` recomputes: of a U-Net the levels from the full resolution down to the
+    first one with attention to the text, half of the activations for less than half of the work. The first level of
+    SD 1.5 and of U-Nets without text; the first two of SDXL, whose first is cheap. Of others every second block."""
     if hasattr(network, "down_blocks") and hasattr(network, "up_blocks"):
-        chosen = [*network.down_blocks[:1], *network.up_blocks[-1:]]
+        attends = [getattr(block, "has_cross_attention", False) for block in network.down_blocks]
+        levels = attends.index(True) + 1 if any(attends) else 1
+        chosen = [*network.down_blocks[:levels], *network.up_blocks[-levels:]]
     else:
         chosen = repeated_blocks(network)[::2]
     return {module for block in chosen for module in block.modules()}

@@ -353,14 +353,24 @@ def conditioning(pipeline, captions, time_ids=None):
     (B, 77, d)} and for SDXL "added_cond_kwargs": {"text_embeds": (B, p), "time_ids": (B, 6)} too: embeddings in the
     text encoders' dtype, time_ids as they are, all on the text encoders' device.
     """
-    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    encoded = pipeline.encode_prompt(captions, device=pipeline.text_encoder.device, **options)
-    cond = {"encoder_hidden_states": encoded[0]}
-    if is_sdxl(pipeline):
-        cond["added_cond_kwargs"] = {"text_embeds": encoded[2]}
-        if time_ids is not None:
-            cond["added_cond_kwargs"]["time_ids"] = time_ids.to(encoded[0].device)
+    # Not by the pipeline's encode_prompt, whose copy to the device waits for all that the device has queued.
+    if not is_sdxl(pipeline):
+        return {"encoder_hidden_states": _encode_text(pipeline.tokenizer, pipeline.text_encoder, captions)[0]}
+    first = _encode_text(pipeline.tokenizer, pipeline.text_encoder, captions, output_hidden_states=True)
+    second = _encode_text(pipeline.tokenizer_2, pipeline.text_encoder_2, captions, output_hidden_states=True)
+    hidden_states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    cond = {"encoder_hidden_states": hidden_states, "added_cond_kwargs": {"text_embeds": second[0]}}
+    if time_ids is not None:
+        cond["added_cond_kwargs"]["time_ids"] = time_ids.to(hidden_states.device, non_blocking=True)
     return cond
+
+
+def _encode_text(tokenizer, text_encoder, captions, **options):
+    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    tokens = tokenizer(captions, return_tensors="pt", **length)
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        options["attention_mask"] = tokens.attention_mask.to(text_encoder.device, non_blocking=True)
+    return text_encoder(tokens.input_ids.to(text_encoder.device, non_blocking=True), **options)
 
 
 @torch.no_grad()
