@@ -612,6 +612,14 @@ def announce(args, derived, is_main):
         export.write_config(args.output_dir, public_args(args), derived)
 
 
+def adam_state_bytes(sizes, use_8bit_adam):
+    """Bytes of Adam's two states for tensors of `sizes` values. bitsandbytes keeps those of less than 4,096 values in
+    float32, and for every 256 values of the others a scale."""
+    if not use_8bit_adam:
+        return 8 * sum(sizes)
+    return sum(8 * size if size < 4096 else 2 * size + 8 * math.ceil(size / 256) for size in sizes)
+
+
 def derived_configuration(
     counts,
     *,
@@ -622,21 +630,22 @@ def derived_configuration(
     compute_bytes,
     teacher_bytes,
     use_8bit_adam,
-    trained_parameters=None,
+    trained_sizes=None,
 ):
     """What follows from the flags, for people to check before a long run: {name: text}.
 
-    counts: as from `models.count_parameters_and_flops`. trained_parameters: those of a LoRA on the one U-Net; None: a
+    counts: as from `models.count_parameters_and_flops`. trained_sizes: of a LoRA's tensors on the one U-Net; None: a
     full student and its target beside the teacher. Memory is what weights, gradients and optimizer states take on each
     process; activations come on top. FLOPs count 2 per multiply-add: student forward and backward (3 forwards; that a
     LoRA needs no gradients of the base's weights is left out), target, teacher with and without the caption, VAE and
     text encoders.
     """
     unet, frozen = counts["unet_parameters"], counts["vae_parameters"] + counts["text_encoder_parameters"]
-    trained = unet if trained_parameters is None else trained_parameters
-    target_bytes = 4 if trained_parameters is None else 0
-    memory = trained * (4 + 4 + (2 if use_8bit_adam else 8) + target_bytes)
+    sizes = counts["unet_sizes"] if trained_sizes is None else trained_sizes
+    trained, target_bytes = sum(sizes), 4 if trained_sizes is None else 0
+    memory = trained * (4 + 4 + target_bytes) + adam_state_bytes(sizes, use_8bit_adam)
     memory += unet * teacher_bytes + frozen * compute_bytes
+    memory += counts["vae_parameters"] * (4 - compute_bytes) if counts["vae_keeps_float32"] else 0
     flops = 6 * counts["unet_forward_flops"] + counts["vae_encode_flops"] + counts["text_encode_flops"]
     known = num_samples is not None
     return {
@@ -647,7 +656,7 @@ def derived_configuration(
         "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
         "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
         "parameters": f"{trained / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
-        "memory per process": f"{memory / 2**30:.3f} GiB without activations",
+        "memory per process": f"{memory / 2**30:.3g} GiB without activations",
         "FLOPs per sample": f"{flops / 1e9:.2f} G",
     }
 

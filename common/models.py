@@ -108,7 +108,7 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
         raise UserError(f"{flag}: neither a VAE's folder nor a model that the hub gives ({_line(error)})") from None
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != config["unet"]["in_channels"]:
         raise UserError(f"{flag}: not an AutoencoderKL with {config['unet']['in_channels']} latent channels")
-    return _checked_config(flag, config | {"vae": vae})
+    return _checked_config(flag, config | {"vae": vae, "is_other_vae": True})
 
 
 def _vae_subfolder(name):
@@ -469,8 +469,8 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
     """Numbers for one sample without any weights (meta device), 2 FLOPs per multiply-add, attention included.
 
     config: as from `read_teacher_config`; resolution in pixels; student_overrides: what the student's U-Net
-    configuration adds. Returns {"unet_parameters", "vae_parameters", "text_encoder_parameters",
-    "unet_forward_flops", "vae_encode_flops", "text_encode_flops"}.
+    configuration adds. Returns {"unet_parameters", "unet_sizes" (of the single tensors), "vae_parameters",
+    "vae_keeps_float32", "text_encoder_parameters", "unet_forward_flops", "vae_encode_flops", "text_encode_flops"}.
     """
     with torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel.from_config(config["unet"], **student_overrides).eval()
@@ -494,7 +494,9 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
                 encoder(torch.empty(1, 77, dtype=torch.long))
     return {
         "unet_parameters": sum(p.numel() for p in unet.parameters()),
+        "unet_sizes": [p.numel() for p in unet.parameters()],
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
+        "vae_keeps_float32": config["is_sdxl"] and not config.get("is_other_vae"),  # as `vae_dtype` has it
         "text_encoder_parameters": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
         "unet_forward_flops": unet_flops.get_total_flops(),
         "vae_encode_flops": vae_flops.get_total_flops(),

@@ -100,20 +100,18 @@ def exempt_vae(pipeline):
 
 
 def count_parameters(config, rank=None, alpha=None, names=None):
-    """(all, trained) parameters of the denoisers, without their weights; trained are the adapters', or all of them.
+    """How many parameters the denoisers have, and the sizes of the tensors that train: the adapters', or all.
 
-    config: as from `read_pipeline_config`. Raises UserError for --lora_target_modules that do not fit.
+    config: as from `read_pipeline_config`, without weights. UserError for --lora_target_modules that do not fit.
     """
-    total = trained = 0
+    total, trained = 0, []
     for cls, values in config["denoisers"].values():
         with torch.device("meta"):
             module = cls.from_config(values)
-            parameters = sum(p.numel() for p in module.parameters())
-            total += parameters
+            total += sum(p.numel() for p in module.parameters())
             if rank:
                 attach_lora(module, rank, alpha, 0.0, names)
-                parameters = sum(p.numel() for p in module.parameters()) - parameters
-        trained += parameters
+        trained += [p.numel() for p in module.parameters() if p.requires_grad]
     return total, trained
 
 
