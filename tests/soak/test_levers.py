@@ -42,6 +42,7 @@ def test_kernels_of_the_compiler_give_the_same_losses(tmp_path, command, name): 
 WATCHED = """
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
+from common import levers
 levers.COMPILE_OPTIONS = levers.COMPILE_OPTIONS | {"backend": "eager"}
 made, no_sync = DDP.__init__, DDP.no_sync
 def watched(self, *args, **options):
