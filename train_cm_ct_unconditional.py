@@ -178,11 +178,7 @@ def main(args):
     torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1
     unet = unet2d.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_args.place(args))
     ema_unet = copy.deepcopy(unet).requires_grad_(False).to(device) if args.use_ema else None
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        for module in (unet, ema_unet) if ema_unet else (unet,):
-            module.enable_xformers_memory_efficient_attention()
+    cli.apply_levers(args, [unet], [ema_unet] if ema_unet else [])
     target_unet = unet.forward  # before accelerate puts autocast around it: --no-cast_teacher computes in float32
     target_autocast = functools.partial(
         torch.autocast, device.type, dtype=weight_dtype, enabled=args.cast_teacher and weight_dtype != torch.float32
@@ -240,7 +236,7 @@ def main(args):
                     num_levels = discretization_steps(step)
                     sigmas = consistency.karras_sigmas(num_levels, **sigma_range)  # (N,) float64
                     probabilities = consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
-                    sigmas, probabilities = sigmas.float().to(device), probabilities.to(device)
+                    sigmas, probabilities = (x.to(device, non_blocking=True) for x in (sigmas.float(), probabilities))
                 progress_values = {"discretization_steps": num_levels}
                 index = torch.multinomial(probabilities, batch_size, replacement=True, generator=generator)
                 sigma, target_sigma = sigmas[index + args.skip_steps], sigmas[index]

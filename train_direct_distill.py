@@ -18,7 +18,7 @@ import functools
 import json
 from pathlib import Path
 
-from common import UserError, checkpointing, export, lora, pairs, pipelines, probes, validation
+from common import UserError, checkpointing, export, levers, lora, pairs, pipelines, probes, validation
 from common import args as cli
 from common.ema import ema_update, exchanged
 from common.losses import LOSS_TYPES, RunningMeans, distance
@@ -104,7 +104,7 @@ def read_data(args):
 
 def derived_configuration(args, parameters, trained, world_size, num_train, total_batch_size, compute_bytes):
     """What follows from the flags: {name: text}. Memory is of the denoisers alone, without activations."""
-    memory = trained * (8 + (2 if args.use_8bit_adam else 8) + (4 if args.ema_decay else 0))
+    memory = sum(trained) * (8 + (4 if args.ema_decay else 0)) + cli.adam_state_bytes(trained, args.use_8bit_adam)
     memory += parameters * compute_bytes if args.lora_rank else 0
     return {
         "processes": str(world_size),
@@ -112,8 +112,8 @@ def derived_configuration(args, parameters, trained, world_size, num_train, tota
         "updates": str(args.max_train_steps),
         "pairs": f"{num_train} to train on, {args.num_held_out} held out",
         "epochs": f"{args.max_train_steps * total_batch_size / num_train:.2f}",
-        "parameters": f"{trained / 1e6:.2f} M trained, {parameters / 1e6:.2f} M in the denoiser",
-        "memory per process": f"{memory / 2**30:.3f} GiB for the denoiser without activations",
+        "parameters": f"{sum(trained) / 1e6:.2f} M trained, {parameters / 1e6:.2f} M in the denoiser",
+        "memory per process": f"{memory / 2**30:.3g} GiB for the denoiser without activations",
         "evaluations per sample": f"{args.num_inference_steps} with gradients",
     }
 
@@ -127,6 +127,7 @@ def main(args):
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     config = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
+    levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     parameters, trained = pipelines.count_parameters(config, args.lora_rank, args.lora_alpha, target_names)
     if is_main:
         checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
@@ -187,11 +188,7 @@ def main(args):
     else:
         for module in pipelines.denoisers(pipeline).values():
             module.requires_grad_(True)
-    if args.gradient_checkpointing:
-        pipelines.enable_gradient_checkpointing(pipeline)
-    if args.enable_xformers_memory_efficient_attention:
-        for module in pipelines.denoisers(pipeline).values():
-            module.enable_xformers_memory_efficient_attention()
+    cli.apply_levers(args, list(pipelines.denoisers(pipeline).values()), [])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
     with accelerator.autocast(), validation.eval_mode(rollout):
@@ -242,7 +239,7 @@ def main(args):
             micro_batch += world_size
 
             # 7.2 Target: what the teacher made of these prompts and seeds in many steps.
-            target = data.latents(indices).to(device, torch.float32)  # (B, ...)
+            target = data.latents(indices).to(device, torch.float32, non_blocking=True)  # (B, ...)
 
             # 7.3 Student: the pipeline's call from the same noise in K steps, with gradients through all of them.
             model_pred = probes.roll_out(rollout, data, indices)  # (B, ...)

@@ -85,7 +85,7 @@ def main(args):
     models.check_resolution(config, args.resolution)
     target_modules = lora.parse_target_modules(args.lora_target_modules)
     lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora
-    trained_parameters = lora.check_lora(config["unet"], *lora_settings)
+    trained_sizes = lora.check_lora(config["unet"], *lora_settings)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
@@ -107,7 +107,7 @@ def main(args):
         compute_bytes=weight_dtype.itemsize,
         teacher_bytes=teacher_dtype.itemsize,
         use_8bit_adam=args.use_8bit_adam,
-        trained_parameters=trained_parameters,
+        trained_sizes=trained_sizes,
     )
     cli.announce(args, derived, is_main)
     batches = iter(train_data)
@@ -137,8 +137,7 @@ def main(args):
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
-    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
-    models.save_memory([unet], [], *saving)
+    cli.apply_levers(args, [unet], [], teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)

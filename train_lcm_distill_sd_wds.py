@@ -141,8 +141,7 @@ def main(args):
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
     sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
-    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
-    models.save_memory([unet], [target_unet, teacher_unet], *saving)
+    cli.apply_levers(args, [unet], [target_unet, teacher_unet], teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)

@@ -91,7 +91,7 @@ def main(args):
     models.check_resolution(config, args.resolution)
     target_modules = lora.parse_target_modules(args.lora_target_modules)
     lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora
-    trained_parameters = lora.check_lora(config["unet"], *lora_settings)
+    trained_sizes = lora.check_lora(config["unet"], *lora_settings)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
@@ -115,7 +115,7 @@ def main(args):
         compute_bytes=weight_dtype.itemsize,
         teacher_bytes=teacher_dtype.itemsize,
         use_8bit_adam=args.use_8bit_adam,
-        trained_parameters=trained_parameters,
+        trained_sizes=trained_sizes,
     )
     derived |= {stage.name: stage.summary for stage in stages}
     if adversarial:
@@ -149,8 +149,8 @@ def main(args):
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = models.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
-    models.save_memory([unet, discriminator.encoder] if adversarial else [unet], [], *saving)
+    trained = [unet, discriminator.encoder] if adversarial else [unet]
+    cli.apply_levers(args, trained, [], teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)

@@ -148,8 +148,8 @@ def main(args):
         discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
     sampler = models.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    saving = args.gradient_checkpointing, args.enable_xformers_memory_efficient_attention
-    models.save_memory([unet, discriminator.encoder] if adversarial else [unet], [target_unet, teacher_unet], *saving)
+    trained = [unet, discriminator.encoder] if adversarial else [unet]
+    cli.apply_levers(args, trained, [target_unet, teacher_unet], teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)

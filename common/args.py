@@ -14,7 +14,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, export, preemption, stages
+from common import UserError, checkpointing, export, levers, preemption, stages
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES
 from common.shards import count_samples, mask_credentials
@@ -217,7 +217,16 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--gradient_checkpointing",
+        nargs="?",
+        const="full",
+        default="none",
+        choices=levers.CHECKPOINTING,
+        help="recompute activations in the backward pass; selective: of the largest blocks; the bare flag: full",
+    )
+    add("--compile", action="store_true", help="torch.compile of the denoisers' blocks; takes minutes at the start")
+    add("--channels_last", action="store_true", help="convolutions' layout in memory; faster with --compile, on GPUs")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's attention")
     add("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
     add("--dry_run", action="store_true", help="check everything, print the derived configuration, write nothing")
@@ -264,6 +273,10 @@ def check_training_arguments(parser, args):
             parser.error("--enable_xformers_memory_efficient_attention: xformers is not installed; drop the flag")
         if not torch.cuda.is_available():
             parser.error("--enable_xformers_memory_efficient_attention needs a GPU, xformers has no CPU kernels")
+    if args.compile and (missing := levers.missing_to_compile()):
+        parser.error(f"--compile: torch.compile needs {missing}, and there is none; install one, or drop the flag")
+    if args.channels_last and args.use_8bit_adam and not getattr(args, "lora_rank", 0):
+        parser.error("--channels_last: --use_8bit_adam puts weights back into the other layout; drop one of them")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         parser.error("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or drop the flag")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
@@ -516,6 +529,23 @@ def make_optimizer(args, parameters, total_batch_size):
     )
 
 
+def apply_levers(args, trained, frozen, vae=None):
+    """--gradient_checkpointing, --channels_last, --compile and xformers' kernels, on denoisers, in place.
+
+    trained: those with a backward pass; frozen: the others. After copies and adapters were made, before `prepare`.
+    """
+    for network in trained:
+        levers.recompute(network, args.gradient_checkpointing)
+    for network in (*trained, *frozen):
+        if args.enable_xformers_memory_efficient_attention:
+            network.enable_xformers_memory_efficient_attention()
+        if args.compile:
+            levers.compile_blocks(network)
+    for network in (*trained, *frozen, *([vae] if vae else [])):
+        if args.channels_last:
+            levers.channels_last(network)
+
+
 def make_lr_scheduler(args, optimizer):
     """The --lr_scheduler over --max_train_steps; not prepared by accelerate, which would step it once per process."""
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
@@ -582,6 +612,14 @@ def announce(args, derived, is_main):
         export.write_config(args.output_dir, public_args(args), derived)
 
 
+def adam_state_bytes(sizes, use_8bit_adam):
+    """Bytes of Adam's two states for tensors of `sizes` values. bitsandbytes keeps those of less than 4,096 values in
+    float32, and for every 256 values of the others a scale."""
+    if not use_8bit_adam:
+        return 8 * sum(sizes)
+    return sum(8 * size if size < 4096 else 2 * size + 8 * math.ceil(size / 256) for size in sizes)
+
+
 def derived_configuration(
     counts,
     *,
@@ -592,21 +630,22 @@ def derived_configuration(
     compute_bytes,
     teacher_bytes,
     use_8bit_adam,
-    trained_parameters=None,
+    trained_sizes=None,
 ):
     """What follows from the flags, for people to check before a long run: {name: text}.
 
-    counts: as from `models.count_parameters_and_flops`. trained_parameters: those of a LoRA on the one U-Net; None: a
+    counts: as from `models.count_parameters_and_flops`. trained_sizes: of a LoRA's tensors on the one U-Net; None: a
     full student and its target beside the teacher. Memory is what weights, gradients and optimizer states take on each
     process; activations come on top. FLOPs count 2 per multiply-add: student forward and backward (3 forwards; that a
     LoRA needs no gradients of the base's weights is left out), target, teacher with and without the caption, VAE and
     text encoders.
     """
     unet, frozen = counts["unet_parameters"], counts["vae_parameters"] + counts["text_encoder_parameters"]
-    trained = unet if trained_parameters is None else trained_parameters
-    target_bytes = 4 if trained_parameters is None else 0
-    memory = trained * (4 + 4 + (2 if use_8bit_adam else 8) + target_bytes)
+    sizes = counts["unet_sizes"] if trained_sizes is None else trained_sizes
+    trained, target_bytes = sum(sizes), 4 if trained_sizes is None else 0
+    memory = trained * (4 + 4 + target_bytes) + adam_state_bytes(sizes, use_8bit_adam)
     memory += unet * teacher_bytes + frozen * compute_bytes
+    memory += counts["vae_parameters"] * (4 - compute_bytes) if counts["vae_keeps_float32"] else 0
     flops = 6 * counts["unet_forward_flops"] + counts["vae_encode_flops"] + counts["text_encode_flops"]
     known = num_samples is not None
     return {
@@ -617,7 +656,7 @@ def derived_configuration(
         "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
         "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
         "parameters": f"{trained / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
-        "memory per process": f"{memory / 2**30:.3f} GiB without activations",
+        "memory per process": f"{memory / 2**30:.3g} GiB without activations",
         "FLOPs per sample": f"{flops / 1e9:.2f} G",
     }
 

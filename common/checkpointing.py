@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
+from torch.optim import Optimizer
 
 COMPLETE = "COMPLETE"
 CONFIG = "training_config.json"  # what a run writes first
@@ -31,7 +32,7 @@ MAY_CHANGE = frozenset(
     "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
     "eval_steps eval_nfe eval_num_samples eval_num_reference eval_batch_size feature_network eval_class_accuracy "
     "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
-    "stop_margin max_nonfinite_steps "
+    "stop_margin max_nonfinite_steps gradient_checkpointing compile channels_last "
     "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes
 )
 
@@ -295,10 +296,23 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is damaged or of another model ({reason}); pass an earlier one"
         ) from error
+    for optimizer in (*accelerator._optimizers, *(objects or {}).values()):
+        _match_layout(getattr(optimizer, "optimizer", optimizer))
     same_world = len(state["rng_digests"]) == accelerator.num_processes
     # accelerate only logs when it could not restore the generators: make sure that it did.
     if same_world and _rng_digest() != state["rng_digests"][accelerator.process_index]:
         raise UserError(f"--resume_from_checkpoint: {checkpoint} has damaged random states; pass an earlier one")
+
+
+def _match_layout(optimizer):
+    """Give the states of torch's own optimizers their parameters' layout in memory, which fused kernels ask for: the
+    run that saved them may have had another --channels_last. bitsandbytes works on memory as it lies."""
+    if not (isinstance(optimizer, Optimizer) and type(optimizer).__module__.startswith("torch.optim")):
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _rng_digest():

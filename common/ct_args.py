@@ -218,7 +218,8 @@ def derived_configuration(args, counts, world_size, total_batch_size, num_sample
     (3 forwards) and target.
     """
     parameters = counts["unet_parameters"]
-    memory = parameters * (4 + 4 + (2 if args.use_8bit_adam else 8) + (4 if args.use_ema else 0))
+    memory = parameters * (4 + 4 + (4 if args.use_ema else 0))
+    memory += cli.adam_state_bytes(counts["unet_sizes"], args.use_8bit_adam)
     known = num_samples is not None
     average = {}
     if args.use_ema:
@@ -233,6 +234,6 @@ def derived_configuration(args, counts, world_size, total_batch_size, num_sample
         "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
         "epochs": f"{args.max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
         "parameters": f"{parameters / 1e6:.2f} M",
-        "memory per process": f"{memory / 2**30:.3f} GiB without activations",
+        "memory per process": f"{memory / 2**30:.3g} GiB without activations",
         "FLOPs per sample": f"{4 * counts['unet_forward_flops'] / 1e9:.2f} G",
     }

@@ -169,4 +169,4 @@ def discriminator_summary(config, resolution, frozen_dtype=None):
     encoder, head = (sum(p.numel() for p in part.parameters()) for part in (discriminator.encoder, discriminator.head))
     encoder_bytes = 16 if frozen_dtype is None else frozen_dtype.itemsize
     gib = (encoder_bytes * encoder + 16 * head) / 2**30
-    return {"discriminator": f"{(encoder + head) / 1e6:.2f} M parameters, {gib:.3f} GiB more per process"}
+    return {"discriminator": f"{(encoder + head) / 1e6:.2f} M parameters, {gib:.3g} GiB more per process"}

@@ -78,7 +78,7 @@ def check_target_modules(unet_config, names):
 
 
 def check_lora(unet_config, rank, alpha, target_modules, init_lora=None):
-    """The number of parameters that a LoRA with these settings trains; needs no weights of the U-Net.
+    """The sizes of the tensors that a LoRA with these settings trains; needs no weights of the U-Net.
 
     Raises UserError for modules that the U-Net does not have, and unless the LoRA of --init_lora can be the start.
     """
@@ -86,7 +86,7 @@ def check_lora(unet_config, rank, alpha, target_modules, init_lora=None):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
     add_lora(unet, rank, alpha, 0.0, target_modules, init_lora)
-    return sum(parameter.numel() for parameter in lora_parameters(unet))
+    return [parameter.numel() for parameter in lora_parameters(unet)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

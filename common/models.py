@@ -108,7 +108,7 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
         raise UserError(f"{flag}: neither a VAE's folder nor a model that the hub gives ({_line(error)})") from None
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != config["unet"]["in_channels"]:
         raise UserError(f"{flag}: not an AutoencoderKL with {config['unet']['in_channels']} latent channels")
-    return _checked_config(flag, config | {"vae": vae})
+    return _checked_config(flag, config | {"vae": vae, "is_other_vae": True})
 
 
 def _vae_subfolder(name):
@@ -345,16 +345,6 @@ def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None
     return unet.train()
 
 
-def save_memory(trained, frozen, gradient_checkpointing, xformers):
-    """Make the modules (U-Nets) `trained` recompute activations, and all of them attend with xformers' kernels."""
-    if gradient_checkpointing:
-        for module in trained:
-            module.enable_gradient_checkpointing()
-    if xformers:
-        for module in (*trained, *frozen):
-            module.enable_xformers_memory_efficient_attention()
-
-
 @torch.no_grad()
 def conditioning(pipeline, captions, time_ids=None):
     """The keyword arguments that tell a U-Net the captions, as the stock pipeline makes them.
@@ -363,14 +353,24 @@ def conditioning(pipeline, captions, time_ids=None):
     (B, 77, d)} and for SDXL "added_cond_kwargs": {"text_embeds": (B, p), "time_ids": (B, 6)} too: embeddings in the
     text encoders' dtype, time_ids as they are, all on the text encoders' device.
     """
-    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    encoded = pipeline.encode_prompt(captions, device=pipeline.text_encoder.device, **options)
-    cond = {"encoder_hidden_states": encoded[0]}
-    if is_sdxl(pipeline):
-        cond["added_cond_kwargs"] = {"text_embeds": encoded[2]}
-        if time_ids is not None:
-            cond["added_cond_kwargs"]["time_ids"] = time_ids.to(encoded[0].device)
+    # Not by the pipeline's encode_prompt, whose copy to the device waits for all that the device has queued.
+    if not is_sdxl(pipeline):
+        return {"encoder_hidden_states": _encode_text(pipeline.tokenizer, pipeline.text_encoder, captions)[0]}
+    first = _encode_text(pipeline.tokenizer, pipeline.text_encoder, captions, output_hidden_states=True)
+    second = _encode_text(pipeline.tokenizer_2, pipeline.text_encoder_2, captions, output_hidden_states=True)
+    hidden_states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    cond = {"encoder_hidden_states": hidden_states, "added_cond_kwargs": {"text_embeds": second[0]}}
+    if time_ids is not None:
+        cond["added_cond_kwargs"]["time_ids"] = time_ids.to(hidden_states.device, non_blocking=True)
     return cond
+
+
+def _encode_text(tokenizer, text_encoder, captions, **options):
+    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    tokens = tokenizer(captions, return_tensors="pt", **length)
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        options["attention_mask"] = tokens.attention_mask.to(text_encoder.device, non_blocking=True)
+    return text_encoder(tokens.input_ids.to(text_encoder.device, non_blocking=True), **options)
 
 
 @torch.no_grad()
@@ -469,8 +469,8 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
     """Numbers for one sample without any weights (meta device), 2 FLOPs per multiply-add, attention included.
 
     config: as from `read_teacher_config`; resolution in pixels; student_overrides: what the student's U-Net
-    configuration adds. Returns {"unet_parameters", "vae_parameters", "text_encoder_parameters",
-    "unet_forward_flops", "vae_encode_flops", "text_encode_flops"}.
+    configuration adds. Returns {"unet_parameters", "unet_sizes" (of the single tensors), "vae_parameters",
+    "vae_keeps_float32", "text_encoder_parameters", "unet_forward_flops", "vae_encode_flops", "text_encode_flops"}.
     """
     with torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel.from_config(config["unet"], **student_overrides).eval()
@@ -494,7 +494,9 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
                 encoder(torch.empty(1, 77, dtype=torch.long))
     return {
         "unet_parameters": sum(p.numel() for p in unet.parameters()),
+        "unet_sizes": [p.numel() for p in unet.parameters()],
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
+        "vae_keeps_float32": config["is_sdxl"] and not config.get("is_other_vae"),  # as `vae_dtype` has it
         "text_encoder_parameters": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
         "unet_forward_flops": unet_flops.get_total_flops(),
         "vae_encode_flops": vae_flops.get_total_flops(),

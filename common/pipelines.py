@@ -6,7 +6,6 @@ Left out: pipelines that start from an image, and guidance that is a component (
 """
 
 import contextlib
-import functools
 import inspect
 import json
 from pathlib import Path
@@ -21,7 +20,6 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 NEEDED_ARGUMENTS = ("prompt", "num_inference_steps", "generator", "output_type", "return_dict")
@@ -102,20 +100,18 @@ def exempt_vae(pipeline):
 
 
 def count_parameters(config, rank=None, alpha=None, names=None):
-    """(all, trained) parameters of the denoisers, without their weights; trained are the adapters', or all of them.
+    """How many parameters the denoisers have, and the sizes of the tensors that train: the adapters', or all.
 
-    config: as from `read_pipeline_config`. Raises UserError for --lora_target_modules that do not fit.
+    config: as from `read_pipeline_config`, without weights. UserError for --lora_target_modules that do not fit.
     """
-    total = trained = 0
+    total, trained = 0, []
     for cls, values in config["denoisers"].values():
         with torch.device("meta"):
             module = cls.from_config(values)
-            parameters = sum(p.numel() for p in module.parameters())
-            total += parameters
+            total += sum(p.numel() for p in module.parameters())
             if rank:
                 attach_lora(module, rank, alpha, 0.0, names)
-                parameters = sum(p.numel() for p in module.parameters()) - parameters
-        trained += parameters
+        trained += [p.numel() for p in module.parameters() if p.requires_grad]
     return total, trained
 
 
@@ -228,19 +224,6 @@ def to_pixels(images):
     images = images[:, images.shape[1] // 2] if images.ndim == 5 else images
     pixels = (images.float().clamp(0, 1) * 255.0).round().to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def enable_gradient_checkpointing(pipeline):
-    """Recompute activations block by block; a denoiser that cannot is recomputed as a whole, call by call."""
-    for module in denoisers(pipeline).values():
-        if getattr(module, "_supports_gradient_checkpointing", False):
-            module.enable_gradient_checkpointing()
-        else:
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -171,7 +171,8 @@ def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_d
 
 
 def count_parameters_and_flops(config):
-    """Of one forward pass of one image, without any weights: {"unet_parameters", "unet_forward_flops"}."""
+    """Of one forward pass of one image, without any weights: {"unet_parameters", "unet_sizes", "unet_forward_flops"};
+    sizes are those of the single tensors."""
     with torch.device("meta"), torch.no_grad():
         unet = UNet2DModel.from_config(config).eval()
         size = config["sample_size"]
@@ -180,5 +181,6 @@ def count_parameters_and_flops(config):
             unet(torch.empty(1, 3, size, size), torch.empty(1), labels)
     return {
         "unet_parameters": sum(p.numel() for p in unet.parameters()),
+        "unet_sizes": [p.numel() for p in unet.parameters()],
         "unet_forward_flops": flops.get_total_flops(),
     }

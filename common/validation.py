@@ -41,10 +41,14 @@ def sample_images(pipeline, prompts, num_inference_steps, seed, resolution, auto
 
 @contextlib.contextmanager
 def eval_mode(*modules):
-    """Modules in eval mode inside the block, each back in the mode it was in afterwards."""
+    """Modules in eval mode and uncompiled inside the block, each back in the mode it was in afterwards.
+
+    Samples have other shapes than batches: compiled blocks would be compiled anew for each.
+    """
     modes = [module.training for module in modules]
     try:
-        yield [module.eval() for module in modules]
+        with torch.compiler.set_stance("force_eager"):
+            yield [module.eval() for module in modules]
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)

@@ -120,7 +120,7 @@ PUBLIC_FLAGS = {
     "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "proportion_empty_prompts": 0, "w_min": 5.0,
     "w_max": 15.0, "num_ddim_timesteps": 50, "loss_type": "l2", "huber_c": 0.001, "unet_time_cond_proj_dim": 256,
     "vae_encode_batch_size": 32, "timestep_scaling_factor": 10.0, "ema_decay": 0.95, "mixed_precision": None,
-    "allow_tf32": False, "enable_xformers_memory_efficient_attention": False, "gradient_checkpointing": False,
+    "allow_tf32": False, "enable_xformers_memory_efficient_attention": False, "gradient_checkpointing": "none",
     "local_rank": -1, "validation_steps": 200, "push_to_hub": False, "hub_token": None, "hub_model_id": None,
     "tracker_project_name": "text2image-fine-tune",
 }  # fmt: skip

@@ -1,0 +1,494 @@
+"""Levers of speed and memory: none changes a result, and each does what it is for."""
+
+import gc
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import train_cm_ct_unconditional as ct
+import train_direct_distill as direct
+import train_lcm_distill_lora_sd_wds as lcm_lora
+import train_lcm_distill_sd_wds as lcm
+import train_tscd_distill_lora_sd_wds as tscd_lora
+import train_tscd_distill_sd_wds as tscd
+from common import UserError, checkpointing, discriminator, levers, pipelines
+from common import args as cli
+from common.discriminator import copy_encoder
+from common.nonfinite import UpdateGuard
+from common.preemption import Stopper
+from tests import test_ct, test_direct
+from tests import tiny_pipelines as tiny
+from tests.test_ct import data_set, no_cache_at_home  # noqa: F401
+from tests.test_direct import direct_teacher, made, prompts_file  # noqa: F401
+from tests.test_scripts import digests, fingerprint, flags, scalars, train  # noqa: F401
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(lcm.__file__).parent
+SCRIPTS = {"lcm": lcm, "lcm_lora": lcm_lora, "tscd": tscd, "tscd_lora": tscd_lora, "ct": ct, "direct": direct}
+ct_flags, direct_flags = test_ct.flags, test_direct.flags
+UNET = {
+    "sample_size": 16, "block_out_channels": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 8, "attention_head_dim": 2,
+}  # fmt: skip
+LIKE_SDXL = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.fixture
+def command(flags, ct_flags, direct_flags):  # noqa: F811
+    """command(name of a script, output_dir, **changes): a quick run's command line."""
+
+    def make(name, folder, **changes):
+        if name == "ct":
+            return ct_flags(folder, **changes)
+        if name == "direct":
+            return direct_flags(folder, **changes)
+        return flags(folder, SCRIPTS[name], **changes)
+
+    return make
+
+
+@pytest.fixture
+def compiles_at_once(monkeypatch):
+    """torch.compile traces and guards as ever, and runs what it traced without making kernels of it."""
+    monkeypatch.setattr(levers, "COMPILE_OPTIONS", levers.COMPILE_OPTIONS | {"backend": "eager"})
+    torch._dynamo.reset()
+    counters.clear()
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with torch._dynamo.config.patch(**limits, optimize_ddp=torch._dynamo.config.optimize_ddp):  # put back afterwards
+        with torch._inductor.config.patch(fallback_random=torch._inductor.config.fallback_random):
+            yield
+    torch._dynamo.reset()
+
+
+def make_network(kind):
+    torch.manual_seed(0)
+    if kind == "ct":
+        return UNet2DModel(**test_ct.CONFIG | {"sample_size": 16, "_class_name": None, "dropout": 0.3}).train()
+    return UNet2DConditionModel(**{"sd": UNET, "sdxl": LIKE_SDXL}[kind]).train()
+
+
+def run(network):
+    """One forward pass of a U-Net on fixed inputs: its output."""
+    generator = torch.Generator().manual_seed(0)
+    channels = network.config.in_channels
+    latents = torch.randn(2, channels, 16, 16, generator=generator)
+    text = [torch.randn(2, 5, 8, generator=generator)] if isinstance(network, UNet2DConditionModel) else []
+    torch.manual_seed(1)  # dropout
+    return network(latents, torch.tensor([3, 5]), *text).sample
+
+
+# --- recomputed activations
+
+
+def backward(network):
+    """(loss, {parameter: gradient}, bytes kept for the backward pass beside the weights)."""
+    weights, kept = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run(network).square().mean()
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in network.named_parameters()}, sum(s.nbytes() for s in kept.values())
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "ct"])
+def test_recomputing_changes_no_gradient_and_selective_keeps_less(kind):
+    results = {}
+    for which in levers.CHECKPOINTING:
+        network = make_network(kind)
+        levers.recompute(network, which)
+        results[which] = backward(network)
+    loss, gradients, plain = results["none"]
+    for which in ("selective", "full"):
+        assert results[which][0] == loss
+        assert all(torch.equal(gradients[name], results[which][1][name]) for name in gradients)
+    assert results["full"][2] < 0.9 * results["selective"][2] and results["selective"][2] < 0.9 * plain
+
+
+def test_selective_is_the_levels_down_to_the_first_with_text():
+    for kind, down, up in (("sd", [0], [2]), ("sdxl", [0, 1], [1, 2]), ("ct", [0], [1])):
+        network = make_network(kind)
+        chosen = levers.recomputed_blocks(network)
+        assert [i for i, block in enumerate(network.down_blocks) if block in chosen] == down
+        assert [i for i, block in enumerate(network.up_blocks) if block in chosen] == up
+        assert network.mid_block not in chosen
+    encoder = copy_encoder(make_network("sd"))  # of a discriminator: no up blocks
+    levers.recompute(encoder, "selective")
+    assert encoder.down_blocks[0] in levers.recomputed_blocks(encoder)
+
+
+@pytest.mark.parametrize("name", ["Flux", "SD3", "AuraFlow", "Z-Image", "Wan"])
+def test_selective_recomputes_every_second_block_of_a_transformer(name):
+    """A recomputation ends early, so that a hook after the block would miss it."""
+    pipeline = tiny.make(name)
+    for network in pipelines.denoisers(pipeline).values():
+        blocks, calls = levers.repeated_blocks(network), []
+        assert len(blocks) >= 1
+        levers.recompute(network, "selective")
+        for block in blocks:
+            block.register_forward_pre_hook(lambda block, *_, calls=calls: calls.append(block))
+        rollout = pipelines.Rollout(pipeline, **tiny.KWARGS[name] | {"num_inference_steps": 1}).requires_grad_(True)
+        output = rollout(["a", "b"], [0, 1])
+        forward = list(calls)
+        output.float().square().mean().backward()
+        again = calls[len(forward) :]
+        assert set(forward) == set(blocks) and set(again) == set(blocks[::2])
+
+
+def test_a_denoiser_that_cannot_be_recomputed_in_part_is_refused():
+    denoisers = {"transformer": (type(tiny.make("HunyuanDiT").transformer), {})}
+    with pytest.raises(UserError, match="--gradient_checkpointing=selective: the teacher's transformer.*; pass full"):
+        levers.check_denoisers(denoisers, "selective", False, False)
+    levers.check_denoisers(denoisers, "full", False, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], "none"), (["--gradient_checkpointing"], "full"), (["--gradient_checkpointing=selective"], "selective")],
+)
+def test_the_bare_flag_is_full(words, value):
+    required = ["--pretrained_teacher_model=t", "--train_shards_path_or_url=s"]
+    assert lcm.parse_args([*words, *required]).gradient_checkpointing == value
+    assert lcm.parse_args([*required, *words]).gradient_checkpointing == value
+
+
+@pytest.mark.parametrize("saved", [True, False, None])
+def test_checkpoints_of_earlier_versions_are_of_the_same_run(saved):
+    now = {"seed": 1, "gradient_checkpointing": "selective", "compile": True, "channels_last": True}
+    before = {"seed": 1} | ({} if saved is None else {"gradient_checkpointing": saved})
+    checkpointing.check_same_run("checkpoint-1", before, now)
+
+
+# --- compiled blocks
+
+# Beside --compile, and the update after which nothing is left to compile. TSCD: its first stage goes through all that
+# a discriminator does; later stages do the same.
+COMPILED = {
+    "lcm": ({}, 1),
+    "lcm_lora": ({"mixed_precision": "bf16", "gradient_checkpointing": "selective", "channels_last": True}, 1),
+    "tscd": ({"stage_steps": "2,2"}, 2),
+    "tscd_lora": ({"stage_steps": "2,2", "mixed_precision": "bf16"}, 2),
+    "ct": ({"max_train_steps": 4, "checkpointing_steps": 2}, 1),
+    "direct": ({"gradient_checkpointing": True}, 1),
+}
+
+
+@pytest.mark.parametrize("name", ["lcm_lora", "ct"])  # the others: tests/soak
+def test_nothing_is_compiled_after_the_first_updates_and_results_are_the_same(
+    tmp_path, command, monkeypatch, compiles_at_once, name
+):
+    check_compiled(tmp_path, command, monkeypatch, name)
+
+
+def check_compiled(tmp_path, command, monkeypatch, name):
+    """Samples between updates have other shapes, and are not compiled. 4 updates of a batch that does not divide the
+    number of samples: no batch is shorter than the others."""
+    changes, warm = COMPILED[name]
+    changes = {"train_batch_size": 5, "max_train_steps": 4, "validation_steps": 2, "report_to": "none"} | changes
+    check, step = Stopper.check, [0]
+
+    def no_more(self):
+        step[0] += 1
+        if step[0] == warm:
+            torch.compiler.set_stance("fail_on_recompile")
+        return check(self)
+
+    monkeypatch.setattr(Stopper, "check", no_more)
+    try:
+        train(command(name, tmp_path / "a", **changes, compile=True), SCRIPTS[name])
+    finally:
+        torch.compiler.set_stance("default")
+    assert step[0] == 4 and counters["stats"]["unique_graphs"] >= 8 and not counters["graph_break"]
+    monkeypatch.setattr(Stopper, "check", check)
+
+    # without the flag, and going on from the compiled run's checkpoint without it
+    train(command(name, tmp_path / "b", **changes), SCRIPTS[name])
+    (tmp_path / "c").mkdir()
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "c" / "checkpoint-2")
+    shutil.copy(tmp_path / "a" / checkpointing.CONFIG, tmp_path / "c")
+    train(command(name, tmp_path / "c", **changes, resume_from_checkpoint="latest"), SCRIPTS[name])
+    a, b, c = (state_of(tmp_path / x / "checkpoint-4") for x in "abc")
+    assert a == b and b == c
+
+
+def state_of(checkpoint):
+    """Weights and optimizer states of a checkpoint, as nested lists: whatever their layout in memory."""
+    tensors = {path.name: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    assert tensors
+    tensors["optimizer"] = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    flat = {}
+    for name, group in tensors.items():
+        for key, value in group.items():
+            for part, tensor in (value if isinstance(value, dict) else {"": value}).items():
+                flat[name, key, part] = tensor.flatten().tolist() if torch.is_tensor(tensor) else tensor
+    return flat
+
+
+# --- convolutions' layout
+
+
+def test_channels_last_reaches_activations_of_every_network_and_changes_little(tmp_path, command, monkeypatch):
+    """Latents and images need no conversion of their own: a convolution gives its weights' layout to its output."""
+    words = command("lcm", tmp_path / "a", channels_last=True)
+    seen, forward = {}, torch.nn.Conv2d.forward
+
+    def watched(self, x):
+        y = forward(self, x)
+        if len(y) > 1 and min(y.shape[1:]) > 1:  # in training, and else both layouts are one
+            kind = (self.weight.requires_grad, self.in_channels)
+            seen.setdefault(kind, set()).add(y.is_contiguous(memory_format=torch.channels_last))
+        return y
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    train(words, lcm)
+    assert {trains for trains, _ in seen} == {True, False} and {3, 4, 32} <= {width for _, width in seen}
+    assert set.union(*seen.values()) == {True}
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    train(command("lcm", tmp_path / "b"), lcm)
+    a, b = (list(scalars(tmp_path / x, "loss").values()) for x in "ab")
+    assert a == pytest.approx(b, rel=1e-4)
+
+    # the files hold the usual layout, and either run goes on from the other's checkpoint
+    for x, y, extra in (("a", "c", {}), ("b", "d", {"channels_last": True})):
+        (tmp_path / y).mkdir()
+        shutil.copytree(tmp_path / x / "checkpoint-2", tmp_path / y / "checkpoint-2")
+        shutil.copy(tmp_path / x / checkpointing.CONFIG, tmp_path / y)
+        train(command("lcm", tmp_path / y, resume_from_checkpoint="latest", **extra), lcm)
+        assert list(scalars(tmp_path / y, "loss").values()) == pytest.approx(b[2:], rel=1e-4)
+    unets = [DiffusionPipeline.from_pretrained(tmp_path / x).unet for x in "ab"]
+    for p, q in zip(*(unet.parameters() for unet in unets), strict=True):
+        assert p.is_contiguous() and torch.allclose(p, q, atol=1e-3)
+
+
+def test_resumed_optimizer_states_have_their_parameters_layout():
+    """Fused kernels refuse others."""
+    weight = torch.nn.Parameter(torch.randn(4, 6, 3, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.randn(4, 6, 3, 3)
+    optimizer.step()
+    expected = optimizer.state[weight]["exp_avg"].clone()
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    checkpointing._match_layout(optimizer)
+    state = optimizer.state[weight]
+    assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == weight.stride() != expected.stride()
+    assert torch.equal(state["exp_avg"], expected) and state["step"].ndim == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "refused"), [("direct", "dit", True), ("direct", "sd", False), ("lcm", None, False)]
+)
+def test_channels_last_is_for_convolutions(tmp_path, command, capsys, monkeypatch, name, kind, refused):
+    extra = {"kind": kind} if kind else {}
+    words = command(name, tmp_path / "out", channels_last=True, dry_run=True, **extra)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)  # nothing is loaded before
+    if not refused:
+        return train(words, SCRIPTS[name])
+    with pytest.raises(SystemExit):
+        train(words, SCRIPTS[name])
+    assert "--channels_last is a layout of convolutions, and the teacher's transformer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--channels_last", "--use_8bit_adam"], "--use_8bit_adam puts weights back into the other layout"),
+        (["--compile"], "--compile: torch.compile needs a C++ compiler"),
+        (["--gradient_checkpointing=some"], "invalid choice: 'some'"),
+    ],
+)
+def test_levers_that_cannot_work_are_refused(words, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit):
+        lcm.parse_args([*words, "--pretrained_teacher_model=t", "--train_shards_path_or_url=s"])
+    assert sentence in capsys.readouterr().err
+
+
+# --- nothing waits for the device
+
+
+class Pulls(TorchDispatchMode):
+    """Notes where values are asked for that a GPU would have to be waited for: .item(), bool(), .cpu(), and
+    operators whose output's size depends on values. Between two updates, `watching` alone."""
+
+    OPERATORS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+
+    def __init__(self):
+        super().__init__()
+        self.watching, self.places = False, []
+
+    def note(self):
+        if not self.watching:
+            return
+        frame, files = sys._getframe(2), []
+        while frame:
+            files.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        ours = [file for file in files if ROOT in Path(file).parents and file != __file__]
+        self.places.append((Path(ours[0]).name if ours else files[0], files))
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket.__name__ in self.OPERATORS:
+            self.note()
+        return operator(*args, **(kwargs or {}))
+
+
+# What a script may ask for, by the file of ours that does: see docs/performance.md.
+ALLOWED = {
+    # RAdam is not fused, so that the host decides whether it steps, and torch reads its step count, which the host
+    # holds; noise levels and their shares are the host's too
+    "ct": {"nonfinite.py", "consistency.py"},
+    # inside a pipeline's call: how its scheduler finds its place; the order of pairs is the host's
+    "direct": {"pipelines.py", "pairs.py"},
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_nothing_is_asked_of_the_device_between_log_entries(tmp_path, command, monkeypatch, name):
+    """Watched: updates 2 and 3 of two micro-batches each; log entries and checkpoints are after the fourth."""
+    pulls, check, updates = Pulls(), Stopper.check, [0]
+
+    def counted(self):
+        updates[0] += 1
+        pulls.watching = updates[0] in (1, 2)
+        return check(self)
+
+    monkeypatch.setattr(Stopper, "check", counted)
+    for pull in ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__"):
+        method = getattr(torch.Tensor, pull)
+        monkeypatch.setattr(torch.Tensor, pull, lambda t, *a, method=method, **k: pulls.note() or method(t, *a, **k))
+    adamw = torch.optim.AdamW  # fused, as on a GPU
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kwargs: adamw(*args, **kwargs | {"fused": True}))
+    changes = {"max_train_steps": 4, "logging_steps": 4, "checkpointing_steps": 4, "gradient_accumulation_steps": 2}
+    changes |= {"stage_steps": "4,4", "max_train_steps": 8, "logging_steps": 8} if name.startswith("tscd") else {}
+
+    class Enough(Exception):
+        pass
+
+    def end(*args):
+        raise Enough
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", end)
+    with pulls, pytest.raises(Enough):
+        train(command(name, tmp_path / "out", report_to="none", **changes), SCRIPTS[name])
+    found = [(place, files) for place, files in pulls.places if place not in ALLOWED.get(name, ())]
+    assert updates[0] >= 3 and not found, [(place, files[:6]) for place, files in found[:3]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["lcm", "lcm_lora", "tscd", "tscd_lora"])
+def test_a_gpu_is_not_waited_for_between_log_entries(tmp_path, command, monkeypatch, name):
+    """The same on a GPU, where any synchronisation is made an error."""
+    check, updates = Stopper.check, [0]
+
+    def counted(self):
+        updates[0] += 1
+        torch.cuda.set_sync_debug_mode("error" if updates[0] in (1, 2) else "default")
+        return check(self)
+
+    monkeypatch.setattr(Stopper, "check", counted)
+    changes = {"max_train_steps": 4, "logging_steps": 4, "checkpointing_steps": 4, "mixed_precision": "bf16"}
+    changes |= {"stage_steps": "4,4", "max_train_steps": 8, "logging_steps": 8} if name.startswith("tscd") else {}
+    try:
+        train(command(name, tmp_path / "out", report_to="none", **changes), SCRIPTS[name])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- the estimate of --dry_run
+
+
+ESTIMATED = {
+    "lcm, AdamW": ("lcm", {}),
+    "lcm, 8-bit, bf16": ("lcm", {"use_8bit_adam": True, "mixed_precision": "bf16"}),
+    "lcm LoRA": ("lcm_lora", {}),
+    "lcm LoRA, SDXL, 8-bit, bf16": (
+        "lcm_lora",
+        {"use_8bit_adam": True, "mixed_precision": "bf16", "lora_rank": 32, "pretrained_teacher_model": "sdxl"},
+    ),
+    "tscd": ("tscd", {"stage_steps": "2,2"}),
+    "tscd LoRA, bf16, frozen": ("tscd_lora", {"mixed_precision": "bf16", "freeze_discriminator_backbone": True}),
+    "ct": ("ct", {}),
+    "ct, 8-bit, no average": ("ct", {"use_8bit_adam": True, "use_ema": None, "ema_max_decay": None}),
+    "direct": ("direct", {"ema_decay": 0.9}),
+    "direct LoRA, bf16": ("direct", {"kind": "dit", "lora_rank": 8, "mixed_precision": "bf16"}),
+}
+
+
+QUICK = [
+    "lcm, 8-bit, bf16",
+    "lcm LoRA, SDXL, 8-bit, bf16",
+    "tscd",
+    "ct",
+    "direct LoRA, bf16",
+]  # the others: tests/soak
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_the_memory_estimate_is_what_is_used(tmp_path, command, teacher, monkeypatch, case):  # noqa: F811
+    check_estimate(tmp_path, command, teacher, monkeypatch, case)
+
+
+def check_estimate(tmp_path, command, teacher, monkeypatch, case):  # noqa: F811
+    """Measured in the second update, where gradients are whole: parameters, gradients and optimizer states that are
+    alive. Within 15 %."""
+    name, changes = ESTIMATED[case]
+    if "pretrained_teacher_model" in changes:
+        changes = changes | {"pretrained_teacher_model": teacher(changes["pretrained_teacher_model"])}
+    gc.collect()
+    before = {id(o) for o in gc.get_objects() if isinstance(o, torch.nn.Module | torch.optim.Optimizer)}
+    derived, measured = {}, []
+    step, d_step = UpdateGuard.step, discriminator.discriminator_step
+
+    def measure():
+        found = [o for o in gc.get_objects() if isinstance(o, torch.nn.Module | torch.optim.Optimizer)]
+        found = [o for o in found if id(o) not in before]
+        if name == "direct":  # its estimate is of the denoisers
+            other = [o.pipeline for o in found if isinstance(o, pipelines.Rollout)][0].components
+            other = {id(m) for n, c in other.items() if isinstance(c, torch.nn.Module) and n not in pipelines.DENOISERS
+                     for m in c.modules()}  # fmt: skip
+            found = [o for o in found if id(o) not in other]
+        tensors = []
+        for o in found:
+            if isinstance(o, torch.nn.Module):
+                tensors += [t for p in o.parameters(recurse=False) for t in (p, p.grad) if t is not None]
+            else:
+                states = [s for s in o.state.values() for s in s.items()]
+                tensors += [t for n, t in states if torch.is_tensor(t) and not n.startswith("qmap")]
+        measured.append(sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values()))
+
+    class Enough(Exception):
+        pass
+
+    def watched(self, *args):
+        finite = step(self, *args)
+        measure()
+        if len(measured) >= (3 if name.startswith("tscd") else 1):
+            raise Enough
+        return finite
+
+    monkeypatch.setattr(cli, "announce", lambda args, values, is_main: derived.update(values))
+    monkeypatch.setattr(UpdateGuard, "step", watched)
+    for module in (tscd, tscd_lora):
+        monkeypatch.setattr(module, "discriminator_step", lambda *args: measure() or d_step(*args))
+    with pytest.raises(Enough):
+        train(command(name, tmp_path / "out", report_to="none", **changes), SCRIPTS[name])
+    texts = [derived["memory per process"], *([derived["discriminator"]] if "discriminator" in derived else [])]
+    estimate = sum(float(re.search(r"([\d.e+-]+) GiB", text)[1]) for text in texts) * 2**30
+    assert abs(estimate / max(measured) - 1) < 0.15, (estimate, measured)
