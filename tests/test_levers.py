@@ -228,6 +228,27 @@ def check_compiled(tmp_path, command, monkeypatch, name):
     assert a == b and b == c
 
 
+@pytest.mark.parametrize("name", ["SD3", "Flux"])
+def test_transformers_compile_for_once(compiles_at_once, name):
+    results = []
+    for compiles in (False, True):
+        pipeline = tiny.make(name)
+        for network in pipelines.denoisers(pipeline).values():
+            if compiles:
+                levers.compile_blocks(network)
+        options = tiny.KWARGS.get(name, {}) | {"num_inference_steps": 2}
+        rollout = pipelines.Rollout(pipeline, **options).requires_grad_(True)
+        output = rollout(["a", "b"], [0, 1])
+        output.float().square().mean().backward()
+        results.append(output.detach())
+    assert torch.equal(*results) and counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    try:
+        torch.compiler.set_stance("fail_on_recompile")
+        rollout(["c", "d"], [2, 3]).float().sum().backward()
+    finally:
+        torch.compiler.set_stance("default")
+
+
 def state_of(checkpoint):
     """Weights and optimizer states of a checkpoint, as nested lists: whatever their layout in memory."""
     tensors = {path.name: load_file(path) for path in checkpoint.glob("*.safetensors")}
