@@ -61,3 +61,5 @@ def test_throughput_measures_ours_and_a_peer_and_leaves_no_result(folder, monkey
 def test_a_run_that_fails_is_said_and_fails_the_benchmark(folder, monkeypatch, capsys):
     assert run(monkeypatch, folder, "--", "--nonsense") == 1
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().out
+    assert run(monkeypatch, folder, "--minutes=-1") == 1
+    assert "ours: not measured" in capsys.readouterr().out

@@ -8,7 +8,7 @@ with ours on the same teacher, data and flags, and prints the ratio. What stands
     python tests/benchmarks/throughput.py --shape tiny --script lcm --cached
     python tests/benchmarks/throughput.py --shape sd15 --batch_size 16 --cached -- --mixed_precision=bf16 --compile
     python tests/benchmarks/throughput.py --shape tiny --peer ../public/train_lcm_distill_sd_wds.py --rounds 3
-    python tests/benchmarks/throughput.py --suite gpu --output_dir bench       # everything, in less than 8 minutes
+    python tests/benchmarks/throughput.py --suite gpu --minutes 8 --output_dir bench   # the most telling rows first
 
 FLOPs per sample are the model's (nothing recomputed is counted); MFU is their share of a GPU's dense bfloat16 peak, on
 a CPU of what a large matrix product reaches in the same process. Peak memory is the allocator's on a GPU, over the
@@ -52,8 +52,6 @@ SUITES = {
         "SD1.5 LCM, images, no lever": ("sd15", "lcm", 16, False, BF16),
         "SD1.5 LCM, cached": ("sd15", "lcm", 16, True, BF16),
         "SD1.5 LCM, cached, compiled": ("sd15", "lcm", 16, True, FAST),
-        "SD1.5 LCM, cached, compiled, batch 32": ("sd15", "lcm", 32, True, FAST),
-        "SD1.5 LCM, cached, compiled, batch 64": ("sd15", "lcm", 64, True, FAST),
         "SD1.5 LCM, images, 8-bit Adam, selective checkpointing (24 GB card)": (
             *("sd15", "lcm", 12, False),
             [*BF16, "--use_8bit_adam", "--gradient_checkpointing=selective"],
@@ -72,6 +70,7 @@ SUITES = {
             *("sdxl", "lcm_lora", 8, True),
             [*BF16, "--gradient_checkpointing"],
         ),
+        "SD1.5 LCM, cached, compiled, batch 64": ("sd15", "lcm", 64, True, FAST),
     },
 }
 
@@ -273,10 +272,15 @@ def run_once(args, script_path, name, batch_size, words):
     result.unlink(missing_ok=True)
     counts = batch_size, args.warmup, args.steps
     command = [sys.executable, __file__, "--child", result, *counts, script_path, *words]
-    with open(log, "wb") as file:
-        process = subprocess.run(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-    if process.returncode or not result.exists():
-        print(f"{name}: failed\n{log.read_text(errors='replace')[-3000:]}", flush=True)
+    left = args.deadline - time.monotonic()
+    options = {"stderr": subprocess.STDOUT, "cwd": ROOT, "timeout": left if args.minutes else None}
+    try:
+        with open(log, "wb") as file:
+            code = subprocess.run(list(map(str, command)), stdout=file, **options).returncode
+    except subprocess.TimeoutExpired:
+        code = f"ended after --minutes={args.minutes:g}"
+    if code or not result.exists():
+        print(f"{name}: failed ({code})\n{log.read_text(errors='replace')[-3000:]}", flush=True)
         return None
     return json.loads(result.read_text())
 
@@ -375,7 +379,7 @@ def report(args, row):
 def parse_args(argv):
     words, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", "sd15", "sdxl"], default="tiny")
+    parser.add_argument("--shape", choices=["tiny", "sd15", "sdxl"], help="default: tiny, or what the suite says")
     parser.add_argument("--script", choices=list(SCRIPTS), default="lcm")
     parser.add_argument("--cached", action="store_true", help="train on latents that encode_shards has made")
     parser.add_argument("--suite", choices=list(SUITES), help="measure its rows one after the other")
@@ -386,6 +390,7 @@ def parse_args(argv):
     parser.add_argument("--warmup", type=int, default=5, help="updates before the measured ones")
     parser.add_argument("--steps", type=int, default=20, help="measured updates")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--minutes", type=float, help="end then; what has not been measured is said")
     parser.add_argument("--workers", type=int, default=1, help="loader processes")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--samples_per_shard", type=int, default=64)
@@ -394,6 +399,7 @@ def parse_args(argv):
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "throughput")
     args = parser.parse_args(words)
     args.output_dir = args.output_dir.resolve()
+    args.deadline = time.monotonic() + 60 * (args.minutes or 0)
     args.peer = args.peer and args.peer.resolve()
     return args, extra
 
@@ -401,7 +407,7 @@ def parse_args(argv):
 def main():
     args, extra = parse_args(sys.argv[1:])
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = {"ours": (args.shape, args.script, args.batch_size, args.cached, extra)}
+    rows = {"ours": (args.shape or "tiny", args.script, args.batch_size, args.cached, extra)}
     if args.suite:
         rows = SUITES[args.suite]
         if args.only is not None:
@@ -409,7 +415,13 @@ def main():
         if args.shape == "tiny":  # the suite's own dry run: its scripts and flags at a size that any machine can do
             rows = {name: ("tiny", script, 2, cached, flags) for name, (_, script, _, cached, flags) in rows.items()}
     print("| | samples/s | GFLOPs per sample | MFU | peak GiB |\n|---|---|---|---|---|", flush=True)
-    done = [measure(args, name, *row) for name, row in rows.items()]
+    done = []
+    for name, row in rows.items():
+        if args.minutes and time.monotonic() >= args.deadline:
+            print(f"{name}: not measured, --minutes={args.minutes:g} are over", flush=True)
+            done.append(False)
+        else:
+            done.append(measure(args, name, *row))
     return 0 if all(done) else 1
 
 
