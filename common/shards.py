@@ -150,6 +150,18 @@ def folder_items(folder: str) -> list[tuple[str, str | None]]:
     return [(image, captions.get(image, "")) for image in sorted(images | captions.keys())]
 
 
+def folder_sample(folder: str, name: str, caption: str | None) -> dict[str, bytes]:
+    """The raw sample of one of `folder_items`; a file that cannot be read becomes an empty one."""
+    path = os.path.join(folder, name)
+    stem, extension = os.path.splitext(path)
+    raw = {extension[1:].lower(): b""}
+    with contextlib.suppress(OSError):
+        raw[extension[1:].lower()] = Path(path).read_bytes()
+    with contextlib.suppress(OSError):
+        raw["txt"] = Path(stem + ".txt").read_bytes() if caption is None else caption.encode()
+    return raw
+
+
 def _folder_metadata(folder: str) -> dict[str, str] | None:
     """Captions by file name from metadata.csv or metadata.jsonl; None when the folder has neither."""
     csv_path, jsonl_path = os.path.join(folder, "metadata.csv"), os.path.join(folder, "metadata.jsonl")
@@ -336,3 +348,13 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def missing_group(raw: dict, required) -> tuple | None:
     return next((group for group in required if not any(extension in raw for extension in group)), None)
+
+
+def check_members(raw: dict, required):
+    """SampleError unless a raw sample has a member of each group of extensions, and none that was too big to read."""
+    missing = missing_group(raw, required)
+    if missing:
+        reason = "missing_caption" if "txt" in missing else "decode"
+        raise SampleError(reason, f"no member {', '.join(missing)}")
+    if None in raw.values():
+        raise SampleError("too_big", f"a member of more than {MAX_MEMBER_BYTES} bytes")
