@@ -4,6 +4,7 @@ Only this module and the scripts see the argparse Namespace; everything below th
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import math
@@ -62,21 +63,28 @@ def exit_with(prog, message, on_one_rank=False):
     raise SystemExit(2)
 
 
-def user_errors(main):
-    """Decorator of a script's main(args): a UserError ends the run as `parser.error` would."""
+def user_errors(main, is_tool=False):
+    """Decorator of a script's main(args): a UserError ends the run as `parser.error` would.
+
+    A script notes the signals that a `Stopper` looks for; a tool has none, and ends of them like any program.
+    """
 
     @functools.wraps(main)
     def wrapped(args):
         try:
-            with preemption.noting_signals():
+            with contextlib.nullcontext() if is_tool else preemption.noting_signals():
                 return main(args)
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
         except KeyboardInterrupt:
-            print("\ninterrupted; --resume_from_checkpoint=latest goes on from the last checkpoint", file=sys.stderr)
+            go_on = "--resume_from_checkpoint=latest goes on from the last checkpoint"
+            print("\ninterrupted" + ("" if is_tool else f"; {go_on}"), file=sys.stderr)
             raise SystemExit(130) from None
 
     return wrapped
+
+
+tool_errors = functools.partial(user_errors, is_tool=True)
 
 
 def positive_int(text):

@@ -66,7 +66,7 @@ def parse_args(argv=None):
     return args
 
 
-@cli.user_errors
+@cli.tool_errors
 def main(args):
     # 1. This process's place; nothing is agreed with the others, so one that fails costs its shards alone.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
