@@ -3,8 +3,8 @@
 import argparse
 import importlib
 import re
-import signal
 import shlex
+import signal
 import sys
 
 from common import args as cli
