@@ -219,17 +219,18 @@ def _stats_path(path):
     return path.with_name(path.name.removesuffix(".tar") + "_stats.json")
 
 
-def write_shard(path, manifest_text, samples, stats):
+def write_shard(path, manifest_bytes, samples, stats):
     """Write a tar that is complete or does not exist, and after it its `_stats.json`.
 
-    samples: (key, caption, {name: value} of the json, mean, std), arrays float16. stats: called with the number of
+    manifest_bytes: as from `write_manifest`. samples: (key, caption, {name: value} of the json, mean, std), arrays
+    float16. stats: called with the number of
     samples and of bytes when all are written, returns what the file says; what it or `samples` raise ends the shard
     without a trace. Two tasks at the same shard write the same. Raises OSError.
     """
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(unfinished, "xb") as file:
-            count = _write_tar(file, manifest_text, samples)
+            count = _write_tar(file, manifest_bytes, samples)
             file.flush()
             os.fsync(file.fileno())
             content = (json.dumps(stats(count, file.tell()), indent=1) + "\n").encode()
@@ -247,10 +248,10 @@ def write_shard(path, manifest_text, samples, stats):
             leftover.unlink(missing_ok=True)
 
 
-def _write_tar(file, manifest_text, samples):
-    digest, count = manifest_digest(json.loads(manifest_text)), 0
+def _write_tar(file, manifest_bytes, samples):
+    digest, count = manifest_digest(json.loads(manifest_bytes)), 0
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        _add(tar, MEMBER, manifest_text)
+        _add(tar, MEMBER, manifest_bytes)
         for key, caption, record, mean, std in samples:
             record = json.dumps(record | {"manifest": digest}, sort_keys=True).encode()
             members = {"mean.npy": _npy(mean), "std.npy": _npy(std), "txt": caption.encode(), "json": record}

@@ -97,12 +97,14 @@ def part_of_the_work(parser, environ=os.environ):
     if wrong:
         parser.error(f"the environment variable {wrong[0]} is no number; pass --shard_index and --num_shards")
     task, first, step, count, rank, world_size = map(int, given.values())
+    if rank >= world_size:
+        parser.error(f"RANK={rank} is not below WORLD_SIZE={world_size}; pass --shard_index and --num_shards")
     task, rest = divmod(task - first, max(1, step))
-    if rest or not 0 <= task < count or rank >= world_size:
+    if rest or not 0 <= task < count:
         parser.error(
             f"SLURM's array has {count} tasks from {first} on in steps of {step}, and this one is "
-            f"{given['SLURM_ARRAY_TASK_ID']} (rank {rank} of {world_size}): pass an unbroken --array such as "
-            f"0-{max(0, count - 1)}, or --shard_index and --num_shards; what is finished is left out in any case"
+            f"{given['SLURM_ARRAY_TASK_ID']}: pass an unbroken --array such as 0-{max(0, count - 1)}, or "
+            "--shard_index and --num_shards; what is finished is left out in any case"
         )
     return task * world_size + rank, count * world_size
 
@@ -150,7 +152,7 @@ def main(args):
     manifest["encoder_sha256"] = latents.encoder_sha256(vae)
     vae.decoder = vae.post_quant_conv = None
     vae.to(device, dtype)
-    manifest_text = latents.write_manifest(args.output_dir, manifest)
+    manifest_bytes = latents.write_manifest(args.output_dir, manifest)
 
     # 4. The shards of this task that are not there yet.
     own = units[args.shard_index :: args.num_shards]
@@ -161,7 +163,7 @@ def main(args):
     with tqdm(desc=f"task {args.shard_index} of {args.num_shards}", unit="shard", **total) as progress:
         for unit in missing:
             try:
-                encode_shard(vae, unit, args, paths[unit[0]], manifest_text, progress)
+                encode_shard(vae, unit, args, paths[unit[0]], manifest_bytes, progress)
             except SampleError as error:
                 failed.append(f"{mask_credentials(unit[1])} ({error.detail})")
                 progress.write(f"left out: {failed[-1]}")
@@ -209,7 +211,7 @@ def output_name(shard):
     return found[-1]
 
 
-def encode_shard(vae, unit, args, path, manifest_text, progress):
+def encode_shard(vae, unit, args, path, manifest_bytes, progress):
     """Make one shard. SampleError: nothing of it can be used; UserError: it cannot be written."""
     account = {"read": 0, "skipped": Counter(), "first_skipped": [], "damage": None}
     samples = encoded(vae, unit, args, account, progress)
@@ -224,7 +226,7 @@ def encode_shard(vae, unit, args, path, manifest_text, progress):
         return said | {"vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
 
     try:
-        latents.write_shard(path, manifest_text, samples, stats)
+        latents.write_shard(path, manifest_bytes, samples, stats)
     except OSError as error:
         raise UserError(f"OUT: {path} cannot be written ({error}); make room and repeat the command") from error
 
