@@ -423,7 +423,8 @@ def rewritten(made, folder, change):
         indices = pairs.shard_range(shard, NUM_PAIRS, 8)
         rows = zip(indices, data.latents(indices), strict=True)
         pairs.write_shard(
-            folder / pairs.shard_name(shard), [(i, data.prompts[i], change(data.seeds[i]), z, None) for i, z in rows]
+            folder / pairs.shard_name(shard),
+            [(i, data.prompts[i], change(data.seeds[i]), z, None, None) for i, z in rows],
         )
     return folder
 

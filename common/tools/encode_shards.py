@@ -37,6 +37,7 @@ from common.shards import (
     open_shard,
     tar_samples,
 )
+from common.work import add_work_arguments, resolve_work
 
 import diffusers
 import torch
@@ -71,42 +72,13 @@ def parse_args(argv=None):
     add("--samples_per_shard", type=cli.positive_int, default=1000, help="where IN is a folder of images")
     add("--dataloader_num_workers", type=cli.positive_int, default=2, help="threads that decode images")
     add("--data_timeout", type=cli.positive_int, default=600, help="seconds until a pipe: is given up")
-    add("--shard_index", type=cli.non_negative_int, help="which part of the shards; default: the SLURM array, or RANK")
-    add("--num_shards", type=cli.positive_int, help="how many parts; default: the SLURM array, or WORLD_SIZE")
+    add_work_arguments(add)
     parser.set_defaults(use_fix_crop_and_size=False)
     args = parser.parse_args(argv)
-    if (args.shard_index is None) != (args.num_shards is None):
-        parser.error("--shard_index and --num_shards go together")
-    if args.num_shards is None:
-        args.shard_index, args.num_shards = part_of_the_work(parser)
-    if args.shard_index >= args.num_shards:
-        parser.error(f"--shard_index={args.shard_index} must be less than --num_shards={args.num_shards}")
+    resolve_work(parser, args)
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision=fp16 needs a GPU; use bf16 or no")
     return args
-
-
-def part_of_the_work(parser, environ=os.environ):
-    """(index, count) of this process: those of the SLURM array, of the launcher's ranks, or of both."""
-    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
-    defaults = {"SLURM_ARRAY_TASK_STEP": "1", "RANK": "0", "WORLD_SIZE": "1"}
-    if names[0] not in environ:
-        defaults |= dict(zip(names, "0011", strict=True))
-    given = {name: environ.get(name, defaults.get(name, "")) for name in (*names, "RANK", "WORLD_SIZE")}
-    wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdecimal()]
-    if wrong:
-        parser.error(f"the environment variable {wrong[0]} is no number; pass --shard_index and --num_shards")
-    task, first, step, count, rank, world_size = map(int, given.values())
-    if rank >= world_size:
-        parser.error(f"RANK={rank} is not below WORLD_SIZE={world_size}; pass --shard_index and --num_shards")
-    task, rest = divmod(task - first, max(1, step))
-    if rest or not 0 <= task < count:
-        parser.error(
-            f"SLURM's array has {count} tasks from {first} on in steps of {step}, and this one is "
-            f"{given['SLURM_ARRAY_TASK_ID']}: pass an unbroken --array such as 0-{max(0, count - 1)}, or "
-            "--shard_index and --num_shards; what is finished is left out in any case"
-        )
-    return task * world_size + rank, count * world_size
 
 
 @cli.tool_errors
@@ -305,8 +277,9 @@ def report(args, own, paths):
     listed = ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
     complete = sum(latents.shard_stats(path) is not None for path in paths.values())
     print(
-        f"task {args.shard_index} of {args.num_shards}: {len(there)} shards, {sum(s['successes'] for s in there)} "
-        f"samples, skipped: {listed}; {complete} of {len(paths)} shards are in {args.output_dir}",
+        f"task {args.shard_index} of {args.num_shards}: {len(there)} of its {len(own)} shards are done, "
+        f"{sum(stats['successes'] for stats in there)} samples, skipped: {listed}; {complete} of {len(paths)} shards "
+        f"are in {args.output_dir}",
         flush=True,
     )
 

@@ -204,7 +204,7 @@ def make_pairs(pipeline, indices, prompts, args, kwargs, progress):
                     f"--save_images: latents of {type(pipeline).__name__} cannot be decoded alone; drop it"
                 )
             images = pipelines.to_pixels(decoded)
-        yield from zip(batch, texts, seeds, latents.cpu(), images, strict=True)
+        yield from zip(batch, texts, seeds, latents.cpu(), images, [None] * len(batch), strict=True)
         progress.update(len(batch))
 
 
