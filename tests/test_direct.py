@@ -422,10 +422,8 @@ def rewritten(made, folder, change):
     for shard in range(3):
         indices = pairs.shard_range(shard, NUM_PAIRS, 8)
         rows = zip(indices, data.latents(indices), strict=True)
-        pairs.write_shard(
-            folder / pairs.shard_name(shard),
-            [(i, data.prompts[i], change(data.seeds[i]), z, None, None) for i, z in rows],
-        )
+        changed = [(i, data.prompts[i], change(data.seeds[i]), z, None, None) for i, z in rows]
+        pairs.write_shard(folder / pairs.shard_name(shard), changed)
     return folder
 
 
