@@ -379,6 +379,9 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, cached, shards,
     assert "holds other files and no manifest.json" in refused(capsys, shards, folder, teacher())
     assert "OUT=" in refused(capsys, shards, out / "00000.tar", teacher())
     assert "is not a multiple of 8" in refused(capsys, shards, tmp_path / "o", teacher(), resolution=17)
+    write_tar(tmp_path / "00001.tar", [("a.png", encode(random_image(0, 16, 16))), ("a.txt", b"other data")])
+    said = refused(capsys, tmp_path / "00001.tar", out, teacher(), center_crop=True)
+    assert "00001.tar was made of a source of" in said and "is 10240 bytes; name a new folder" in said
     both = f"{folder}/{{00000,00000}}.tar"
     assert "would both become 00000.tar" in refused(capsys, both, tmp_path / "o", teacher())
     assert "IN names no shard" in refused(capsys, tmp_path / "{0..3}.none", tmp_path / "o", teacher()).replace(
@@ -396,6 +399,8 @@ def test_a_name_for_every_kind_of_address():
         "pipe:curl -L -s https://h/main/00001.tar?x=a.b || exit 1": "00001", "s3://bucket/part-7.v2.tar": "part-7.v2",
     }  # fmt: skip
     assert {shard: encode_shards.output_name(shard) for shard in names} == names
+    unit = encode_shards.Unit("1", "https://u:pw@h/1.tar?X-Amz-Date=2&X-Amz-Signature=s", None)
+    assert encode_shards.source(unit) == "https://***@h/1.tar"
     with pytest.raises(UserError, match="has no name that ends in .tar"):
         encode_shards.output_name("pipe:cat shard")
 

@@ -10,6 +10,8 @@ tasks. Left out: text embeddings, which cost 0.2 % of a training step and change
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import random
 import re
@@ -18,6 +20,7 @@ import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from common import UserError, latents, models
 from common import args as cli
@@ -33,6 +36,7 @@ from common.shards import (
     expand_shards,
     folder_items,
     folder_sample,
+    is_remote,
     mask_credentials,
     open_shard,
     tar_samples,
@@ -47,6 +51,14 @@ from tqdm import tqdm
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REQUIRED = (IMAGE_KEYS, TEXT_KEYS)
 MAX_LISTED = 100  # skipped samples that a shard's json names
+
+
+class Unit(NamedTuple):
+    """What becomes one shard."""
+
+    name: str  # of the output, without .tar
+    shard: str  # a tar, or a folder of images
+    items: list | None  # of the folder, as from `folder_items`
 
 
 def parse_args(argv=None):
@@ -83,7 +95,7 @@ def parse_args(argv=None):
 
 @cli.tool_errors
 def main(args):
-    # 1. What there is to do: (name, shard, items of an image folder); all of it, whoever does it.
+    # 1. What there is to do: all of it, whoever does it.
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -108,10 +120,13 @@ def main(args):
         "dtype": str(dtype).removeprefix("torch."),
         "shape": models.latent_shape(config["vae"], args.resolution),
         "seed": args.seed,
-        "samples_per_shard": args.samples_per_shard if units[0][2] is not None else None,
+        "samples_per_shard": args.samples_per_shard if units[0].items is not None else None,
         "versions": versions(),
     }
     latents.check_folder(args.output_dir, manifest)
+    own = units[args.shard_index :: args.num_shards]
+    paths = {unit.name: Path(args.output_dir, f"{unit.name}.tar") for unit in units}
+    check_sources(own, paths)
 
     # 3. The VAE: nothing else of the teacher is loaded.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -127,17 +142,15 @@ def main(args):
     manifest_bytes = latents.write_manifest(args.output_dir, manifest)
 
     # 4. The shards of this task that are not there yet.
-    own = units[args.shard_index :: args.num_shards]
-    paths = {name: Path(args.output_dir, f"{name}.tar") for name, _, _ in units}
-    missing = [unit for unit in own if latents.shard_stats(paths[unit[0]]) is None]
+    missing = [unit for unit in own if latents.shard_stats(paths[unit.name]) is None]
     failed = []
     total = {"total": len(own), "initial": len(own) - len(missing), "smoothing": 0.05}
     with tqdm(desc=f"task {args.shard_index} of {args.num_shards}", unit="shard", **total) as progress:
         for unit in missing:
             try:
-                encode_shard(vae, unit, args, paths[unit[0]], manifest_bytes, progress)
+                encode_shard(vae, unit, args, paths[unit.name], manifest_bytes, progress)
             except SampleError as error:
-                failed.append(f"{mask_credentials(unit[1])} ({error.detail})")
+                failed.append(f"{mask_credentials(unit.shard)} ({error.detail})")
                 progress.write(f"left out: {failed[-1]}")
             progress.update()
     report(args, own, paths)
@@ -151,7 +164,7 @@ def main(args):
 
 
 def list_units(args):
-    """[(name of the output, shard, slice of the folder's items or None)]; UserError where names are not clear."""
+    """The list of Unit; UserError where names are not clear."""
     try:
         shards = expand_shards(args.shards)
         if latents.read_manifest(shards) is not None:
@@ -165,11 +178,11 @@ def list_units(args):
     if folders:
         starts = range(0, len(items), args.samples_per_shard)
         parts = [items[start : start + args.samples_per_shard] for start in starts]
-        return [(f"{number:05d}", folders[0], part) for number, part in enumerate(parts)]
-    units = [(output_name(shard), shard, None) for shard in shards]
-    twice = next((name for name, count in Counter(name for name, _, _ in units).items() if count > 1), None)
+        return [Unit(f"{number:05d}", folders[0], part) for number, part in enumerate(parts)]
+    units = [Unit(output_name(shard), shard, None) for shard in shards]
+    twice = next((name for name, count in Counter(unit.name for unit in units).items() if count > 1), None)
     if twice is not None:
-        both = [mask_credentials(shard) for name, shard, _ in units if name == twice][:2]
+        both = [mask_credentials(unit.shard) for unit in units if unit.name == twice][:2]
         raise UserError(f"IN: {' and '.join(both)} would both become {twice}.tar; encode them into two folders")
     return units
 
@@ -181,6 +194,27 @@ def output_name(shard):
     if not found:
         raise UserError(f"IN={mask_credentials(shard)} has no name that ends in .tar; rename it, or put it behind one")
     return found[-1]
+
+
+def source(unit):
+    """What tells a unit's source from another of the same name, wherever a copy of it lies: the size of a local tar,
+    the address of a remote one without its query, the names of a folder's images."""
+    if unit.items is not None:
+        return "images " + hashlib.sha256(json.dumps([name for name, _ in unit.items]).encode()).hexdigest()[:16]
+    if is_remote(unit.shard):
+        return re.sub(r"\?[^\s\"']*", "", mask_credentials(unit.shard))
+    return f"{os.path.getsize(unit.shard)} bytes"
+
+
+def check_sources(units, paths):
+    """UserError where a shard that is there already was made of another source of the same name."""
+    for unit in units:
+        stats = latents.shard_stats(paths[unit.name])
+        if stats is not None and stats.get("source") != source(unit):
+            raise UserError(
+                f"OUT: {paths[unit.name]} was made of a source of {stats.get('source')}, "
+                f"{mask_credentials(unit.shard)} is {source(unit)}; name a new folder, or delete what is old"
+            )
 
 
 def encode_shard(vae, unit, args, path, manifest_bytes, progress):
@@ -195,7 +229,7 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
         if skipped:
             progress.write(f"{path.name}: {count} of {read} samples, skipped: {skipped}; see {path.stem}_stats.json")
         said = {"count": read, "successes": count, "skipped": skipped, "first_skipped": account["first_skipped"]}
-        return said | {"vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
+        return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
 
     try:
         latents.write_shard(path, manifest_bytes, samples, stats)
@@ -205,13 +239,12 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
 
 def raw_samples(unit, args, account):
     """(key, raw) of a shard's or a folder's samples, in order; of a damaged tar those before the damage."""
-    name, shard, items = unit
-    if items is not None:
-        for file, caption in items:
+    if unit.items is not None:
+        for file, caption in unit.items:
             stem = os.path.splitext(file)[0]
-            yield stem.replace(".", "_"), folder_sample(shard, file, caption)  # a key ends at its first dot
+            yield stem.replace(".", "_"), folder_sample(unit.shard, file, caption)  # a key ends at its first dot
         return
-    with open_shard(shard, args.data_timeout) as file:
+    with open_shard(unit.shard, args.data_timeout) as file:
         try:
             for _, key, raw in tar_samples(file, REQUIRED):
                 yield key, raw
@@ -231,7 +264,7 @@ def decoded(unit, args, account):
     image_flags = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
 
     def decode(key, raw):
-        seed = keyed_seed(args.seed, "encode", unit[0], key)
+        seed = keyed_seed(args.seed, "encode", unit.name, key)
         check_members(raw, REQUIRED)
         sample = decode_image_text(raw, random.Random(seed), **image_flags)
         return sample, args.random_flip and random.Random(seed).random() < 0.5  # its first draw
@@ -267,12 +300,12 @@ def encoded(vae, unit, args, account, progress):
             record |= {"crop_top_left": sample["crop_top_lefts"].tolist()}
             yield key, sample["captions"], record, m.numpy(), s.numpy()
             count += 1
-        progress.set_postfix({"shard": unit[0], "images": count})
+        progress.set_postfix({"shard": unit.name, "images": count})
 
 
 def report(args, own, paths):
     """One line on what this task has made, now or before, and how much of the whole is there."""
-    there = [stats for name, _, _ in own if (stats := latents.shard_stats(paths[name]))]
+    there = [stats for unit in own if (stats := latents.shard_stats(paths[unit.name]))]
     skipped = sum((Counter(stats["skipped"]) for stats in there), Counter())
     listed = ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
     complete = sum(latents.shard_stats(path) is not None for path in paths.values())
