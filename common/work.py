@@ -5,7 +5,22 @@ Left out: tasks of one `srun` (set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS f
 
 import os
 
+from common import UserError
 from common.args import non_negative_int, positive_int
+
+import torch
+
+
+def find_device(name):
+    """The torch device --device, without it this process's GPU, or else the CPU; UserError where it cannot be used."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        device = torch.device(name or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).split("\n")[0]
+        raise UserError(f"--device={name} cannot be used here ({line}); take cuda, cuda:1 or cpu") from None
+    return device
 
 
 def add_work_arguments(add):

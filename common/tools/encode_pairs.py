@@ -8,14 +8,13 @@ comes by. Shards are fixed ranges of rows, dealt to tasks that never wait for ea
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 from common import UserError, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
 from common.tools.generate_pairs import DTYPES, public_config
-from common.work import add_work_arguments, resolve_work
+from common.work import add_work_arguments, find_device, resolve_work
 
 import diffusers
 import torch
@@ -46,8 +45,7 @@ def parse_args(argv=None):
 @cli.tool_errors
 def main(args):
     # 1. The table and the teacher's configuration, before any weight is loaded.
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device(args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -41,7 +41,7 @@ from common.shards import (
     open_shard,
     tar_samples,
 )
-from common.work import add_work_arguments, resolve_work
+from common.work import add_work_arguments, find_device, resolve_work
 
 import diffusers
 import torch
@@ -99,6 +99,7 @@ def main(args):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    device = find_device(args.device)
     units = list_units(args)
 
     # 2. Every check that needs no weights.
@@ -129,8 +130,6 @@ def main(args):
     check_sources(own, paths)
 
     # 3. The VAE: nothing else of the teacher is loaded.
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device(args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in training
     torch.backends.cudnn.deterministic = True
     unused = ("unet", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if config["is_sdxl"] else ()))
