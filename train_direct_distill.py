@@ -87,7 +87,10 @@ def parse_args(argv=None):
 def read_data(args):
     """The pairs; fills in --num_inference_steps and --num_held_out."""
     if args.pairs_dir:
-        data, steps = pairs.PairShards(args.pairs_dir), set()
+        data = pairs.PairShards(args.pairs_dir)
+        steps = set(data.config.get("student_steps", []))
+        if len(set(data.sizes)) > 1 and args.train_batch_size > 1:
+            raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
     else:
         size = args.height, args.width, args.max_pixels
         data = pairs.PairImages(args.dataset_metadata_path, args.dataset_base_path, *size)

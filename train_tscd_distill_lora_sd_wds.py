@@ -15,15 +15,14 @@ To change the method, copy this file and edit step 7.
 """
 
 import argparse
-import functools
 import itertools
 from pathlib import Path
 
 from common import args as cli
 from common import checkpointing, export, lora, losses, models, validation
-from common.data import TrainingData, keyed_generator, keyed_seed
+from common.data import keyed_generator, keyed_seed
 from common.discriminator import Discriminator, discriminator_step, discriminator_summary
-from common.images import decode_image_text
+from common.latents import use_cached
 from common.nonfinite import UpdateGuard
 from common.preemption import Stopper
 from common.schedules import alpha_sigma, append_dims, draw_segment, segment_nodes
@@ -99,8 +98,7 @@ def main(args):
     checkpoint, resumed = cli.open_run(args, accelerator, shards)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
-    decode = functools.partial(decode_image_text, **cli.image_options(args))
-    train_data = TrainingData(shards, decode, **cli.data_options(args, accelerator))
+    train_data = cli.text_image_data(args, accelerator, shards, config, weight_dtype)
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
     total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
@@ -116,6 +114,7 @@ def main(args):
         teacher_bytes=teacher_dtype.itemsize,
         use_8bit_adam=args.use_8bit_adam,
         trained_sizes=trained_sizes,
+        cached=train_data.cached,
     )
     derived |= {stage.name: stage.summary for stage in stages}
     if adversarial:
@@ -135,6 +134,7 @@ def main(args):
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
     teacher.vae.to(device, models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path))
     for text_encoder in models.text_encoders(teacher):
         text_encoder.to(device, weight_dtype)
@@ -194,8 +194,7 @@ def main(args):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
             #     any number of processes, different on every rank.
             generator = keyed_generator(args.seed, "tscd", batch["micro_batch"], device)
-            images = batch["images"].to(device, non_blocking=True)  # (B, 3, H, W) uint8
-            latents = models.encode_images(teacher.vae, images, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
+            latents = models.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
             origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
             time_ids = models.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
             cond = models.conditioning(teacher, batch["captions"], time_ids)

@@ -4,6 +4,7 @@ Only this module and the scripts see the argparse Namespace; everything below th
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import math
@@ -14,10 +15,10 @@ import sys
 import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, export, levers, preemption, stages
+from common import UserError, checkpointing, export, latents, levers, models, preemption, stages
 from common.data import TrainingData
-from common.images import INTERPOLATION_TYPES
-from common.shards import count_samples, mask_credentials
+from common.images import INTERPOLATION_TYPES, decode_image_text
+from common.shards import IMAGE_KEYS, TEXT_KEYS, count_samples, mask_credentials
 
 import diffusers
 import torch
@@ -29,6 +30,7 @@ from diffusers.optimization import get_scheduler
 from huggingface_hub import get_token
 
 SECRET_FLAGS = ("hub_token",)
+VAE_ENCODE_BATCH_SIZE = {False: 32, True: 8}  # by whether the teacher is an SDXL
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -62,21 +64,28 @@ def exit_with(prog, message, on_one_rank=False):
     raise SystemExit(2)
 
 
-def user_errors(main):
-    """Decorator of a script's main(args): a UserError ends the run as `parser.error` would."""
+def user_errors(main, is_tool=False):
+    """Decorator of a script's main(args): a UserError ends the run as `parser.error` would.
+
+    A script notes the signals that a `Stopper` looks for; a tool has none, and ends of them like any program.
+    """
 
     @functools.wraps(main)
     def wrapped(args):
         try:
-            with preemption.noting_signals():
+            with contextlib.nullcontext() if is_tool else preemption.noting_signals():
                 return main(args)
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
         except KeyboardInterrupt:
-            print("\ninterrupted; --resume_from_checkpoint=latest goes on from the last checkpoint", file=sys.stderr)
+            go_on = "--resume_from_checkpoint=latest goes on from the last checkpoint"
+            print("\ninterrupted" + ("" if is_tool else f"; {go_on}"), file=sys.stderr)
             raise SystemExit(130) from None
 
     return wrapped
+
+
+tool_errors = functools.partial(user_errors, is_tool=True)
 
 
 def positive_int(text):
@@ -167,16 +176,21 @@ def add_teacher_arguments(parser):
     add("--cast_teacher_unet", action=yes_no, default=True, help="run the teacher in the dtype of --mixed_precision")
 
 
-def add_data_arguments(parser, text=True):
-    """text: whether the data have captions, and come from shards alone."""
-    add = parser.add_argument_group("data").add_argument
-    tars = "tars (braces, globs, http://, pipe:)" + (" or an image folder" if text else "")
-    add("--train_shards_path_or_url", required=text, help=tars)
+def add_image_arguments(add):
+    """How images are read; cached latents were made with these and are checked against them."""
     add("--resolution", type=positive_int, help="side of the square training images, in pixels; SD: 512, SDXL: 1024")
     add("--interpolation_type", default="bilinear", choices=INTERPOLATION_TYPES, help="how images are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--min_image_size", type=non_negative_int, default=0, help="skip images whose shorter side is less")
+
+
+def add_data_arguments(parser, text=True):
+    """text: whether the data have captions, and come from shards alone."""
+    add = parser.add_argument_group("data").add_argument
+    tars = "tars (braces, globs, http://, pipe:)" + (" or an image folder" if text else "")
+    add("--train_shards_path_or_url", required=text, help=tars)
+    add_image_arguments(add)
     if text:
         add(
             "--proportion_empty_prompts",
@@ -325,8 +339,8 @@ def resolve_stages(args, resumed):
 
 def resolve_teacher_defaults(args, is_sdxl, method_defaults=None):
     """Fill in the flags whose default depends on the teacher: SDXL's images and latents are larger."""
-    defaults = {"resolution": 1024, "vae_encode_batch_size": 8} if is_sdxl else {}
-    for name, value in ({"resolution": 512, "vae_encode_batch_size": 32} | defaults | (method_defaults or {})).items():
+    defaults = {"resolution": 1024 if is_sdxl else 512, "vae_encode_batch_size": VAE_ENCODE_BATCH_SIZE[is_sdxl]}
+    for name, value in (defaults | (method_defaults or {})).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.use_fix_crop_and_size and not is_sdxl:
@@ -398,6 +412,27 @@ def data_options(args, accelerator):
         "skipped_log": None if args.dry_run else Path(args.output_dir, checkpointing.SKIPPED),
         "report": accelerator.print,
     }
+
+
+def text_image_data(args, accelerator, shards, config, weight_dtype):
+    """The stream of images and captions, or of latents and captions where the shards are cached ones.
+
+    config: as from `models.read_teacher_config`. `cached` of the stream is then the manifest of the shards, else None.
+    Raises UserError where the latents are not those that the run would make itself.
+    """
+    manifest, decode, required = latents.read_manifest(shards), decode_image_text, (IMAGE_KEYS, TEXT_KEYS)
+    options = image_options(args)
+    if manifest is not None:
+        dtype = models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path)
+        latents.check_manifest(manifest, models.latent_shape(config["vae"], args.resolution), dtype, options)
+        if args.vae_encode_batch_size != VAE_ENCODE_BATCH_SIZE[config["is_sdxl"]]:
+            raise UserError("--vae_encode_batch_size: nothing is encoded where latents are cached; drop the flag")
+        decode, required = latents.decode_cached, latents.REQUIRED
+        options = {"manifest": manifest, "proportion_empty_prompts": args.proportion_empty_prompts}
+    decode = functools.partial(decode, **options)
+    data = TrainingData(shards, decode, required=required, **data_options(args, accelerator))
+    data.cached = manifest
+    return data
 
 
 def make_accelerator(args):
@@ -631,6 +666,7 @@ def derived_configuration(
     teacher_bytes,
     use_8bit_adam,
     trained_sizes=None,
+    cached=None,
 ):
     """What follows from the flags, for people to check before a long run: {name: text}.
 
@@ -638,7 +674,7 @@ def derived_configuration(
     full student and its target beside the teacher. Memory is what weights, gradients and optimizer states take on each
     process; activations come on top. FLOPs count 2 per multiply-add: student forward and backward (3 forwards; that a
     LoRA needs no gradients of the base's weights is left out), target, teacher with and without the caption, VAE and
-    text encoders.
+    text encoders. cached: the manifest of cached latents, for which the VAE encodes nothing, or None.
     """
     unet, frozen = counts["unet_parameters"], counts["vae_parameters"] + counts["text_encoder_parameters"]
     sizes = counts["unet_sizes"] if trained_sizes is None else trained_sizes
@@ -646,7 +682,9 @@ def derived_configuration(
     memory = trained * (4 + 4 + target_bytes) + adam_state_bytes(sizes, use_8bit_adam)
     memory += unet * teacher_bytes + frozen * compute_bytes
     memory += counts["vae_parameters"] * (4 - compute_bytes) if counts["vae_keeps_float32"] else 0
-    flops = 6 * counts["unet_forward_flops"] + counts["vae_encode_flops"] + counts["text_encode_flops"]
+    flops = 6 * counts["unet_forward_flops"] + counts["text_encode_flops"]
+    flops += counts["vae_encode_flops"] if cached is None else 0
+    made = cached and f"cached, made by the VAE of {cached['vae']} in {cached['dtype']}"
     known = num_samples is not None
     return {
         "processes": str(world_size),
@@ -658,6 +696,7 @@ def derived_configuration(
         "parameters": f"{trained / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
         "memory per process": f"{memory / 2**30:.3g} GiB without activations",
         "FLOPs per sample": f"{flops / 1e9:.2f} G",
+        "latents": made or "encoded in each step",
     }
 
 

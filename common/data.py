@@ -34,15 +34,15 @@ from pathlib import Path
 from common.preemption import outlive_sigterm
 from common.shards import (
     IMAGE_KEYS,
-    MAX_MEMBER_BYTES,
     SKIP_CLASSES,
     TEXT_KEYS,
     DataError,
     SampleError,
+    check_members,
     folder_items,
+    folder_sample,
     is_remote,
     mask_credentials,
-    missing_group,
     open_shard,
     tar_samples,
 )
@@ -315,26 +315,11 @@ class TrainingData:
             position = 0
 
     def _folder_sample(self, index: int) -> tuple[str, dict]:
-        """(key, raw); a file that cannot be read becomes an empty one, which no decoder takes."""
+        """(key, raw)"""
         name, caption = self._items[index]
         if self._source is not None:
             return name, self._source.read(index)
-        path = os.path.join(self._folder, name)
-        stem, extension = os.path.splitext(path)
-        raw = {extension[1:].lower(): b""}
-        with contextlib.suppress(OSError):
-            raw[extension[1:].lower()] = Path(path).read_bytes()
-        with contextlib.suppress(OSError):
-            raw["txt"] = Path(stem + ".txt").read_bytes() if caption is None else caption.encode()
-        return name, raw
-
-    def _check_raw(self, raw: dict):
-        missing = missing_group(raw, self.required)
-        if missing:
-            reason = "missing_caption" if "txt" in missing else "decode"
-            raise SampleError(reason, f"no member {', '.join(missing)}")
-        if None in raw.values():
-            raise SampleError("too_big", f"a member of more than {MAX_MEMBER_BYTES} bytes")
+        return name, folder_sample(self._folder, name, caption)
 
     def _make_item(self, j: int, lane: _Lane) -> dict:
         """Micro-batch j, with what the consumer needs to account for it."""
@@ -344,7 +329,7 @@ class TrainingData:
             epoch, shard, key, raw = lane.next_sample(tally)
             tally.counts["read"] += 1
             try:
-                self._check_raw(raw)
+                check_members(raw, self.required)
                 samples.append(self.decode(raw, rng))
             except SampleError as error:
                 tally.skip(error, key, shard)

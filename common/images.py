@@ -49,7 +49,7 @@ def decode_image_text(
     """
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
     empty_caption = rng.random() < proportion_empty_prompts
-    caption = _decode_caption(raw)
+    caption = decode_caption(raw)
     limits = (min_image_size, max_image_pixels)
     image, original_size, corner = _decode_square(
         raw, resolution, interpolation_type, center_crop, flip, top, left, *limits
@@ -131,7 +131,8 @@ def _decode_square(
     return image.flip(2) if flip else image, original_size, (top, left)
 
 
-def _decode_caption(raw: dict[str, bytes]) -> str:
+def decode_caption(raw: dict[str, bytes]) -> str:
+    """The caption of a raw sample; SampleError "missing_caption", or "decode" where it is no UTF-8."""
     data = next((raw[key] for key in TEXT_KEYS if key in raw), b"")
     try:
         caption = data.decode("utf-8-sig").strip()

@@ -421,6 +421,19 @@ def time_ids(original_sizes, crop_top_lefts, resolution, fix_crop_and_size=False
 
 
 @torch.no_grad()
+def encode_batch(vae, batch, generator, batch_size):
+    """Latents z_0 (B, 4, h, w) of a micro-batch, float32 on the VAE's device, as from `encode_images`.
+
+    batch: with `images` uint8 (B, 3, H, W), or with the cached `latent_means` and `latent_stds` float16 (B, 4, h, w),
+    of which the same draws of `generator` make the same latents up to float16's rounding; no encoder is needed then.
+    """
+    if "images" in batch:
+        return encode_images(vae, batch["images"].to(vae.device, non_blocking=True), generator, batch_size)
+    mean, std = (batch[name].to(vae.device, non_blocking=True).float() for name in ("latent_means", "latent_stds"))
+    return _sample_posterior(vae, mean, std, generator)
+
+
+@torch.no_grad()
 def encode_images(vae, images, generator, batch_size):
     """Latents z_0 = (sample of the posterior - shift) * scaling_factor, float32; with the VAE's latents_mean and
     latents_std (4,), z_0 = (sample - mean) / std * scaling_factor, what the SDXL pipeline undoes.
@@ -428,11 +441,20 @@ def encode_images(vae, images, generator, batch_size):
     images: uint8 (B, 3, H, W) on the VAE's device, encoded `batch_size` at a time in the VAE's dtype. generator: the
     device generator of the posterior's noise. Returns (B, 4, h, w).
     """
+    return _sample_posterior(vae, *posterior(vae, images, batch_size), generator)
+
+
+@torch.no_grad()
+def posterior(vae, images, batch_size):
+    """Mean and standard deviation (B, 4, h, w) float32 of the latents of uint8 images, neither shifted nor scaled."""
     pixels = (images.float() / 127.5 - 1.0).to(vae.dtype)
     moments = torch.cat([vae.encode(chunk).latent_dist.parameters for chunk in pixels.split(batch_size)]).float()
     mean, logvar = moments.chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    latents = mean + noise * (0.5 * logvar.clamp(-30.0, 20.0)).exp()
+    return mean, (0.5 * logvar.clamp(-30.0, 20.0)).exp()
+
+
+def _sample_posterior(vae, mean, std, generator):
+    latents = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
     shift, scale = _shift_and_scale(vae)
     return (latents - shift) * scale
 
@@ -458,6 +480,12 @@ def check_resolution(config, resolution):
     multiple = math.lcm(vae_scale_factor(config["vae"]), 8)
     if resolution % multiple:
         raise UserError(f"--resolution={resolution} is not a multiple of {multiple}, as VAE and pipeline need")
+
+
+def latent_shape(vae_config, resolution):
+    """(C, h, w) of the latents of square images."""
+    size = resolution // vae_scale_factor(vae_config)
+    return vae_config.get("latent_channels", 4), size, size
 
 
 def vae_scale_factor(vae_config):

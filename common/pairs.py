@@ -152,13 +152,14 @@ def write_config(folder, config):
 def write_shard(path, pairs):
     """Write the members of `pairs` to a tar that is complete or does not exist.
 
-    pairs: (index, prompt, seed, latents of one sample, uint8 image (H, W, 3) or None).
+    pairs: (index, prompt, seed, latents of one sample, uint8 image (H, W, 3) or None, (height, width) in pixels where
+    the sample's call is to say it, else None).
     """
     unfinished = path.with_name(path.name + ".tmp")
     with open(unfinished, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for index, prompt, seed, latents, image in pairs:
-                record = {"index": index, "prompt": prompt, "seed": seed}
+            for index, prompt, seed, latents, image, size in pairs:
+                record = {"index": index, "prompt": prompt, "seed": seed} | ({"size": size} if size else {})
                 record["noise_sha256"] = noise_sha256(seed, latents.numel())
                 members = {"json": json.dumps(record, ensure_ascii=False).encode()}
                 members["safetensors"] = save({"latents": latents.contiguous()})
@@ -203,7 +204,7 @@ class PairShards:
 
     def __init__(self, folder):
         self.folder, self.config = Path(folder), read_config(folder)
-        self.prompts, self.seeds, self.hashes, self._places = [], [], [], []
+        self.prompts, self.seeds, self.hashes, self.sizes, self._places = [], [], [], [], []
         for shard in range(num_shards(self.config)):
             path = self.folder / shard_name(shard)
             try:
@@ -225,6 +226,7 @@ class PairShards:
                     self.prompts.append(record["prompt"])
                     self.seeds.append(int(record["seed"]))
                     self.hashes.append(record["noise_sha256"])
+                    self.sizes.append(tuple(map(int, record["size"])) if "size" in record else None)
                 elif member.name.endswith(".safetensors"):
                     self._places.append((path, member.offset_data, member.size))
 
@@ -247,7 +249,9 @@ class PairShards:
         return torch.stack(found)
 
     def call_kwargs(self, indices):
-        return {}
+        """What a call needs beside the pairs' own arguments: the size, of pairs that were made of images."""
+        size = self.sizes[indices[0]]
+        return {"height": size[0], "width": size[1]} if size else {}
 
 
 class PairImages:

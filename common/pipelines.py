@@ -121,10 +121,12 @@ def denoisers(pipeline):
     return {name: module for name, module in parts.items() if isinstance(module, torch.nn.Module)}
 
 
-def weights_sample(pipeline, num_tensors=32, num_values=4):
+def weights_sample(pipeline, num_tensors=32, num_values=4, encoder=False):
     """{parameter's name: its first values as floats} of some of the denoisers' tensors: enough to tell two teachers
-    apart, whatever their folders are called and whichever precision they were loaded in."""
-    named = [(f"{d}.{n}", p) for d, module in denoisers(pipeline).items() for n, p in module.named_parameters()]
+    apart, whatever their folders are called and whichever precision they were loaded in. encoder: of the VAE's
+    encoder instead, which made the latents of images."""
+    modules = {"vae.encoder": pipeline.vae.encoder} if encoder else denoisers(pipeline)
+    named = [(f"{d}.{n}", p) for d, module in modules.items() for n, p in module.named_parameters()]
     chosen = named[:: max(1, len(named) // num_tensors)]
     return {name: p.detach().flatten()[:num_values].float().tolist() for name, p in chosen}
 

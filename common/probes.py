@@ -291,10 +291,13 @@ def check_pairs(config, pairs_config, folder):
 
 
 def check_same_weights(pipeline, pairs_config, folder):
-    """UserError unless the pipeline's denoisers have the weights that made the pairs, up to a half precision."""
+    """UserError unless the pipeline's denoisers have the weights that made the pairs, up to a half precision, and so
+    its VAE's encoder, where that made the latents of images."""
     if pairs_config is None:
         return
     here, there = weights_sample(pipeline), pairs_config["weights_sample"]
+    if pairs_config.get("encoder_sample"):
+        here, there = here | weights_sample(pipeline, encoder=True), there | pairs_config["encoder_sample"]
     same = here.keys() == there.keys() and all(
         torch.allclose(torch.tensor(here[name]), torch.tensor(there[name]), rtol=0.02, atol=1e-4) for name in here
     )

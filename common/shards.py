@@ -150,6 +150,18 @@ def folder_items(folder: str) -> list[tuple[str, str | None]]:
     return [(image, captions.get(image, "")) for image in sorted(images | captions.keys())]
 
 
+def folder_sample(folder: str, name: str, caption: str | None) -> dict[str, bytes]:
+    """The raw sample of one of `folder_items`; a file that cannot be read becomes an empty one."""
+    path = os.path.join(folder, name)
+    stem, extension = os.path.splitext(path)
+    raw = {extension[1:].lower(): b""}
+    with contextlib.suppress(OSError):
+        raw[extension[1:].lower()] = Path(path).read_bytes()
+    with contextlib.suppress(OSError):
+        raw["txt"] = Path(stem + ".txt").read_bytes() if caption is None else caption.encode()
+    return raw
+
+
 def _folder_metadata(folder: str) -> dict[str, str] | None:
     """Captions by file name from metadata.csv or metadata.jsonl; None when the folder has neither."""
     csv_path, jsonl_path = os.path.join(folder, "metadata.csv"), os.path.join(folder, "metadata.jsonl")
@@ -223,6 +235,23 @@ def open_shard(shard: str, pipe_timeout: float):
         time.sleep(DOWNLOAD_BACKOFF * 2**attempt)
 
 
+def read_head(shard: str, size: int = 1 << 16, pipe_timeout: float = 60) -> bytes:
+    """The first bytes of a shard, without the rest; b"" for one that does not answer: the stream will say why."""
+    with contextlib.suppress(Exception):
+        if not is_remote(shard):
+            with open(shard, "rb") as file:
+                return file.read(size)
+        if shard.startswith("pipe:"):
+            with tempfile.TemporaryFile() as file:
+                command = shard.removeprefix("pipe:")
+                _run_pipe(f"set +o pipefail\n({command}\n) | head -c {size}", file, pipe_timeout)
+                file.seek(0)
+                return file.read()
+        with _open_remote(shard)[0] as source:
+            return source.read(size)
+    return b""
+
+
 def mask_credentials(text):
     """An address or command without its credentials: user and password, signed queries, Authorization headers."""
     text = re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
@@ -244,16 +273,20 @@ def _copy_remote(shard: str, file, pipe_timeout: float):
     if shard.startswith("pipe:"):
         _run_pipe(shard.removeprefix("pipe:"), file, pipe_timeout)
         return
-    if _uses_fsspec(shard):
-        filesystem, path = fsspec.core.url_to_fs(shard)
-        source, expected = filesystem.open(path, "rb"), filesystem.size(path)
-    else:
-        source = urllib.request.urlopen(_request(shard), timeout=SOCKET_TIMEOUT)
-        expected = source.headers["Content-Length"]
+    source, expected = _open_remote(shard)
     with source:
         shutil.copyfileobj(source, file, 1 << 20)
     if expected is not None and file.tell() != int(expected):
         raise OSError(f"{file.tell()} of {expected} bytes received")
+
+
+def _open_remote(address: str):
+    """(open binary file, its length or None) of an address that is no pipe."""
+    if _uses_fsspec(address):
+        filesystem, path = fsspec.core.url_to_fs(address)
+        return filesystem.open(path, "rb"), filesystem.size(path)
+    source = urllib.request.urlopen(_request(address), timeout=SOCKET_TIMEOUT)
+    return source, source.headers["Content-Length"]
 
 
 def _run_pipe(command: str, file, timeout: float):
@@ -336,3 +369,13 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def missing_group(raw: dict, required) -> tuple | None:
     return next((group for group in required if not any(extension in raw for extension in group)), None)
+
+
+def check_members(raw: dict, required):
+    """SampleError unless a raw sample has a member of each group of extensions, and none that was too big to read."""
+    missing = missing_group(raw, required)
+    if missing:
+        reason = "missing_caption" if "txt" in missing else "decode"
+        raise SampleError(reason, f"no member {', '.join(missing)}")
+    if None in raw.values():
+        raise SampleError("too_big", f"a member of more than {MAX_MEMBER_BYTES} bytes")

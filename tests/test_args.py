@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 import shlex
+import signal
 import sys
 
 from common import args as cli
@@ -285,6 +286,13 @@ def test_an_interrupt_ends_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(None)
     assert stopped.value.code == 130 and "--resume_from_checkpoint=latest" in capsys.readouterr().err
+
+
+def test_a_tool_ends_of_a_signal_and_a_script_notes_it():
+    """A tool that noted SIGTERM and went on would be killed at a job's end before the job file can requeue it."""
+    before = signal.getsignal(signal.SIGTERM)
+    seen = [wrap(lambda args: signal.getsignal(signal.SIGTERM))(None) for wrap in (cli.tool_errors, cli.user_errors)]
+    assert seen[0] == before and seen[1] != before
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def parse_args(argv=None):
     return args
 
 
-@cli.user_errors
+@cli.tool_errors
 def main(args):
     # 1. One thread unless the user says more: with any second busy process, several would wait for each other.
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))

@@ -23,7 +23,7 @@ import zipfile
 from pathlib import Path
 
 from common import UserError
-from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, user_errors
+from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, tool_errors
 from common.metrics import (
     clip_score,
     frechet_distance,
@@ -550,7 +550,7 @@ def format_table(rows):
     return "\n".join([line(table[0]), rule, *(line(cells) for cells in table[1:])]) + "\n"
 
 
-@user_errors
+@tool_errors
 def main(args):
     output_dir = Path(args.output_dir)
     prompts = [args.prompts[i % len(args.prompts)] if args.prompts else None for i in range(args.num_images)]

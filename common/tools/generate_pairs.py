@@ -15,6 +15,7 @@ from pathlib import Path
 from common import UserError, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
+from common.work import find_device
 
 import diffusers
 import torch
@@ -66,17 +67,12 @@ def parse_args(argv=None):
     return args
 
 
-@cli.user_errors
+@cli.tool_errors
 def main(args):
     # 1. This process's place; nothing is agreed with the others, so one that fails costs its shards alone.
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    try:
-        device = torch.device(args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        line = str(error).split("\n")[0]
-        raise UserError(f"--device={args.device} cannot be used here ({line}); take cuda, cuda:1 or cpu") from None
+    device = find_device(args.device)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -204,7 +200,7 @@ def make_pairs(pipeline, indices, prompts, args, kwargs, progress):
                     f"--save_images: latents of {type(pipeline).__name__} cannot be decoded alone; drop it"
                 )
             images = pipelines.to_pixels(decoded)
-        yield from zip(batch, texts, seeds, latents.cpu(), images, strict=True)
+        yield from zip(batch, texts, seeds, latents.cpu(), images, [None] * len(batch), strict=True)
         progress.update(len(batch))
 
 

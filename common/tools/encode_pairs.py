@@ -1,0 +1,119 @@
+"""Encode the images of a metadata table once: pairs for `train_direct_distill.py --pairs_dir`.
+
+    python -m common.tools.encode_pairs images/metadata.csv pairs --pretrained_teacher_model=Qwen/Qwen-Image \\
+        --dtype=bfloat16
+
+The table is the one that `train_direct_distill.py --dataset_metadata_path` reads, which encodes an image whenever it
+comes by. Shards are fixed ranges of rows, dealt to tasks that never wait for each other; finished ones are skipped.
+"""
+
+import hashlib
+from pathlib import Path
+
+from common import UserError, pairs, pipelines, probes
+from common import args as cli
+from common.export import versions
+from common.tools.generate_pairs import DTYPES, public_config
+from common.work import add_work_arguments, find_device, resolve_work
+
+import diffusers
+import torch
+import transformers
+from tqdm import tqdm
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser.add_argument("metadata", metavar="METADATA", help="csv of image,prompt,seed,rand_device,...")
+    parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
+    add = parser.add_argument_group("teacher").add_argument
+    add("--pretrained_teacher_model", required=True, help="what made the images: folder or hub name")
+    add("--revision", help="hub revision of the teacher")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
+    add("--device", help="default: this process's GPU, else the CPU")
+    add = parser.add_argument_group("images and work").add_argument
+    add("--dataset_base_path", help="folder that the images' names start from; default: that of METADATA")
+    add("--samples_per_shard", type=cli.positive_int, default=256)
+    add_work_arguments(add)
+    args = parser.parse_args(argv)
+    resolve_work(parser, args)
+    return args
+
+
+@cli.tool_errors
+def main(args):
+    # 1. The table and the teacher's configuration, before any weight is loaded.
+    device = find_device(args.device)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:  # any size: the images are grouped by it below
+        data = pairs.PairImages(args.metadata, args.dataset_base_path, max_pixels=2**62)
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset_metadata_path", "METADATA")) from None
+    place = {"revision": args.revision, "cache_dir": args.cache_dir}
+    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
+
+    # 2. The teacher, and that its decoder gives the images back.
+    options = {"variant": args.variant, **place}
+    pipeline = pipelines.load_pipeline(args.pretrained_teacher_model, DTYPES[args.dtype], **options).to(device)
+    data.pipeline = pipeline
+    flag = "--pretrained_teacher_model"
+    scheduler, _ = probes.student_scheduler(*teacher["scheduler"], None, {})
+    own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
+    kwargs, _ = probes.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
+    try:
+        pairs.check_encoding(pipelines.Rollout(pipeline, **kwargs), data, [0])
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
+    pipeline.scheduler = own_scheduler
+    config = {
+        "format": pairs.FORMAT,
+        "model": args.pretrained_teacher_model,
+        "revision": args.revision,
+        "pipeline": type(pipeline).__name__,
+        "weights_sample": pipelines.weights_sample(pipeline),
+        "encoder_sample": pipelines.weights_sample(pipeline, encoder=True),
+        "scheduler": {"class": type(own_scheduler).__name__, "config": public_config(own_scheduler)},
+        "kwargs": {},
+        "student_steps": sorted(data.steps),
+        "num_pairs": len(data),
+        "table_sha256": hashlib.sha256(repr([data.files, data.prompts, data.seeds, data.sizes]).encode()).hexdigest(),
+        "samples_per_shard": args.samples_per_shard,
+        "dtype": args.dtype,
+        "versions": versions(),
+    }
+    try:
+        pairs.write_config(args.output_dir, config)
+    except UserError as error:
+        raise UserError(str(error).replace("--output_dir", "OUT")) from None
+
+    # 3. The shards of this task that are not there yet, image by image: their bytes depend on nothing else.
+    own = list(range(pairs.num_shards(config)))[args.shard_index :: args.num_shards]
+    missing = [shard for shard in own if not Path(args.output_dir, pairs.shard_name(shard)).exists()]
+    label = f"task {args.shard_index} of {args.num_shards}"
+    with tqdm(total=len(own), initial=len(own) - len(missing), desc=label, unit="shard", smoothing=0.05) as progress:
+        for shard in missing:
+            indices = pairs.shard_range(shard, len(data), args.samples_per_shard)
+            pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), encoded(data, indices, args, progress))
+            progress.update()
+    print(f"{label}: {len(own)} of {pairs.num_shards(config)} shards are in {args.output_dir}", flush=True)
+
+
+def encoded(data, indices, args, progress):
+    """(index, prompt, seed, latents, None, (height, width)) of a shard's images."""
+    for index in indices:
+        try:
+            latents = data.latents([index])[0].cpu()
+        except (OSError, ValueError) as error:
+            raise UserError(f"METADATA: {data.files[index]} cannot be read ({error}); repair or drop it") from None
+        if not torch.isfinite(latents).all():
+            raise UserError(f"--dtype={args.dtype}: the VAE gave NaN for {data.files[index]}; use another")
+        yield index, data.prompts[index], data.seeds[index], latents, None, data.sizes[index]
+        progress.set_postfix(image=index)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,322 @@
+"""Encode the images of shards once: cached latents, from which the Stable Diffusion scripts train without the VAE.
+
+    python -m common.tools.encode_shards "shards/{00000..00099}.tar" latents \\
+        --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --resolution=512 --center_crop
+
+and then --train_shards_path_or_url="latents/{00000..00099}.tar" with the same image flags. A shard becomes one of the
+same name; `common/latents.py` says what is in it. Shards are dealt to tasks that never wait for each other, and
+finished ones are skipped, so the same command goes on after an interruption. The bytes are the same for any number of
+tasks. Left out: text embeddings, which cost 0.2 % of a training step and change with every dropped caption.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import urllib.parse
+import warnings
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError, latents, models
+from common import args as cli
+from common.data import keyed_seed
+from common.export import versions
+from common.images import decode_image_text
+from common.shards import (
+    IMAGE_KEYS,
+    TEXT_KEYS,
+    DataError,
+    SampleError,
+    check_members,
+    expand_shards,
+    folder_items,
+    folder_sample,
+    is_remote,
+    mask_credentials,
+    open_shard,
+    tar_samples,
+)
+from common.work import add_work_arguments, find_device, resolve_work
+
+import diffusers
+import torch
+import transformers
+from tqdm import tqdm
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REQUIRED = (IMAGE_KEYS, TEXT_KEYS)
+MAX_LISTED = 100  # skipped samples that a shard's json names
+
+
+class Unit(NamedTuple):
+    """What becomes one shard."""
+
+    name: str  # of the output, without .tar
+    shard: str  # a tar, or a folder of images
+    items: list | None  # of the folder, as from `folder_items`
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser.add_argument(
+        "shards", metavar="IN", help="as --train_shards_path_or_url of training: tars, or image folder"
+    )
+    parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
+    add = parser.add_argument_group("VAE").add_argument
+    add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
+    add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
+    add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
+    add("--revision", help="hub revision of everything without a revision flag of its own")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+    add("--vae_encode_batch_size", type=cli.positive_int, help="images that are encoded at once; SD: 32, SDXL: 8")
+    add("--mixed_precision", choices=list(DTYPES), default="no", help="what the VAE computes in; no: float32")
+    add("--device", help="default: this process's GPU, else the CPU")
+    add = parser.add_argument_group("images, as the training script will have it").add_argument
+    cli.add_image_arguments(add)
+    add("--seed", type=cli.seed, default=0, help="of crops and flips")
+    add = parser.add_argument_group("work").add_argument
+    add("--samples_per_shard", type=cli.positive_int, default=1000, help="where IN is a folder of images")
+    add("--dataloader_num_workers", type=cli.positive_int, default=2, help="threads that decode images")
+    add("--data_timeout", type=cli.positive_int, default=600, help="seconds until a pipe: is given up")
+    add_work_arguments(add)
+    parser.set_defaults(use_fix_crop_and_size=False)
+    args = parser.parse_args(argv)
+    resolve_work(parser, args)
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision=fp16 needs a GPU; use bf16 or no")
+    return args
+
+
+@cli.tool_errors
+def main(args):
+    # 1. What there is to do: all of it, whoever does it.
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    device = find_device(args.device)
+    units = list_units(args)
+
+    # 2. Every check that needs no weights.
+    dtype = DTYPES[args.mixed_precision]
+    teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
+    teacher_options["revision"] = args.teacher_revision or args.revision
+    config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
+    cli.resolve_teacher_defaults(args, config["is_sdxl"])
+    other_vae = args.pretrained_vae_model_name_or_path
+    if other_vae:
+        config = models.read_vae_config(other_vae, config, revision=args.revision, cache_dir=args.cache_dir)
+    models.check_resolution(config, args.resolution)
+    dtype = models.vae_dtype(config, dtype, other_vae)
+    manifest = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
+    manifest |= {
+        "format": latents.FORMAT,
+        "vae": other_vae or args.pretrained_teacher_model,
+        "revision": args.revision if other_vae else teacher_options["revision"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": models.latent_shape(config["vae"], args.resolution),
+        "seed": args.seed,
+        "samples_per_shard": args.samples_per_shard if units[0].items is not None else None,
+        "versions": versions(),
+    }
+    latents.check_folder(args.output_dir, manifest)
+    own = units[args.shard_index :: args.num_shards]
+    paths = {unit.name: Path(args.output_dir, f"{unit.name}.tar") for unit in units}
+    check_sources(own, paths)
+
+    # 3. The VAE: nothing else of the teacher is loaded.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in training
+    torch.backends.cudnn.deterministic = True
+    unused = ("unet", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if config["is_sdxl"] else ()))
+    teacher_options |= {"vae": other_vae, "vae_revision": args.revision} | dict.fromkeys(unused)
+    vae = models.load_teacher(args.pretrained_teacher_model, **teacher_options).vae
+    manifest["encoder_sha256"] = latents.encoder_sha256(vae)
+    vae.decoder = vae.post_quant_conv = None
+    vae.to(device, dtype)
+    manifest_bytes = latents.write_manifest(args.output_dir, manifest)
+
+    # 4. The shards of this task that are not there yet.
+    missing = [unit for unit in own if latents.shard_stats(paths[unit.name]) is None]
+    failed = []
+    total = {"total": len(own), "initial": len(own) - len(missing), "smoothing": 0.05}
+    with tqdm(desc=f"task {args.shard_index} of {args.num_shards}", unit="shard", **total) as progress:
+        for unit in missing:
+            try:
+                encode_shard(vae, unit, args, paths[unit.name], manifest_bytes, progress)
+            except SampleError as error:
+                failed.append(f"{mask_credentials(unit.shard)} ({error.detail})")
+                progress.write(f"left out: {failed[-1]}")
+            progress.update()
+    report(args, own, paths)
+    if failed:
+        error = DataError(
+            f"IN: {len(failed)} of {len(own)} shards could not be encoded, the first is {failed[0]}; repair them, and "
+            "repeat the command for these"
+        )
+        error.on_one_rank = True
+        raise error
+
+
+def list_units(args):
+    """The list of Unit; UserError where names are not clear."""
+    try:
+        shards = expand_shards(args.shards)
+        if latents.read_manifest(shards) is not None:
+            raise DataError("--train_shards_path_or_url holds cached latents already; name the shards of the images")
+        folders = [shard for shard in shards if os.path.isdir(shard)]
+        if folders and len(shards) > 1:
+            raise DataError(f"--train_shards_path_or_url: {folders[0]} is a folder of images and goes with no shards")
+        items = folder_items(folders[0]) if folders else None
+    except DataError as error:
+        raise UserError(str(error).replace("--train_shards_path_or_url", "IN")) from None
+    if folders:
+        starts = range(0, len(items), args.samples_per_shard)
+        parts = [items[start : start + args.samples_per_shard] for start in starts]
+        return [Unit(f"{number:05d}", folders[0], part) for number, part in enumerate(parts)]
+    units = [Unit(output_name(shard), shard, None) for shard in shards]
+    twice = next((name for name, count in Counter(unit.name for unit in units).items() if count > 1), None)
+    if twice is not None:
+        both = [mask_credentials(unit.shard) for unit in units if unit.name == twice][:2]
+        raise UserError(f"IN: {' and '.join(both)} would both become {twice}.tar; encode them into two folders")
+    return units
+
+
+def output_name(shard):
+    """The name of a path's, an address's or a command's tar, without its extension."""
+    text = shard if shard.startswith("pipe:") or "://" not in shard else urllib.parse.urlsplit(shard).path
+    found = re.findall(r"([^/\s\"'=]+)\.tar\b", text)
+    if not found:
+        raise UserError(f"IN={mask_credentials(shard)} has no name that ends in .tar; rename it, or put it behind one")
+    return found[-1]
+
+
+def source(unit):
+    """What tells a unit's source from another of the same name, wherever a copy of it lies: the size of a local tar,
+    the address of a remote one without its query, the names of a folder's images."""
+    if unit.items is not None:
+        return "images " + hashlib.sha256(json.dumps([name for name, _ in unit.items]).encode()).hexdigest()[:16]
+    if is_remote(unit.shard):
+        return re.sub(r"\?[^\s\"']*", "", mask_credentials(unit.shard))
+    return f"{os.path.getsize(unit.shard)} bytes"
+
+
+def check_sources(units, paths):
+    """UserError where a shard that is there already was made of another source of the same name."""
+    for unit in units:
+        stats = latents.shard_stats(paths[unit.name])
+        if stats is not None and stats.get("source") != source(unit):
+            raise UserError(
+                f"OUT: {paths[unit.name]} was made of a source of {stats.get('source')}, "
+                f"{mask_credentials(unit.shard)} is {source(unit)}; name a new folder, or delete what is old"
+            )
+
+
+def encode_shard(vae, unit, args, path, manifest_bytes, progress):
+    """Make one shard. SampleError: nothing of it can be used; UserError: it cannot be written."""
+    account = {"read": 0, "skipped": Counter(), "first_skipped": [], "damage": None}
+    samples = encoded(vae, unit, args, account, progress)
+
+    def stats(count, size):
+        read, skipped = account["read"], dict(sorted(account["skipped"].items()))
+        if read and not count or account["damage"] and not read:
+            raise SampleError("shard_read", account["damage"] or f"none of its {read} samples can be used: {skipped}")
+        if skipped:
+            progress.write(f"{path.name}: {count} of {read} samples, skipped: {skipped}; see {path.stem}_stats.json")
+        said = {"count": read, "successes": count, "skipped": skipped, "first_skipped": account["first_skipped"]}
+        return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
+
+    try:
+        latents.write_shard(path, manifest_bytes, samples, stats)
+    except OSError as error:
+        raise UserError(f"OUT: {path} cannot be written ({error}); make room and repeat the command") from error
+
+
+def raw_samples(unit, args, account):
+    """(key, raw) of a shard's or a folder's samples, in order; of a damaged tar those before the damage."""
+    if unit.items is not None:
+        for file, caption in unit.items:
+            stem = os.path.splitext(file)[0]
+            yield stem.replace(".", "_"), folder_sample(unit.shard, file, caption)  # a key ends at its first dot
+        return
+    with open_shard(unit.shard, args.data_timeout) as file:
+        try:
+            for _, key, raw in tar_samples(file, REQUIRED):
+                yield key, raw
+        except SampleError as error:
+            account["damage"] = error.detail
+            skip(account, error, "")
+
+
+def skip(account, error, key):
+    account["skipped"][error.reason] += 1
+    if len(account["first_skipped"]) < MAX_LISTED:
+        account["first_skipped"].append({"reason": error.reason, "key": key, "detail": error.detail})
+
+
+def decoded(unit, args, account):
+    """(key, what decode_image_text returns, flip), in order; threads decode ahead while the VAE encodes."""
+    image_flags = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
+
+    def decode(key, raw):
+        seed = keyed_seed(args.seed, "encode", unit.name, key)
+        check_members(raw, REQUIRED)
+        sample = decode_image_text(raw, random.Random(seed), **image_flags)
+        return sample, args.random_flip and random.Random(seed).random() < 0.5  # its first draw
+
+    with ThreadPoolExecutor(args.dataloader_num_workers) as pool:
+        pending, raws = deque(), raw_samples(unit, args, account)
+        while True:
+            while len(pending) < 2 * args.vae_encode_batch_size and (item := next(raws, None)) is not None:
+                account["read"] += 1
+                pending.append((item[0], pool.submit(decode, *item)))
+            if not pending:
+                return
+            key, future = pending.popleft()
+            try:
+                yield key, *future.result()
+            except SampleError as error:
+                skip(account, error, key)
+
+
+def encoded(vae, unit, args, account, progress):
+    """The samples of `latents.write_shard`. Batches are counted from the shard's start, whoever encodes it."""
+    samples, count = decoded(unit, args, account), 0
+    while batch := [sample for _, sample in zip(range(args.vae_encode_batch_size), samples, strict=False)]:
+        images = torch.stack([sample["images"] for _, sample, _ in batch]).to(vae.device)
+        moments = models.posterior(vae, images, args.vae_encode_batch_size)
+        mean, std = (x.to("cpu", torch.float16) for x in moments)
+        for (key, sample, flip), m, s in zip(batch, mean, std, strict=True):
+            if not (m.isfinite().all() and s.isfinite().all()):
+                detail = f"the VAE's latents are not finite in {args.mixed_precision}; see --mixed_precision"
+                skip(account, SampleError("decode", detail), key)
+                continue
+            record = {"original_size": sample["original_sizes"].tolist(), "flip": flip}
+            record |= {"crop_top_left": sample["crop_top_lefts"].tolist()}
+            yield key, sample["captions"], record, m.numpy(), s.numpy()
+            count += 1
+        progress.set_postfix({"shard": unit.name, "images": count})
+
+
+def report(args, own, paths):
+    """One line on what this task has made, now or before, and how much of the whole is there."""
+    there = [stats for unit in own if (stats := latents.shard_stats(paths[unit.name]))]
+    skipped = sum((Counter(stats["skipped"]) for stats in there), Counter())
+    listed = ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
+    complete = sum(latents.shard_stats(path) is not None for path in paths.values())
+    print(
+        f"task {args.shard_index} of {args.num_shards}: {len(there)} of its {len(own)} shards are done, "
+        f"{sum(stats['successes'] for stats in there)} samples, skipped: {listed}; {complete} of {len(paths)} shards "
+        f"are in {args.output_dir}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main(parse_args())

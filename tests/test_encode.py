@@ -1,0 +1,636 @@
+"""Cached latents: what encode_shards writes, that a run trains from it as from the images, and what is refused."""
+
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import train_lcm_distill_sd_wds as lcm
+from common import UserError, latents, models
+from common.shards import expand_shards
+from common.tools import encode_shards
+from tests.test_bad_inputs import Trap
+from tests.test_data import encode, random_image, server, write_tar
+from tests.test_models import edit_json
+from tests.test_scripts import ROOT, SCRIPTS, digests, flags, scalars, train
+from tests.test_slurm import FOLDER
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+__all__ = ["flags", "server"]
+
+
+def words(shards, out, teacher, **changes):
+    values = {"pretrained_teacher_model": teacher, "resolution": 16} | changes
+    return [str(shards), str(out)] + [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()]
+
+
+def ask(*args, **changes):
+    encode_shards.main(encode_shards.parse_args(words(*args, **changes)))
+
+
+def refused(capsys, *args, **changes):
+    """The one sentence of a command that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        ask(*args, **changes)
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stopped.value.code == 2 and len(err) == 1
+    return err[0]
+
+
+FLAGS = {"center_crop": True, "vae_encode_batch_size": 1}  # of the shards that most tests read
+
+
+@pytest.fixture(scope="session")
+def shards(shards):
+    """Three of the digits' eight shards, 540 images."""
+    return shards.replace("00007", "00002")
+
+
+@pytest.fixture(scope="session")
+def cached(build_once, teacher, shards):
+    """cached(kind): the digits' shards, encoded by the teacher of this kind with a centre crop."""
+
+    def get(kind="epsilon"):
+        return build_once(f"cached_{kind}", lambda folder: ask(shards, folder, teacher(kind), **FLAGS))
+
+    return get
+
+
+def tars(folder):
+    return f"{folder}/{{00000..00002}}.tar"
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def read_tar(path):
+    """{key: {extension: bytes}} of a shard, without this project's reader."""
+    samples = {}
+    with tarfile.open(path) as tar:
+        for member in tar.getmembers():
+            key, _, extension = member.name.partition(".")
+            samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    return samples
+
+
+def array(data):
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def stock_posterior(teacher, images):
+    """Mean and std of uint8 images (B, H, W, 3), by diffusers alone."""
+    vae = AutoencoderKL.from_pretrained(teacher, subfolder="vae")
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    return posterior.mean.numpy(), posterior.std.numpy()
+
+
+# --- what is written
+
+
+def test_latents_are_the_ones_of_the_stock_vae_in_float16(cached, teacher, shards):
+    source = read_tar(expand_shards(shards)[2])
+    made = read_tar(cached() / "00002.tar")
+    manifest = json.loads(made.pop("__manifest__")[""])
+    assert list(made) == list(source) and manifest == json.loads((cached() / "manifest.json").read_text())
+    assert manifest["vae"] == teacher() and manifest["dtype"] == "float32" and manifest["shape"] == [4, 8, 8]
+    images = [np.asarray(Image.open(io.BytesIO(source[key]["png"])).convert("RGB")) for key in made]
+    means, stds = stock_posterior(teacher(), images)
+    for key, mean, std in zip(made, means, stds, strict=True):
+        members = made[key]
+        assert members.keys() == {"mean.npy", "std.npy", "txt", "json"} and members["txt"] == source[key]["txt"]
+        for name, expected in (("mean.npy", mean), ("std.npy", std)):
+            assert array(members[name]).dtype == np.float16
+            assert np.abs(array(members[name]) - expected).max() <= 2**-10 * np.abs(expected).max()
+        record = json.loads(members["json"])
+        assert (record["original_size"], record["crop_top_left"], record["flip"]) == ([16, 16], [0, 0], False)
+    stats = json.loads((cached() / "00002_stats.json").read_text())
+    assert stats["successes"] == stats["count"] == len(made) and not stats["skipped"]
+
+
+def test_crops_and_flips_are_said_and_hang_on_seed_shard_and_key_alone(tmp_path, teacher):
+    """Sizes that are not square, with an odd side; the shorter one is the resolution, so that a crop is a slice."""
+    sizes = [(16, 23), (31, 16), (16, 16), (16, 40), (45, 16), (16, 17)] * 3
+    images = {f"k{i:02d}": random_image(i, *size) for i, size in enumerate(sizes)}
+    contents = [(f"{k}.{e}", c) for k, image in images.items() for e, c in (("png", encode(image)), ("txt", b"a"))]
+    for name in ("00000.tar", "00001.tar"):
+        write_tar(tmp_path / name, contents if name == "00000.tar" else contents[::-1])
+    ask(tmp_path / "{00000..00001}.tar", tmp_path / "out", teacher(), random_flip=True, seed=5)
+    first, second = (read_tar(tmp_path / "out" / name) for name in ("00000.tar", "00001.tar"))
+    records = {key: json.loads(first[key]["json"]) for key in images}
+    views = []
+    for key, record in records.items():
+        (top, left), pixels = record["crop_top_left"], np.asarray(images[key])
+        assert record["original_size"] == list(pixels.shape[:2])
+        pixels = pixels[:, ::-1] if record["flip"] else pixels
+        views.append(pixels[top : top + 16, left : left + 16].copy())
+    mean, _ = stock_posterior(teacher(), views)
+    assert all(np.abs(array(first[key]["mean.npy"]) - m).max() < 4e-3 for key, m in zip(images, mean, strict=True))
+    assert len({tuple(r["crop_top_left"]) for r in records.values()}) > 5
+    assert {r["flip"] for r in records.values()} == {True, False}
+    others = [json.loads(second[key]["json"]) for key in images]
+    assert others != list(records.values())  # another shard, other draws
+    ask(tmp_path / "00001.tar", tmp_path / "again", teacher(), random_flip=True, seed=5, vae_encode_batch_size=3)
+    again = read_tar(tmp_path / "again" / "00001.tar")  # alone, in other batches: the same draws
+    assert [json.loads(again[key]["json"]) for key in images] == others
+
+
+def test_a_cached_sample_of_sd15_takes_70_kilobytes(tmp_path):
+    """The number in docs/data.md, by what stands in a tar; SDXL's at 1024 pixels is 4 x the latents."""
+    for side, expected in ((64, 69_632), (128, 266_240)):
+        half = np.ones((4, side, side), np.float16)
+        manifest = json.dumps({"format": 1}).encode()
+        samples = [(f"{i:09d}", "a caption", {"flip": False}, half, half) for i in range(100)]
+        latents.write_shard(tmp_path / f"{side}.tar", manifest, samples, lambda count, size: {"bytes": size})
+        size = (tmp_path / f"{side}.tar").stat().st_size
+        assert size / 100 == pytest.approx(expected, rel=0.01)
+
+
+def in_a_child(command, before=lambda: None):
+    """The command in a process of its own, which shares nothing with this one from its start on."""
+
+    def run():
+        before()
+        ask_with(command)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def ask_with(command):
+    encode_shards.main(encode_shards.parse_args(command))
+
+
+@pytest.mark.parametrize(("nth", "left"), [(3, {"manifest.json"}), (5, {"manifest.json", "00000.tar"})])
+def test_kill_9_leaves_nothing_that_passes_for_complete(tmp_path, cached, shards, teacher, nth, left):
+    """In the middle of a shard, and between the shard and its json. The manifest takes the first two syncs."""
+    expected = content(cached())
+    command = words(shards, tmp_path / "out", teacher(), **FLAGS)
+
+    def dies_at_a_sync():
+        calls, fsync = [], os.fsync
+
+        def dying(descriptor):
+            calls.append(1)
+            os.kill(os.getpid(), signal.SIGKILL) if len(calls) == nth else fsync(descriptor)
+
+        latents.os.fsync = dying
+
+    process = in_a_child(command, dies_at_a_sync)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert {name for name in content(tmp_path / "out") if not name.endswith(".tmp")} == left
+    assert latents.shard_stats(tmp_path / "out" / "00000.tar") is None
+    ask_with(command)
+    assert content(tmp_path / "out") == expected  # the leftovers are gone too
+
+
+def test_two_processes_with_the_same_part_are_no_harm(tmp_path, cached, shards, teacher):
+    expected = content(cached())
+    both = [in_a_child(words(shards, tmp_path / "out", teacher(), **FLAGS)) for _ in range(2)]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0] and content(tmp_path / "out") == expected
+
+
+def test_bytes_are_the_same_for_any_split_and_only_missing_shards_are_made(tmp_path, cached, shards, teacher, capsys):
+    for index in (2, 0, 1):
+        ask(shards, tmp_path, teacher(), **FLAGS, shard_index=index, num_shards=3)
+    assert "1 of its 1 shards are done" in capsys.readouterr().out
+    assert content(tmp_path) == content(cached())
+    (tmp_path / "00000_stats.json").unlink()
+    (tmp_path / "00002.tar").write_bytes(b"cut off")
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    ask(shards, tmp_path, teacher(), **FLAGS)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    made = {name for name in after if after[name] != before.get(name)}
+    assert made == {"00002.tar", "00002_stats.json", "00000.tar", "00000_stats.json"}
+    assert content(tmp_path) == content(cached())
+
+
+def test_a_task_of_an_array_job(tmp_path, cached, shards, teacher):
+    """docs/slurm/array.sbatch with the real command, while the other task runs too; ids that do not start at zero."""
+    command = words(shards, tmp_path / "out", teacher(), **FLAGS)
+    env = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = ["bash", FOLDER / "array.sbatch", sys.executable, "-m", "common.tools.encode_shards", *command]
+    task = subprocess.Popen(job, env=os.environ | env, **options)
+    other = in_a_child(command, lambda: os.environ.update(env | {"SLURM_ARRAY_TASK_ID": "4"}))
+    out, _ = task.communicate(timeout=300)
+    other.join(120)
+    assert task.returncode == other.exitcode == 0 and "task 1 of 2: 1 of its 1 shards are done" in out, out
+    assert content(tmp_path / "out") == content(cached())
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"}, (2, 3)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_STEP": "2", "RANK": "1", "WORLD_SIZE": "2",
+            },
+            (5, 6),
+        ),
+        ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}, "unbroken --array"),
+        ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "10"}, "SLURM_ARRAY_TASK_MIN='' is no number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "pass --shard_index and --num_shards"),
+    ],
+)  # fmt: skip
+def test_the_part_of_a_task(environ, expected, monkeypatch, capsys):
+    for name in list(os.environ):
+        if name.startswith("SLURM_ARRAY"):
+            monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, tuple):
+        args = encode_shards.parse_args(words("in", "out", "t"))
+        assert (args.shard_index, args.num_shards) == expected
+        return
+    with pytest.raises(SystemExit) as stopped:
+        encode_shards.parse_args(words("in", "out", "t"))
+    assert stopped.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_a_wrapper_for_ray_as_the_guide_has_it(tmp_path, cached, shards, teacher, monkeypatch):
+    """The guide's lines, with a stand-in for ray that calls at once."""
+    lines = re.search(r"```python\n(import ray\n.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)[1]
+
+    def remote(**options):
+        return lambda function: types.SimpleNamespace(remote=function)
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(remote=remote, get=list))
+    monkeypatch.setattr(sys, "argv", ["encode.py", *words(shards, tmp_path / "out", teacher(), **FLAGS)])
+    assert "--num_shards" in lines
+    exec(compile(lines.replace("TASKS = 16", "TASKS = 2"), "docs/data.md", "exec"), {"__name__": "__main__"})
+    assert content(tmp_path / "out") == content(cached())
+
+
+def test_a_folder_of_images(tmp_path, teacher):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    names = ["a.png", "b.c.png", "sub/a.png", "sub/d.png", "z.png"]
+    for i, name in enumerate(names):
+        (tmp_path / "in" / name).write_bytes(encode(random_image(i, 16, 16)))
+        (tmp_path / "in" / name).with_suffix(".txt").write_text(f"caption {i}")
+    (tmp_path / "in" / "z.txt").unlink()
+    ask(tmp_path / "in", tmp_path / "out", teacher(), samples_per_shard=3)
+    first, second = (read_tar(tmp_path / "out" / f"0000{i}.tar") for i in range(2))
+    assert list(first) == ["__manifest__", "a", "b_c", "sub/a"] and list(second) == ["__manifest__", "sub/d"]
+    assert first["b_c"]["txt"] == b"caption 1"
+    assert json.loads((tmp_path / "out" / "00001_stats.json").read_text())["skipped"] == {"missing_caption": 1}
+
+
+# --- what cannot be used
+
+
+def test_bad_samples_are_left_out_counted_and_said(tmp_path, teacher, capsys, monkeypatch):
+    good = [("a.png", encode(random_image(0, 20, 20))), ("a.txt", b"caption")]
+    bad = [("b.png", b"no image"), ("b.txt", b"x"), ("c.png", encode(random_image(1))), ("d.txt", b"no image")]
+    bad += [("e.png", encode(random_image(2, 9, 9))), ("e.txt", b"small")]
+    write_tar(tmp_path / "00000.tar", [*good, *good, *bad])  # the first key twice
+    write_tar(tmp_path / "00001.tar", [])
+    whole = Path(write_tar(tmp_path / "00002.tar", [*good, ("z.png", encode(random_image(3))), ("z.txt", b"z")]))
+    whole.write_bytes(whole.read_bytes()[:2600])  # in the middle of z
+    ask(tmp_path / "{00000..00002}.tar", tmp_path / "out", teacher(), min_image_size=10)
+    stats = [json.loads((tmp_path / "out" / f"0000{i}_stats.json").read_text()) for i in range(3)]
+    assert stats[0]["skipped"] == {"decode": 2, "missing_caption": 1, "too_small": 1}
+    assert (stats[0]["count"], stats[0]["successes"]) == (6, 2)
+    assert [entry["key"] for entry in stats[0]["first_skipped"]] == ["b", "c", "d", "e"]
+    assert (stats[1]["count"], stats[1]["successes"], stats[1]["skipped"]) == (0, 0, {})
+    assert (stats[2]["successes"], stats[2]["skipped"]) == (1, {"shard_read": 1})
+    out = capsys.readouterr().out
+    assert "skipped: decode 2, missing_caption 1, shard_read 1, too_small 1; 3 of 3 shards" in out
+
+    # A VAE that overflows for one image costs that sample.
+    posterior = models.posterior
+
+    def overflowing(vae, images, batch_size):
+        mean, std = posterior(vae, images, batch_size)
+        mean[0] *= 1e6
+        return mean, std
+
+    monkeypatch.setattr(models, "posterior", overflowing)
+    ask(tmp_path / "00000.tar", tmp_path / "overflow", teacher())
+    stats = json.loads((tmp_path / "overflow" / "00000_stats.json").read_text())
+    assert (stats["successes"], stats["skipped"]["decode"]) == (2, 3)
+    assert "not finite in no; see --mixed_precision" in stats["first_skipped"][-1]["detail"]
+
+
+def test_a_shard_that_cannot_be_read_costs_itself_alone(tmp_path, teacher, capsys):
+    write_tar(tmp_path / "00000.tar", [("a.png", encode(random_image(0))), ("a.txt", b"caption")])
+    (tmp_path / "00001.tar").write_bytes(b"no tar at all" * 99)
+    write_tar(tmp_path / "00002.tar", [("a.png", b"x"), ("a.txt", b"caption")])
+    write_tar(tmp_path / "00003.tar", [("a.png", encode(random_image(1))), ("a.txt", b"caption")])
+    sentence = refused(capsys, tmp_path / "{00000..00003}.tar", tmp_path / "out", teacher())
+    assert "IN: 2 of 4 shards could not be encoded, the first is" in sentence and "00001.tar" in sentence
+    assert {"00000.tar", "00003.tar"} == {p.name for p in (tmp_path / "out").iterdir()} - {
+        "manifest.json", "00000_stats.json", "00003_stats.json",
+    }  # fmt: skip
+    write_tar(tmp_path / "00001.tar", [("a.png", encode(random_image(1))), ("a.txt", b"repaired")])
+    sentence = refused(capsys, tmp_path / "{00000..00003}.tar", tmp_path / "out", teacher())
+    assert "1 of 4 shards" in sentence and (tmp_path / "out" / "00001_stats.json").exists()
+
+
+def other_vae(teacher, folder, **config):
+    """A copy of the teacher with an encoder whose weights differ a little, or with other entries in the VAE's file."""
+    folder = Path(shutil.copytree(teacher, folder))
+    if config:
+        edit_json(folder / "vae" / "config.json", **config)
+        return folder
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["encoder.conv_in.bias"] += 0.01
+    save_file(weights, path, {"format": "pt"})
+    return folder
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path, cached, shards, teacher, capsys, monkeypatch):
+    out = Path(shutil.copytree(cached(), tmp_path / "out"))
+    before = content(out)
+    assert "encoder_sha256 was" in refused(capsys, shards, out, other_vae(teacher(), tmp_path / "t"), center_crop=True)
+    monkeypatch.setattr(models, "load_teacher", None)  # the rest is found before any weight is loaded
+    assert "center_crop was True and is False" in refused(capsys, shards, out, teacher())
+    assert "seed was 0 and is 3" in refused(capsys, shards, out, teacher(), center_crop=True, seed=3)
+    assert "shape was [4, 8, 8] and is" in refused(capsys, shards, out, teacher(), center_crop=True, resolution=32)
+    assert "dtype was" in refused(capsys, shards, out, teacher(), center_crop=True, mixed_precision="bf16")
+    assert "holds cached latents already" in refused(capsys, tars(out), tmp_path / "twice", teacher())
+    folder = Path(expand_shards(shards)[0]).parent
+    assert "holds other files and no manifest.json" in refused(capsys, shards, folder, teacher())
+    assert "OUT=" in refused(capsys, shards, out / "00000.tar", teacher())
+    assert "--device=cuda:7 cannot be used here" in refused(capsys, shards, out, teacher(), device="cuda:7")
+    assert "is not a multiple of 8" in refused(capsys, shards, tmp_path / "o", teacher(), resolution=17)
+    write_tar(tmp_path / "00001.tar", [("a.png", encode(random_image(0, 16, 16))), ("a.txt", b"other data")])
+    said = refused(capsys, tmp_path / "00001.tar", out, teacher(), center_crop=True)
+    assert "00001.tar was made of a source of" in said and "is 10240 bytes; name a new folder" in said
+    both = f"{folder}/{{00000,00000}}.tar"
+    assert "would both become 00000.tar" in refused(capsys, both, tmp_path / "o", teacher())
+    assert "IN names no shard" in refused(capsys, tmp_path / "{0..3}.none", tmp_path / "o", teacher()).replace(
+        "IN: 4 of 4 paths match no file", "IN names no shard"
+    )
+    (out / "manifest.json").write_text("{")
+    assert "its manifest.json cannot be read" in refused(capsys, shards, out, teacher(), center_crop=True)
+    (out / "manifest.json").write_bytes(before["manifest.json"])
+    assert content(out) == before and not (tmp_path / "o").exists()
+
+
+def test_a_name_for_every_kind_of_address():
+    names = {
+        "/a/b/00012.tar": "00012", "x.tar.gz": "x", "https://h/d/00003.tar?download=true": "00003",
+        "pipe:curl -L -s https://h/main/00001.tar?x=a.b || exit 1": "00001", "s3://bucket/part-7.v2.tar": "part-7.v2",
+    }  # fmt: skip
+    assert {shard: encode_shards.output_name(shard) for shard in names} == names
+    unit = encode_shards.Unit("1", "https://u:pw@h/1.tar?X-Amz-Date=2&X-Amz-Signature=s", None)
+    assert encode_shards.source(unit) == "https://***@h/1.tar"
+    with pytest.raises(UserError, match="has no name that ends in .tar"):
+        encode_shards.output_name("pipe:cat shard")
+
+
+# --- training
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_run_on_latents_differs_by_the_rounding_alone(tmp_path, flags, cached, monkeypatch, script):
+    """From images whose posterior is rounded to float16 the losses are the same, bit for bit: the posterior's noise,
+    dropped captions and all other draws are. The VAE encodes one image at a time in both."""
+    options = {"center_crop": True, "proportion_empty_prompts": 0.3, "train_batch_size": 8, "max_train_steps": 2}
+    train(flags(tmp_path / "b", script, **options, train_shards_path_or_url=tars(cached())), script)
+    posterior = models.posterior
+    monkeypatch.setattr(models, "posterior", lambda *args: [x.half().float() for x in posterior(*args)])
+    train(flags(tmp_path / "a", script, **options, vae_encode_batch_size=1), script)
+    a, b = (scalars(tmp_path / name, "loss") for name in "ab")
+    assert len(a) == 2 and a == b
+
+
+def test_training_from_latents_equals_training_from_images(tmp_path, flags, cached):
+    """Up to a thousandth of a loss, over 20 updates."""
+    options = {"center_crop": True, "max_train_steps": 20, "lr_warmup_steps": 0, "checkpointing_steps": 20}
+    train(flags(tmp_path / "a", lcm, **options))
+    train(flags(tmp_path / "b", lcm, **options, train_shards_path_or_url=tars(cached())))
+    a, b = (np.array(list(scalars(tmp_path / name, "loss").values())) for name in "ab")
+    assert len(a) == 20 and 0 < np.abs(b / a - 1).max() < 1e-3
+
+
+def test_sdxl_is_told_the_same_of_a_cached_sample(tmp_path, flags, cached, teacher):
+    options = {"pretrained_teacher_model": teacher("sdxl"), "center_crop": True, "max_train_steps": 2}
+    train(flags(tmp_path / "a", lcm, **options))
+    train(flags(tmp_path / "b", lcm, **options, train_shards_path_or_url=tars(cached("sdxl"))))
+    a, b = (scalars(tmp_path / name, "loss") for name in "ab")
+    assert list(b.values()) == pytest.approx(list(a.values()), rel=1e-3)
+    assert (tmp_path / "b" / "vae" / "diffusion_pytorch_model.safetensors").stat().st_size == (
+        Path(teacher("sdxl")) / "vae" / "diffusion_pytorch_model.safetensors"
+    ).stat().st_size  # the result has an encoder, though the run had none
+
+
+def test_a_cached_batch_is_what_encode_images_makes(cached, teacher, shards):
+    vae = models.load_teacher(teacher()).vae
+    manifest = latents.read_manifest(expand_shards(tars(cached())))
+    raw = next(raw for key, raw in read_tar(cached() / "00000.tar").items() if key != "__manifest__")
+    sample = latents.decode_cached(raw, np.random.default_rng(0), manifest=manifest)
+    png = next(iter(read_tar(expand_shards(shards)[0]).values()))["png"]
+    images = torch.from_numpy(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).copy()).permute(2, 0, 1)[None]
+    batch = {name: sample[name][None] for name in ("latent_means", "latent_stds")}
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    expected = models.encode_batch(vae, {"images": images}, generators[0], 1)
+    made = models.encode_batch(vae, batch, generators[1], 1)
+    assert torch.allclose(made, expected, atol=2e-3 * expected.abs().max().item(), rtol=0)
+    latents.use_cached(manifest, vae)
+    assert vae.encoder is None and models.decode_latents(vae, made).shape == (1, 3, 16, 16)
+
+
+def test_a_resumed_run_on_latents_equals_the_uninterrupted_one(tmp_path, flags, cached):
+    options = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
+    options |= {"train_shards_path_or_url": tars(cached()), "center_crop": True}
+    train(flags(tmp_path / "b", lcm, **options))
+    last = tmp_path / "b" / "checkpoint-4"
+    expected = digests(last)
+    (last / "COMPLETE").unlink()  # as if it had died while saving: the run goes back to step 2
+    train(flags(tmp_path / "b", lcm, **options, resume_from_checkpoint="latest"))
+    assert digests(last) == expected
+
+
+def half_precision(cached, folder):
+    """The same shards as if a VAE in bfloat16 had made them."""
+    return rewritten(cached, folder, lambda manifest: manifest.update(dtype="bfloat16"))
+
+
+def rewritten(cached, folder, change, shards=3):
+    """Cached shards whose manifests were changed, with the digests that they then have."""
+    folder.mkdir()
+    manifest = json.loads((cached / "manifest.json").read_text())
+    change(manifest)
+    for index in range(shards):
+        samples = []
+        for key, raw in read_tar(cached / f"{index:05d}.tar").items():
+            if key != "__manifest__":
+                record = json.loads(raw["json"])
+                samples.append((key, raw["txt"].decode(), record, array(raw["mean.npy"]), array(raw["std.npy"])))
+        text = json.dumps(manifest).encode()
+        latents.write_shard(folder / f"{index:05d}.tar", text, samples, lambda count, size: {"bytes": size})
+    return folder
+
+
+REFUSED = {
+    "flip": (lambda c, t, s: {"random_flip": True}, "--random_flip=True: the cached latents of --train_shards"),
+    "crop": (lambda c, t, s: {"center_crop": None}, "--center_crop=False: the cached latents of"),
+    "resolution": (lambda c, t, s: {"resolution": 32}, "--resolution=32: the cached latents of"),
+    "interpolation": (lambda c, t, s: {"interpolation_type": "bicubic"}, "--interpolation_type=bicubic"),
+    "smallest image": (lambda c, t, s: {"min_image_size": 9}, "--min_image_size=9: the cached latents of"),
+    "batch of the VAE": (lambda c, t, s: {"vae_encode_batch_size": 7}, "--vae_encode_batch_size: nothing is encoded"),
+    "images among them": (
+        lambda c, t, s: {"train_shards_path_or_url": f"{{{c}/00000.tar,{s}}}"},
+        "mixes cached latents",
+    ),
+    "a lower precision": (
+        lambda c, t, s: {"train_shards_path_or_url": half_precision(c, t / "bf16")},
+        "the VAE made the cached latents in bfloat16 and would compute in float32 in this run",
+    ),
+    "settings among others": (
+        lambda c, t, s: {"train_shards_path_or_url": f"{{{c}/00000.tar,{half_precision(c, t / 'b')}/00001.tar}}"},
+        "hold latents of different settings",
+    ),
+    "a VAE of another shape": (
+        lambda c, t, s: {
+            "train_shards_path_or_url": rewritten(c, t / "x", lambda m: m.update(shape=[4, 4, 4]), shards=1)
+        },
+        "have the shape [4, 4, 4], this teacher's have [4, 8, 8]",
+    ),
+    "another format": (
+        lambda c, t, s: {"train_shards_path_or_url": rewritten(c, t / "x", lambda m: m.update(format=9), shards=1)},
+        "has format 9, this version reads 1",
+    ),
+    "a damaged manifest": (
+        lambda c, t, s: {"train_shards_path_or_url": rewritten(c, t / "x", lambda m: m.pop("shape"), shards=1)},
+        "is damaged; encode this shard again",
+    ),
+}
+
+
+def one_sentence(capsys, flags, script=lcm):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(flags, script)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert stopped.value.code == 2 and len(err) == 1, err
+    return err[0]
+
+
+@pytest.mark.parametrize(("make", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_latents_that_do_not_fit_are_refused_before_any_weight(
+    tmp_path, flags, cached, shards, capsys, monkeypatch, make, sentence
+):
+    monkeypatch.setattr(models, "load_teacher", None)
+    options = {"train_shards_path_or_url": tars(cached()), "center_crop": True}
+    options |= make(cached(), tmp_path, expand_shards(shards)[1])
+    assert sentence in one_sentence(capsys, flags(tmp_path / "out", lcm, **options))
+
+
+@pytest.mark.parametrize("script", [SCRIPTS["lcm"], SCRIPTS["tscd_lora"]], ids=["lcm", "tscd_lora"])
+def test_latents_of_another_vae_are_refused(tmp_path, flags, cached, teacher, capsys, script):
+    options = {"train_shards_path_or_url": tars(cached()), "center_crop": True}
+    teacher = other_vae(teacher(), tmp_path / "t")
+    sentence = one_sentence(capsys, flags(tmp_path / "a", script, **options, pretrained_teacher_model=teacher), script)
+    assert "the encoder of this run's VAE has other weights; encode the images with it" in sentence
+
+
+def test_another_decoder_another_scale_and_half_precision_files_are_the_same_encoder(tmp_path, teacher):
+    vae = models.load_teacher(teacher()).vae
+    expected = latents.encoder_sha256(vae)
+    vae.save_pretrained(tmp_path / "half")
+    path = tmp_path / "half" / "diffusion_pytorch_model.safetensors"
+    half = {name: value.half() for name, value in load_file(path).items()}
+    half["decoder.conv_in.bias"] += 1
+    save_file(half, path, {"format": "pt"})
+    edit_json(tmp_path / "half" / "config.json", scaling_factor=0.5)
+    other = models.load_teacher(teacher(), vae=str(tmp_path / "half")).vae
+    assert other.dtype == torch.float32 and latents.encoder_sha256(other) == expected
+    other.quant_conv.bias.data[0] += 0.01
+    assert latents.encoder_sha256(other) != expected
+
+
+def npy(values):
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def test_bad_members_are_skipped_and_counted(tmp_path, flags, cached):
+    """A pickled array is never opened; a header that asks for a terabyte allocates nothing."""
+    good = read_tar(cached() / "00000.tar")
+    manifest, keys = good.pop("__manifest__")[""], list(good)
+    sound = np.ones((4, 8, 8), np.float16)
+    huge = npy(sound).replace(b"(4, 8, 8)", b"(1<<40,)").replace(b"(1<<40,)", b"(9**12,) ")
+    spoils = [
+        {"mean.npy": npy(np.array([Trap(str(tmp_path / "trap"))], dtype=object))},
+        {"mean.npy": npy(sound.astype(np.float32))},
+        {"std.npy": npy(sound[:, :4])},
+        {"std.npy": npy(-sound)},
+        {"mean.npy": npy(sound * np.float16(np.nan))},
+        {"mean.npy": good[keys[0]]["mean.npy"][:-3]},
+        {"mean.npy": huge},
+        {"mean.npy": npy(np.asfortranarray(sound))},
+        {"json": b"{}"},
+        {"json": b"[1"},
+        {"json": good[keys[0]]["json"].replace(b"[16, 16]", b'["a", 16]')},
+        {"txt": b" "},
+        {"txt": b"\xff"},
+    ]
+    for key, spoil in zip(keys, spoils, strict=False):
+        good[key] |= spoil
+    for members in (good[keys[20]], good[keys[21]]):
+        members.pop("std.npy")
+    contents = [("__manifest__", manifest)] + [(f"{k}.{e}", c) for k, raw in good.items() for e, c in raw.items()]
+    for name in range(3):
+        write_tar(tmp_path / f"{name:05d}.tar", contents)
+    options = {"data_lanes": 1, "train_batch_size": len(good) - 15, "max_train_steps": 1, "center_crop": True}
+    options |= {"shuffle_block_samples": 2000, "report_to": "none"}
+    train(flags(tmp_path / "out", lcm, **options, train_shards_path_or_url=tars(tmp_path)))
+    lines = (tmp_path / "out" / "skipped_samples.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    assert set(reasons) <= {"decode", "missing_caption"} and len(reasons) > 5
+    assert not (tmp_path / "trap").exists()
+    parsed = json.loads(manifest)
+    sample = read_tar(cached() / "00000.tar")[keys[0]]
+    assert latents.decode_cached(sample, np.random.default_rng(0), manifest=parsed)["captions"]
+    for spoil in spoils:
+        with pytest.raises(latents.SampleError):
+            latents.decode_cached(sample | spoil, np.random.default_rng(0), manifest=parsed)
+
+
+def test_remote_shards_are_recognised_by_their_first_bytes(tmp_path, flags, cached, server, capsys):
+    expected = latents.read_manifest([str(cached() / "00000.tar")])
+    assert latents.read_manifest([f"pipe:cat {cached()}/00000.tar # a comment"]) == expected
+    assert latents.read_manifest(["pipe:exit 3", f"pipe:cat {cached()}/00001.tar"]) == expected
+    assert latents.read_manifest(["pipe:exit 3"] * 9) is None
+    options = {"train_shards_path_or_url": f"pipe:cat {cached()}/{{00000..00002}}.tar", "center_crop": True}
+    train(flags(tmp_path / "a", lcm, **options, max_train_steps=2))
+    half = half_precision(cached(), tmp_path / "half")  # seen when its samples come
+    options["train_shards_path_or_url"] = f"pipe:cat {{{cached()}/00000.tar,{half}/00001.tar}}"
+    assert "cached latents of other settings" in one_sentence(capsys, flags(tmp_path / "b", lcm, **options))
+
+
+def test_the_digits_of_the_demo_are_found_by_a_folder_too(tmp_path, flags, cached, capsys):
+    """The folder itself may be named; --dry_run says where the latents come from, and counts without opening tars."""
+    train(flags(tmp_path / "a", lcm, train_shards_path_or_url=cached(), center_crop=True, dry_run=True))
+    out = capsys.readouterr().out
+    assert "cached, made by the VAE of" in out and re.search(r"samples per epoch +540", out)

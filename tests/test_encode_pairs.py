@@ -1,0 +1,95 @@
+"""A table of images, encoded once for direct distillation."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+from common import pairs, pipelines
+from common.tools import encode_pairs
+from tests import test_direct
+from tests.test_direct import direct_teacher, flags, from_table, made, members, pictured, prompts_file, run, table
+from tests.test_scripts import scalars
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+__all__ = ["direct_teacher", "flags", "made", "pictured", "prompts_file", "table"]
+
+
+def ask(table, out, teacher, **changes):
+    values = {"pretrained_teacher_model": teacher, "samples_per_shard": 8} | changes
+    words = [str(table / "metadata.csv"), str(out), *(f"--{k}={v}" for k, v in values.items())]
+    encode_pairs.main(encode_pairs.parse_args(words))
+
+
+def test_training_from_them_equals_training_from_the_images(tmp_path, flags, table, direct_teacher, monkeypatch):
+    ask(table, tmp_path / "pairs", direct_teacher())
+    images, stored = pairs.PairImages(table / "metadata.csv"), pairs.PairShards(tmp_path / "pairs")
+    images.pipeline = pipelines.load_pipeline(direct_teacher())
+    assert torch.allclose(images.latents(range(20)), stored.latents(range(20)), atol=1e-5)
+    assert (images.prompts, images.seeds, images.sizes) == (stored.prompts, stored.seeds, stored.sizes)
+    run(from_table(flags, table, tmp_path / "a"))
+    shutil.rmtree(table)
+    monkeypatch.setattr(pairs, "encode", None)
+    run(flags(tmp_path / "b", pairs_dir=tmp_path / "pairs"))
+    a, b = (scalars(tmp_path / name, "loss") for name in "ab")
+    assert len(a) == 4 and list(b.values()) == pytest.approx(list(a.values()), rel=1e-4)
+    config = json.loads((tmp_path / "b" / "training_config.json").read_text())["flags"]
+    assert config["num_inference_steps"] == 4  # the table's
+
+
+def test_bytes_are_the_same_for_two_tasks_and_only_missing_shards_are_made(tmp_path, table, direct_teacher):
+    ask(table, tmp_path / "one", direct_teacher())
+    for index in (1, 0):
+        ask(table, tmp_path / "two", direct_teacher(), shard_index=index, num_shards=2)
+    assert members(tmp_path / "one") == members(tmp_path / "two") and len(members(tmp_path / "one")) == 4
+    before = (tmp_path / "two" / "00000.tar").stat().st_mtime_ns
+    (tmp_path / "two" / "00002.tar").unlink()
+    ask(table, tmp_path / "two", direct_teacher())
+    assert members(tmp_path / "one") == members(tmp_path / "two")
+    assert (tmp_path / "two" / "00000.tar").stat().st_mtime_ns == before
+
+
+def sentence(capsys, call, *args, **options):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(*args, **options)
+    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stopped.value.code == 2 and len(err) == 1
+    return err[0]
+
+
+def test_several_sizes_and_another_vae(tmp_path, flags, table, direct_teacher, capsys):
+    Image.open(table / "000000003.png").resize((24, 16)).save(table / "000000003.png")
+    ask(table, tmp_path / "pairs", direct_teacher())
+    assert pairs.PairShards(tmp_path / "pairs").call_kwargs([3]) == {"height": 16, "width": 24}
+    command = {"pairs_dir": tmp_path / "pairs"}
+    said = sentence(capsys, run, flags(tmp_path / "a", **command))
+    assert "--pairs_dir: its images have several sizes; pass --train_batch_size=1" in said
+    options = {"train_batch_size": 1, "num_inference_steps": 3}
+    assert "the csv says 4" in sentence(capsys, run, flags(tmp_path / "a", **command, **options))
+    teacher = Path(shutil.copytree(direct_teacher(), tmp_path / "teacher"))
+    path = teacher / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = {name: value * 1.1 if name.startswith("encoder") else value for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    options = {"train_batch_size": 1, "pretrained_teacher_model": teacher}
+    assert "has other weights; name the teacher" in sentence(capsys, run, flags(tmp_path / "b", **command, **options))
+    assert "encoder_sample" in sentence(capsys, ask, table, tmp_path / "pairs", teacher)
+    options["pretrained_teacher_model"] = direct_teacher()
+    run(flags(tmp_path / "c", **command, **options, max_train_steps=2))
+
+
+def test_mistakes_before_any_weight(tmp_path, table, direct_teacher, capsys, monkeypatch):
+    monkeypatch.setattr(pipelines, "load_pipeline", None)
+    rows = list(csv.reader(open(table / "metadata.csv", newline="")))
+    assert "METADATA=/no/metadata.csv cannot be read" in sentence(
+        capsys, ask, Path("/no"), tmp_path / "o", direct_teacher()
+    )
+    assert "--pretrained_teacher_model=/no" in sentence(capsys, ask, table, tmp_path / "o", "/no")
+    with open(table / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([row[:2] for row in rows])
+    assert "has no column or no row of seed" in sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
+    assert not (tmp_path / "o").exists() and test_direct.NUM_PAIRS == len(rows) - 1
