@@ -94,16 +94,16 @@ def no_cache_at_home(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+def save_data_set(folder):
+    """A Hugging Face data set with CIFAR-10's columns."""
+    images, labels = rows()
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(digits.WORDS))}
+    datasets.Dataset.from_dict({"img": images, "label": labels}, datasets.Features(features)).save_to_disk(folder)
+
+
 @pytest.fixture(scope="session")
 def data_set(build_once):
-    """A Hugging Face data set with CIFAR-10's columns."""
-
-    def build(folder):
-        images, labels = rows()
-        features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(digits.WORDS))}
-        datasets.Dataset.from_dict({"img": images, "label": labels}, datasets.Features(features)).save_to_disk(folder)
-
-    return build_once("ct_data_set", build)
+    return build_once("ct_data_set", save_data_set)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,11 @@
     SOAK_KILLS=5 SOAK_SEED=1 SOAK_SUMMARY=soak.md python -m pytest tests/soak -n 0
 
 Each life of a run is a fork of this process, which has the libraries loaded, so that a kill costs seconds. Half of the
-kills come at a random call inside a save, half at a random moment. What is compared: weights, optimizer, EMA,
-learning-rate schedule, discriminator, the random state of the process, and the place in the data.
+kills come at a random call inside a save, half at a random moment. What is compared is all that a checkpoint holds:
+weights, optimizer, EMA, learning-rate schedule, discriminator, the random states of the process, counters, and the
+place in the data.
 """
 
-import contextlib
 import os
 import random
 import resource
@@ -20,84 +20,16 @@ from pathlib import Path
 
 from common import checkpointing
 from common.preemption import Stopper
-from common.tools import digits
-from tests.test_scripts import SCRIPTS, digests, flags, train
+from tests.cases import CASES, command, contents
+from tests.forks import end_of, is_running, life, run
 
 import pytest
 
-__all__ = ["flags"]
 KILLS = int(os.environ.get("SOAK_KILLS", "20"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 SUMMARY = os.environ.get("SOAK_SUMMARY")
 STEPS, EVERY = 24, 2
-every_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-
-
-def life(flags, script, log, hook=lambda: None):
-    """Fork a process that runs the script: its id. hook: called in it before the run; its output goes to `log`."""
-    sys.stdout.flush(), sys.stderr.flush()
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.stdout, sys.stderr = (os.fdopen(os.dup(out), "w", buffering=1) for _ in range(2))
-        signal.alarm(600)
-        hook()
-        train(flags, script)
-        code = 0
-    except SystemExit as stopped:
-        code = stopped.code
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-
-
-def end_of(process):
-    """The exit code of a fork, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def is_running(process):
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
-
-def run(flags, script, log, hook=lambda: None):
-    return end_of(life(flags, script, log, hook))
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A teacher and shards, made in a process of their own: autograd does not survive a fork."""
-    folder = tmp_path_factory.mktemp("built")
-    process = os.fork()
-    if not process:
-        code = 1
-        try:
-            digits.build_teacher(folder / "teacher", "epsilon", vae_steps=5, unet_steps=20)
-            digits.write_shards(folder / "shards")
-            code = 0
-        finally:
-            os._exit(code)
-    assert end_of(process) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def teacher(built):
-    return lambda kind="epsilon": str(built / "teacher")
-
-
-@pytest.fixture(scope="module")
-def shards(built):
-    return str(built / "shards" / "train" / "{00000..00007}.tar")
+every_case = pytest.mark.parametrize("name", CASES)
 
 
 def marking(marker):
@@ -151,20 +83,24 @@ def counting(save_number, kill_at, counts):
     return hook
 
 
-@every_script
-def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_path, flags, script):
-    draw, log = random.Random(f"{SEED} {script.__name__}"), tmp_path / "log"
+@pytest.fixture
+def start(made):
+    """start(name of a case, folder, **changes): (the script, its command line)."""
+    return lambda name, folder, **changes: (command(CASES[name], made, folder, **changes), CASES[name].script)
+
+
+@every_case
+def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_path, start, name):
+    draw, log = random.Random(f"{SEED} {name}"), tmp_path / "log"
     options = {"max_train_steps": STEPS, "checkpointing_steps": EVERY, "checkpoints_total_limit": 3}
     options |= {"report_to": "none", "gradient_accumulation_steps": 2, "logging_steps": 3, "train_batch_size": 2}
-    if "tscd" in script.__name__:
-        options["stage_segments"] = "4,2,1"
+    options |= {"stage_segments": "4,2,1"} if "tscd" in name else {"pretrain_steps": 6} if name == "ct ect" else {}
     count, mark = counting(0, 0, tmp_path / "calls"), marking(tmp_path / "moments")
-    assert run(flags(tmp_path / "a", script, **options), script, log, lambda: (count(), mark())) == 0, log.read_text()[
-        -3000:
-    ]
+    code = run(*start(name, tmp_path / "a", **options), log, lambda: (count(), mark()))
+    assert code == 0, log.read_text()[-3000:]
     moments = [float(line) for line in (tmp_path / "moments").read_text().splitlines()]
     seconds, calls = (moments[-1] - moments[0]) / STEPS, int((tmp_path / "calls").read_text())
-    expected = digests(tmp_path / "a" / f"checkpoint-{STEPS}")
+    expected = contents(tmp_path / "a" / f"checkpoint-{STEPS}")
     kills, rounds, equal = {"save": 0, "anywhere": 0}, 0, 0
     while sum(kills.values()) < KILLS:
         out = tmp_path / f"b{rounds}"
@@ -176,7 +112,7 @@ def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_
             looping = tmp_path / "looping"
             looping.unlink(missing_ok=True)
             hook = counting(draw.choice((1, 1, 2)), draw.randint(1, calls), None) if inside else marking(looping)
-            process = life(flags(out, script, **options, **resume), script, log, hook)
+            process = life(*start(name, out, **options, **resume), log, hook)
             if not inside and not enough:
                 if draw.random() < 0.8:  # in the loop; else from the start on, while it loads
                     while not looping.exists() and is_running(process):
@@ -190,10 +126,10 @@ def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_
             kills["save" if inside else "anywhere"] += 1
             checkpoints = [c for c in checkpointing.list_checkpoints(out) if not checkpointing.completeness(c)]
             assert checkpoints == checkpointing.list_checkpoints(out)  # what has its name is whole
-        equal += digests(out / f"checkpoint-{STEPS}") == expected
+        equal += contents(out / f"checkpoint-{STEPS}") == expected
         assert not list(out.glob("*.tmp"))
         shutil.rmtree(out)
-    row = f"| {script.__name__} | {sum(kills.values())} | {kills['save']} | {kills['anywhere']} | {rounds} | {equal} |"
+    row = f"| {name} | {sum(kills.values())} | {kills['save']} | {kills['anywhere']} | {rounds} | {equal} |"
     print(row)
     if SUMMARY:
         with open(SUMMARY, "a") as file:
@@ -201,12 +137,12 @@ def test_killed_again_and_again_a_run_ends_where_the_uninterrupted_one_does(tmp_
     assert equal == rounds, row
 
 
-@every_script
+@every_case
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_a_disk_that_is_full_during_a_save_costs_that_checkpoint_alone(tmp_path, flags, script, share):
+def test_a_disk_that_is_full_during_a_save_costs_that_checkpoint_alone(tmp_path, start, name, share):
     """A file cannot grow beyond a share of the largest one's size, as on a disk that fills up early or late."""
     log, out = tmp_path / "log", tmp_path / "out"
-    assert run(flags(tmp_path / "a", script), script, log) == 0
+    assert run(*start(name, tmp_path / "a"), log) == 0, log.read_text()[-3000:]
 
     def fills_up():
         save, saves = checkpointing.save_checkpoint, []
@@ -220,17 +156,17 @@ def test_a_disk_that_is_full_during_a_save_costs_that_checkpoint_alone(tmp_path,
         checkpointing.save_checkpoint = limited
 
     largest = max(path.stat().st_size for path in (tmp_path / "a" / "checkpoint-4").iterdir())
-    assert run(flags(out, script), script, log, fills_up) == 2, log.read_text()[-3000:]
+    assert run(*start(name, out), log, fills_up) == 2, log.read_text()[-3000:]
     lines = [line for line in log.read_text().splitlines() if "error: " in line]
     assert len(lines) == 1 and "the checkpoint of step 4 could not be written" in lines[0], lines
     assert [c.name for c in checkpointing.list_checkpoints(out)] == ["checkpoint-2"] and not list(out.glob("*.tmp"))
-    assert run(flags(out, script, resume_from_checkpoint="latest"), script, log) == 0
-    assert digests(out / "checkpoint-4") == digests(tmp_path / "a" / "checkpoint-4")
+    assert run(*start(name, out, resume_from_checkpoint="latest"), log) == 0
+    assert contents(out / "checkpoint-4") == contents(tmp_path / "a" / "checkpoint-4")
 
 
-@every_script
+@every_case
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up root's rights in the middle of a run")
-def test_an_output_folder_that_becomes_read_only_costs_that_checkpoint_alone(tmp_path, flags, script):
+def test_an_output_folder_that_becomes_read_only_costs_that_checkpoint_alone(tmp_path, start, name):
     log, out = tmp_path / "log", tmp_path / "out"
 
     def becomes_read_only():
@@ -245,20 +181,20 @@ def test_an_output_folder_that_becomes_read_only_costs_that_checkpoint_alone(tmp
 
         checkpointing.save_checkpoint = limited
 
-    assert run(flags(out, script), script, log, becomes_read_only) == 2, log.read_text()[-3000:]
+    assert run(*start(name, out), log, becomes_read_only) == 2, log.read_text()[-3000:]
     lines = [line for line in log.read_text().splitlines() if "error: " in line]
     assert len(lines) == 1 and "checkpoint of step 4 could not be written (" in lines[0] and "ermission" in lines[0]
     os.chmod(out, 0o755)
-    assert run(flags(tmp_path / "a", script), script, log) == 0
-    assert run(flags(out, script, resume_from_checkpoint="latest"), script, log) == 0
-    assert digests(out / "checkpoint-4") == digests(tmp_path / "a" / "checkpoint-4")
+    assert run(*start(name, tmp_path / "a"), log) == 0
+    assert run(*start(name, out, resume_from_checkpoint="latest"), log) == 0
+    assert contents(out / "checkpoint-4") == contents(tmp_path / "a" / "checkpoint-4")
 
 
-@every_script
-def test_every_file_of_a_checkpoint_is_missed_by_name_and_latest_falls_back(tmp_path, flags, script):
+@every_case
+def test_every_file_of_a_checkpoint_is_missed_by_name_and_latest_falls_back(tmp_path, start, name):
     log, out = tmp_path / "log", tmp_path / "out"
-    assert run(flags(out, script), script, log) == 0
-    expected = digests(out / "checkpoint-4")
+    assert run(*start(name, out), log) == 0, log.read_text()[-3000:]
+    expected = contents(out / "checkpoint-4")
     for file in sorted(path.name for path in (out / "checkpoint-4").iterdir()):
         for damage in ("truncated", "missing"):
             broken = tmp_path / f"{file}-{damage}"
@@ -269,15 +205,15 @@ def test_every_file_of_a_checkpoint_is_missed_by_name_and_latest_falls_back(tmp_
             else:
                 victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
             words = tmp_path / f"{broken.name}.log"
-            named = flags(broken, script, resume_from_checkpoint="checkpoint-4")
-            assert run(named, script, words) == 2 and file in words.read_text(), words.read_text()[-3000:]
+            named = start(name, broken, resume_from_checkpoint="checkpoint-4")
+            assert run(*named, words) == 2 and file in words.read_text(), words.read_text()[-3000:]
             words.unlink()
-            latest = flags(broken, script, resume_from_checkpoint="latest")
+            latest = start(name, broken, resume_from_checkpoint="latest")
             if (file, damage) in (("model.safetensors", "truncated"), ("optimizer.bin", "missing")):
-                assert run(latest, script, words) == 0
+                assert run(*latest, words) == 0
                 assert "checkpoint-4 is passed over: " in words.read_text()
                 assert f"resumed from {broken / 'checkpoint-2'} at step 2" in words.read_text()
-                assert digests(broken / "checkpoint-4") == expected
+                assert contents(broken / "checkpoint-4") == expected
             else:  # the choice alone
                 found = checkpointing.find_checkpoint(broken, "latest", lambda line: None)
                 assert found == Path(broken, "checkpoint-2")

@@ -1,0 +1,43 @@
+"""What the scripts train on, made in processes of their own: see tests/forks.py."""
+
+import json
+
+from common.tools import digits
+from tests import forks
+from tests.test_ct import CONFIG, save_data_set
+from tests.test_direct import QUICK, ask
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def made(build_once):
+    """{name: path} of what tests/cases.py names."""
+
+    def build(folder):
+        def body():
+            digits.build_teacher(folder / "teacher", "epsilon", vae_steps=5, unet_steps=20)
+            digits.write_shards(folder / "shards")
+            save_data_set(folder / "data_set")
+            (folder / "unet.json").write_text(json.dumps(CONFIG))
+            digits.build_teacher(folder / "direct_teacher", **QUICK)
+            (folder / "prompts.txt").write_text("\n".join(digits.canonical_prompts(10)) + "\n")
+            ask(folder / "pairs", folder / "direct_teacher", folder / "prompts.txt")
+
+        assert forks.end_of(forks.fork(body)) == 0
+
+    folder = build_once("soak", build)
+    names = {"shards": "shards/train/{00000..00007}.tar", "unet": "unet.json"}
+    return {
+        n: str(folder / names.get(n, n)) for n in ("teacher", "shards", "data_set", "unet", "direct_teacher", "pairs")
+    }
+
+
+@pytest.fixture(scope="session")
+def teacher(made):
+    return lambda kind="epsilon": made["teacher"]
+
+
+@pytest.fixture(scope="session")
+def shards(made):
+    return made["shards"]
