@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -28,8 +29,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
 from huggingface_hub import get_token
+from safetensors import SafetensorError
 
 SECRET_FLAGS = ("hub_token",)
+DISK_ERRORS = "No space left on device|Disk quota exceeded|File too large|Read-only file system"
 VAE_ENCODE_BATCH_SIZE = {False: 32, True: 8}  # by whether the teacher is an SDXL
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -65,7 +68,7 @@ def exit_with(prog, message, on_one_rank=False):
 
 
 def user_errors(main, is_tool=False):
-    """Decorator of a script's main(args): a UserError ends the run as `parser.error` would.
+    """Decorator of a script's main(args): UserErrors and full disks end the run as `parser.error` would.
 
     A script notes the signals that a `Stopper` looks for; a tool has none, and ends of them like any program.
     """
@@ -77,6 +80,12 @@ def user_errors(main, is_tool=False):
                 return main(args)
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
+        except (OSError, SafetensorError) as error:
+            if not re.search(DISK_ERRORS, str(error)):
+                raise
+            resumes = hasattr(args, "resume_from_checkpoint")
+            again = "resume with --resume_from_checkpoint=latest" if resumes else "start the same command again"
+            exit_with(os.path.basename(sys.argv[0]), f"{error}; make room and {again}", on_one_rank=True)
         except KeyboardInterrupt:
             go_on = "--resume_from_checkpoint=latest goes on from the last checkpoint"
             print("\ninterrupted" + ("" if is_tool else f"; {go_on}"), file=sys.stderr)
@@ -247,7 +256,9 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
 
     add = parser.add_argument_group("checkpoints").add_argument
     add("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
-    add("--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep; without it, all")
+    add(
+        "--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep, and the best; default: all"
+    )
     add("--resume_from_checkpoint", help="latest, a name under --output_dir, or a path")
     add("--stop_margin", type=non_negative_int, default=300, help="seconds before a SLURM job's end to save and stop")
 

@@ -25,6 +25,7 @@ COMPLETE = "COMPLETE"
 CONFIG = "training_config.json"  # what a run writes first
 SKIPPED = "skipped_samples.jsonl"  # what its data stream writes
 STATE = "training_state.json"
+BEST = "best_checkpoint.json"  # what an evaluation notes: {"checkpoint": name or null, ...}
 # Resuming may change these; anything else that differs from the checkpoint's run is an error.
 MAY_CHANGE = frozenset(
     "output_dir resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
@@ -222,7 +223,8 @@ def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, o
 
     What accelerate prepared (model, optimizer, GradScaler) and every rank's RNG are saved by `save_state`. On top:
     state: JSON-able dict. modules: {name: nn.Module} not prepared, as safetensors (EMA copies). objects: {name: object
-    with state_dict} of plain containers and tensors (the LR scheduler). total_limit: how many checkpoints to keep.
+    with state_dict} of plain containers and tensors (the LR scheduler). total_limit: how many checkpoints to keep, the
+    newest ones; the one that BEST names is kept besides.
     """
     tmp = Path(output_dir, f"checkpoint-{global_step}.tmp")
     try:
@@ -271,11 +273,18 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
         _fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         if total_limit:
-            for old in [c for c in list_checkpoints(output_dir) if c != final][: -(total_limit - 1) or None]:
+            others = [c for c in list_checkpoints(output_dir) if c.name not in (final.name, _best(output_dir))]
+            for old in others[: -(total_limit - 1) or None]:
                 doomed = old.rename(old.with_name(f"{old.name}.replaced.tmp"))  # whole under its name, or not at all
                 shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
     return final
+
+
+def _best(output_dir):
+    """The name of the checkpoint that BEST names, None without one."""
+    path = Path(output_dir, BEST)
+    return json.loads(path.read_text())["checkpoint"] if path.is_file() else None
 
 
 def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from common import metrics, validation
+from common.checkpointing import BEST
 from common.data import keyed_seed
 
 import torch
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from diffusers import ConsistencyModelPipeline
 from tqdm import tqdm
 
-METRICS, BEST = "metrics.jsonl", "best_checkpoint.json"
+METRICS = "metrics.jsonl"
 
 
 @torch.no_grad()
@@ -120,22 +121,29 @@ class Evaluation:
 def record(output_dir, step, rows, checkpoint=None, metric="frechet_distance"):
     """Append the rows of `step` to metrics.jsonl and note the best evaluation so far in best_checkpoint.json.
 
-    Best is the lowest `metric` over all networks at the most steps measured. checkpoint: the name of this step's, None
-    where none is saved. Rows of later steps, and of this one, are those of a run that was killed and resumed: they are
-    dropped. Returns the best row.
+    Best is the lowest `metric` over all networks at the most steps measured; `--checkpoints_total_limit` spares its
+    checkpoint. checkpoint: the name of this step's, None where none is saved. Rows of later steps, and of this one,
+    are those of a run that was killed and resumed: they are dropped. Returns the best row.
     """
     path = Path(output_dir, METRICS)
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     kept = [row for row in kept if row["step"] < step]
     kept += [{"step": step, "checkpoint": checkpoint} | row for row in rows]
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    unfinished.rename(path)
+    _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
     most = max(row["num_inference_steps"] for row in kept)
     rows_of_most = [row for row in kept if row["num_inference_steps"] == most]
     best = min(rows_of_most, key=lambda row: math.inf if row[metric] is None else row[metric])
-    Path(output_dir, BEST).write_text(json.dumps({"metric": metric} | best, indent=1) + "\n")
+    if best["step"] < step and not Path(output_dir, best["checkpoint"] or BEST).is_dir():
+        best = best | {"checkpoint": None}  # pruned, when one of the rows that were dropped was better
+    _replace(Path(output_dir, BEST), json.dumps({"metric": metric} | best, indent=1) + "\n")
     return best
+
+
+def _replace(path, text):
+    """Write a file that is complete or what it was."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    unfinished.rename(path)
 
 
 def flatten(rows):

@@ -57,7 +57,7 @@ def command(case, made, folder, **changes):
 def contents(checkpoint):
     """{name: value} of everything in a checkpoint but what names the run: equal for runs that are equal.
 
-    Left out: the state of Python's own generator, which each process seeds from the clock and no run draws from.
+    Left out: the states of Python's and numpy's generators, which each process seeds anew and no run draws from.
     """
     state = checkpointing.read_state(checkpoint)
     found = {name: value for name, value in state.items() if name not in ("args", "run_id")}
@@ -67,8 +67,7 @@ def contents(checkpoint):
     for path in sorted(Path(checkpoint).iterdir()):
         if path.name.startswith("random_states"):
             states = accelerate.utils.load(path)
-            assert {"torch_manual_seed", "numpy_random_seed", "step"} <= states.keys()
-            found[path.name] = {key: repr(fingerprint(v)) for key, v in states.items() if key != "random_state"}
+            found[path.name] = fingerprint({"torch": states["torch_manual_seed"], "step": states["step"]})
         elif path.name not in others:
             found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = json.loads(Path(checkpoint, checkpointing.COMPLETE).read_text())

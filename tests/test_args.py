@@ -12,6 +12,7 @@ from common.shards import expand_shards
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 SCRIPTS = [
     "train_lcm_distill_sd_wds",
@@ -293,6 +294,24 @@ def test_a_tool_ends_of_a_signal_and_a_script_notes_it():
     before = signal.getsignal(signal.SIGTERM)
     seen = [wrap(lambda args: signal.getsignal(signal.SIGTERM))(None) for wrap in (cli.tool_errors, cli.user_errors)]
     assert seen[0] == before and seen[1] != before
+
+
+def test_a_full_disk_ends_in_one_sentence_and_other_errors_as_they_are(capsys):
+    for error, number in [
+        (OSError(28, "No space left on device", "/out/README.md"), 2),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), 2),
+        (OSError(5, "Input/output error"), None),
+    ]:
+
+        @cli.user_errors
+        def main(args, error=error):
+            raise error
+
+        with pytest.raises(SystemExit if number else OSError) as stopped:
+            main(argparse.Namespace(resume_from_checkpoint=None))
+        assert not number or stopped.value.code == number
+        err = capsys.readouterr().err
+        assert err.count("\n") == bool(number) and ("make room and resume with" in err) == bool(number)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 from common import UserError, checkpointing
+from common.consistency_sampling import record
 
 import pytest
 import torch
@@ -170,6 +171,22 @@ def test_total_limit_keeps_the_newest(tmp_path, limit, kept):
     for step in (1, 2, 3, 10):
         save(tmp_path, step, limit, run)
     assert [c.name for c in checkpointing.list_checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in kept]
+
+
+def test_the_best_is_kept_besides(tmp_path):
+    run, kept = setup_run(), []
+    rows = [
+        {"network": "ema", "num_inference_steps": 2, "frechet_distance": d} for d in (9.0, 2.0, 3.0, 4.0, 1.0, 7.0)
+    ]
+    for step, row in enumerate(rows, 1):
+        record(tmp_path, step, [row], None if step == 1 else f"checkpoint-{step}")  # before the checkpoint stands
+        save(tmp_path, step, 2, run)
+        kept.append([int(c.name.split("-")[1]) for c in checkpointing.list_checkpoints(tmp_path)])
+    assert kept == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [4, 5], [4, 5, 6]]
+    # Back at step 4: rows of steps 4 and 5 are dropped; step 2 is best again, but its checkpoint is gone.
+    assert record(tmp_path, 4, [rows[3]], "checkpoint-4")["step"] == 2
+    best = json.loads((tmp_path / "best_checkpoint.json").read_text())
+    assert best["frechet_distance"] == 2.0 and best["checkpoint"] is None
 
 
 def test_nothing_is_pruned_before_the_new_one_stands(tmp_path, monkeypatch):

@@ -165,6 +165,29 @@ def test_a_disk_that_is_full_during_a_save_costs_that_checkpoint_alone(tmp_path,
 
 
 @every_case
+def test_a_disk_that_is_full_during_the_export_costs_the_export_alone(tmp_path, start, name):
+    log, out = tmp_path / "log", tmp_path / "out"
+
+    def fills_up():
+        save = checkpointing.save_checkpoint
+
+        def limited(accelerator, output_dir, global_step, *args):
+            path = save(accelerator, output_dir, global_step, *args)
+            if global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            return path
+
+        checkpointing.save_checkpoint = limited
+
+    assert run(*start(name, out, report_to="none"), log, fills_up) == 2, log.read_text()[-3000:]
+    lines = [line for line in log.read_text().splitlines() if "error: " in line]
+    assert len(lines) == 1 and "File too large" in lines[0] and "make room and resume" in lines[0], lines
+    expected = contents(out / "checkpoint-4")
+    assert run(*start(name, out, report_to="none", resume_from_checkpoint="latest"), log) == 0, log.read_text()[-3000:]
+    assert contents(out / "checkpoint-4") == expected and (out / "README.md").is_file()
+
+
+@every_case
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives up root's rights in the middle of a run")
 def test_an_output_folder_that_becomes_read_only_costs_that_checkpoint_alone(tmp_path, start, name):
     log, out = tmp_path / "log", tmp_path / "out"
