@@ -128,7 +128,7 @@ def main(args):
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
-    config = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
+    config = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
     levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     parameters, trained = pipelines.count_parameters(config, args.lora_rank, args.lora_alpha, target_names)

@@ -195,6 +195,7 @@ def unet_options(args):
         "class_embed_type": args.class_embed_type,
         "dropout": args.dropout,
         "revision": args.revision,
+        "variant": args.variant,
         "cache_dir": args.cache_dir,
         "stock_scheduler": args.noise_precond_type == args.input_precond_type == "cm",
     }

@@ -110,7 +110,7 @@ def load_feature_network(name_or_path, device="cpu", dtype=torch.float32, revisi
     if not hasattr(transformers, architecture):
         raise ValueError(f"transformers has no {architecture}, which {name} asks for")
     model, info = getattr(transformers, architecture).from_pretrained(
-        name, dtype=dtype, output_loading_info=True, **where
+        name, dtype=dtype, output_loading_info=True, use_safetensors=True, **where
     )
     if info["missing_keys"]:
         raise ValueError(

@@ -51,7 +51,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     sdxl = _check_kind(flag, index)
     for part in [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]:
         if folder.is_dir() and part not in NOT_TRAINED:
-            _check_part(flag, folder / part, variant)
+            check_part(flag, folder / part, variant)
     try:
         configs = {
             "unet": UNet2DConditionModel.load_config(name, subfolder="unet", **options),
@@ -101,7 +101,7 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
     flag = f"--pretrained_vae_model_name_or_path={name}"
     subfolder = _vae_subfolder(name)
     if Path(name).is_dir():
-        _check_part(flag, Path(name, subfolder or ""), None)
+        check_part(flag, Path(name, subfolder or ""), None)
     try:
         vae = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
@@ -120,7 +120,7 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     flag = f"--init_unet={name}"
     subfolder = "unet" if Path(name, "unet").is_dir() else None
     if Path(name).is_dir():
-        _check_part(flag, Path(name, subfolder or ""), None)
+        check_part(flag, Path(name, subfolder or ""), None)
     try:
         unet = UNet2DConditionModel.load_config(name, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
@@ -170,7 +170,8 @@ def _line(error):
     return str(error).strip().split("\n")[0]
 
 
-def _check_part(flag, folder, variant):
+def check_part(flag, folder, variant):
+    """UserError unless the folder of a pipeline's part is there, with whole safetensors where it has weights."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names:
         raise UserError(f"{flag}: it is partial, its folder {folder.name}/ is missing or empty")

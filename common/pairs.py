@@ -188,8 +188,12 @@ def read_config(folder):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         there = [shard for shard in range(num_shards(config)) if Path(folder, shard_name(shard)).is_file()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag}: its {CONFIG} cannot be read ({error})") from None
+        scheduler = config["scheduler"]
+        if not isinstance(config["kwargs"], dict) or not isinstance(scheduler["config"], dict):
+            raise ValueError("kwargs and the scheduler's config must be objects")
+        _ = scheduler["class"], config["pipeline"], config["weights_sample"].items(), config["model"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{flag}: its {CONFIG} cannot be read ({error!r}); make the pairs again") from None
     if config.get("format") != FORMAT:
         raise UserError(f"{flag}: its format is {config.get('format')!r}, this version reads {FORMAT}")
     if len(there) < num_shards(config):
@@ -197,6 +201,13 @@ def read_config(folder):
             f"{flag} holds {len(there)} of {num_shards(config)} shards; repeat the generate_pairs command to finish it"
         )
     return config
+
+
+def _unreadable(sentence):
+    """A UserError that one process may meet alone."""
+    error = UserError(sentence)
+    error.on_one_rank = True
+    return error
 
 
 class PairShards:
@@ -219,16 +230,22 @@ class PairShards:
             )
 
     def _index(self, path):
+        records, places = {}, {}
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.name.endswith(".json"):
-                    record = json.loads(tar.extractfile(member).read())
-                    self.prompts.append(record["prompt"])
-                    self.seeds.append(int(record["seed"]))
-                    self.hashes.append(record["noise_sha256"])
-                    self.sizes.append(tuple(map(int, record["size"])) if "size" in record else None)
-                elif member.name.endswith(".safetensors"):
-                    self._places.append((path, member.offset_data, member.size))
+                stem, _, extension = member.name.partition(".")
+                if extension == "json":
+                    records[stem] = json.loads(tar.extractfile(member).read())
+                elif extension == "safetensors":
+                    places[stem] = path, member.offset_data, member.size
+        for stem, record in records.items():
+            if record["index"] != len(self.prompts) or stem not in places:
+                raise ValueError(f"pair {len(self.prompts)} is not in its place or has no latents")
+            self.prompts.append(str(record["prompt"]))
+            self.seeds.append(int(record["seed"]))
+            self.hashes.append(record["noise_sha256"])
+            self.sizes.append(tuple(map(int, record["size"])) if "size" in record else None)
+            self._places.append(places[stem])
 
     def __len__(self):
         return len(self.prompts)
@@ -243,7 +260,7 @@ class PairShards:
                     file.seek(offset)
                     found.append(load(file.read(size))["latents"])
             except (OSError, SafetensorError, KeyError) as error:
-                raise UserError(
+                raise _unreadable(
                     f"--pairs_dir: pair {index} in {path} cannot be read ({error}); make it again"
                 ) from None
         return torch.stack(found)
@@ -268,6 +285,9 @@ class PairImages:
         missing = [name for name in COLUMNS if not rows or rows[0].get(name) is None]
         if missing:
             raise UserError(f"{flag} has no column or no row of {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+        short = [n for n, row in enumerate(rows, 1) if None in [row[name] for name in COLUMNS]]
+        if short:
+            raise UserError(f"{flag}: its row {short[0]} is short; each needs {', '.join(COLUMNS)}")
         devices = {row.get("rand_device") or "cpu" for row in rows}
         if devices != {"cpu"}:
             raise UserError(
@@ -317,8 +337,12 @@ class PairImages:
         """(B, 3, H, W) in -1..1"""
         pixels = []
         for index in indices:
-            with Image.open(self.base / self.files[index]) as image:
-                array = np.asarray(image.convert("RGB"))
+            try:
+                with Image.open(self.base / self.files[index]) as image:
+                    array = np.asarray(image.convert("RGB"))
+            except (OSError, ValueError, SyntaxError) as error:
+                path = self.base / self.files[index]
+                raise _unreadable(f"--dataset_base_path: {path} cannot be read ({error}); make it again") from None
             pixels.append(torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1.0)
         return torch.stack(pixels)
 

@@ -30,12 +30,12 @@ SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call
 # What there is, and loading it
 
 
-def read_pipeline_config(name, revision=None, cache_dir=None):
+def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
     """What a pipeline consists of, without its weights: {"class", "denoisers": {name: (class, configuration)},
     "scheduler": (class, configuration)}.
 
-    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when
-    diffusers has no such pipeline, or when its call cannot be distilled.
+    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when its
+    weights are damaged or pickles, when diffusers has no such pipeline, or when its call cannot be distilled.
     """
     flag = f"--pretrained_teacher_model={name}"
     options = {"revision": revision, "cache_dir": cache_dir}
@@ -43,6 +43,8 @@ def read_pipeline_config(name, revision=None, cache_dir=None):
         raise UserError(f"{flag}: no model_index.json in it, so it is not a pipeline in diffusers layout")
     try:
         index = DiffusionPipeline.load_config(name, **options)
+        if not isinstance(index, dict):
+            raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
         parts = {key: value for key, value in index.items() if isinstance(value, list) and value[1] is not None}
         pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
         if pipeline_class is None:
@@ -57,9 +59,14 @@ def read_pipeline_config(name, revision=None, cache_dir=None):
         configs = {part: (cls, cls.load_config(name, subfolder=part, **options)) for part, cls in found.items()}
         scheduler_class = getattr(diffusers, parts["scheduler"][1])
         scheduler = scheduler_class, scheduler_class.load_config(name, subfolder="scheduler", **options)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         line = str(error).strip().split("\n")[0]
         raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({line})") from None
+    for part, (_, values) in {**configs, "scheduler": scheduler}.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{flag}: the configuration of its {part} is no JSON object")
+    for part in found if Path(name).is_dir() else ():
+        sd_models.check_part(flag, Path(name, part), variant)
     return {"class": pipeline_class, "denoisers": configs, "scheduler": scheduler}
 
 
@@ -73,6 +80,7 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     if "safety_checker" in index:
         skipped["requires_safety_checker"] = False
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
+    options |= {"use_safetensors": True, "trust_remote_code": False}
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, **options, **skipped | replaced)
     except (OSError, ValueError, ImportError) as error:

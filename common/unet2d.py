@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from common import UserError
+from common import UserError, models
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, UNet2DModel
@@ -46,13 +46,14 @@ def read_unet_config(
     revision=None,
     cache_dir=None,
     stock_scheduler=True,
+    variant=None,
 ):
     """The configuration of a UNet2DModel, as a dict, without its weights.
 
     From `pretrained_name` (a folder or hub name of a model or pipeline), else from `config_name` (one of those, or a
     .json file), else a default for 32 and 64 pixels. num_classes: None for no classes. dropout: None keeps what the
     configuration says. stock_scheduler: whether the network is told what stock diffusers tells it. UserError when it
-    is missing, or is no network that can be trained here.
+    is missing, or is no network that can be trained here, or its weights are damaged or pickles.
     """
     pretrained = pretrained_name is not None
     name = pretrained_name if pretrained else config_name
@@ -68,6 +69,8 @@ def read_unet_config(
     else:
         config = _load_config(flag, name, revision, cache_dir)
     if pretrained:
+        if Path(name).is_dir():
+            models.check_part(flag, Path(name, _subfolder(name) or ""), variant)
         _check_pretrained(flag, name, config, resolution, num_classes, stock_scheduler, revision, cache_dir)
     config |= {"sample_size": resolution, "num_class_embeds": num_classes}
     if class_embed_type is not None or num_classes is None:
@@ -131,7 +134,10 @@ def _check_config(flag, config):
         )
     if config.get("in_channels", 3) != 3 or config.get("out_channels", 3) != 3:
         raise UserError(f"{flag}: in_channels and out_channels must be 3, the colours")
-    levels = len(config.get("block_out_channels", (224, 448, 672, 896)))
+    channels = config.get("block_out_channels", (224, 448, 672, 896))
+    if not isinstance(channels, (list, tuple)) or not channels:
+        raise UserError(f"{flag} describes no network that can be built (block_out_channels is {channels!r})")
+    levels = len(channels)
     if config["sample_size"] % 2 ** (levels - 1):
         raise UserError(
             f"{flag}: {levels} levels need a --resolution that {2 ** (levels - 1)} divides, "
@@ -161,6 +167,7 @@ def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_d
             variant=variant,
             cache_dir=cache_dir,
             torch_dtype=torch.float32,
+            use_safetensors=True,
             **changes,
         ).train()  # from_pretrained leaves it in eval mode, without dropout
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,6 +1,6 @@
 """What users bring that is wrong: each ends in one sentence and exit code 2, or is skipped and counted.
 
-The table is walked with every script.
+The table is walked with every script that a row applies to.
 
 Flags that argparse alone can judge are in test_args.py; here are those that `main` meets.
 """
@@ -19,44 +19,99 @@ from pathlib import Path
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
-from common import checkpointing, models
+from common import checkpointing, models, pipelines, unet2d
 from common.data import TrainingData
 from common.images import decode_image_text
 from common.shards import SKIP_CLASSES
+from common.tools import digits
+from tests.cases import CASES, command
+from tests.test_ct import CONFIG, data_set, no_cache_at_home
 from tests.test_data import encode, pickle_members, png_header, random_image, write_tar
+from tests.test_direct import direct_teacher, made, prompts_file
 from tests.test_models import edit_json
 from tests.test_scripts import SCRIPTS, flags, train
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
-__all__ = ["flags"]
+__all__ = ["data_set", "direct_teacher", "flags", "made", "no_cache_at_home", "prompts_file"]
 
 
 class World:
     """What a row of the table may spoil: a copy of the teacher, shards, folders, the environment."""
 
-    def __init__(self, tmp_path, teacher, flags, monkeypatch, script):
-        self.tmp_path, self.teacher_dir, self.flags, self.env = tmp_path, teacher, flags, monkeypatch.setenv
-        self.script, self.out = script, tmp_path / "out"
+    def __init__(self, tmp_path, made, monkeypatch, name):
+        self.tmp_path, self.made, self.env = tmp_path, made, monkeypatch.setenv
+        self.name, self.script, self.out = name, CASES[name].script, tmp_path / "out"
 
-    def teacher(self):
-        return Path(shutil.copytree(self.teacher_dir(), self.tmp_path / "teacher"))
+    def flags(self, folder, **changes):
+        return command(CASES[self.name], self.made, folder, **changes)
+
+    def copy(self, name, spoil):
+        """A spoiled copy of something that is made for all tests."""
+        source, copy = Path(self.made[name]), self.tmp_path / Path(self.made[name]).name
+        shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+        spoil(copy)
+        return copy
 
     def spoiled_teacher(self, spoil):
-        folder = self.teacher()
-        spoil(folder)
-        return {"pretrained_teacher_model": folder}
+        return {"pretrained_teacher_model": self.copy(f"{'direct_' * (self.name == 'direct')}teacher", spoil)}
+
+    def spoiled_pairs(self, spoil):
+        return {"pairs_dir": self.copy("pairs", spoil)}
+
+    def feature_network(self, spoil):
+        """A classifier of the digits that would do, spoiled."""
+        digits.build_classifier(self.tmp_path / "classifier", steps=1)
+        spoil(self.tmp_path / "classifier")
+        return {"eval_steps": 2, "feature_network": self.tmp_path / "classifier"}
+
+    def table(self, *rows, header="image,prompt,seed", image=b""):
+        """A csv beside 0.png, an image, and 1.png, whatever is given."""
+        self.file("images/1.png", image)
+        self.file("images/0.png", encode(random_image(0, 16, 16)))
+        path = self.file("images/metadata.csv", "\n".join([header, *rows]).encode())
+        return {"pairs_dir": None, "dataset_metadata_path": path}
+
+    def data_set(self, spoil):
+        return {"dataset_name": self.copy("data_set", spoil)}
+
+    def network(self, spoil):
+        """A start for consistency training, its weights spoiled."""
+        folder = self.tmp_path / "network"
+        unet = UNet2DModel.from_config(CONFIG | {"num_class_embeds": 10, "sample_size": 8})
+        unet.save_pretrained(folder)
+        spoil(folder / "diffusion_pytorch_model.safetensors")
+        return {"model_config_name_or_path": None, "pretrained_model_name_or_path": folder}
+
+    def new_data_set(self, **columns):
+        import datasets
+
+        datasets.Dataset.from_dict(columns).save_to_disk(self.tmp_path / "new")
+        return {"dataset_name": self.tmp_path / "new"}
+
+    def image_folder(self, **files):
+        for name, content in files.items():
+            self.file(f"folder/{name.replace('__', '/').replace('_', '.')}", content)
+        (self.tmp_path / "folder").mkdir(exist_ok=True)
+        own = {"dataset_name": None, "dataset_image_column_name": None}
+        return own | {"train_data_dir": self.tmp_path / "folder"}
+
+    def shards(self, value):
+        own = {"dataset_name": None, "dataset_image_column_name": None, "num_classes": 10}
+        return (own if self.name == "ct" else {}) | {"train_shards_path_or_url": value}
 
     def tar(self, contents):
         write_tar(self.tmp_path / "bad.tar", contents)
-        return {"train_shards_path_or_url": self.tmp_path / "bad.tar", "data_lanes": 1}
+        return self.shards(self.tmp_path / "bad.tar") | {"data_lanes": 1}
 
     def file(self, name, content):
         path = self.tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return path
 
@@ -72,7 +127,7 @@ class World:
     def checkpoint(self, spoil=lambda folder: None, name="latest", **state):
         """A checkpoint as far as it is read before any weight is loaded."""
         with contextlib.redirect_stdout(io.StringIO()):
-            train(self.flags(self.tmp_path / "plan", self.script, dry_run=True), self.script)
+            train(self.flags(self.tmp_path / "plan", dry_run=True), self.script)
         folder = self.out / "checkpoint-2"
         folder.mkdir(parents=True)
         (self.out / checkpointing.CONFIG).write_text("{}")
@@ -85,8 +140,8 @@ class World:
         return {"resume_from_checkpoint": name}
 
 
-PAIR = [("a.png", b"no image"), ("a.txt", b"a caption")]
-ROWS = {
+PAIR = [("a.png", b"no image"), ("a.txt", b"a caption"), ("a.cls", b"1")]
+STABLE_DIFFUSION = {
     # --- flags that need the teacher or the data
     "resolution": (lambda w: {"resolution": 17}, "--resolution=17 is not a multiple of 8"),
     "grid": (lambda w: {"num_ddim_timesteps": 30}, "--num_ddim_timesteps=30 must divide 1000"),
@@ -101,49 +156,15 @@ ROWS = {
         "--max_train_steps is needed",
     ),
     # --- teacher folders
-    "no such teacher": (lambda w: {"pretrained_teacher_model": "/nope"}, "--pretrained_teacher_model=/nope: neither"),
-    "a hub name offline": (
-        lambda w: {"pretrained_teacher_model": "some/model"},
-        "--pretrained_teacher_model=some/mod",
-    ),
-    "an empty folder": (lambda w: {"pretrained_teacher_model": w.tmp_path}, "the folder has no model_index.json"),
-    "index that is no json": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "model_index.json").write_text("{")),
-        "--pretrained_teacher_model=",
-    ),
-    "index that is a list": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "model_index.json").write_text("[]")),
-        "its model_index.json is no pipeline's",
-    ),
-    "configuration that is a list": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "unet/config.json").write_text("[]")),
-        "--pretrained_teacher_model=",
-    ),
-    "configuration without its numbers": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "unet/config.json").write_text("{}")),
-        "--pretrained_teacher_model=",
-    ),
-    "a scheduler that is a list": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "scheduler/scheduler_config.json").write_text("[]")),
-        "--pretrained_teacher_model=",
+    "inpainting": (
+        lambda w: w.spoiled_teacher(lambda f: edit_json(f / "unet/config.json", in_channels=9)),
+        "maps 9 to 4 channels",
     ),
     "another kind of model": (
         lambda w: w.spoiled_teacher(
             lambda f: edit_json(f / "model_index.json", unet=["diffusers", "SanaTransformer"])
         ),
         "not a text-to-image latent diffusion teacher, its unet is SanaTransformer",
-    ),
-    "inpainting": (
-        lambda w: w.spoiled_teacher(lambda f: edit_json(f / "unet/config.json", in_channels=9)),
-        "maps 9 to 4 channels",
-    ),
-    "no weights": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink()),
-        "its folder unet/ has no weights",
-    ),
-    "truncated weights": (
-        lambda w: w.spoiled_teacher(lambda f: truncate(f / "unet/diffusion_pytorch_model.safetensors")),
-        "its file unet/diffusion_pytorch_model.safetensors is damaged",
     ),
     "weights that are pickles": (
         lambda w: w.spoiled_teacher(lambda f: as_pickle(f / "vae/diffusion_pytorch_model.safetensors", w)),
@@ -157,32 +178,20 @@ ROWS = {
         lambda w: {"pretrained_teacher_model": w.file("model.safetensors", b"\xff" * 64)},
         "the file is damaged or no safetensors file",
     ),
-    "a missing variant": (lambda w: {"variant": "fp16"}, "--variant"),
+    "configuration without its numbers": (
+        lambda w: w.spoiled_teacher(lambda f: (f / "unet/config.json").write_text("{}")),
+        "--pretrained_teacher_model=",
+    ),
     "no such VAE": (
         lambda w: {"pretrained_vae_model_name_or_path": "/nope"},
         "--pretrained_vae_model_name_or_path=/n",
     ),
-    # --- shards
-    "no shard": (lambda w: {"train_shards_path_or_url": "/no/{0..3}.tar"}, "4 of 4 paths match no file"),
-    "braces": (lambda w: {"train_shards_path_or_url": "/no/{0..3.tar"}, "the braces of"),
-    "an empty file": (lambda w: {"train_shards_path_or_url": w.file("a.tar", b"")}, "no usable sample"),
-    "no tar": (lambda w: {"train_shards_path_or_url": w.file("a.tar", b"text" * 999)}, "shard_read"),
-    "a tar of nothing": (lambda w: w.tar([]), "found no usable sample"),
+    # --- shards, captions and metadata of a folder
     "a tar without captions": (lambda w: w.tar([("a.png", encode(random_image(0)))]), "missing_caption"),
-    "a tar without images": (lambda w: w.tar([("a.txt", b"caption")]), "decode"),
-    "a tar of pickles": (lambda w: w.tar(pickle_members(w.tmp_path / "trap")), "found no usable sample"),
-    "a tar of broken images": (lambda w: w.tar(PAIR), "found no usable sample"),
-    "a pipe that fails": (lambda w: {"train_shards_path_or_url": "pipe:exit 3"}, "exit code 3"),
-    "a server that is not there": (
-        lambda w: {"train_shards_path_or_url": f"http://127.0.0.1:{free_port()}/a.tar"},
-        "shard_open",
-    ),
-    "a scheme that nobody knows": (lambda w: {"train_shards_path_or_url": "gopher://a/b.tar"}, "gopher"),
     "fewer images than lanes": (
         lambda w: w.images() | {"data_lanes": 16},
         "holds 8 images and the data have 16 lanes",
     ),
-    # --- captions and metadata of a folder
     "no captions": (lambda w: w.images(captions=False), "have no captions: add metadata.csv"),
     "a csv without its columns": (lambda w: w.images("metadata.csv", b"a,b\n1,2\n"), "has no column 'file_name'"),
     "a csv that is binary": (lambda w: w.images("metadata.csv", b"file_name,text\n\xff\xfe,x\n"), "cannot be read"),
@@ -193,6 +202,57 @@ ROWS = {
         lambda w: w.images("metadata.jsonl", b'{"file_name": "0.png", "text": 7}\n'),
         "metadata.jsonl' cannot be read",
     ),
+}
+TEACHERS = {  # of direct distillation as well
+    "no such teacher": (lambda w: {"pretrained_teacher_model": "/nope"}, "--pretrained_teacher_model=/nope: neither"),
+    "a hub name offline": (
+        lambda w: {"pretrained_teacher_model": "some/model"},
+        "--pretrained_teacher_model=some/mod",
+    ),
+    "an empty folder": (lambda w: {"pretrained_teacher_model": w.tmp_path}, "no model_index.json"),
+    "index that is no json": (
+        lambda w: w.spoiled_teacher(lambda f: (f / "model_index.json").write_text("{")),
+        "--pretrained_teacher_model=",
+    ),
+    "index that is a list": (
+        lambda w: w.spoiled_teacher(lambda f: (f / "model_index.json").write_text("[]")),
+        "its model_index.json is no pipeline's",
+    ),
+    "configuration that is a list": (
+        lambda w: w.spoiled_teacher(lambda f: (f / "unet/config.json").write_text("[]")),
+        "--pretrained_teacher_model=",
+    ),
+    "a scheduler that is a list": (
+        lambda w: w.spoiled_teacher(lambda f: (f / "scheduler/scheduler_config.json").write_text("[]")),
+        "--pretrained_teacher_model=",
+    ),
+    "no weights": (
+        lambda w: w.spoiled_teacher(lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink()),
+        "its folder unet/ has no weights",
+    ),
+    "truncated weights": (
+        lambda w: w.spoiled_teacher(lambda f: truncate(f / "unet/diffusion_pytorch_model.safetensors")),
+        "its file unet/diffusion_pytorch_model.safetensors is damaged",
+    ),
+    "a missing variant": (lambda w: {"variant": "fp16"}, "--variant"),
+}
+SHARDS = {  # of consistency training as well
+    "no shard": (lambda w: w.shards("/no/{0..3}.tar"), "4 of 4 paths match no file"),
+    "braces": (lambda w: w.shards("/no/{0..3.tar"), "the braces of"),
+    "an empty file": (lambda w: w.shards(w.file("a.tar", b"")), "no usable sample"),
+    "no tar": (lambda w: w.shards(w.file("a.tar", b"text" * 999)), "shard_read"),
+    "a tar of nothing": (lambda w: w.tar([]), "found no usable sample"),
+    "a tar without images": (lambda w: w.tar([("a.txt", b"caption")]), "decode"),
+    "a tar of pickles": (lambda w: w.tar(pickle_members(w.tmp_path / "trap")), "found no usable sample"),
+    "a tar of broken images": (lambda w: w.tar(PAIR), "found no usable sample"),
+    "a pipe that fails": (lambda w: w.shards("pipe:exit 3"), "exit code 3"),
+    "a server that is not there": (
+        lambda w: w.shards(f"http://127.0.0.1:{free_port()}/a.tar"),
+        "shard_open",
+    ),
+    "a scheme that nobody knows": (lambda w: w.shards("gopher://a/b.tar"), "gopher"),
+}
+ANY = {
     # --- checkpoints and the output folder
     "no checkpoint": (lambda w: {"resume_from_checkpoint": "checkpoint-7"}, "there is no such checkpoint"),
     "a checkpoint without its end": (
@@ -238,10 +298,250 @@ ROWS = {
     ),
     "processes that cannot join": (lambda w: w.env("WORLD_SIZE", "2") or {}, "2 processes were started but did not"),
 }
+CONSISTENCY = {
+    # --- data sets and image folders
+    "no such data set": (lambda w: {"dataset_name": "/no/data"}, "--dataset_name=/no/data cannot be loaded"),
+    "a data set of the hub offline": (lambda w: {"dataset_name": "some/data"}, "--dataset_name=some/data cannot be l"),
+    "a data set that is a file": (
+        lambda w: {"dataset_name": w.file("data.txt", b"text")},
+        "data.txt cannot be loaded",
+    ),
+    "a folder without data": (lambda w: {"dataset_name": w.file("x/README", b"").parent}, "/x cannot be loaded"),
+    "a table that is damaged": (
+        lambda w: w.data_set(lambda f: [truncate(path) for path in f.glob("*.arrow")]),
+        "data_set cannot be loaded",
+    ),
+    "a table that is gone": (
+        lambda w: w.data_set(lambda f: [path.unlink() for path in f.glob("*.arrow")]),
+        "data_set cannot be loaded",
+    ),
+    "a state that is no json": (
+        lambda w: w.data_set(lambda f: (f / "state.json").write_text("{")),
+        "data_set cannot be loaded",
+    ),
+    "a parquet that is none": (
+        lambda w: {"dataset_name": w.file("x/train.parquet", b"PAR1 but not really").parent},
+        "/x cannot be loaded",
+    ),
+    "no rows": (lambda w: w.new_data_set(img=[], label=[]), "new cannot be loaded"),
+    "a column that is not there": (lambda w: {"dataset_image_column_name": "image"}, "has no column image"),
+    "images that are numbers": (lambda w: w.new_data_set(img=[1, 2], label=[0, 1]), "does not hold images"),
+    "classes that are not there": (lambda w: {"dataset_class_label_column_name": "fine"}, "has no column fine"),
+    "classes that are images": (lambda w: {"dataset_class_label_column_name": "img"}, "must hold a whole number"),
+    "more classes than said": (lambda w: {"num_classes": 5}, "--num_classes=5: the data have 10 classes"),
+    "no such folder of images": (
+        lambda w: {"dataset_name": None, "train_data_dir": "/nope"},
+        "--train_data_dir=/nope: there is no such folder",
+    ),
+    "a folder of no images": (lambda w: w.image_folder(), "folder cannot be loaded"),
+    "images without classes": (
+        lambda w: w.image_folder(a_png=encode(random_image(0)), b_png=encode(random_image(1))),
+        "has no column label",
+    ),
+    "images that are all broken": (
+        lambda w: w.image_folder(a__1_png=b"no image", b__2_png=b"none") | {"data_lanes": 1, "train_batch_size": 1},
+        "found no usable sample",
+    ),
+    "a folder of images as shards": (
+        lambda w: w.shards(w.file("x/a.png", encode(random_image(0))).parent),
+        "pass images as --train_data_dir",
+    ),
+    "a tar without classes": (lambda w: w.tar([("a.png", encode(random_image(0)))]), "found no usable sample"),
+    "classes beyond the last": (
+        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"10")]),
+        "found no usable sample",
+    ),
+    "classes that are words": (
+        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"cat")]),
+        "found no usable sample",
+    ),
+    "metadata that is no json": (
+        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.json", b"{")]),
+        "found no usable sample",
+    ),
+    # --- networks
+    "no such network": (lambda w: {"model_config_name_or_path": "/nope"}, "--model_config_name_or_path=/nope"),
+    "a network that is no json": (
+        lambda w: {"model_config_name_or_path": w.file("net.json", b"{")},
+        "the file is not JSON",
+    ),
+    "a network that is a list": (
+        lambda w: {"model_config_name_or_path": w.file("net.json", b"[]")},
+        "is not the configuration of a UNet2DModel",
+    ),
+    "a network that is binary": (
+        lambda w: {"model_config_name_or_path": w.file("net.json", b"\xff\xfe\x00")},
+        "the file is not JSON",
+    ),
+    "a network of strange numbers": (
+        lambda w: {"model_config_name_or_path": w.copy("unet", lambda f: edit_json(f, norm_num_groups=7))},
+        "describes no network that can be built",
+    ),
+    "levels that are no list": (
+        lambda w: {"model_config_name_or_path": w.copy("unet", lambda f: edit_json(f, block_out_channels=3))},
+        "describes no network that can be built",
+    ),
+    "a resolution that does not fit": (lambda w: {"resolution": 9}, "need a --resolution that 2 divides, not 9"),
+    "no such weights": (
+        lambda w: {"model_config_name_or_path": None, "pretrained_model_name_or_path": "/nope"},
+        "--pretrained_model_name_or_path=/nope",
+    ),
+    "weights cut short": (lambda w: w.network(truncate), "is damaged"),
+    "weights that are a pickle": (lambda w: w.network(lambda f: as_pickle(f, w)), "a pickle"),
+    "weights that are missing": (lambda w: w.network(Path.unlink), "has no weights"),
+    # --- the curriculum, measurements
+    "too few steps for the levels": (lambda w: {"discretization_s_1": 1280}, "--max_train_steps=4 is too short"),
+    "more pretraining than steps": (lambda w: {"pretrain_steps": 9}, "--pretrain_steps=9 is more than"),
+    "noise that is never drawn": (lambda w: {"p_mean": 50}, "--p_mean=50.0, --p_std=2.0: no pair of noise levels"),
+    "no such feature network": (
+        lambda w: {"eval_steps": 2, "feature_network": "/nope"},
+        "--feature_network=/nope cannot be used",
+    ),
+    "a feature network that is none": (
+        lambda w: {"eval_steps": 2, "feature_network": w.file("x/config.json", b"{}").parent},
+        "x cannot be used",
+    ),
+    "too few images": (lambda w: {"max_train_samples": 3, "data_lanes": 8}, "--max_train_samples must be at least 8"),
+}
+DIRECT = {
+    # --- teachers
+    "a pipeline that nobody knows": (
+        lambda w: w.spoiled_teacher(lambda f: edit_json(f / "model_index.json", _class_name="NoPipeline")),
+        "has no NoPipeline",
+    ),
+    "a pipeline for images": (
+        lambda w: w.spoiled_teacher(
+            lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
+        ),
+        "it starts from an image",
+    ),
+    "a denoiser that is a pickle": (
+        lambda w: w.spoiled_teacher(lambda f: as_pickle(f / "unet/diffusion_pytorch_model.safetensors", w)),
+        "its folder unet/ has its weights only as diffusion_pytorch_model.bin",
+    ),
+    "no scheduler": (
+        lambda w: w.spoiled_teacher(lambda f: (f / "scheduler/scheduler_config.json").unlink()),
+        "--pretrained_teacher_model=",
+    ),
+    # --- flags
+    "a scheduler that nobody knows": (lambda w: {"student_scheduler": "Magic"}, "has no such scheduler"),
+    "a scheduler that draws": (lambda w: {"student_scheduler": "LCMScheduler"}, "draws noise at its steps"),
+    "layers that are not there": (
+        lambda w: {"lora_rank": 4, "lora_target_modules": "to_x"},
+        "--lora_target_modules: 'to_x' does not select",
+    ),
+    "more held out than there are": (lambda w: {"num_held_out": 24}, "leaves none of the 24 pairs"),
+    # --- pairs
+    "no such pairs": (lambda w: {"pairs_dir": "/nope"}, "--pairs_dir=/nope: no dataset_config.json"),
+    "pairs that are a file": (lambda w: {"pairs_dir": w.file("pairs", b"")}, "no dataset_config.json"),
+    "pairs whose description is no json": (
+        lambda w: w.spoiled_pairs(lambda f: (f / "dataset_config.json").write_text("{")),
+        "its dataset_config.json cannot be read",
+    ),
+    "pairs whose description is a list": (
+        lambda w: w.spoiled_pairs(lambda f: (f / "dataset_config.json").write_text("[]")),
+        "its dataset_config.json cannot be read",
+    ),
+    "pairs whose description is empty": (
+        lambda w: w.spoiled_pairs(lambda f: (f / "dataset_config.json").write_text("{}")),
+        "its dataset_config.json cannot be read",
+    ),
+    "pairs whose description lacks the scheduler": (
+        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", scheduler=None)),
+        "its dataset_config.json cannot be read",
+    ),
+    "pairs of no samples a shard": (
+        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", samples_per_shard=0)),
+        "its dataset_config.json cannot be read",
+    ),
+    "pairs of another format": (
+        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", format=9)),
+        "its format is 9",
+    ),
+    "pairs of another pipeline": (
+        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", pipeline="FluxPipeline")),
+        "a FluxPipeline made these pairs",
+    ),
+    "pairs without a shard": (
+        lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").unlink()),
+        "holds 2 of 3 shards; repeat the generate_pairs command",
+    ),
+    "pairs with half a shard": (
+        lambda w: w.spoiled_pairs(lambda f: truncate(f / "00001.tar")),
+        "00001.tar is damaged",
+    ),
+    "pairs with a shard of something else": (
+        lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").write_bytes(b"text" * 999)),
+        "00001.tar is damaged",
+    ),
+    "pairs with an empty shard": (
+        lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").write_bytes(b"")),
+        "00001.tar is damaged",
+    ),
+    "pairs with a shard of pickles": (
+        lambda w: w.spoiled_pairs(lambda f: write_tar(f / "00001.tar", pickle_members(w.tmp_path / "trap"))),
+        "00001.tar is damaged",
+    ),
+    "pairs whose records are no json": (
+        lambda w: w.spoiled_pairs(lambda f: write_tar(f / "00001.tar", [("000000008.json", b"{")])),
+        "00001.tar is damaged",
+    ),
+    "pairs whose records are lists": (
+        lambda w: w.spoiled_pairs(lambda f: write_tar(f / "00001.tar", [("000000008.json", b"[]")])),
+        "00001.tar is damaged",
+    ),
+    "pairs without latents": (
+        lambda w: w.spoiled_pairs(lambda f: replace_members(f / "00001.tar", ".safetensors", None)),
+        "00001.tar is damaged",
+    ),
+    "pairs without records": (
+        lambda w: w.spoiled_pairs(lambda f: replace_members(f / "00001.tar", ".json", None)),
+        "00002.tar is damaged (pair 8 is not in its place",
+    ),
+    # --- tables of images
+    "no such table": (
+        lambda w: {"pairs_dir": None, "dataset_metadata_path": "/nope.csv"},
+        "--dataset_metadata_path=/nope.csv cannot be read",
+    ),
+    "a table that is binary": (
+        lambda w: {"pairs_dir": None, "dataset_metadata_path": w.file("a.csv", b"\xff\xfe\x00")},
+        "a.csv cannot be read",
+    ),
+    "a table without rows": (lambda w: w.table(), "has no column or no row of image, prompt, seed"),
+    "a table without seeds": (lambda w: w.table("0.png,a", header="image,prompt"), "no column or no row of seed"),
+    "a table with a short row": (lambda w: w.table("0.png,a,1", "0.png"), "its row 2"),
+    "seeds that are words": (lambda w: w.table("0.png,a,one", "0.png,a,2"), "are numbers"),
+    "noise of a GPU": (
+        lambda w: w.table("0.png,a,1,cuda", header="image,prompt,seed,rand_device"),
+        "only noise of the cpu",
+    ),
+    "an image that is not there": (lambda w: w.table("0.png,a,1", "2.png,b,2"), "2.png cannot be read"),
+    "an image that is none": (
+        lambda w: w.table("0.png,a,1", "1.png,b,2", image=b"no image"),
+        "1.png cannot be read",
+    ),
+    "an image of another size": (
+        lambda w: w.table("0.png,a,1", "0.png,b,2") | {"height": 32, "width": 32},
+        "resizing would part it",
+    ),
+}
+APPLY = {  # the script's name: its rows
+    **{name: STABLE_DIFFUSION | TEACHERS | SHARDS | ANY for name in ("lcm", "lcm_lora", "tscd", "tscd_lora")},
+    "ct": CONSISTENCY | SHARDS | ANY,
+    "direct": DIRECT | TEACHERS | ANY,
+}
 
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replace_members(path, suffix, content):
+    """Write a tar again, each member of that suffix with other content, or without it for None."""
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    changed = [(name, content if name.endswith(suffix) else data) for name, data in members]
+    write_tar(path, [(name, data) for name, data in changed if data is not None])
 
 
 def as_pickle(path, world):
@@ -276,11 +576,16 @@ def remembered():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """The same answers sooner: no waits between tries, and what is derived from equal configurations only once."""
-    for module, name in ((models, "count_parameters_and_flops"), (tscd, "discriminator_summary")):
+    for module, name in (
+        (models, "count_parameters_and_flops"),
+        (unet2d, "count_parameters_and_flops"),
+        (pipelines, "count_parameters"),
+        (tscd, "discriminator_summary"),
+    ):
         derive = getattr(module, name)
 
         def once(*args, derive=derive, **options):
-            key = repr((derive.__name__, args, options))
+            key = repr((derive.__module__, derive.__name__, args, options))
             if key not in remembered():
                 remembered()[key] = derive(*args, **options)
             return remembered()[key]
@@ -291,18 +596,40 @@ def quick(monkeypatch):
     monkeypatch.setattr("common.data.MAX_EMPTY_EPOCHS", 2)
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-@pytest.mark.parametrize(("make", "sentence"), ROWS.values(), ids=ROWS)
-def test_one_sentence_and_exit_code_2_before_any_weight(
-    tmp_path, teacher, flags, monkeypatch, capsys, make, sentence, script
-):
-    teacher()
-    monkeypatch.setattr(models, "load_teacher", None)
-    changes = make(World(tmp_path, teacher, flags, monkeypatch, script))
+class Made(dict):
+    """{name: path} of what tests/cases.py names, made when it is asked for."""
+
+    def __init__(self, request, tmp_path):
+        self.ask, self.tmp_path = request.getfixturevalue, tmp_path
+
+    def __missing__(self, name):
+        if name == "unet":
+            self.tmp_path.joinpath("unet.json").write_text(json.dumps(CONFIG))
+            self[name] = self.tmp_path / "unet.json"
+        else:
+            found = self.ask({"pairs": "made"}.get(name, name))
+            self[name] = found() if callable(found) else found
+        return str(self[name])
+
+
+@pytest.fixture
+def made_for_all(request, tmp_path_factory):
+    return Made(request, tmp_path_factory.mktemp("made"))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [pytest.param(name, row, id=f"{row}-{name}") for name, rows in APPLY.items() for row in rows]
+)
+def test_one_sentence_and_exit_code_2_before_any_weight(tmp_path, made_for_all, monkeypatch, capsys, name, row):
+    world, (make, sentence) = World(tmp_path, made_for_all, monkeypatch, name), APPLY[name][row]
+    world.flags(tmp_path)  # makes what there is to make
+    for module, load in ((models, "load_teacher"), (unet2d, "make_unet"), (pipelines, "load_pipeline")):
+        monkeypatch.setattr(module, load, None)
+    changes = make(world)
     users = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        train(flags(tmp_path / "out", script, **changes), script)
+        train(world.flags(tmp_path / "out", **changes), world.script)
     err = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert stopped.value.code == 2 and len(err) == 1 and sentence in err[0], err
     assert err[0].startswith(("pytest", "__main__", "-c", "xdist")) or ": error: " in err[0]
@@ -311,26 +638,80 @@ def test_one_sentence_and_exit_code_2_before_any_weight(
 
 
 def test_the_table_is_long_enough():
-    assert len(ROWS) >= 40
+    assert {len(rows) >= 40 for rows in APPLY.values()} == {True} and set(APPLY) == {*SCRIPTS, "ct", "direct"}
 
 
-WEIGHTS = {
-    "weights of another shape": lambda f: edit_json(f / "unet/config.json", cross_attention_dim=32),
-    "a tokenizer that is none": lambda f: [path.write_bytes(b"{") for path in (f / "tokenizer").iterdir()],
-    "a class that is not there": lambda f: edit_json(f / "model_index.json", scheduler=["diffusers", "NoScheduler"]),
+TEACHER = "--pretrained_teacher_model="
+WEIGHTS = {  # what is found out while things are loaded, or later: (scripts, how, sentence)
+    "weights of another shape": (
+        ("lcm", "tscd_lora", "direct"),
+        lambda w: w.spoiled_teacher(lambda f: edit_json(f / "unet/config.json", cross_attention_dim=32)),
+        TEACHER,
+    ),
+    "a tokenizer that is none": (
+        ("lcm", "tscd_lora", "direct"),
+        lambda w: w.spoiled_teacher(lambda f: [path.write_bytes(b"{") for path in (f / "tokenizer").iterdir()]),
+        TEACHER,
+    ),
+    "a class that is not there": (
+        ("lcm", "tscd_lora"),
+        lambda w: w.spoiled_teacher(
+            lambda f: edit_json(f / "model_index.json", scheduler=["diffusers", "NoScheduler"])
+        ),
+        TEACHER,
+    ),
+    "a VAE that is a pickle": (
+        ("direct",),
+        lambda w: w.spoiled_teacher(lambda f: as_pickle(f / "vae/diffusion_pytorch_model.safetensors", w)),
+        TEACHER,
+    ),
+    "a text encoder that is a pickle": (
+        ("direct",),
+        lambda w: w.spoiled_teacher(lambda f: as_pickle(f / "text_encoder/model.safetensors", w)),
+        TEACHER,
+    ),
+    "latents that are none": (
+        ("direct",),
+        lambda w: w.spoiled_pairs(lambda f: replace_members(f / "00002.tar", ".safetensors", b"x" * 99)),
+        "00002.tar cannot be read",
+    ),
+    "latents of a wrong name": (
+        ("direct",),
+        lambda w: w.spoiled_pairs(
+            lambda f: replace_members(f / "00002.tar", ".safetensors", save({"z": torch.ones(1)}))
+        ),
+        "00002.tar cannot be read",
+    ),
+    "an image cut short": (
+        ("direct",),
+        lambda w: (
+            w.table("1.png,a,1", "1.png,b,2", image=encode(random_image(0, 16, 16))[:-300]) | {"num_held_out": 1}
+        ),
+        "1.png cannot be read",
+    ),
+    "a network of other weights": (
+        ("ct",),
+        lambda w: w.network(lambda f: edit_json(f.parent / "config.json", block_out_channels=[16, 64])),
+        "its weights cannot be loaded",
+    ),
+    "a feature network that is a pickle": (
+        ("ct",),
+        lambda w: w.feature_network(lambda f: as_pickle(f / "model.safetensors", w)),
+        "--feature_network=",
+    ),
 }
 
 
-@pytest.mark.parametrize("script", [lcm, tscd_lora], ids=["lcm", "tscd_lora"])
-@pytest.mark.parametrize("spoil", WEIGHTS.values(), ids=WEIGHTS)
-def test_one_sentence_where_the_weights_cannot_be_loaded(tmp_path, teacher, flags, capsys, spoil, script):
-    folder = Path(shutil.copytree(teacher(), tmp_path / "teacher"))
-    spoil(folder)
+@pytest.mark.parametrize(
+    ("name", "row"), [pytest.param(name, row, id=f"{row}-{name}") for row, (on, *_) in WEIGHTS.items() for name in on]
+)
+def test_one_sentence_where_something_cannot_be_loaded(tmp_path, made_for_all, monkeypatch, capsys, name, row):
+    world, (_, make, sentence) = World(tmp_path, made_for_all, monkeypatch, name), WEIGHTS[row]
     with pytest.raises(SystemExit) as stopped:
-        train(flags(tmp_path / "out", script, pretrained_teacher_model=folder), script)
+        train(world.flags(tmp_path / "out", **make(world)), world.script)
     err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert stopped.value.code == 2 and len(err) == 1, err
-    assert f"--pretrained_teacher_model={folder}" in err[0]
+    assert stopped.value.code == 2 and len(err) == 1 and sentence in err[0], err
+    assert not (tmp_path / "trap").exists()
 
 
 BAD_SAMPLES = {  # name: (image, caption, class)
@@ -348,6 +729,37 @@ BAD_SAMPLES = {  # name: (image, caption, class)
     "no caption": (encode(random_image(0, 40, 40)), None, "missing_caption"),
     "no image": (None, b"caption", "decode"),
 }
+
+
+def test_bad_samples_of_consistency_training_are_skipped_and_counted(tmp_path, made_for_all, monkeypatch):
+    bad = {  # name: (image, class, json, reason)
+        "text as an image": (b"text", b"1", None, "decode"),
+        "a bomb": (png_header(20000, 10050), b"1", None, "too_big"),
+        "small": (encode(random_image(0, 5, 40)), b"1", None, "too_small"),
+        "no class": (encode(random_image(0, 40, 40)), None, None, "decode"),
+        "a class beyond": (encode(random_image(0, 40, 40)), b"10", None, "decode"),
+        "a negative class": (encode(random_image(0, 40, 40)), b"-1", None, "decode"),
+        "a word": (encode(random_image(0, 40, 40)), b"cat", None, "decode"),
+        "binary": (encode(random_image(0, 40, 40)), b"\xff\xfe", None, "decode"),
+        "a list": (encode(random_image(0, 40, 40)), None, b"[1]", "decode"),
+        "a fraction": (encode(random_image(0, 40, 40)), None, b'{"label": 1.5}', "decode"),
+        "no label": (encode(random_image(0, 40, 40)), None, b'{"caption": "one"}', "decode"),
+    }
+    contents = []
+    for i, (name, (image, label, record, _)) in enumerate(bad.items()):
+        name = name.replace(" ", "_")
+        members = {"png": image, "cls": label, "json": record}
+        contents += [(f"{name}.{extension}", data) for extension, data in members.items() if data is not None]
+        contents += [(f"good{i}.png", encode(random_image(i, 20, 20))), (f"good{i}.cls", b"3\n")]
+    world, out = World(tmp_path, made_for_all, monkeypatch, "ct"), tmp_path / "out"
+    options = world.tar(contents) | {"max_train_steps": 5, "checkpointing_steps": 5, "discretization_s_1": 10}
+    options |= {"min_image_size": 6, "max_skip_ratio": 1}
+    train(world.flags(out, **options), world.script)
+    entries = list(map(json.loads, (out / "skipped_samples.jsonl").read_text().splitlines()))
+    found = {entry["key"].split("/")[1].replace("_", " "): entry["reason"] for entry in entries}
+    counters = checkpointing.read_state(out / "checkpoint-5")["data"]["counters"]
+    assert len(found) >= 10 and found == {name: bad[name][-1] for name in found}
+    assert counters["read"] == 20 + sum(counters[name] for name in SKIP_CLASSES)
 
 
 @pytest.mark.parametrize("script", [lcm, tscd_lora], ids=["lcm", "tscd_lora"])

@@ -411,7 +411,9 @@ def load_pipeline(
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         if unet:
             parts["unet"] = load_unet(index, unet, dtype)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, variant=variant, **where, **parts)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            path, dtype=dtype, variant=variant, use_safetensors=True, **where, **parts
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
     if scheduler == "keep" and (lora or unet):
@@ -450,7 +452,7 @@ def load_unet(index, unet, dtype):
     if "unet" not in index:
         raise UserError(f"--unet: a {index.get('_class_name')} has no U-Net: drop the flag")
     try:
-        return getattr(diffusers, index["unet"][1]).from_pretrained(unet, dtype=dtype)
+        return getattr(diffusers, index["unet"][1]).from_pretrained(unet, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--unet {unet} cannot be loaded: {error}") from error
 

@@ -81,7 +81,7 @@ def main(args):
     prompts = pairs.read_prompts(args.prompts, args.prompt_column)
     num_pairs = args.num_pairs or len(prompts)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
-    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
+    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
     scheduler_class, scheduler_config = teacher["scheduler"]
     flag = "--scheduler" if args.scheduler else "--pretrained_teacher_model"
     if args.scheduler:
