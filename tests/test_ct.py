@@ -19,6 +19,7 @@ from common.shards import IMAGE_KEYS, DataError
 from common.tools import demo, demo_ct, digits
 from tests.test_args import gpu  # noqa: F401  (a fixture)
 from tests.test_args import test_mistakes_end_in_one_sentence_and_exit_code_2 as mistakes
+from tests.test_preemption import stop_after
 from tests.test_scripts import NO_DDP_LEFT, fingerprint, launch, scalars
 from tests.test_scripts import train as run_script
 
@@ -938,6 +939,29 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags, classifier):
     done = launch([*two, "--resume_from_checkpoint=latest"], num_processes=2, prelude=NO_DDP_LEFT, script=ct)
     assert done.returncode == 0, done.stderr[-3000:]
     assert digests(tmp_path / "two" / "checkpoint-8") == expected
+
+    # On one process instead of two: the same samples in the same order, and losses up to the order of sums.
+    losses = scalars(tmp_path / "two", "loss")
+    (tmp_path / "two" / "checkpoint-8" / "COMPLETE").unlink()
+    train(flags(tmp_path / "two", **common, gradient_accumulation_steps=2, resume_from_checkpoint="latest"))
+    data = digests(tmp_path / "two" / "checkpoint-8")["data"]
+    assert data["cursors"] == expected["data"]["cursors"] and len(losses) == 8
+    assert scalars(tmp_path / "two", "loss") == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_run_that_a_stop_file_ends_is_saved_once_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch):
+    out = tmp_path / "b"
+    train(flags(tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, out, 3)
+        with pytest.raises(SystemExit) as left:
+            train(flags(out))
+    assert left.value.code == 75 and json.loads((out / "REQUEUE").read_text())["global_step"] == 3
+    assert [c.name for c in checkpointing.list_checkpoints(out)] == ["checkpoint-3"]
+    assert not (out / "README.md").exists() and not (out / "unet").exists()
+    train(flags(out, resume_from_checkpoint="latest"))
+    assert digests(out / "checkpoint-8") == digests(tmp_path / "a" / "checkpoint-8")
+    assert (out / "README.md").is_file() and not (out / "REQUEUE").exists() and not (out / "STOP").exists()
 
 
 def test_script_length():

@@ -17,6 +17,7 @@ import train_direct_distill as direct
 from common import UserError, checkpointing, pairs, pipelines, probes
 from common.tools import digits, dit, generate_pairs
 from tests import tiny_pipelines as tiny
+from tests.test_preemption import stop_after
 from tests.test_scripts import KILLED, NO_DDP_LEFT, fingerprint, launch, scalars, train
 
 import numpy as np
@@ -399,8 +400,30 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags):
     expected = digests(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
     again = flags(tmp_path / "two", **two, resume_from_checkpoint="latest")
-    done = launch(again, num_processes=2, script=direct)
+    done = launch(again, num_processes=2, script=direct, prelude=NO_DDP_LEFT)
     assert done.returncode == 0 and digests(tmp_path / "two" / "checkpoint-4") == expected, done.stderr[-2000:]
+
+    # On one process instead of two: the same pairs in the same order, and losses up to the order of sums.
+    losses = scalars(tmp_path / "two", "loss")
+    (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
+    run(flags(tmp_path / "two", gradient_accumulation_steps=2, resume_from_checkpoint="latest", **two))
+    assert digests(tmp_path / "two" / "checkpoint-4")["data"] == expected["data"] == {"next_micro_batch": 8}
+    assert len(losses) == 4 and scalars(tmp_path / "two", "loss") == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_run_that_a_stop_file_ends_is_saved_once_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch):
+    out, options = tmp_path / "b", {"lora_rank": 4, "lora_dropout": 0.3, "checkpointing_steps": 4, "ema_decay": 0.5}
+    run(flags(tmp_path / "a", **options))
+    with monkeypatch.context() as patch:
+        stop_after(patch, out, 3)
+        with pytest.raises(SystemExit) as left:
+            run(flags(out, **options))
+    assert left.value.code == 75 and json.loads((out / "REQUEUE").read_text())["global_step"] == 3
+    assert [c.name for c in checkpointing.list_checkpoints(out)] == ["checkpoint-3"]
+    assert not (out / "README.md").exists() and not list(out.glob("*.safetensors"))
+    run(flags(out, resume_from_checkpoint="latest", **options))
+    assert digests(out / "checkpoint-4") == digests(tmp_path / "a" / "checkpoint-4")
+    assert (out / "README.md").is_file() and not (out / "REQUEUE").exists() and not (out / "STOP").exists()
 
 
 def test_each_epoch_holds_every_pair_once_in_an_order_of_its_own():

@@ -416,6 +416,14 @@ def checked(group=None):
     destroy(group)
 torch.distributed.destroy_process_group = checked
 
+from accelerate import Accelerator
+prepare = Accelerator.prepare
+def prepared(self, *args, **kwargs):
+    engine = self.distributed_type.value, torch.distributed.get_backend(), self.num_processes
+    assert engine == ("MULTI_CPU", "gloo", 2), engine
+    return prepare(self, *args, **kwargs)
+Accelerator.prepare = prepared
+
 import common.discriminator as d
 step = d.discriminator_step
 def step_and_compare(optimizer, scaler, world_size):

@@ -6,11 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
-from common import UserError, checkpointing, models
+from common import UserError, checkpointing, models, pipelines
+from common.image_data import open_images
 from tests.test_checkpointing import save, setup_run
+from tests.test_data import pickle_members, write_tar
 from tests.test_models import edit_json
 from tests.test_scripts import ROOT
 
+import datasets
 import pytest
 import torch
 
@@ -84,13 +87,37 @@ def test_a_teacher_runs_no_code(tmp_path, teacher, what):
     else:
         (folder / "tokenizer" / "own.py").write_text(code)
         edit_json(folder / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
-    try:
-        models.read_teacher_config(str(folder))
-        models.load_teacher(str(folder))
-    except UserError as error:
-        assert "--pretrained_teacher_model=" in str(error)
-    else:
-        assert what == "tokenizer"  # CLIPTokenizer is named by its class, and the map is not looked at
+    for module, read, load in (
+        (models, "read_teacher_config", "load_teacher"),
+        (pipelines, "read_pipeline_config", "load_pipeline"),
+    ):
+        try:
+            getattr(module, read)(str(folder))
+            getattr(module, load)(str(folder))
+        except UserError as error:
+            assert "--pretrained_teacher_model=" in str(error)
+        else:
+            assert what == "tokenizer"  # CLIPTokenizer is named by its class, and the map is not looked at
+        assert not trap.exists()
+
+
+@pytest.mark.parametrize("what", ["script", "script beside data", "pickles", "tar of pickles"])
+def test_a_data_set_runs_no_code(tmp_path, monkeypatch, what):
+    """Consistency training reads data sets through `datasets`, which runs no code of theirs."""
+    folder, trap = tmp_path / "own", tmp_path / "ran"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder.mkdir()
+    if "script" in what:
+        (folder / "own.py").write_text(CODE.format(trap=str(trap)))
+    if what == "script beside data":
+        (folder / "data.csv").write_text("image,label\na.png,1\n")
+    if what == "pickles":
+        torch.save({"image": Evil(str(trap))}, folder / "train.pkl")
+    if what == "tar of pickles":
+        write_tar(folder / "0.tar", pickle_members(trap))
+    for name in (folder, folder / "own.py") if what == "script" else (folder,):
+        with pytest.raises(UserError, match="--dataset_name="):
+            open_images(None, str(name), image_column="image", label_column="label")
     assert not trap.exists()
 
 
