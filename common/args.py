@@ -464,17 +464,17 @@ def make_accelerator(args):
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise UserError(
-            f"{started} processes were started but did not join (no GPU?); "
-            "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
-        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
             f"`accelerate config`: {accelerator.distributed_type.value} is not supported: targets, samples and "
             "checkpoints need the whole student on each GPU; use plain data parallel training, with "
             "--gradient_checkpointing and --use_8bit_adam or a LoRA script where memory is short"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were started but did not join (no GPU?); "
+            "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
         )
     args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
     return accelerator
