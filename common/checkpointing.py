@@ -230,10 +230,12 @@ def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, o
     try:
         return _save(accelerator, Path(output_dir), tmp, global_step, state, modules or {}, objects or {}, total_limit)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        shutil.rmtree(tmp, ignore_errors=True)
         reason = str(error).split("\n")[0][:200]
+        if isinstance(error, RuntimeError):
+            if not re.search("PytorchStreamWriter|inline_container|iostream error", reason):  # of torch.save
+                raise
+            reason = f"most likely the disk is full: {reason}"
+        shutil.rmtree(tmp, ignore_errors=True)
         failure = UserError(
             f"--output_dir={output_dir}: the checkpoint of step {global_step} could not be written ({reason}); make "
             "room and resume, the checkpoints before it are whole"

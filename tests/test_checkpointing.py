@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 from pathlib import Path
 
 from common import UserError, checkpointing
@@ -187,6 +188,22 @@ def test_the_best_is_kept_besides(tmp_path):
     assert record(tmp_path, 4, [rows[3]], "checkpoint-4")["step"] == 2
     best = json.loads((tmp_path / "best_checkpoint.json").read_text())
     assert best["frechet_distance"] == 2.0 and best["checkpoint"] is None
+
+
+def test_a_disk_that_is_full_at_any_byte_is_one_sentence_and_leaves_nothing(tmp_path):
+    run = setup_run()
+    update(run[1], run[2], run[4]["schedule"], run[3]["target"])
+    sizes = [path.stat().st_size for path in save(tmp_path, 1, run=run).iterdir()]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in [*range(0, max(sizes), max(sizes) // 40), max(sizes) - 1]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(UserError, match="checkpoint of step 2 could not be written .*make room and resume"):
+                save(tmp_path, 2, run=run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    save(tmp_path, 2, run=run)
 
 
 def test_nothing_is_pruned_before_the_new_one_stands(tmp_path, monkeypatch):
