@@ -203,8 +203,8 @@ def main(args):
         unused = probes.freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
-    sampled = [data.latents([i]).float().flatten() for i in list(train_indices)[:256]]
-    latent_std = torch.cat(sampled).std().item()
+    sampled = torch.cat([data.latents([i]).float().flatten() for i in list(train_indices)[:256]])
+    latent_std = sampled[sampled.isfinite()].std().item()
     weights = [parameter for parameter in rollout.parameters() if parameter.requires_grad]
     ema_weights = torch.nn.ParameterList([p.detach().clone() for p in weights] if args.ema_decay else [])
     ema_weights.requires_grad_(False)

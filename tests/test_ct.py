@@ -503,6 +503,25 @@ def test_a_gradient_scaler_drives_the_step_and_is_resumed(tmp_path, flags, monke
     assert digests(tmp_path / "a" / "checkpoint-16") == digests(tmp_path / "b" / "checkpoint-16")
 
 
+def test_a_poisoned_sample_costs_its_update_and_nothing_else(tmp_path, flags, monkeypatch):
+    """Its loss is NaN; RAdam has no fused step that could skip on the device, so the host decides."""
+    huber, calls = consistency.pseudo_huber, []
+
+    def poisoned(a, b, c):
+        calls.append(1)
+        return huber(a, b, c) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(consistency, "pseudo_huber", poisoned)
+    train(flags(tmp_path / "out", max_train_steps=4, checkpointing_steps=1, discretization_s_1=10))
+    saved = [digests(tmp_path / "out" / f"checkpoint-{n}") for n in (1, 2, 3)]
+    held = ("model.safetensors", "ema_unet.safetensors", "optimizer")
+    assert all(saved[0][k] == saved[1][k] != saved[2][k] for k in held)
+    assert scalars(tmp_path / "out", "updates_skipped") == {1: 0, 2: 1, 3: 1, 4: 1}
+    assert [n for n, loss in scalars(tmp_path / "out", "loss").items() if loss != loss] == [2]
+    entry = json.loads((tmp_path / "out" / "nonfinite_updates.jsonl").read_text())
+    assert entry["step"] == 2 and len(entry["keys"]) == 4
+
+
 def test_constant_images_are_learnt(tmp_path, flags):
     """Data of one grey value, 0.498: samples of one and two steps are of that value."""
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})

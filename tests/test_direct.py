@@ -450,6 +450,24 @@ def rewritten(made, folder, change):
     return folder
 
 
+def test_a_poisoned_pair_costs_its_update_and_nothing_else(tmp_path, flags, made):
+    data, bad = pairs.PairShards(made()), next(i for i in pairs.PairOrder(20, 4, seed=1)[1] if i >= 4)
+    folder = Path(shutil.copytree(made(), tmp_path / "pairs"))
+    indices = pairs.shard_range(bad // 8, NUM_PAIRS, 8)
+    latents = {i: data.latents([i])[0] * (float("nan") if i == bad else 1) for i in indices}
+    rows = [(i, data.prompts[i], data.seeds[i], latents[i], None) for i in indices]
+    pairs.write_shard(folder / pairs.shard_name(bad // 8), rows)
+    out = tmp_path / "out"
+    run(flags(out, pairs_dir=folder, checkpointing_steps=1, ema_decay=0.5))
+    saved = [digests(out / f"checkpoint-{n}") for n in (1, 2, 3)]
+    held = ("model.safetensors", "ema.safetensors", "optimizer")
+    assert all(saved[0][k] == saved[1][k] != saved[2][k] for k in held)
+    assert scalars(out, "updates_skipped") == {1: 0, 2: 1, 3: 1, 4: 1}
+    assert [n for n, loss in scalars(out, "loss").items() if loss != loss] == [2]
+    entry = json.loads((out / "nonfinite_updates.jsonl").read_text())
+    assert entry["step"] == 2 and str(bad) in entry["keys"]
+
+
 def test_pairs_with_wrong_seeds_are_refused(tmp_path, flags, made, capsys):
     folder = rewritten(made, tmp_path / "pairs", lambda seed: seed + 500)
     with pytest.raises(SystemExit) as stopped:
