@@ -464,6 +464,13 @@ def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(t
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr[-2000:]
     assert digests(tmp_path / "two" / "checkpoint-4") == expected
 
+    (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()  # and on one process instead of two
+    again = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
+    train(flags(tmp_path / "two", script, **two, **again), script)
+    data = checkpointing.read_state(tmp_path / "two" / "checkpoint-4")["data"]
+    assert data["cursors"] == expected["data"]["cursors"]
+    assert list(scalars(tmp_path / "two", "loss").values()) == pytest.approx(both, rel=1e-4)
+
 
 def test_processes_that_did_not_join_are_refused(tmp_path, flags):
     done = launch(flags(tmp_path / "out"), num_processes=2, use_cpu=False)
