@@ -54,7 +54,7 @@ def main(args):
     except UserError as error:
         raise UserError(str(error).replace("--dataset_metadata_path", "METADATA")) from None
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
-    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, **place)
+    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
 
     # 2. The teacher, and that its decoder gives the images back.
     options = {"variant": args.variant, **place}
