@@ -474,6 +474,10 @@ DIRECT = {
         lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").write_bytes(b"text" * 999)),
         "00001.tar is damaged",
     ),
+    "pairs whose shards are swapped": (
+        lambda w: w.spoiled_pairs(lambda f: shutil.copy(f / "00002.tar", f / "00000.tar")),
+        "00000.tar is damaged (pair 0 is not in its place",
+    ),
     "pairs with an empty shard": (
         lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").write_bytes(b"")),
         "00001.tar is damaged",

@@ -455,7 +455,7 @@ def test_a_poisoned_pair_costs_its_update_and_nothing_else(tmp_path, flags, made
     folder = Path(shutil.copytree(made(), tmp_path / "pairs"))
     indices = pairs.shard_range(bad // 8, NUM_PAIRS, 8)
     latents = {i: data.latents([i])[0] * (float("nan") if i == bad else 1) for i in indices}
-    rows = [(i, data.prompts[i], data.seeds[i], latents[i], None) for i in indices]
+    rows = [(i, data.prompts[i], data.seeds[i], latents[i], None, None) for i in indices]
     pairs.write_shard(folder / pairs.shard_name(bad // 8), rows)
     out = tmp_path / "out"
     run(flags(out, pairs_dir=folder, checkpointing_steps=1, ema_decay=0.5))
@@ -591,9 +591,8 @@ def test_resume_with_other_pairs_in_the_same_folder_is_refused(tmp_path, flags, 
     folder = tmp_path / "pairs"
     shutil.copytree(made(), folder)
     run(flags(tmp_path / "out", pairs_dir=folder, max_train_steps=2))
-    (folder / "00000.tar").rename(folder / "t")  # the same pairs, but another one is pair 0 and others are held out
-    (folder / "00002.tar").rename(folder / "00000.tar")
-    (folder / "t").rename(folder / "00002.tar")
+    shutil.rmtree(folder)
+    rewritten(made, folder, lambda seed: seed + 500)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         run(flags(tmp_path / "out", pairs_dir=folder, max_train_steps=4, resume_from_checkpoint="latest"))
