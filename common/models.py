@@ -525,7 +525,7 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
         "unet_parameters": sum(p.numel() for p in unet.parameters()),
         "unet_sizes": [p.numel() for p in unet.parameters()],
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
-        "vae_keeps_float32": config["is_sdxl"] and not config.get("is_other_vae"),  # as `vae_dtype` has it
+        "vae_keeps_float32": "text_encoder_2" in config and not config.get("is_other_vae"),  # as `vae_dtype` has it
         "text_encoder_parameters": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
         "unet_forward_flops": unet_flops.get_total_flops(),
         "vae_encode_flops": vae_flops.get_total_flops(),
