@@ -10,9 +10,9 @@ from tests.test_direct import QUICK, ask
 import pytest
 
 
-@pytest.fixture(scope="session")
-def made(build_once):
-    """{name: path} of what tests/cases.py names."""
+@pytest.fixture(scope="session", autouse=True)
+def made_before_anything_trains(build_once):
+    """{name: path} of what tests/cases.py names; at once, as a worker that has trained itself can fork no more."""
 
     def build(folder):
         def body():
@@ -31,6 +31,11 @@ def made(build_once):
     return {
         n: str(folder / names.get(n, n)) for n in ("teacher", "shards", "data_set", "unet", "direct_teacher", "pairs")
     }
+
+
+@pytest.fixture(scope="session")
+def made(made_before_anything_trains):
+    return made_before_anything_trains
 
 
 @pytest.fixture(scope="session")
