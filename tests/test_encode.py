@@ -552,8 +552,8 @@ def one_sentence(capsys, flags, script=lcm):
 def test_latents_that_do_not_fit_are_refused_before_any_weight(
     tmp_path, flags, cached, shards, capsys, monkeypatch, make, sentence
 ):
-    monkeypatch.setattr(models, "load_teacher", None)
     options = {"train_shards_path_or_url": tars(cached()), "center_crop": True}
+    monkeypatch.setattr(models, "load_teacher", None)  # what is made for all tests is there by now
     options |= make(cached(), tmp_path, expand_shards(shards)[1])
     assert sentence in one_sentence(capsys, flags(tmp_path / "out", lcm, **options))
 
