@@ -703,7 +703,7 @@ def derived_configuration(
         "updates": str(max_train_steps),
         "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
         "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
-        "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
+        "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if num_samples else "not known",
         "parameters": f"{trained / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
         "memory per process": f"{memory / 2**30:.3g} GiB without activations",
         "FLOPs per sample": f"{flops / 1e9:.2f} G",

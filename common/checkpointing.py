@@ -191,7 +191,10 @@ def check_same_run(checkpoint, saved_args, args):
     changed = [n for n in names if _same_path(saved_args.get(n)) != _same_path(args.get(n))]
     if changed:
         listed = ", ".join(f"--{n} was {saved_args.get(n)!r} and is {args.get(n)!r}" for n in changed)
-        raise UserError(f"--resume_from_checkpoint={checkpoint} is of another configuration: {listed}")
+        way_out = "pass what it was, or start anew in another --output_dir"
+        if saved_args.get("data_seed") is not None and DATA_FLAGS.issuperset(changed):
+            way_out = "pass what it was, or another --data_seed too, with which the data begins anew"
+        raise UserError(f"--resume_from_checkpoint={checkpoint} is of another configuration: {listed}; {way_out}")
 
 
 def check_same_start(output_dir, args):

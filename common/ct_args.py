@@ -233,7 +233,7 @@ def derived_configuration(args, counts, world_size, total_batch_size, num_sample
         "samples per update": str(total_batch_size),
         "updates": str(args.max_train_steps),
         "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
-        "epochs": f"{args.max_train_steps * total_batch_size / num_samples:.2f}" if known else "not known",
+        "epochs": f"{args.max_train_steps * total_batch_size / num_samples:.2f}" if num_samples else "not known",
         "parameters": f"{parameters / 1e6:.2f} M",
         "memory per process": f"{memory / 2**30:.3g} GiB without activations",
         "FLOPs per sample": f"{4 * counts['unet_forward_flops'] / 1e9:.2f} G",

@@ -176,8 +176,8 @@ class _Lane:
             flag = getattr(data._source, "flag", "--train_shards_path_or_url")
             raise DataError(
                 f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
-                f"({_listing(tally.counts)}): check {flag}, or pass fewer --data_lanes; "
-                f"skipped_samples.jsonl has the first{_last_detail(tally)}."
+                f"({_listing(tally.counts)}): check {flag}, or pass fewer --data_lanes"
+                f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{_last_detail(tally)}."
             )
         self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
         self.reader = None
@@ -432,8 +432,8 @@ class TrainingData:
     def _check_skip_ratio(self, seen: int, unreadable: int, counts: dict[str, int]):
         if unreadable > self.max_skip_ratio * seen:
             raise DataError(
-                f"{unreadable} of the last {seen} samples could not be read ({_listing(counts)}): repair the data "
-                "(skipped_samples.jsonl has the first), or raise --max_skip_ratio."
+                f"{unreadable} of the last {seen} samples could not be read ({_listing(counts)}): repair the data"
+                f"{' (skipped_samples.jsonl has the first)' if self.skipped_log else ''}, or raise --max_skip_ratio."
             )
 
     def _log_skipped(self, skipped: list[dict]):

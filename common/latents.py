@@ -128,6 +128,11 @@ def read_manifest(shards):
         return None
     flag = "--train_shards_path_or_url"
     others = [shard for shard in found if shard not in cached]
+    damaged = next((shard for shard in others if not os.path.isdir(shard) and not _begins_as_tar(shard)), None)
+    if damaged is not None:
+        raise DataError(
+            f"{flag}: {damaged} among the cached latents is damaged, or no tar; encode it again, or leave it out"
+        )
     if others:
         raise DataError(
             f"{flag} mixes cached latents ({next(iter(cached))}) and images ({others[0]}); name the ones or the others"
@@ -142,6 +147,14 @@ def read_manifest(shards):
 
 def _manifest_of(shard):
     return None if os.path.isdir(shard) else _parse_head(shard, read_head(shard))
+
+
+def _begins_as_tar(shard):
+    try:
+        tarfile.TarInfo.frombuf(read_head(shard)[:512], "utf-8", "surrogateescape")
+        return True
+    except tarfile.HeaderError:
+        return False
 
 
 def _parse_head(shard, head):

@@ -241,6 +241,7 @@ SHARDS = {  # of consistency training as well
     "braces": (lambda w: w.shards("/no/{0..3.tar"), "the braces of"),
     "an empty file": (lambda w: w.shards(w.file("a.tar", b"")), "no usable sample"),
     "no tar": (lambda w: w.shards(w.file("a.tar", b"text" * 999)), "shard_read"),
+    "no tar, counted": (lambda w: w.shards(w.file("a.tar", b"text" * 999)) | {"dry_run": True}, "shard_read"),
     "a tar of nothing": (lambda w: w.tar([]), "found no usable sample"),
     "a tar without images": (lambda w: w.tar([("a.txt", b"caption")]), "decode"),
     "a tar of pickles": (lambda w: w.tar(pickle_members(w.tmp_path / "trap")), "found no usable sample"),

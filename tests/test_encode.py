@@ -490,6 +490,11 @@ def rewritten(cached, folder, change, shards=3):
     return folder
 
 
+def touched(path):
+    path.touch()
+    return path
+
+
 REFUSED = {
     "flip": (lambda c, t, s: {"random_flip": True}, "--random_flip=True: the cached latents of --train_shards"),
     "crop": (lambda c, t, s: {"center_crop": None}, "--center_crop=False: the cached latents of"),
@@ -523,6 +528,14 @@ REFUSED = {
         lambda c, t, s: {"train_shards_path_or_url": rewritten(c, t / "x", lambda m: m.pop("shape"), shards=1)},
         "is damaged; encode this shard again",
     ),
+    "an empty shard among others": (
+        lambda c, t, s: {"train_shards_path_or_url": f"{{{c}/00000.tar,{touched(t / '00001.tar')}}}"},
+        "00001.tar among the cached latents is damaged, or no tar; encode it again, or leave it out",
+    ),
+    "all files of the folder": (
+        lambda c, t, s: {"train_shards_path_or_url": f"{c}/*"},
+        "_stats.json among the cached latents is damaged, or no tar; encode it again, or leave it out",
+    ),
 }
 
 
@@ -539,8 +552,8 @@ def one_sentence(capsys, flags, script=lcm):
 def test_latents_that_do_not_fit_are_refused_before_any_weight(
     tmp_path, flags, cached, shards, capsys, monkeypatch, make, sentence
 ):
-    monkeypatch.setattr(models, "load_teacher", None)
     options = {"train_shards_path_or_url": tars(cached()), "center_crop": True}
+    monkeypatch.setattr(models, "load_teacher", None)  # what is made for all tests is there by now
     options |= make(cached(), tmp_path, expand_shards(shards)[1])
     assert sentence in one_sentence(capsys, flags(tmp_path / "out", lcm, **options))
 

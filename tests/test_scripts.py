@@ -523,7 +523,14 @@ def test_an_unreadable_data_set_is_logged_and_refused(tmp_path, flags, capsys):
             tar.add(tmp_path / "a.txt", f"{i}.txt")
     with pytest.raises(SystemExit) as stopped:
         train(flags(tmp_path / "out", train_shards_path_or_url=tmp_path / "bad.tar"))
-    assert stopped.value.code == 2 and "found no usable sample" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert (
+        stopped.value.code == 2 and "found no usable sample" in err and "; skipped_samples.jsonl has the first" in err
+    )
+    with pytest.raises(SystemExit):
+        train(flags(tmp_path / "dry", train_shards_path_or_url=tmp_path / "bad.tar", dry_run=True))
+    err = capsys.readouterr().err
+    assert "found no usable sample" in err and "skipped_samples" not in err  # a dry run writes none
     log = (tmp_path / "out" / "skipped_samples.jsonl").read_text().splitlines()
     assert len(log) >= 2 and '"reason": "decode"' in log[0]
 

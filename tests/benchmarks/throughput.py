@@ -44,6 +44,7 @@ SCRIPTS = {
     "direct": "train_direct_distill.py",
     "direct_lora": "train_direct_distill.py",
 }
+MARK = "results.jsonl"  # says that a folder is of this program
 BF16, ALWAYS_ADVERSARIAL = ["--mixed_precision=bf16"], ["--stage_segments=1", "--adv_weights=0.1"]
 FAST = [*BF16, "--compile", "--channels_last"]
 # name: (shape, script, batch size, cached, flags)
@@ -249,10 +250,11 @@ def make_inputs(args, shape_name, script, cached):
         scheduler = ["--scheduler=DDIMScheduler", '--scheduler_kwargs={"clip_sample": false}']
         run_tool("generate_pairs", teacher, *words, *scheduler, "--num_inference_steps=4", "--guidance_scale=1")
         return folder / "teacher", [f"--pairs_dir={folder / 'pairs'}"]
-    images = synthetic.write_images(args.output_dir / "images", args.shards, args.samples_per_shard)
+    number = f"{args.shards}x{args.samples_per_shard}"
+    images = synthetic.write_images(args.output_dir / f"images_{number}", args.shards, args.samples_per_shard)
     resolution = args.resolution or shape.resolution
     if cached:
-        encoded = folder / f"encoded_{resolution}"
+        encoded = folder / f"encoded_{resolution}_{number}"
         run_tool("encode_shards", images, encoded, teacher, f"--resolution={resolution}")
         images = encoded
     return folder / "teacher", [f"--train_shards_path_or_url={images}/{{00000..{args.shards - 1:05d}}}.tar"]
@@ -272,8 +274,8 @@ def run_once(args, script_path, name, batch_size, words):
     result.unlink(missing_ok=True)
     counts = batch_size, args.warmup, args.steps
     command = [sys.executable, __file__, "--child", result, *counts, script_path, *words]
-    left = args.deadline - time.monotonic()
-    options = {"stderr": subprocess.STDOUT, "cwd": ROOT, "timeout": left if args.minutes else None}
+    left = None if args.deadline is None else args.deadline - time.monotonic()
+    options = {"stderr": subprocess.STDOUT, "cwd": ROOT, "timeout": left}
     try:
         with open(log, "wb") as file:
             code = subprocess.run(list(map(str, command)), stdout=file, **options).returncode
@@ -372,41 +374,76 @@ def report(args, row):
     on_device = sum(value for stage, value in stages.items() if not stage.endswith("(host)"))
     stages["the rest"] = seconds - on_device
     print("  " + ", ".join(f"{stage} {value / seconds:.1%}" for stage, value in stages.items()), flush=True)
-    with open(args.output_dir / "results.jsonl", "a", encoding="utf-8") as file:
+    with open(args.output_dir / MARK, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def parse_args(argv):
+    from common import args as cli
+
     words, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", "sd15", "sdxl"], help="default: tiny, or what the suite says")
-    parser.add_argument("--script", choices=list(SCRIPTS), default="lcm")
-    parser.add_argument("--cached", action="store_true", help="train on latents that encode_shards has made")
-    parser.add_argument("--suite", choices=list(SUITES), help="measure its rows one after the other")
-    parser.add_argument("--only", nargs="*", type=int, help="numbers of the suite's rows, from 0")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--resolution", type=int, help="default: the shape's")
-    parser.add_argument("--warmup", type=int, default=5, help="updates before the measured ones")
-    parser.add_argument("--steps", type=int, default=20, help="measured updates")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--minutes", type=float, help="end then; what has not been measured is said")
-    parser.add_argument("--workers", type=int, default=1, help="loader processes")
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--samples_per_shard", type=int, default=64)
-    parser.add_argument("--peer", type=Path, help="another training script; it always reads images")
-    parser.add_argument("--peer_flags", default="", help="flags for the peer alone, in one word")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "throughput")
+    parser = cli.ArgumentParser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--shape", choices=["tiny", "sd15", "sdxl"], help="default: tiny, or what the suite says")
+    add("--script", choices=list(SCRIPTS), help="default: lcm")
+    add("--cached", action="store_true", help="train on latents that encode_shards has made")
+    add("--suite", choices=list(SUITES), help="measure its rows one after the other; --shape=tiny: a try of them")
+    add("--only", nargs="+", type=cli.non_negative_int, help="numbers of the suite's rows, from 0")
+    add("--batch_size", type=cli.positive_int, help="default: 8")
+    add("--gradient_accumulation_steps", type=cli.positive_int, default=1)
+    add("--resolution", type=cli.positive_int, help="default: the shape's")
+    add("--warmup", type=cli.positive_int, default=5, help="updates before the measured ones")
+    add("--steps", type=cli.positive_int, default=20, help="measured updates")
+    add("--rounds", type=cli.positive_int, default=1)
+    add("--minutes", type=cli.non_negative_float, help="end then; what has not been measured is said")
+    add("--workers", type=cli.non_negative_int, default=1, help="loader processes")
+    add("--shards", type=cli.positive_int, default=4)
+    add("--samples_per_shard", type=cli.positive_int, default=64)
+    add("--peer", type=Path, help="another training script; it always reads images")
+    add("--peer_flags", help="flags for the peer alone, in one word")
+    add("--output_dir", type=Path, default=ROOT / "runs" / "throughput", help="new, empty, or of an earlier call")
     args = parser.parse_args(words)
-    args.output_dir = args.output_dir.resolve()
-    args.deadline = time.monotonic() + 60 * (args.minutes or 0)
-    args.peer = args.peer and args.peer.resolve()
+    if args.suite:
+        given = {
+            "--script": args.script,
+            "--batch_size": args.batch_size,
+            "--cached": args.cached,
+            "flags after --": extra,
+        }
+        if ignored := [name for name, value in given.items() if value]:
+            parser.error(f"{ignored[0]}: the rows of --suite say that themselves; drop the one or the other")
+        if args.shape not in (None, "tiny"):
+            parser.error(f"--shape={args.shape}: the rows of --suite have their own shapes; drop it, or try tiny")
+        if (number := max(args.only or [0])) >= len(SUITES[args.suite]):
+            parser.error(f"--only={number}: --suite={args.suite} has rows 0 to {len(SUITES[args.suite]) - 1}")
+    elif args.only is not None:
+        parser.error("--only chooses rows of a suite; pass --suite, or drop it")
+    args.script, args.batch_size = args.script or "lcm", args.batch_size or 8
+    if args.script.startswith("direct") and (args.cached or args.resolution):
+        flag = "--cached" if args.cached else "--resolution"
+        parser.error(f"{flag}: --script={args.script} trains from pairs of the teacher's own size; drop it")
+    if args.peer and not args.peer.is_file():
+        parser.error(f"--peer={args.peer} is no file; name a training script")
+    if args.peer_flags and not args.peer:
+        parser.error("--peer_flags are for --peer; pass it, or drop them")
+    args.output_dir = folder = args.output_dir.resolve()
+    if folder.exists() and not folder.is_dir():
+        parser.error(f"--output_dir={folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        parser.error(f"--output_dir={folder} holds files of others; name a new or empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+    except OSError as error:
+        parser.error(f"--output_dir={folder} cannot be written to ({error.strerror}); name another folder")
+    args.deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    args.peer, args.peer_flags = args.peer and args.peer.resolve(), args.peer_flags or ""
     return args, extra
 
 
 def main():
     args, extra = parse_args(sys.argv[1:])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = {"ours": (args.shape or "tiny", args.script, args.batch_size, args.cached, extra)}
     if args.suite:
         rows = SUITES[args.suite]
@@ -417,7 +454,7 @@ def main():
     print("| | samples/s | GFLOPs per sample | MFU | peak GiB |\n|---|---|---|---|---|", flush=True)
     done = []
     for name, row in rows.items():
-        if args.minutes and time.monotonic() >= args.deadline:
+        if args.deadline is not None and time.monotonic() >= args.deadline:
             print(f"{name}: not measured, --minutes={args.minutes:g} are over", flush=True)
             done.append(False)
         else:
