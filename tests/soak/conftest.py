@@ -39,10 +39,10 @@ def made(made_before_anything_trains):
 
 
 @pytest.fixture(scope="session")
-def teacher(made):
-    return lambda kind="epsilon": made["teacher"]
+def teacher(made_before_anything_trains):
+    return lambda kind="epsilon": made_before_anything_trains["teacher"]
 
 
 @pytest.fixture(scope="session")
-def shards(made):
-    return made["shards"]
+def shards(made_before_anything_trains):
+    return made_before_anything_trains["shards"]
