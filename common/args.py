@@ -535,7 +535,7 @@ def resolve_steps(args, num_samples, world_size, resumed=None):
 
     num_samples: how many distinct samples an epoch has, or None where the shards do not tell. resumed: the state of a
     checkpoint. A resumed run keeps its total batch size, unless --data_seed changes: UserError when the number of
-    processes changed and the flags do not make up for it.
+    processes changed and the flags do not make up for it, or when the checkpoint lies behind the last update.
     """
     total_batch_size = args.train_batch_size * world_size * args.gradient_accumulation_steps
     if args.max_train_steps is None:
@@ -543,6 +543,11 @@ def resolve_steps(args, num_samples, world_size, resumed=None):
             raise UserError("--max_train_steps is needed: how many samples remote shards hold is not known")
         args.max_train_steps = math.ceil(num_samples / total_batch_size) * args.num_train_epochs
     saved = resumed or {"args": {}}
+    if saved.get("global_step", 0) > args.max_train_steps:
+        raise UserError(
+            f"--max_train_steps={args.max_train_steps} is less than the {saved['global_step']} updates of the "
+            "checkpoint; raise it, or name an earlier checkpoint in --resume_from_checkpoint"
+        )
     same_data = args.data_seed == saved["args"].get("data_seed")
     if same_data and saved["total_batch_size"] != total_batch_size:
         raise UserError(

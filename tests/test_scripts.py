@@ -373,8 +373,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags,
     assert scalars(tmp_path / "b", "loss") == scalars(tmp_path / "a", "loss")
 
 
-def test_a_run_can_be_extended_and_passes_its_first_end(tmp_path, flags):
+def test_a_run_can_be_extended_and_passes_its_first_end(tmp_path, flags, capsys):
     train(flags(tmp_path / "a", max_train_steps=4))
+    with pytest.raises(SystemExit) as stopped:  # it has no weights of 3 updates to export
+        train(flags(tmp_path / "a", max_train_steps=3, resume_from_checkpoint="latest"))
+    assert stopped.value.code == 2 and "is less than the 4 updates of the checkpoint" in capsys.readouterr().err
     train(flags(tmp_path / "b", max_train_steps=2))
     train(flags(tmp_path / "b", max_train_steps=4, resume_from_checkpoint="checkpoint-2", seed=None))
     assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
