@@ -310,6 +310,8 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is damaged or of another model ({reason}); pass an earlier one"
         ) from error
+    # What accelerate restored counts another number of micro-batches per update, where the number of processes changed.
+    accelerator.step = state["global_step"] * accelerator.gradient_accumulation_steps
     for optimizer in (*accelerator._optimizers, *(objects or {}).values()):
         _match_layout(getattr(optimizer, "optimizer", optimizer))
     same_world = len(state["rng_digests"]) == accelerator.num_processes
@@ -325,7 +327,7 @@ def _match_layout(optimizer):
         return
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

@@ -933,6 +933,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags, classifier):
     """Same curriculum, other noise on each; weights, average and learning rate of one process with accumulation."""
     common = {"train_batch_size": 2, "data_lanes": 4, "lr_scheduler": "cosine", "lr_warmup_steps": 0, "eval_steps": 8}
     common |= {"feature_network": classifier, "eval_num_samples": 22, "eval_class_accuracy": True}
+    common["checkpointing_steps"] = 5  # an odd number of micro-batches
     two = flags(tmp_path / "two", **common)
     done = launch(two, num_processes=2, prelude=TWO_PROCESSES, script=ct)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -966,6 +967,14 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags, classifier):
     data = digests(tmp_path / "two" / "checkpoint-8")["data"]
     assert data["cursors"] == expected["data"]["cursors"] and len(losses) == 8
     assert scalars(tmp_path / "two", "loss") == pytest.approx(losses, rel=1e-5)
+
+    # On two processes instead of one.
+    (tmp_path / "one" / "checkpoint-8" / "COMPLETE").unlink()
+    one = flags(tmp_path / "one", **common, resume_from_checkpoint="latest")
+    done = launch(one, num_processes=2, script=ct)
+    assert done.returncode == 0 and "at step 5" in done.stdout, done.stderr[-3000:]
+    assert digests(tmp_path / "one" / "checkpoint-8")["data"]["cursors"] == expected["data"]["cursors"]
+    assert scalars(tmp_path / "one", "loss") == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_run_that_a_stop_file_ends_is_saved_once_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch):

@@ -389,7 +389,7 @@ def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags):
 
 
 def test_two_processes_equal_one_and_resume(tmp_path, flags):
-    two = {"train_batch_size": 2, "ema_decay": 0.5}
+    two = {"train_batch_size": 2, "ema_decay": 0.5, "checkpointing_steps": 3}  # an odd number of micro-batches
     done = launch(flags(tmp_path / "two", **two), num_processes=2, script=direct, prelude=NO_DDP_LEFT)
     assert done.returncode == 0, done.stderr[-2000:]
     run(flags(tmp_path / "one", gradient_accumulation_steps=2, **two))
@@ -409,6 +409,14 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags):
     run(flags(tmp_path / "two", gradient_accumulation_steps=2, resume_from_checkpoint="latest", **two))
     assert digests(tmp_path / "two" / "checkpoint-4")["data"] == expected["data"] == {"next_micro_batch": 8}
     assert len(losses) == 4 and scalars(tmp_path / "two", "loss") == pytest.approx(losses, rel=1e-4)
+
+    # On two processes instead of one.
+    (tmp_path / "one" / "checkpoint-4" / "COMPLETE").unlink()
+    again = flags(tmp_path / "one", **two, resume_from_checkpoint="latest")
+    done = launch(again, num_processes=2, script=direct)
+    assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr[-2000:]
+    assert digests(tmp_path / "one" / "checkpoint-4")["data"] == {"next_micro_batch": 8}
+    assert scalars(tmp_path / "one", "loss") == pytest.approx(losses, rel=1e-4)
 
 
 def test_a_run_that_a_stop_file_ends_is_saved_once_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch):

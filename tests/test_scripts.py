@@ -442,7 +442,7 @@ d.discriminator_step = step_and_compare
 
 @every_script
 def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(tmp_path, flags, script):
-    two = {"train_batch_size": 2, "data_lanes": 8}
+    two = {"train_batch_size": 2, "data_lanes": 8, "checkpointing_steps": 3}  # 3 micro-batches are half of an update
     done = launch(flags(tmp_path / "two", script, **two), num_processes=2, script=script, prelude=NO_DDP_LEFT)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = digests(tmp_path / "two" / "checkpoint-4")
@@ -470,9 +470,15 @@ def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(t
     (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()  # and on one process instead of two
     again = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"}
     train(flags(tmp_path / "two", script, **two, **again), script)
-    data = checkpointing.read_state(tmp_path / "two" / "checkpoint-4")["data"]
-    assert data["cursors"] == expected["data"]["cursors"]
-    assert list(scalars(tmp_path / "two", "loss").values()) == pytest.approx(both, rel=1e-4)
+    (tmp_path / "one" / "checkpoint-4" / "COMPLETE").unlink()  # and on two instead of one
+    again = flags(tmp_path / "one", script, **two, resume_from_checkpoint="latest")
+    done = launch(again, num_processes=2, script=script)
+    assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr[-2000:]
+    for name in ("one", "two"):
+        assert digests(tmp_path / name / "checkpoint-4")["data"]["cursors"] == expected["data"]["cursors"]
+        assert list(scalars(tmp_path / name, "loss").values()) == pytest.approx(both, rel=1e-4)
+        c = load_file(tmp_path / name / "checkpoint-4" / weights)
+        assert max((b[k] - c[k]).abs().max().item() for k in b) < 2e-5
 
 
 def test_processes_that_did_not_join_are_refused(tmp_path, flags):
