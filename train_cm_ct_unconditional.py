@@ -140,7 +140,7 @@ def main(args):
         consistency.discretization_steps, max_train_steps=tuning_steps, s_0=s_0, s_1=s_1
     )
     counts = unet2d.count_parameters_and_flops(unet_config)
-    derived = ct_args.derived_configuration(args, counts, world_size, total_batch_size, num_samples)
+    derived = ct_args.derived_configuration(args, counts, accelerator, total_batch_size, num_samples)
     sigma_range = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho}
     timesteps = {
         k: consistency.sampling_timesteps(k, args.mid_sigma, args.discretization_s_1 + 1, **sigma_range)

@@ -105,12 +105,12 @@ def read_data(args):
     return data
 
 
-def derived_configuration(args, parameters, trained, world_size, num_train, total_batch_size, compute_bytes):
+def derived_configuration(args, parameters, trained, accelerator, num_train, total_batch_size, compute_bytes):
     """What follows from the flags: {name: text}. Memory is of the denoisers alone, without activations."""
-    memory = sum(trained) * (8 + (4 if args.ema_decay else 0)) + cli.adam_state_bytes(trained, args.use_8bit_adam)
+    memory = sum(trained) * (4 + (4 if args.ema_decay else 0)) + cli.update_bytes(args, accelerator, trained)
     memory += parameters * compute_bytes if args.lora_rank else 0
     return {
-        "processes": str(world_size),
+        "processes": str(accelerator.num_processes),
         "samples per update": str(total_batch_size) + ("" if total_batch_size >= 32 else " (32 or more are better)"),
         "updates": str(args.max_train_steps),
         "pairs": f"{num_train} to train on, {args.num_held_out} held out",
@@ -157,7 +157,7 @@ def main(args):
     train_indices, held_out = pairs.split(len(data), args.num_held_out)
     order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
     total_batch_size = cli.resolve_steps(args, len(train_indices), world_size, resumed if checkpoint else None)
-    sizes = parameters, trained, world_size, len(train_indices), total_batch_size, weight_dtype.itemsize
+    sizes = parameters, trained, accelerator, len(train_indices), total_batch_size, weight_dtype.itemsize
     derived = derived_configuration(args, *sizes)
     cli.announce(args, derived, is_main)
     if args.dry_run:

@@ -105,7 +105,7 @@ def main(args):
         num_samples=num_samples,
         compute_bytes=weight_dtype.itemsize,
         teacher_bytes=teacher_dtype.itemsize,
-        use_8bit_adam=args.use_8bit_adam,
+        update_bytes=lambda sizes: cli.update_bytes(args, accelerator, sizes),
         trained_sizes=trained_sizes,
         cached=train_data.cached,
     )

@@ -113,7 +113,7 @@ def main(args):
         num_samples=num_samples,
         compute_bytes=weight_dtype.itemsize,
         teacher_bytes=teacher_dtype.itemsize,
-        use_8bit_adam=args.use_8bit_adam,
+        update_bytes=lambda sizes: cli.update_bytes(args, accelerator, sizes),
         cached=train_data.cached,
     )
     derived |= {stage.name: stage.summary for stage in stages}

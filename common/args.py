@@ -20,6 +20,7 @@ from common import UserError, checkpointing, export, latents, levers, models, pr
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES, decode_image_text
 from common.shards import IMAGE_KEYS, TEXT_KEYS, count_samples, mask_credentials
+from common.zero import ZeroAccelerator, take_settings
 
 import diffusers
 import torch
@@ -457,18 +458,23 @@ def make_accelerator(args):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    accelerator = Accelerator(
+    zero = take_settings(args)
+    if zero is None:
+        make = Accelerator
+    else:
+        make = functools.partial(ZeroAccelerator, zero, args.max_grad_norm, args.train_batch_size)
+    accelerator = make(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.dry_run else args.report_to or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
-            f"`accelerate config`: {accelerator.distributed_type.value} is not supported: targets, samples and "
-            "checkpoints need the whole student on each GPU; use plain data parallel training, with "
-            "--gradient_checkpointing and --use_8bit_adam or a LoRA script where memory is short"
+            "`accelerate config`: FSDP is not supported: targets, samples and checkpoints need the whole student on "
+            "each GPU; use DeepSpeed's ZeRO-2, or plain data parallel training with --gradient_checkpointing and "
+            "--use_8bit_adam or a LoRA script where memory is short"
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -671,6 +677,13 @@ def adam_state_bytes(sizes, use_8bit_adam):
     return sum(8 * size if size < 4096 else 2 * size + 8 * math.ceil(size / 256) for size in sizes)
 
 
+def update_bytes(args, accelerator, sizes):
+    """Bytes that each process needs for the gradients and optimizer states of trained tensors of `sizes` values."""
+    if isinstance(accelerator, ZeroAccelerator):
+        return accelerator.update_bytes(sum(sizes))
+    return 4 * sum(sizes) + adam_state_bytes(sizes, args.use_8bit_adam)
+
+
 def derived_configuration(
     counts,
     *,
@@ -680,7 +693,7 @@ def derived_configuration(
     num_samples,
     compute_bytes,
     teacher_bytes,
-    use_8bit_adam,
+    update_bytes,
     trained_sizes=None,
     cached=None,
 ):
@@ -688,14 +701,15 @@ def derived_configuration(
 
     counts: as from `models.count_parameters_and_flops`. trained_sizes: of a LoRA's tensors on the one U-Net; None: a
     full student and its target beside the teacher. Memory is what weights, gradients and optimizer states take on each
-    process; activations come on top. FLOPs count 2 per multiply-add: student forward and backward (3 forwards; that a
-    LoRA needs no gradients of the base's weights is left out), target, teacher with and without the caption, VAE and
-    text encoders. cached: the manifest of cached latents, for which the VAE encodes nothing, or None.
+    process, the last two by `update_bytes` of the trained sizes; activations come on top. FLOPs count 2 per
+    multiply-add: student forward and backward (3 forwards; that a LoRA needs no gradients of the base's weights is
+    left out), target, teacher with and without the caption, VAE and text encoders. cached: the manifest of cached
+    latents, for which the VAE encodes nothing, or None.
     """
     unet, frozen = counts["unet_parameters"], counts["vae_parameters"] + counts["text_encoder_parameters"]
     sizes = counts["unet_sizes"] if trained_sizes is None else trained_sizes
     trained, target_bytes = sum(sizes), 4 if trained_sizes is None else 0
-    memory = trained * (4 + 4 + target_bytes) + adam_state_bytes(sizes, use_8bit_adam)
+    memory = trained * (4 + target_bytes) + update_bytes(sizes)
     memory += unet * teacher_bytes + frozen * compute_bytes
     memory += counts["vae_parameters"] * (4 - compute_bytes) if counts["vae_keeps_float32"] else 0
     flops = 6 * counts["unet_forward_flops"] + counts["text_encode_flops"]

@@ -310,7 +310,7 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint} is damaged or of another model ({reason}); pass an earlier one"
         ) from error
-    # What accelerate restored counts another number of micro-batches per update, where the number of processes changed.
+    # accelerate restored the count of micro-batches of a run that may have had another number of them in an update
     accelerator.step = state["global_step"] * accelerator.gradient_accumulation_steps
     for optimizer in (*accelerator._optimizers, *(objects or {}).values()):
         _match_layout(getattr(optimizer, "optimizer", optimizer))

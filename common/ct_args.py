@@ -211,7 +211,7 @@ def evaluation_options(args):
     }
 
 
-def derived_configuration(args, counts, world_size, total_batch_size, num_samples):
+def derived_configuration(args, counts, accelerator, total_batch_size, num_samples):
     """What follows from the flags, for people to check before a long run: {name: text}.
 
     counts: of `unet2d.count_parameters_and_flops`. Memory is what weights, their average, gradients and optimizer
@@ -219,8 +219,8 @@ def derived_configuration(args, counts, world_size, total_batch_size, num_sample
     (3 forwards) and target.
     """
     parameters = counts["unet_parameters"]
-    memory = parameters * (4 + 4 + (4 if args.use_ema else 0))
-    memory += cli.adam_state_bytes(counts["unet_sizes"], args.use_8bit_adam)
+    memory = parameters * (4 + (4 if args.use_ema else 0))
+    memory += cli.update_bytes(args, accelerator, counts["unet_sizes"])
     known = num_samples is not None
     average = {}
     if args.use_ema:
@@ -229,7 +229,7 @@ def derived_configuration(args, counts, world_size, total_batch_size, num_sample
         if share > MOST_OF_START:
             average["average"] += ": too much, the result will be the last weights; lower --ema_max_decay"
     return average | {
-        "processes": str(world_size),
+        "processes": str(accelerator.num_processes),
         "samples per update": str(total_batch_size),
         "updates": str(args.max_train_steps),
         "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from common import UserError
+from common.zero import ZeroOptimizer
 
 import torch
 from accelerate.utils import gather_object
@@ -62,30 +63,35 @@ class UpdateGuard:
         where the update was skipped; None between updates. With a GradScaler, that one decides, and what it skips for
         the size of its scale alone does not count.
         """
-        accelerator = self.accelerator
         self.keys += keys
         self.losses_finite = loss.detach().isfinite() & self.losses_finite
-        if not accelerator.sync_gradients:
+        if not self.accelerator.sync_gradients:
             return None
-        parameters = list(parameters)
+        if isinstance(optimizer, ZeroOptimizer):
+            counts_as_finite = finite = optimizer.clip_and_step()
+        else:
+            finite, counts_as_finite = self._clip_and_step(optimizer, list(parameters), max_grad_norm)
+        self.pending.append((self.keys, counts_as_finite))
+        self.keys, self.losses_finite = [], True
+        if len(self.pending) >= MAX_PENDING:
+            self.count()
+        return finite
+
+    def _clip_and_step(self, optimizer, parameters, max_grad_norm):
+        accelerator = self.accelerator
         if max_grad_norm is None:
             accelerator.unscale_gradients(optimizer)
             norm = total_norm(parameters)
         else:
             norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
             norm = _whole(torch.as_tensor(norm))
-        counts_as_finite = finite = norm.isfinite()
+        finite = norm.isfinite()
         if accelerator.scaler is None:
             step_if(finite, optimizer)
-        else:
-            scale_can_fall = accelerator.scaler._get_scale_async() >= 1.0
-            optimizer.step()
-            counts_as_finite = self.losses_finite & (finite | scale_can_fall)
-        self.pending.append((self.keys, counts_as_finite))
-        self.keys, self.losses_finite = [], True
-        if len(self.pending) >= MAX_PENDING:
-            self.count()
-        return finite
+            return finite, finite
+        scale_can_fall = accelerator.scaler._get_scale_async() >= 1.0
+        optimizer.step()
+        return finite, self.losses_finite & (finite | scale_can_fall)
 
     def watch(self, finite):
         """Let the latest update count as skipped where `finite` is false, as of another optimizer on its samples."""

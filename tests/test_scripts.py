@@ -100,8 +100,9 @@ def digests(checkpoint):
     return sums | {"data": state["data"], "rng": state["rng_digests"]}
 
 
-def launch(flags, num_processes=1, prelude=None, use_cpu=True, script=lcm):
-    """`accelerate launch` of the script, as a user types it; prelude: Python that each process runs before it."""
+def launch(flags, num_processes=1, prelude=None, use_cpu=True, script=lcm, engine=None):
+    """`accelerate launch` of the script, as a user types it; prelude: Python that each process runs before it; engine:
+    what the launcher is told instead of plain data parallel training in float32."""
     command = [script.__file__]
     if prelude:
         wrapper = Path(next(f for f in flags if f.startswith("--output_dir=")).split("=")[1] + "_wrapper.py")
@@ -111,9 +112,9 @@ def launch(flags, num_processes=1, prelude=None, use_cpu=True, script=lcm):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    engine = ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+    engine = engine or ["--multi_gpu" if num_processes > 1 else "--cpu", "--mixed_precision=no"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *engine, f"--num_processes={num_processes}"]
-    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    launcher += ["--num_machines=1", "--dynamo_backend=no", f"--main_process_port={port}"]
     env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if num_processes > 1 and use_cpu else {})
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": "/", "env": env}
     process = subprocess.Popen([*launcher, *command, *flags], start_new_session=True, **options)
