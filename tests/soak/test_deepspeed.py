@@ -93,8 +93,8 @@ def test_it_is_the_run_without_it_and_each_goes_on_from_the_other(tmp_path, made
 
 def distance(a, b):
     """The largest difference of a weight of the student, its average, a state of the optimizer, in the last checkpoint
-    or in what was exported. A discriminator's counts a hundredth: Adam's first steps at its rate of 1e-3 turn rounding of
-    gradients near 0 into 2e-4, between one process and two as well."""
+    or in what was exported. A discriminator's counts a hundredth: Adam's first steps at its rate of 1e-3 turn rounding
+    of gradients near 0 into 2e-4, between one process and two as well."""
     names = {path.relative_to(a) for path in a.rglob("*.safetensors") if "checkpoint-3" not in path.parts}
     assert names == {path.relative_to(b) for path in b.rglob("*.safetensors") if "checkpoint-3" not in path.parts}
     pairs = [(load_file(a / name), load_file(b / name)) for name in sorted(names)]
