@@ -90,7 +90,7 @@ def test_mistakes_of_throughput_end_in_one_sentence(words, sentence, tmp_path, m
 
 
 def test_throughput_makes_images_anew_for_other_numbers_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "write_teacher", lambda *_: None)
+    monkeypatch.setattr(throughput, "run_tool", lambda *_: None)
     for shards, samples in ((1, 2), (2, 2), (2, 3)):
         words = [f"--output_dir={tmp_path}", f"--shards={shards}", f"--samples_per_shard={samples}"]
         row = throughput.Row("tiny", "lcm", 1, False, [])

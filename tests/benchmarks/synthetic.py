@@ -7,6 +7,7 @@ so that the scripts load it as they load any other. Its tokenizer is the demo's,
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 from common import models, unet2d
@@ -114,9 +115,7 @@ def write_unet_config(path, shape):
 
 
 def write_teacher(folder, shape, device="cpu"):
-    """A pipeline with random weights, seeded, in `folder`; nothing is done where one stands."""
-    if Path(folder, "model_index.json").exists():
-        return
+    """A pipeline with random weights, seeded, in `folder`."""
     torch.manual_seed(0)
     parts = {"scheduler": digits.build_scheduler("epsilon", sdxl=len(shape.text) > 1)}
     with torch.device(device):
@@ -219,3 +218,7 @@ def both_passes(network, *inputs, **conditioning):
         forward = flops.get_total_flops()
         output.mean().backward()
     return forward, flops.get_total_flops()
+
+
+if __name__ == "__main__":  # in a process of its own: FOLDER SHAPE
+    write_teacher(sys.argv[1], SHAPES[sys.argv[2]], "cuda" if torch.cuda.is_available() else "cpu")

@@ -272,8 +272,6 @@ def make_inputs(args, row):
     """What a run reads, made once in OUTPUT_DIR: flags that name the network, first, and the data."""
     from tests.benchmarks import synthetic
 
-    import torch
-
     shape, folder = synthetic.shapes(row.script)[row.shape], args.output_dir / row.shape
     resolution, number = resolution_of(args, row), f"{args.shards}x{args.samples_per_shard}"
     if row.script in synthetic.CT_SCRIPTS:
@@ -282,32 +280,33 @@ def make_inputs(args, row):
         network = synthetic.write_unet_config(folder / "unet.json", shape)
         words = [f"--model_config_name_or_path={network}", f"--train_data_dir={images}", "--use_ema"]
         return [*words, f"--cache_dir={args.output_dir / 'cache'}"]
-    synthetic.write_teacher(folder / "teacher", shape, "cuda" if torch.cuda.is_available() else "cpu")
+    run_tool(args, folder / "teacher", "tests.benchmarks.synthetic", folder / "teacher", row.shape)
     teacher = f"--pretrained_teacher_model={folder / 'teacher'}"
     if row.script.startswith("direct"):
         (folder / "prompts.txt").write_text("a photograph of something\n")
         words = [f"--prompts={folder / 'prompts.txt'}", f"--output_dir={folder / 'pairs'}", "--num_pairs=64"]
         words += ["--scheduler=DDIMScheduler", '--scheduler_kwargs={"clip_sample": false}']
         words += ["--num_inference_steps=4", "--guidance_scale=1"]
-        run_tool(args, folder / "pairs", "generate_pairs", teacher, *words)
+        run_tool(args, folder / "pairs", "common.tools.generate_pairs", teacher, *words)
         return [teacher, f"--pairs_dir={folder / 'pairs'}"]
     images = synthetic.write_images(args.output_dir / f"images_{number}", args.shards, args.samples_per_shard)
     if row.cached:
         encoded = folder / f"encoded_{resolution}_{number}"
-        run_tool(args, encoded, "encode_shards", images, encoded, teacher, f"--resolution={resolution}")
+        words = [images, encoded, teacher, f"--resolution={resolution}"]
+        run_tool(args, encoded, "common.tools.encode_shards", *words)
         images = encoded
     return [teacher, f"--train_shards_path_or_url={images}/{{00000..{args.shards - 1:05d}}}.tar"]
 
 
-def run_tool(args, output, name, *words):
-    """Make the folder `output`, unless an earlier row or call has done so."""
+def run_tool(args, output, module, *words):
+    """Make the folder `output`, unless an earlier row or call has done so; what is left of the time is its limit."""
     done = output.with_suffix(".done")
     if done.exists() and output.is_dir():
         return
-    command = [sys.executable, "-m", f"common.tools.{name}", *map(str, words)]
+    command = [sys.executable, "-m", module, *map(str, words)]
     log = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=seconds_left(args))
     if log.returncode:
-        raise SystemExit(f"common.tools.{name} failed:\n{log.stderr.decode()[-2000:]}")
+        raise SystemExit(f"{module} failed:\n{log.stderr.decode()[-2000:]}")
     done.touch()
 
 

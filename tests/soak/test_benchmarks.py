@@ -84,10 +84,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("script", ["lcm", "ict", "ect", "direct", "direct_lora"])
-def test_an_update_does_the_flops_that_are_reported(script, tmp_path, monkeypatch):
+def test_an_update_does_the_flops_that_are_reported(script, folder, tmp_path):
     """To a hundredth: of direct distillation it is the pipeline's own call that decides."""
     size = [] if script.startswith("direct") else ["--resolution=32"]
-    data = ["--shards=1", "--samples_per_shard=16", "--workers=0", f"--output_dir={tmp_path}"]
+    data = ["--shards=1", "--samples_per_shard=16", "--workers=0", f"--output_dir={folder}"]
     args, _ = throughput.parse_args([f"--script={script}", *size, *data])
     row = throughput.Row("tiny", script, 2, False, [])
     inputs = throughput.make_inputs(args, row)
