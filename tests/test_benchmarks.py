@@ -116,7 +116,12 @@ def test_rows_of_a_suite_share_the_minutes_and_are_compared_round_by_round(tmp_p
     assert all(230 < share <= 240 for share in shares[:-1]) and 470 < shares[-1] <= 480
     out = capsys.readouterr().out
     assert f"{names[1]}: 2.00 times the samples per second of {names[0]} (rounds: 2.00, 2.00)" in out
-    assert f"\n{names[3]}" not in out and "iCT" not in out  # it failed; nothing has the shape of iCT
+    assert f"\n{names[3]}" not in out and "iCT" not in out  # it failed; nothing else is of iCT's script
+    monkeypatch.setattr(
+        sys, "argv", ["throughput.py", "--suite=gpu", "--shape=tiny", "--minutes=8", f"--output_dir={tmp_path}"]
+    )
+    throughput.main()
+    assert "iCT" not in capsys.readouterr().out  # its tiny shape is another
 
 
 @pytest.mark.parametrize(

@@ -395,11 +395,10 @@ def report(args, name, row, results):
 
 
 def report_ratios(rows, measured):
-    """Every row against the first one of the same shape and batch, by rounds."""
-    for name, row in rows.items():
-        first = next(
-            other for other in rows if (rows[other].shape, rows[other].batch_size) == (row.shape, row.batch_size)
-        )
+    """Every row against the first one of the same script, shape and batch, by rounds."""
+    keys = {name: (SCRIPTS[row.script], row.shape, row.batch_size) for name, row in rows.items()}
+    for name in rows:
+        first = next(other for other in rows if keys[other] == keys[name])
         if first != name:
             pairs = zip(measured[first], measured[name], strict=True)
             ratios = [theirs["seconds_per_update"] / own["seconds_per_update"] for theirs, own in pairs]
