@@ -2,9 +2,11 @@
 
 import sys
 import tarfile
+import time
 
+from common import unet2d
 from common.shards import expand_shards
-from tests.benchmarks import synthetic, throughput
+from tests.benchmarks import cached, data, levers, synthetic, throughput
 
 import pytest
 from transformers import CLIPTextConfig
@@ -26,6 +28,20 @@ def test_flops_of_stable_diffusion_1_5_are_the_known_ones(monkeypatch):
     assert synthetic.step_flops("", "lcm_lora", 512, cached=True) == pytest.approx(4507e9, rel=4e-3)
 
 
+@pytest.mark.parametrize("name", ["ct32", "ct64"])
+def test_a_step_of_consistency_training_is_a_target_a_forward_and_a_backward_of_the_default_network(name, tmp_path):
+    """The backward is twice the forward but for the gradient of the image."""
+    shape = synthetic.shapes("ict")[name]
+    path = synthetic.write_unet_config(tmp_path / "unet.json", shape)
+    forward = unet2d.count_parameters_and_flops(unet2d.read_unet_config(shape.resolution))["unet_forward_flops"]
+    assert synthetic.step_flops(path, "ict", shape.resolution) == pytest.approx(4 * forward, rel=2e-3)
+
+
+def test_flops_follow_the_flags_of_a_run():
+    assert throughput.counted_flags(["--lora_rank", "8", "--compile"]) == {"lora_rank": 8, "steps": 4}
+    assert throughput.counted_flags(["--num_inference_steps=2"]) == {"lora_rank": 64, "steps": 2}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     {
@@ -36,10 +52,17 @@ def test_flops_of_stable_diffusion_1_5_are_the_known_ones(monkeypatch):
         "--shards=-1": "--shards: must be at least 1",
         "--minutes=-1": "--minutes: must be a number that is not negative",
         "--only 1": "--only chooses rows of a suite; pass --suite, or drop it",
-        "--suite gpu --only 0 99": "--only=99: --suite=gpu has rows 0 to 9",
+        "--suite gpu --only 0 99": "--only=99: --suite=gpu has rows 0 to 10",
         "--suite gpu --only": "--only: expected at least one argument",
         "--suite gpu --batch_size=4": "--batch_size: the rows of --suite say that themselves; drop",
         "--suite gpu -- --compile": "flags after --: the rows of --suite say that themselves; drop the one",
+        "--suite gpu --peer=README.md": "--peer: the rows of --suite say that themselves; drop the one or the other",
+        "--shape=sd16": "--shape=sd16: --script=lcm has the shapes tiny, sd15, sdxl; name one",
+        "--script=tscd --shape=ct64": "--shape=ct64: --script=tscd has the shapes tiny, sd15, sdxl; name one",
+        "--script=ict --shape=sd15": "--shape=sd15: --script=ict has the shapes tiny, ct32, ct64; name one",
+        "--script=ect --cached": "--cached: --script=ect trains on images themselves, without a VAE; drop it",
+        "-- --train_batch_size=4": "--train_batch_size=4 after --: this program sets it itself, by --script and",
+        "--script=ict -- --pretrain_steps=9": "--pretrain_steps=9 after --: this program sets it itself, by --script",
         "--suite gpu --shape=sdxl": "--shape=sdxl: the rows of --suite have their own shapes; drop it, or try tiny",
         "--script=direct --cached": "--cached: --script=direct trains from pairs of the teacher's own size; drop it",
         "--script=direct_lora --resolution=64": "--resolution: --script=direct_lora trains from pairs",
@@ -67,9 +90,66 @@ def test_mistakes_of_throughput_end_in_one_sentence(words, sentence, tmp_path, m
 
 
 def test_throughput_makes_images_anew_for_other_numbers_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "write_teacher", lambda *_: None)
+    monkeypatch.setattr(throughput, "run_tool", lambda *_: None)
     for shards, samples in ((1, 2), (2, 2), (2, 3)):
         words = [f"--output_dir={tmp_path}", f"--shards={shards}", f"--samples_per_shard={samples}"]
-        _, (flag,) = throughput.make_inputs(throughput.parse_args(words)[0], "tiny", "lcm", False)
+        row = throughput.Row("tiny", "lcm", 1, False, [])
+        _, flag = throughput.make_inputs(throughput.parse_args(words)[0], row)
         tars = expand_shards(flag.removeprefix("--train_shards_path_or_url="))
         assert [len(tarfile.open(tar).getmembers()) for tar in tars] == [2 * samples] * shards
+
+
+def test_rows_of_a_suite_share_the_minutes_and_are_compared_round_by_round(tmp_path, monkeypatch, capsys):
+    """A row that takes too long is ended at half of what is left, so that others are measured; the last has it all."""
+    names, shares = list(throughput.SUITES["gpu"]), []
+
+    def measure(args, name, row):
+        shares.append(args.deadline - time.monotonic())
+        return None if name == names[3] else {"seconds_per_update": 2.0 if name == names[0] else 1.0}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    monkeypatch.setattr(throughput, "report", lambda *_: None)
+    monkeypatch.setattr(
+        sys, "argv", ["throughput.py", "--suite=gpu", "--minutes=8", "--rounds=2", f"--output_dir={tmp_path}"]
+    )
+    assert throughput.main() == 1  # a row failed
+    assert all(230 < share <= 240 for share in shares[:-1]) and 470 < shares[-1] <= 480
+    out = capsys.readouterr().out
+    assert f"{names[1]}: 2.00 times the samples per second of {names[0]} (rounds: 2.00, 2.00)" in out
+    assert f"\n{names[3]}" not in out and "iCT" not in out  # it failed; nothing else is of iCT's script
+    monkeypatch.setattr(
+        sys, "argv", ["throughput.py", "--suite=gpu", "--shape=tiny", "--minutes=8", f"--output_dir={tmp_path}"]
+    )
+    throughput.main()
+    assert "iCT" not in capsys.readouterr().out  # its tiny shape is another
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words", "sentence"),
+    [
+        (cached, "--rounds 0", "--rounds: must be at least 1"),
+        (cached, "--updates=0", "--updates: must be at least 1"),
+        (cached, "--batch_size=-1", "--batch_size: must be at least 1"),
+        (data, "--rounds=0", "--rounds: must be at least 1"),
+        (data, "--batches=0", "--batches: must be at least 1"),
+        (data, "--resolutions 64 0", "--resolutions: must be at least 1"),
+        (
+            levers,
+            "--only nonsense",
+            "--only=nonsense is in the name of no row; the rows are --gradient_checkpointing=",
+        ),
+        (levers, "--only", "--only: expected at least one argument"),
+        (levers, "--demo=/nowhere", "--demo=/nowhere holds no teacher; name a demo's folder, or drop it"),
+        (levers, "--steps=6", "--steps=6: an update's time is taken after the first five; at least 7"),
+        (levers, "--activations --only compile", "--only: --activations prints all of its rows; drop one"),
+    ],
+)
+def test_mistakes_of_other_benchmarks_end_in_one_sentence(benchmark, words, sentence, monkeypatch, capsys):
+    """None measures nothing, or something else, without a word."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
+    for name in ("compare", "activations", "write_shards"):  # nothing is begun
+        monkeypatch.setattr(benchmark, name, None, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(err.splitlines()) == 1 and sentence in err, err

@@ -6,7 +6,6 @@ busy machine disturbs little; the first update of each run is not counted. Print
 say, and a line of JSON.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -21,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_lcm_distill_sd_wds as lcm  # noqa: E402
+from common import args as cli  # noqa: E402
 from common.export import versions  # noqa: E402
 from common.preemption import Stopper  # noqa: E402
 from common.tools import encode_shards  # noqa: E402
@@ -51,10 +51,12 @@ def seconds_per_update(flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--updates", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser.add_argument(
+        "--batch_size", type=cli.positive_int, default=4, help="at most 32, as many as there are images"
+    )
+    parser.add_argument("--updates", type=cli.positive_int, default=4)
+    parser.add_argument("--rounds", type=cli.positive_int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     shape = SHAPES["tiny"]

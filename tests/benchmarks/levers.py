@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_lcm_distill_lora_sd_wds as lcm_lora  # noqa: E402
 import train_lcm_distill_sd_wds as lcm  # noqa: E402
+from common import args as cli  # noqa: E402
 from common import checkpointing, levers, unet2d  # noqa: E402
 from common.losses import RunningMeans  # noqa: E402
 from common.preemption import Stopper  # noqa: E402
@@ -174,12 +175,23 @@ def activations(make, which):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="the demo's folder")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--only", nargs="*", help="rows whose name has one of these words")
+    parser = cli.ArgumentParser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--demo", type=Path, help="the demo's folder; default: demo, where there is one")
+    parser.add_argument("--steps", type=cli.positive_int, default=50, help="updates, at least 7")
+    parser.add_argument("--only", nargs="+", help="rows whose name has one of these words")
     parser.add_argument("--activations", action="store_true")
     args = parser.parse_args()
+    if args.demo and not (args.demo / "teacher").is_dir():
+        parser.error(f"--demo={args.demo} holds no teacher; name a demo's folder, or drop it: one is made then")
+    if args.steps < 7:
+        parser.error(f"--steps={args.steps}: an update's time is taken after the first five; at least 7 are needed")
+    for word in args.only or []:
+        if not any(word in name for name in ROWS):
+            parser.error(f"--only={word} is in the name of no row; the rows are {', '.join(ROWS)}")
+    if args.activations and args.only:
+        parser.error("--only: --activations prints all of its rows; drop one of them")
+    args.demo = args.demo or ROOT / "demo"
     if not args.activations:
         with TemporaryDirectory() as scratch:
             return compare(args, Path(scratch))

@@ -1,34 +1,38 @@
-"""Teachers of a named shape with random weights, images to train on, and the FLOPs of a training step.
+"""Networks of a named shape with random weights, images to train on, and the FLOPs of a training step.
 
 The speed of a step does not depend on the values of weights. A teacher is complete all the same, in diffusers' layout,
 so that the scripts load it as they load any other. Its tokenizer is the demo's, which knows few words.
 """
 
 import dataclasses
+import json
 import math
+import sys
 from pathlib import Path
 
-from common import models
+from common import models, unet2d
 from common.lora import ADAPTER
 from common.lora import add_lora as add_adapters
 from common.tools import digits
-from tests.benchmarks.data import write_shards
+from tests.benchmarks.data import natural_image, write_shards
 
 import diffusers
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Configurations of a teacher. text: keyword arguments of each text encoder; resolution: of its images, pixels."""
+    """Configurations of a teacher, of consistency training's network the first two. text: keyword arguments of each
+    text encoder; resolution: of the images, pixels."""
 
     resolution: int
     unet: dict
-    vae: dict
-    text: tuple
+    vae: dict = dataclasses.field(default_factory=dict)
+    text: tuple = ()
     half: bool = True  # weights are written in float16, which halves the file; they are loaded in float32 anyway
 
 
@@ -86,12 +90,32 @@ SHAPES = {
         (_text(768, 12, 12), _text(1280, 32, 20, "gelu")),
     ),
 }
+CT_UNETS = unet2d.DEFAULT_CONFIGS
+CT_SHAPES = {
+    # the network for CIFAR-10 with a quarter of its channels and half of its layers, a 26th of its FLOPs
+    "tiny": Shape(
+        32, CT_UNETS[32] | {"block_out_channels": (64,) * 3, "layers_per_block": 2, "attention_head_dim": 64}
+    ),
+    "ct32": Shape(32, CT_UNETS[32]),
+    "ct64": Shape(64, CT_UNETS[64]),
+}
+CT_SCRIPTS = ("ict", "ect")
+
+
+def shapes(script):
+    """{name: Shape} of what a script can train."""
+    return CT_SHAPES if script in CT_SCRIPTS else SHAPES
+
+
+def write_unet_config(path, shape):
+    """The configuration of consistency training's network, whose weights the script makes; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"_class_name": "UNet2DModel", **shape.unet}))
+    return path
 
 
 def write_teacher(folder, shape, device="cpu"):
-    """A pipeline with random weights, seeded, in `folder`; nothing is done where one stands."""
-    if Path(folder, "model_index.json").exists():
-        return
+    """A pipeline with random weights, seeded, in `folder`."""
     torch.manual_seed(0)
     parts = {"scheduler": digits.build_scheduler("epsilon", sdxl=len(shape.text) > 1)}
     with torch.device(device):
@@ -128,6 +152,16 @@ def write_images(folder, shards=4, samples=64):
     return folder
 
 
+def write_image_folder(folder, count, size):
+    """PNG pictures of size x size pixels, as consistency training's data are; nothing is done where they stand."""
+    folder, rng = Path(folder), np.random.default_rng(0)
+    if not (folder / f"{count - 1:05d}.png").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            natural_image(rng, size, size).save(folder / f"{number:05d}.png")
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # FLOPs, 2 per multiply-add, attention included, counted on the meta device
 
@@ -135,9 +169,13 @@ def write_images(folder, shards=4, samples=64):
 def step_flops(folder, script, resolution, *, cached=False, lora_rank=64, steps=4):
     """FLOPs per sample of a training step, nothing recomputed: what model FLOPs utilization divides.
 
-    script: lcm, tscd (without the discriminator's), each also with _lora; direct, direct_lora (`steps` steps).
-    folder: the teacher. cached: the VAE does not run. Updates of weights (optimizer, EMA) are not counted.
+    script: lcm, tscd (without the discriminator's), each also with _lora; direct, direct_lora (`steps` steps); ict,
+    ect. folder: the teacher, of ict and ect the network's configuration. cached: the VAE does not run. Updates of
+    weights (optimizer, EMA) are not counted.
     """
+    if script in CT_SCRIPTS:
+        forward, both = unet2d_flops(unet2d.read_unet_config(resolution, str(folder)))
+        return forward + both  # the target is the student without gradients
     config = models.read_teacher_config(str(folder))
     counts = models.count_parameters_and_flops(config, resolution)
     rank = lora_rank if script.endswith("_lora") else None
@@ -163,8 +201,24 @@ def unet_flops(config, resolution, lora_rank=None):
         if lora_rank:
             add_adapters(unet, lora_rank, lora_rank)
             assert ADAPTER in unet.peft_config
-        with FlopCounterMode(display=False) as flops:
-            output = unet(latents, torch.empty(1, dtype=torch.long), **cond).sample
-            forward = flops.get_total_flops()
-            output.mean().backward()
-        return forward, flops.get_total_flops()
+        return both_passes(unet, latents, torch.empty(1, dtype=torch.long), **cond)
+
+
+def unet2d_flops(config):
+    """(forward, forward and backward) of consistency training's network, for one image."""
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(config).train()
+        size = config["sample_size"]
+        return both_passes(unet, torch.empty(1, unet.config.in_channels, size, size), torch.empty(1))
+
+
+def both_passes(network, *inputs, **conditioning):
+    with FlopCounterMode(display=False) as flops:
+        output = network(*inputs, **conditioning).sample
+        forward = flops.get_total_flops()
+        output.mean().backward()
+    return forward, flops.get_total_flops()
+
+
+if __name__ == "__main__":  # in a process of its own: FOLDER SHAPE
+    write_teacher(sys.argv[1], SHAPES[sys.argv[2]], "cuda" if torch.cuda.is_available() else "cpu")
