@@ -4,9 +4,12 @@
         --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --resolution=512 --center_crop
 
 and then --train_shards_path_or_url="latents/{00000..00099}.tar" with the same image flags. A shard becomes one of the
-same name; `common/latents.py` says what is in it. Shards are dealt to tasks that never wait for each other, and
-finished ones are skipped, so the same command goes on after an interruption. The bytes are the same for any number of
-tasks. Left out: text embeddings, which cost 0.2 % of a training step and change with every dropped caption.
+same name; `common/latents.py` says what is in it. Images that a teacher made, with the `seed` of their noise in their
+json, are pairs for `train_direct_distill.py --pairs_dir=latents`.
+
+Shards are dealt to tasks that never wait for each other, and finished ones are skipped, so the same command goes on
+after an interruption. The bytes are the same for any number of tasks. Left out: text embeddings, which cost 0.2 % of a
+training step and change with every dropped caption.
 """
 
 import contextlib
@@ -259,14 +262,17 @@ def skip(account, error, key):
 
 
 def decoded(unit, args, account):
-    """(key, what decode_image_text returns, flip), in order; threads decode ahead while the VAE encodes."""
+    """(key, what decode_image_text returns, what else the json says), in order; threads decode ahead while the VAE
+    encodes."""
     image_flags = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
 
     def decode(key, raw):
         seed = keyed_seed(args.seed, "encode", unit.name, key)
         check_members(raw, REQUIRED)
         sample = decode_image_text(raw, random.Random(seed), **image_flags)
-        return sample, args.random_flip and random.Random(seed).random() < 0.5  # its first draw
+        noise = source_seed(raw)
+        flip = args.random_flip and random.Random(seed).random() < 0.5  # its first draw
+        return sample, {"flip": flip} | ({} if noise is None else {"seed": noise})
 
     with ThreadPoolExecutor(args.dataloader_num_workers) as pool:
         pending, raws = deque(), raw_samples(unit, args, account)
@@ -283,6 +289,14 @@ def decoded(unit, args, account):
                 skip(account, error, key)
 
 
+def source_seed(raw):
+    """The seed of the noise that an image was made from, by the json beside it; None where it says none."""
+    try:
+        return latents.noise_seed(json.loads(raw["json"]))
+    except (KeyError, ValueError, RecursionError):  # no json, or not the json of an image with a seed
+        return None
+
+
 def encoded(vae, unit, args, account, progress):
     """The samples of `latents.write_shard`. Batches are counted from the shard's start, whoever encodes it."""
     samples, count = decoded(unit, args, account), 0
@@ -290,12 +304,12 @@ def encoded(vae, unit, args, account, progress):
         images = torch.stack([sample["images"] for _, sample, _ in batch]).to(vae.device)
         moments = models.posterior(vae, images, args.vae_encode_batch_size)
         mean, std = (x.to("cpu", torch.float16) for x in moments)
-        for (key, sample, flip), m, s in zip(batch, mean, std, strict=True):
+        for (key, sample, said), m, s in zip(batch, mean, std, strict=True):
             if not (m.isfinite().all() and s.isfinite().all()):
                 detail = f"the VAE's latents are not finite in {args.mixed_precision}; see --mixed_precision"
                 skip(account, SampleError("decode", detail), key)
                 continue
-            record = {"original_size": sample["original_sizes"].tolist(), "flip": flip}
+            record = {"original_size": sample["original_sizes"].tolist()} | said
             record |= {"crop_top_left": sample["crop_top_lefts"].tolist()}
             yield key, sample["captions"], record, m.numpy(), s.numpy()
             count += 1
