@@ -221,7 +221,7 @@ def check_sources(units, paths):
 
 def encode_shard(vae, unit, args, path, manifest_bytes, progress):
     """Make one shard. SampleError: nothing of it can be used; UserError: it cannot be written."""
-    account = {"read": 0, "skipped": Counter(), "first_skipped": [], "damage": None}
+    account = {"read": 0, "seeds": 0, "skipped": Counter(), "first_skipped": [], "damage": None}
     samples = encoded(vae, unit, args, account, progress)
 
     def stats(count, size):
@@ -231,6 +231,7 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
         if skipped:
             progress.write(f"{path.name}: {count} of {read} samples, skipped: {skipped}; see {path.stem}_stats.json")
         said = {"count": read, "successes": count, "skipped": skipped, "first_skipped": account["first_skipped"]}
+        said |= {"seeds": account["seeds"]} if account["seeds"] else {}  # of sources without any, nothing new is said
         return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
 
     try:
@@ -243,8 +244,10 @@ def raw_samples(unit, args, account):
     """(key, raw) of a shard's or a folder's samples, in order; of a damaged tar those before the damage."""
     if unit.items is not None:
         for file, caption in unit.items:
-            stem = os.path.splitext(file)[0]
-            yield stem.replace(".", "_"), folder_sample(unit.shard, file, caption)  # a key ends at its first dot
+            stem, raw = os.path.splitext(file)[0], folder_sample(unit.shard, file, caption)
+            with contextlib.suppress(OSError):
+                raw["json"] = Path(unit.shard, f"{stem}.json").read_bytes()
+            yield stem.replace(".", "_"), raw  # a key ends at its first dot
         return
     with open_shard(unit.shard, args.data_timeout) as file:
         try:
@@ -311,6 +314,7 @@ def encoded(vae, unit, args, account, progress):
                 continue
             record = {"original_size": sample["original_sizes"].tolist()} | said
             record |= {"crop_top_left": sample["crop_top_lefts"].tolist()}
+            account["seeds"] += "seed" in record
             yield key, sample["captions"], record, m.numpy(), s.numpy()
             count += 1
         progress.set_postfix({"shard": unit.name, "images": count})
@@ -321,10 +325,12 @@ def report(args, own, paths):
     there = [stats for unit in own if (stats := latents.shard_stats(paths[unit.name]))]
     skipped = sum((Counter(stats["skipped"]) for stats in there), Counter())
     listed = ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
+    seeds = sum(stats.get("seeds", 0) for stats in there)
     complete = sum(latents.shard_stats(path) is not None for path in paths.values())
     print(
         f"task {args.shard_index} of {args.num_shards}: {len(there)} of its {len(own)} shards are done, "
-        f"{sum(stats['successes'] for stats in there)} samples, skipped: {listed}; {complete} of {len(paths)} shards "
+        f"{sum(stats['successes'] for stats in there)} samples{f', {seeds} with a seed' if seeds else ''}, skipped: "
+        f"{listed}; {complete} of {len(paths)} shards "
         f"are in {args.output_dir}",
         flush=True,
     )
