@@ -8,6 +8,7 @@ again, which loses what the decoder lost, and are never resized: that would part
 images that were encoded before, is in `cached_pairs.py`.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -362,11 +363,18 @@ class PairImages:
 
 @torch.no_grad()
 def encode(pipeline, pixels):
-    """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; `check_encoding` confirms it."""
+    """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; `check_encoding` confirms it.
+
+    A VAE in float16 whose configuration says `force_upcast`, as SDXL's, encodes in float32.
+    """
     vae = pipeline.vae
     of_video = any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
-    pixels = pixels.to(vae.device, vae.dtype)
-    encoded = vae.encode(pixels.unsqueeze(2) if of_video else pixels)
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    with torch.autocast(vae.device.type, enabled=False) if upcast else contextlib.nullcontext():
+        pixels = pixels.to(vae.device, torch.float32 if upcast else vae.dtype)
+        encoded = (vae.float() if upcast else vae).encode(pixels.unsqueeze(2) if of_video else pixels)
+    if upcast:
+        vae.half()
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     return normalized(pipeline, latents.float())
 
