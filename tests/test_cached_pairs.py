@@ -8,6 +8,7 @@ from pathlib import Path
 from common import cached_pairs, latents, pairs, pipelines, probes
 from common.tools import encode_shards
 from tests import test_encode_pairs
+from tests import tiny_pipelines as tiny
 from tests.test_data import encode, random_image, write_tar
 from tests.test_direct import digests, direct_teacher, flags, made, pictured, prompts_file, run, table
 from tests.test_encode import array, other_vae, read_tar, rewritten
@@ -18,6 +19,7 @@ from tests.test_scripts import scalars
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 __all__ = ["direct_teacher", "flags", "made", "pictured", "prompts_file", "table"]
 
@@ -70,7 +72,7 @@ NO_SEEDS = ["true", "null", '"7"', "7.0", "[7]", str(2**64), str(-(2**63) - 1), 
 NO_RECORDS = [b"", b"{", b"[1]", b"7", b"\xff", b"[" * 100_000, b"{}"]
 
 
-def test_a_seed_is_carried_where_there_is_one_that_torch_takes(tmp_path, direct_teacher):
+def test_a_seed_is_carried_where_there_is_one_that_torch_takes(tmp_path, direct_teacher, capsys):
     records = [f'{{"seed": {text}}}'.encode() for text in [*SEEDS, *NO_SEEDS]] + [*NO_RECORDS, None]
     contents, plain = [], []
     for i, record in enumerate(records):
@@ -87,8 +89,20 @@ def test_a_seed_is_carried_where_there_is_one_that_torch_takes(tmp_path, direct_
     plain = read_tar(tmp_path / "plain_out" / "00000.tar")
     assert list(made) == list(plain) and all(made[key] == plain[key] for key in list(made)[len(SEEDS) + 1 :])
     assert set(json.loads(plain["000"]["json"])) == {"original_size", "crop_top_left", "flip", "manifest"}
+    stats = [json.loads((tmp_path / f"{name}_out" / "00000_stats.json").read_text()) for name in ("seeds", "plain")]
+    out = capsys.readouterr().out
+    assert stats[0]["seeds"] == 4 and "seeds" not in stats[1] and out.count("20 samples, 4 with a seed, skipped") == 1
     without = {name: raw | {"json": b""} for name, raw in made.items()}
     assert without == {name: raw | {"json": b""} for name, raw in plain.items()}
+
+
+def test_a_folder_of_images_has_its_seeds_in_the_json_beside_them(tmp_path, source, direct_teacher):
+    (tmp_path / "in").mkdir()
+    for key, raw in read_tar(source / "00000.tar").items():
+        for extension, content in raw.items():
+            (tmp_path / "in" / f"{key}.{extension}").write_bytes(content)
+    ask(tmp_path / "in", tmp_path / "out", direct_teacher())
+    assert cached_pairs.open_pairs(tmp_path / "out").seeds == list(range(8))
 
 
 # --- training
@@ -409,8 +423,31 @@ def test_a_pipeline_that_decodes_something_else_is_refused(tmp_path, flags, cach
     assert "--pairs_dir: StableDiffusionPipeline cannot be given images instead of latents" in said
 
 
+def test_a_vae_that_overflows_in_float16_encodes_in_float32(direct_teacher):
+    """As SDXL's own does; under autocast too, which a run in half precision has around its checks."""
+    pipeline, whole = (pipelines.load_pipeline(direct_teacher(), dtype) for dtype in (torch.float16, torch.float32))
+    assert pipeline.vae.config.force_upcast
+    seen = []
+    pipeline.vae.encoder.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pairs.encode(pipeline, pixels)
+    assert seen == [torch.float32] and pipeline.vae.dtype == torch.float16
+    assert torch.allclose(found, pairs.encode(whole, pixels), atol=0.02)
+
+
 def test_a_mean_that_cannot_be_read_ends_the_run_in_a_sentence(tmp_path, flags, cached, capsys):
     folder = Path(shutil.copytree(cached, tmp_path / "cached"))
     in_bytes(b"'<f2', 'fortran_order': False", b"'|O2', 'fortran_order': False")(folder)
     said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=folder))
     assert "--pairs_dir: pair 8 in " in said and "delete it and repeat encode_shards" in said
+
+
+@pytest.mark.parametrize("name", ["SDXL", "PixArt", "AuraFlow", "HunyuanDiT"])
+def test_the_vae_of_any_pipeline_is_loaded_without_the_rest(tmp_path, direct_teacher, name):
+    pipeline, vae = tiny.make(name), AutoencoderKL.from_pretrained(direct_teacher(), subfolder="vae")
+    pipeline.register_modules(vae=vae)
+    pipeline.save_pretrained(tmp_path)
+    for part in pipelines.DENOISERS:
+        shutil.rmtree(tmp_path / part, ignore_errors=True)
+    assert latents.encoder_sha256(pipelines.load_vae(tmp_path)) == latents.encoder_sha256(vae)
