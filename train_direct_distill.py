@@ -18,7 +18,7 @@ import functools
 import json
 from pathlib import Path
 
-from common import UserError, checkpointing, export, levers, lora, pairs, pipelines, probes, validation
+from common import UserError, cached_pairs, checkpointing, export, levers, lora, pairs, pipelines, probes, validation
 from common import args as cli
 from common.ema import ema_update, exchanged
 from common.losses import LOSS_TYPES, RunningMeans, distance
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add("--variant", help="weight files to load, such as fp16")
     add("--cache_dir", help="where hub downloads are kept")
     add = parser.add_argument_group("data").add_argument
-    add("--pairs_dir", help="what `python -m common.tools.generate_pairs` wrote")
+    add("--pairs_dir", help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds")
     add("--dataset_metadata_path", help="or a csv: image,prompt,seed,rand_device,num_inference_steps,cfg_scale")
     add("--dataset_base_path", help="folder of the csv's images; default: the csv's own")
     add("--height", type=cli.positive_int, help="all images of the csv must have it, nothing is resized")
@@ -87,14 +87,13 @@ def parse_args(argv=None):
 def read_data(args):
     """The pairs; fills in --num_inference_steps and --num_held_out."""
     if args.pairs_dir:
-        data = pairs.PairShards(args.pairs_dir)
-        steps = set(data.config.get("student_steps", []))
+        data = cached_pairs.open_pairs(args.pairs_dir)
         if len(set(data.sizes)) > 1 and args.train_batch_size > 1:
             raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
     else:
         size = args.height, args.width, args.max_pixels
         data = pairs.PairImages(args.dataset_metadata_path, args.dataset_base_path, *size)
-        steps = data.steps
+    steps = set(data.steps)
     if args.num_inference_steps and steps - {args.num_inference_steps}:
         raise UserError(f"--num_inference_steps={args.num_inference_steps}: the csv says {steps.pop()}; drop the flag")
     args.num_inference_steps = args.num_inference_steps or (steps.pop() if steps else 4)
@@ -143,7 +142,8 @@ def main(args):
 
     # 2. Pairs, and what follows from the flags.
     data = read_data(args)
-    pairs_config = getattr(data, "config", None)  # a table of images has none
+    cached_pairs.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
+    pairs_config = getattr(data, "config", None)  # images, also encoded ones, have none
     probes.check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
     scheduler_class, scheduler_config = probes.check_pairs(config, pairs_config, args.pairs_dir)
     if args.student_scheduler:
@@ -168,6 +168,7 @@ def main(args):
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, variant=args.variant, **place)
+    cached_pairs.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     pipeline = load(weight_dtype if args.lora_rank else torch.float32, scheduler=scheduler)
     probes.check_same_weights(pipeline, pairs_config, args.pairs_dir)
     for name, module in pipeline.components.items():
@@ -195,7 +196,7 @@ def main(args):
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
     with accelerator.autocast(), validation.eval_mode(rollout):
-        if isinstance(data, pairs.PairImages):
+        if pairs_config is None:
             pairs.check_encoding(rollout, data, measured[:1])
         probes.check_noise(data, data.latents(measured[:1]), measured[0])
         probes.check_pairing(rollout, data, measured[:16], args.train_batch_size)

@@ -3,8 +3,9 @@
 A cached shard is a tar. Its first member `__manifest__` says what its latents are and what made them; readers of
 shards pass over such names. A sample is `KEY.mean.npy` and `KEY.std.npy`, float16 (C, h, w), of the posterior, neither
 shifted nor scaled; `KEY.txt`, the caption; and `KEY.json`: `original_size` and `crop_top_left` as
-`images.decode_image_text` gives them, `flip`, and the digest of the manifest. The same manifest stands as
-`manifest.json` in the folder. `NNNNN_stats.json`, written last, says that a shard is complete and what was left out.
+`images.decode_image_text` gives them, `flip`, the digest of the manifest, and `seed` where the json of the source has
+one: that of the noise which a teacher made the image from. The same manifest stands as `manifest.json` in the folder.
+`NNNNN_stats.json`, written last, says that a shard is complete and what was left out.
 
 float16 holds a std whole: the VAE's log variance is clamped to -30..20, so a std lies in 3e-7..2.2e4, and float16
 goes from 6e-8 to 6.5e4. A mean that is not finite in float16 is no latent: its sample is left out and counted.
@@ -205,14 +206,18 @@ def check_manifest(manifest, shape, dtype, image_flags):
 
 def use_cached(manifest, vae):
     """Check the VAE, as it was loaded, against the manifest, and free its encoder; nothing for images (None)."""
-    if manifest is None:
-        return
+    if manifest is not None:
+        check_encoder(manifest, vae)
+        vae.encoder = vae.quant_conv = None
+
+
+def check_encoder(manifest, vae):
+    """DataError unless this VAE, in float32, has the encoder that made the latents."""
     if encoder_sha256(vae) != manifest["encoder_sha256"]:
         raise DataError(
             f"--train_shards_path_or_url: the VAE of {manifest['vae']}, revision {manifest['revision']}, made the "
             "cached latents, and the encoder of this run's VAE has other weights; encode the images with it"
         )
-    vae.encoder = vae.quant_conv = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +330,7 @@ def decode_cached(raw, rng, *, manifest, proportion_empty_prompts=0.0):
         places = [torch.tensor(record[name]) for name in ("original_size", "crop_top_left")]
         if any(place.dtype != torch.int64 or place.shape != (2,) for place in places):
             raise ValueError("its sizes are not two whole numbers")
-        mean, std = (_read_npy(raw[name], tuple(manifest["shape"])) for name in ("mean.npy", "std.npy"))
+        mean, std = (read_npy(raw[name], tuple(manifest["shape"])) for name in ("mean.npy", "std.npy"))
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
             raise ValueError("not a mean and a std")
     except Exception as error:  # hostile bytes make numpy raise nearly anything
@@ -344,8 +349,15 @@ def decode_cached(raw, rng, *, manifest, proportion_empty_prompts=0.0):
     }
 
 
-def _read_npy(data, shape):
-    """The float16 array of this shape that `data` holds; the header is judged before anything is allocated."""
+def noise_seed(record):
+    """The `seed` in the json of a sample, a whole number that a torch generator takes; None where there is none."""
+    seed = record.get("seed") if isinstance(record, dict) else None
+    return seed if type(seed) is int and -(2**63) <= seed < 2**64 else None
+
+
+def read_npy(data, shape):
+    """The float16 array of this shape that `data` holds; the header is judged before anything is allocated. What is
+    wrong raises nearly anything."""
     file = io.BytesIO(data)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not version 1.0 of .npy")

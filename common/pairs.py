@@ -4,9 +4,11 @@ A folder of pairs holds `dataset_config.json` and tar shards of fixed ranges of 
 (index, prompt, seed = base seed + i, sha256 of the float32 unit noise) and `.safetensors` (`latents`, as the pipeline
 calls them, in its dtype), optionally `.png`. The bytes depend on the flags alone, not on the number of processes.
 The other form is a table of images: `image,prompt,seed,rand_device,num_inference_steps,cfg_scale`; they are encoded
-again, which loses what the decoder lost, and are never resized: that would part them from their noise.
+again, which loses what the decoder lost, and are never resized: that would part them from their noise. A third form,
+images that were encoded before, is in `cached_pairs.py`.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from common import UserError
 from common.data import keyed_seed
+from common.latents import manifest_digest, noise_seed
 from common.pipelines import decode
 from common.probes import noise_sha256
 from common.shards import TEXT_KEYS, SampleError, expand_shards, open_shard, tar_samples
@@ -184,7 +187,10 @@ def read_config(folder):
     """CONFIG of a folder of pairs; UserError unless it is there and every shard is complete."""
     flag, path = f"--pairs_dir={folder}", Path(folder, CONFIG)
     if not path.is_file():
-        raise UserError(f"{flag}: no {CONFIG} in it; make pairs with `python -m common.tools.generate_pairs`")
+        raise UserError(
+            f"{flag}: no {CONFIG} in it, nor cached latents; make pairs with `python -m common.tools.generate_pairs`, "
+            "or of a teacher's images with encode_pairs or encode_shards"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         there = [shard for shard in range(num_shards(config)) if Path(folder, shard_name(shard)).is_file()]
@@ -203,7 +209,7 @@ def read_config(folder):
     return config
 
 
-def _unreadable(sentence):
+def unreadable(sentence):
     """A UserError that one process may meet alone."""
     error = UserError(sentence)
     error.on_one_rank = True
@@ -215,6 +221,7 @@ class PairShards:
 
     def __init__(self, folder):
         self.folder, self.config = Path(folder), read_config(folder)
+        self.steps = set(self.config.get("student_steps", []))
         self.prompts, self.seeds, self.hashes, self.sizes, self._places = [], [], [], [], []
         for shard in range(num_shards(self.config)):
             path = self.folder / shard_name(shard)
@@ -260,7 +267,7 @@ class PairShards:
                     file.seek(offset)
                     found.append(load(file.read(size))["latents"])
             except (OSError, SafetensorError, KeyError) as error:
-                raise _unreadable(
+                raise unreadable(
                     f"--pairs_dir: pair {index} in {path} cannot be read ({error}); make it again"
                 ) from None
         return torch.stack(found)
@@ -297,6 +304,8 @@ class PairImages:
             self.seeds = [int(row["seed"]) for row in rows]
             self.steps = {int(row["num_inference_steps"]) for row in rows if row.get("num_inference_steps")}
             scales = {float(row["cfg_scale"]) for row in rows if row.get("cfg_scale")}
+            if wrong := [seed for seed in self.seeds if noise_seed({"seed": seed}) is None]:
+                raise ValueError(f"the seed {wrong[0]} has more than 64 bits")
         except ValueError as error:
             raise UserError(f"{flag}: {error}; seed, num_inference_steps and cfg_scale are numbers") from None
         if len(self.steps) > 1 or scales - {1.0}:
@@ -342,7 +351,7 @@ class PairImages:
                     array = np.asarray(image.convert("RGB"))
             except (OSError, ValueError, SyntaxError) as error:
                 path = self.base / self.files[index]
-                raise _unreadable(f"--dataset_base_path: {path} cannot be read ({error}); make it again") from None
+                raise unreadable(f"--dataset_base_path: {path} cannot be read ({error}); make it again") from None
             pixels.append(torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1.0)
         return torch.stack(pixels)
 
@@ -356,13 +365,26 @@ class PairImages:
 def encode(pipeline, pixels):
     """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; `check_encoding` confirms it.
 
-    (mode - shift) / std * scale by the VAE's configuration, packed by the pipeline where its latents are packed.
+    A VAE in float16 whose configuration says `force_upcast`, as SDXL's, encodes in float32.
     """
-    vae, config = pipeline.vae, pipeline.vae.config
+    vae = pipeline.vae
     of_video = any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
-    pixels = pixels.to(vae.device, vae.dtype)
-    encoded = vae.encode(pixels.unsqueeze(2) if of_video else pixels)
-    latents = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent).float()
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    with torch.autocast(vae.device.type, enabled=False) if upcast else contextlib.nullcontext():
+        pixels = pixels.to(vae.device, torch.float32 if upcast else vae.dtype)
+        encoded = (vae.float() if upcast else vae).encode(pixels.unsqueeze(2) if of_video else pixels)
+    if upcast:
+        vae.half()
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return normalized(pipeline, latents.float())
+
+
+def normalized(pipeline, latents):
+    """What the VAE's encoder gives, (B, ...) float32, as the pipeline's call returns latents.
+
+    (latents - shift) / std * scale by the VAE's configuration, packed by the pipeline where its latents are packed.
+    """
+    config = pipeline.vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         shape = [1, -1] + [1] * (latents.ndim - 2)
@@ -377,18 +399,28 @@ def encode(pipeline, pixels):
 
 @torch.no_grad()
 def check_encoding(rollout, data, indices, limit=0.5):
-    """UserError unless the pipeline decodes what `encode` made of images `indices` of `data`, a PairImages, to these
-    images, up to `limit` of their variance. Returns the relative squared error. The images have one size."""
+    """UserError unless the pipeline decodes what `encode` made of images `indices` of `data` to these images, up to
+    `limit` of their variance; where `data` has no images any more, to images of which `encode` makes the same latents.
+
+    data: a PairImages or CachedPairs. Returns the relative squared error. The images have one size.
+    """
+    flag = "--dataset_metadata_path" if hasattr(data, "pixels") else "--pairs_dir"
     prompts, options = [data.prompts[i] for i in indices], rollout.kwargs | data.call_kwargs(indices)
     latents, error = data.latents(indices), math.inf
     made = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))
     if latents.shape == made.shape:
-        images, pixels = decode(rollout.pipeline, latents.to(made.dtype), prompts, **options), data.pixels(indices)
-        if images is not None and images.shape == pixels.shape:
-            error = ((images.float().cpu() * 2 - 1 - pixels).square().mean() / pixels.var()).item()
+        images = decode(rollout.pipeline, latents.to(made.dtype), prompts, **options)
+        if images is not None:
+            there, back = latents.float().cpu(), images.float().cpu() * 2 - 1
+            if hasattr(data, "pixels"):
+                there = data.pixels(indices)
+            else:
+                back = encode(rollout.pipeline, back).cpu()
+            if there.shape == back.shape:
+                error = ((back - there).square().mean() / there.var()).item()
     if not error <= limit:
         raise UserError(
-            f"--dataset_metadata_path: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
+            f"{flag}: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
             f"(encoded and decoded again they differ by {error:.2g} of their variance); use generate_pairs"
         )
     return error
@@ -429,6 +461,7 @@ class PairOrder:
 def fingerprint(data):
     """What tells these pairs from others in their place: prompts, seeds and the arguments of the teacher's call."""
     what = [data.prompts, data.seeds, getattr(data, "config", {}).get("kwargs")]
+    what += [manifest_digest(data.manifest)] if hasattr(data, "manifest") else []  # of cached latents
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

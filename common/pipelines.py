@@ -93,6 +93,14 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     return pipeline
 
 
+def load_vae(name, revision=None, variant=None, cache_dir=None):
+    """The VAE of a pipeline alone, as `load_pipeline` gives it in float32."""
+    index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
+    others = [part for part, value in index.items() if isinstance(value, list) and part != "vae"]
+    place = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+    return load_pipeline(name, **place, **dict.fromkeys(others)).vae
+
+
 def exempt_vae(pipeline):
     """Let the VAE compute in its own dtype also under autocast: SDXL's overflows in float16."""
     vae = getattr(pipeline, "vae", None)

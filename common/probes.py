@@ -270,7 +270,7 @@ def has_two(pipeline):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What training starts from. data: `pairs.PairShards` or `pairs.PairImages`
+# What training starts from. data: `pairs.PairShards`, `pairs.PairImages` or `cached_pairs.CachedPairs`
 
 
 def check_pairs(config, pairs_config, folder):
@@ -384,8 +384,8 @@ def check_noise(data, latents, index):
 
 
 def roll_out(rollout, data, indices, shift=0, **kwargs):
-    """The student's latents (B, ...) in float32 for pairs `indices`; shift: added to their seeds."""
-    prompts, seeds = [data.prompts[i] for i in indices], [data.seeds[i] + shift for i in indices]
+    """The student's latents (B, ...) in float32 for pairs `indices`; shift: added to their seeds, of 64 bits."""
+    prompts, seeds = [data.prompts[i] for i in indices], [(data.seeds[i] + shift) % 2**64 for i in indices]
     return rollout(prompts, seeds, **data.call_kwargs(indices) | kwargs).float()
 
 

@@ -4,9 +4,12 @@
         --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --resolution=512 --center_crop
 
 and then --train_shards_path_or_url="latents/{00000..00099}.tar" with the same image flags. A shard becomes one of the
-same name; `common/latents.py` says what is in it. Shards are dealt to tasks that never wait for each other, and
-finished ones are skipped, so the same command goes on after an interruption. The bytes are the same for any number of
-tasks. Left out: text embeddings, which cost 0.2 % of a training step and change with every dropped caption.
+same name; `common/latents.py` says what is in it. Images that a teacher made, with the `seed` of their noise in their
+json, are pairs for `train_direct_distill.py --pairs_dir=latents`.
+
+Shards are dealt to tasks that never wait for each other, and finished ones are skipped, so the same command goes on
+after an interruption. The bytes are the same for any number of tasks. Left out: text embeddings, which cost 0.2 % of a
+training step and change with every dropped caption.
 """
 
 import contextlib
@@ -218,7 +221,7 @@ def check_sources(units, paths):
 
 def encode_shard(vae, unit, args, path, manifest_bytes, progress):
     """Make one shard. SampleError: nothing of it can be used; UserError: it cannot be written."""
-    account = {"read": 0, "skipped": Counter(), "first_skipped": [], "damage": None}
+    account = {"read": 0, "seeds": 0, "skipped": Counter(), "first_skipped": [], "damage": None}
     samples = encoded(vae, unit, args, account, progress)
 
     def stats(count, size):
@@ -228,6 +231,7 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
         if skipped:
             progress.write(f"{path.name}: {count} of {read} samples, skipped: {skipped}; see {path.stem}_stats.json")
         said = {"count": read, "successes": count, "skipped": skipped, "first_skipped": account["first_skipped"]}
+        said |= {"seeds": account["seeds"]} if account["seeds"] else {}  # of sources without any, nothing new is said
         return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
 
     try:
@@ -240,8 +244,10 @@ def raw_samples(unit, args, account):
     """(key, raw) of a shard's or a folder's samples, in order; of a damaged tar those before the damage."""
     if unit.items is not None:
         for file, caption in unit.items:
-            stem = os.path.splitext(file)[0]
-            yield stem.replace(".", "_"), folder_sample(unit.shard, file, caption)  # a key ends at its first dot
+            stem, raw = os.path.splitext(file)[0], folder_sample(unit.shard, file, caption)
+            with contextlib.suppress(OSError):
+                raw["json"] = Path(unit.shard, f"{stem}.json").read_bytes()
+            yield stem.replace(".", "_"), raw  # a key ends at its first dot
         return
     with open_shard(unit.shard, args.data_timeout) as file:
         try:
@@ -259,14 +265,17 @@ def skip(account, error, key):
 
 
 def decoded(unit, args, account):
-    """(key, what decode_image_text returns, flip), in order; threads decode ahead while the VAE encodes."""
+    """(key, what decode_image_text returns, what else the json says), in order; threads decode ahead while the VAE
+    encodes."""
     image_flags = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
 
     def decode(key, raw):
         seed = keyed_seed(args.seed, "encode", unit.name, key)
         check_members(raw, REQUIRED)
         sample = decode_image_text(raw, random.Random(seed), **image_flags)
-        return sample, args.random_flip and random.Random(seed).random() < 0.5  # its first draw
+        noise = source_seed(raw)
+        flip = args.random_flip and random.Random(seed).random() < 0.5  # its first draw
+        return sample, {"flip": flip} | ({} if noise is None else {"seed": noise})
 
     with ThreadPoolExecutor(args.dataloader_num_workers) as pool:
         pending, raws = deque(), raw_samples(unit, args, account)
@@ -283,6 +292,14 @@ def decoded(unit, args, account):
                 skip(account, error, key)
 
 
+def source_seed(raw):
+    """The seed of the noise that an image was made from, by the json beside it; None where it says none."""
+    try:
+        return latents.noise_seed(json.loads(raw["json"]))
+    except (KeyError, ValueError, RecursionError):  # no json, or not the json of an image with a seed
+        return None
+
+
 def encoded(vae, unit, args, account, progress):
     """The samples of `latents.write_shard`. Batches are counted from the shard's start, whoever encodes it."""
     samples, count = decoded(unit, args, account), 0
@@ -290,13 +307,14 @@ def encoded(vae, unit, args, account, progress):
         images = torch.stack([sample["images"] for _, sample, _ in batch]).to(vae.device)
         moments = models.posterior(vae, images, args.vae_encode_batch_size)
         mean, std = (x.to("cpu", torch.float16) for x in moments)
-        for (key, sample, flip), m, s in zip(batch, mean, std, strict=True):
+        for (key, sample, said), m, s in zip(batch, mean, std, strict=True):
             if not (m.isfinite().all() and s.isfinite().all()):
                 detail = f"the VAE's latents are not finite in {args.mixed_precision}; see --mixed_precision"
                 skip(account, SampleError("decode", detail), key)
                 continue
-            record = {"original_size": sample["original_sizes"].tolist(), "flip": flip}
+            record = {"original_size": sample["original_sizes"].tolist()} | said
             record |= {"crop_top_left": sample["crop_top_lefts"].tolist()}
+            account["seeds"] += "seed" in record
             yield key, sample["captions"], record, m.numpy(), s.numpy()
             count += 1
         progress.set_postfix({"shard": unit.name, "images": count})
@@ -307,10 +325,12 @@ def report(args, own, paths):
     there = [stats for unit in own if (stats := latents.shard_stats(paths[unit.name]))]
     skipped = sum((Counter(stats["skipped"]) for stats in there), Counter())
     listed = ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
+    seeds = sum(stats.get("seeds", 0) for stats in there)
     complete = sum(latents.shard_stats(path) is not None for path in paths.values())
     print(
         f"task {args.shard_index} of {args.num_shards}: {len(there)} of its {len(own)} shards are done, "
-        f"{sum(stats['successes'] for stats in there)} samples, skipped: {listed}; {complete} of {len(paths)} shards "
+        f"{sum(stats['successes'] for stats in there)} samples{f', {seeds} with a seed' if seeds else ''}, skipped: "
+        f"{listed}; {complete} of {len(paths)} shards "
         f"are in {args.output_dir}",
         flush=True,
     )
