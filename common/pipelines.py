@@ -5,7 +5,6 @@ go through all of its steps. So training and inference cannot differ. What a pip
 Left out: pipelines that start from an image, and guidance that is a component (`guider`) instead of an argument.
 """
 
-import contextlib
 import inspect
 import json
 from pathlib import Path
@@ -292,20 +291,6 @@ def attach_lora(module, rank, alpha, dropout=0.0, names=None):
     for layer in lora_layers(module).values():
         for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
             part.float().requires_grad_(True)
-
-
-@contextlib.contextmanager
-def adapters_off(pipeline):
-    """Inside, the denoisers compute without their adapters, if they have any. Only under torch.no_grad."""
-    assert not torch.is_grad_enabled(), "adapters_off is for the untrained student: enter it under torch.no_grad()"
-    layers = [layer for module in denoisers(pipeline).values() for layer in lora_layers(module).values()]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def lora_files(pipeline_class, names):
