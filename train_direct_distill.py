@@ -33,9 +33,7 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", required=True, help="folder or hub name of any text-to-image or -video pipeline")
-    add("--revision", help="hub revision of the teacher")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_hub_arguments(add, "the teacher")
     add = parser.add_argument_group("data").add_argument
     add("--pairs_dir", help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds")
     add("--dataset_metadata_path", help="or a csv: image,prompt,seed,rand_device,num_inference_steps,cfg_scale")

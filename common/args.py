@@ -172,14 +172,24 @@ seed.__name__, beta.__name__ = "whole number", "fraction"
 int_list.__name__, weight_list.__name__ = "list of whole numbers", "list of numbers"
 
 
-def add_teacher_arguments(parser):
-    add = parser.add_argument_group("teacher").add_argument
+def add_hub_arguments(add, of):
+    """Which files of the hub are loaded; of: what --revision speaks of."""
+    add("--revision", help=f"hub revision of {of}")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+
+
+def add_checkpoint_arguments(add):
+    """The Stable Diffusion teacher's files, as the training scripts and encode_shards load them."""
     add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
     add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
     add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
-    add("--revision", help="hub revision of everything without a revision flag of its own")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    add_hub_arguments(add, "everything without a revision flag of its own")
+
+
+def add_teacher_arguments(parser):
+    add = parser.add_argument_group("teacher").add_argument
+    add_checkpoint_arguments(add)
     add("--vae_encode_batch_size", type=positive_int, help="images that the VAE encodes at once; SD: 32, SDXL: 8")
     add("--use_fix_crop_and_size", action="store_true", help="SDXL: say of every sample that it was never cropped")
     yes_no = argparse.BooleanOptionalAction

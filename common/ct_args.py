@@ -39,9 +39,7 @@ def add_arguments(parser):
         help="config.json of a UNet2DModel (file, folder, hub name); not needed at 32 and 64 px",
     )
     add("--pretrained_model_name_or_path", help="weights to start from, of this script or in its parametrisation")
-    add("--revision", help="hub revision of networks and data sets")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_hub_arguments(add, "networks and data sets")
     add("--dropout", type=cli.beta, help="default: what the network's configuration says; of the own ones 0.3 and 0.2")
 
     add = parser.add_argument_group("exponential moving average").add_argument

@@ -44,11 +44,9 @@ from common.shards import (
     open_shard,
     tar_samples,
 )
-from common.work import add_work_arguments, find_device, resolve_work
+from common.work import add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
 
-import diffusers
 import torch
-import transformers
 from tqdm import tqdm
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -71,15 +69,10 @@ def parse_args(argv=None):
     )
     parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("VAE").add_argument
-    add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
-    add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
-    add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
-    add("--revision", help="hub revision of everything without a revision flag of its own")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_checkpoint_arguments(add)
     add("--vae_encode_batch_size", type=cli.positive_int, help="images that are encoded at once; SD: 32, SDXL: 8")
     add("--mixed_precision", choices=list(DTYPES), default="no", help="what the VAE computes in; no: float32")
-    add("--device", help="default: this process's GPU, else the CPU")
+    add_device_argument(add)
     add = parser.add_argument_group("images, as the training script will have it").add_argument
     cli.add_image_arguments(add)
     add("--seed", type=cli.seed, default=0, help="of crops and flips")
@@ -99,9 +92,7 @@ def parse_args(argv=None):
 @cli.tool_errors
 def main(args):
     # 1. What there is to do: all of it, whoever does it.
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     device = find_device(args.device)
     units = list_units(args)
 

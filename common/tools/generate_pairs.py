@@ -15,25 +15,19 @@ from pathlib import Path
 from common import UserError, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
-from common.work import find_device
+from common.work import DTYPES, add_device_argument, find_device, quiet_libraries
 
-import diffusers
 import torch
-import transformers
 from tqdm import tqdm
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", required=True, help="folder or hub name, in diffusers layout")
-    add("--revision", help="hub revision of the teacher")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_hub_arguments(add, "the teacher")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
-    add("--device", help="default: this process's GPU, else the CPU")
+    add_device_argument(add)
     add = parser.add_argument_group("what it is asked").add_argument
     add("--prompts", required=True, help="text file (one a line), csv, parquet, or WebDataset shards with captions")
     add("--prompt_column", help="of a csv or parquet; default: prompt, text or caption")
@@ -73,9 +67,7 @@ def main(args):
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = find_device(args.device)
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
 
     # 2. What is asked, checked before any weight is loaded.
     prompts = pairs.read_prompts(args.prompts, args.prompt_column)
