@@ -85,11 +85,7 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     except (OSError, ValueError, ImportError) as error:
         line = str(error).strip().split("\n")[0]
         raise UserError(f"--pretrained_teacher_model={name} cannot be loaded: {line}") from None
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return sd_models.frozen(pipeline)
 
 
 def load_vae(name, revision=None, variant=None, cache_dir=None):
