@@ -73,6 +73,12 @@ def parse_args(argv=None):
     add("--optimizer_type", choices=["radam", "adamw"], help="default: radam; adamw with --use_8bit_adam")
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
+    of_others = {"ict": ["ect_q", "ect_stages", "ect_k", "ect_b"]}
+    of_others["ect"] = ["discretization_s_0", "constant_discretization_steps", "skip_steps"]
+    parser.refuse_idle(of_others[args.objective], f"--objective={args.objective} has no such number; drop it")
+    if not args.pretrain_steps:
+        names = ["pretrain_p_mean", "pretrain_p_std"]
+        parser.refuse_idle(names, "there is no diffusion training; add --pretrain_steps, or drop it")
     if args.sigma_min >= args.sigma_max:
         parser.error(f"--sigma_min={args.sigma_min} must be less than --sigma_max={args.sigma_max}")
     if args.objective == "ect" and not (args.pretrain_steps or args.pretrained_model_name_or_path):

@@ -50,12 +50,23 @@ class ArgumentParser(argparse.ArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[-1].strip(" \r\n") == "\\":  # a command copied with its last line's backslash
             argv.pop()
+        words = [word.split("=")[0] for word in argv]
+        self.typed = {self._option_string_actions[word].dest for word in words if word in self._option_string_actions}
         args = super().parse_args(argv)
         sys.argv[1:] = mask_secrets(sys.argv[1:])  # trackers record the command line on their own
         return args
 
     def error(self, message):
         exit_with(self.prog, message)
+
+    def refuse_idle(self, names, reason):
+        """An error where flags of `names` were typed, which do nothing beside the others; reason: why, and what to do.
+
+        What a default would say is no error: nobody asked for it.
+        """
+        idle = [f"--{name}" for name in names if name in self.typed]
+        if idle:
+            self.error(f"{', '.join(idle)}: {reason}")
 
 
 def exit_with(prog, message, on_one_rank=False):
@@ -317,6 +328,12 @@ def check_training_arguments(parser, args):
         parser.error("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or drop the flag")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         parser.error("--lr_scheduler=polynomial falls to 1e-7: give a --learning_rate above that")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        parser.refuse_idle(["lr_warmup_steps"], "constant has no warm-up; pass --lr_scheduler=constant_with_warmup")
+    if getattr(args, "loss_type", "huber") != "huber":
+        parser.refuse_idle(["huber_c"], f"--loss_type={args.loss_type} has none; pass --loss_type=huber, or drop it")
+    if not args.push_to_hub:
+        parser.refuse_idle(["hub_token", "hub_private_repo"], "nothing is uploaded; add --push_to_hub, or drop it")
     grid = getattr(args, "num_ddim_timesteps", None)
     if grid and max(args.validation_num_inference_steps or [1]) > grid:
         parser.error(f"--validation_num_inference_steps: at most --num_ddim_timesteps={grid} steps can be sampled")
@@ -347,6 +364,8 @@ def check_stage_arguments(parser, args):
         if values is not None and len(values) not in (1, count):
             listed = ",".join(f"{value:g}" for value in values)
             parser.error(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
+    if args.freeze_discriminator_backbone:
+        parser.refuse_idle(["adv_learning_rate"], "--freeze_discriminator_backbone trains the head alone; drop one")
     if args.w_min > args.w_max:
         parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.stage_steps and args.max_train_steps is None:

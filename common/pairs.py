@@ -48,6 +48,8 @@ def read_prompts(spec, column=None):
     """
     flag, path = f"--prompts={spec}", Path(spec.removeprefix("@"))
     suffix = path.suffix.lower()
+    if column is not None and not (path.is_file() and suffix in (".csv", ".parquet")):
+        raise UserError(f"--prompt_column={column} is for a csv or parquet, and {flag} is none; drop it")
     try:
         if path.is_file() and suffix == ".txt":
             prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]

@@ -231,6 +231,9 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         (["--push_to_hub"], "--push_to_hub: not logged in to the hub"),
         (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt: the file cannot be read"),
         (["--validation_num_inference_steps=0"], "--validation_num_inference_steps: must be at least 1"),
+        (["--lr_warmup_steps=5", "--lr_scheduler=constant"], "--lr_warmup_steps: constant has no warm-up"),
+        (["--huber_c=0.1", "--loss_type=l2"], "--huber_c: --loss_type=l2 has none; pass --loss_type=huber"),
+        (["--hub_token", "hf_x", "--hub_private_repo"], "--hub_token, --hub_private_repo: nothing is uploaded; add"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, capsys, monkeypatch, tmp_path):
@@ -256,6 +259,7 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
         (["--stage_steps="], "--stage_steps: names no number"),
         (["--w_min=6"], "--w_min=6.0 is larger than --w_max=5.0; swap them"),
         (["--boundary_prob=2"], "--boundary_prob: must be between 0 and 1"),
+        (["--freeze_discriminator_backbone", "--adv_learning_rate=1"], "--adv_learning_rate: --freeze_discriminator"),
     ],
 )
 def test_mistakes_about_stages(name, flags, sentence, capsys):
@@ -388,7 +392,7 @@ def test_8bit_adam_is_used():
 
 
 def test_secrets_leave_no_trace(monkeypatch):
-    words = [*REQUIRED, "--hub_token=hf_1", "--hub_token", "hf_2", "--hub_model_id=a b", "--seed=1"]
+    words = [*REQUIRED, "--push_to_hub", "--hub_token=hf_1", "--hub_token", "hf_2", "--hub_model_id=a b", "--seed=1"]
     monkeypatch.setattr(sys, "argv", ["/x/t.py", *words])
     args = script(SCRIPTS[0]).parse_args()
     assert args.hub_token == "hf_2" and "hf_" not in str(cli.public_args(args))

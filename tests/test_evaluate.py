@@ -380,6 +380,7 @@ def test_format_table():
         (["--feature_network", "{root}/classifier", "--reference", "{root}/{{0..1}}.tar"], "0.tar is missing"),
         (["--feature_network", "{root}/classifier", "--prompt_accuracy", "--prompts", "seven"], "'seven' names none"),
         (["--feature_network", "{root}/clip", "--prompt_accuracy"], "needs an image classifier"),
+        (["--num_reference_images", "9"], "--num_reference_images: there are no reference images; add --reference"),
         (["--clip_model", "{root}/images"], "has no config.json"),
         (["--device", "abacus"], "--device abacus is no device"),
         (["--output_dir", "{root}/images"], "is not empty"),

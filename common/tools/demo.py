@@ -161,6 +161,10 @@ def parse_args(argv=None):
     add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
     add("--seed", type=cli.non_negative_int, default=0)
     args = parser.parse_args(argv)
+    if args.method == "ct":
+        parser.refuse_idle(["teacher", "teacher_only"], "--method=ct has no teacher; drop it")
+    if args.teacher_only:
+        parser.refuse_idle(["method"], "--teacher_only trains no student; drop one of them")
     if args.teacher == "dit" and not args.teacher_only and METHODS[args.method]["script"] != DIRECT["script"]:
         parser.error(
             f"--teacher=dit has no U-Net and --method={args.method} needs one; use direct, direct_8, direct_lora"

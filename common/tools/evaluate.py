@@ -97,6 +97,8 @@ def parse_args(argv=None):
     add("--revision", help="hub revision of --pretrained_model")
     add("--variant", help="weight files to load, such as fp16")
     args = parser.parse_args(argv)
+    if not args.reference:
+        parser.refuse_idle(["num_reference_images"], "there are no reference images; add --reference, or drop it")
     try:
         check_args(args)
     except UserError as error:
