@@ -77,7 +77,7 @@ def parse_args(argv=None):
     cli.add_image_arguments(add)
     add("--seed", type=cli.seed, default=0, help="of crops and flips")
     add = parser.add_argument_group("work").add_argument
-    add("--samples_per_shard", type=cli.positive_int, default=1000, help="where IN is a folder of images")
+    add("--samples_per_shard", type=cli.positive_int, help="where IN is a folder of images; default: 1000")
     add("--dataloader_num_workers", type=cli.positive_int, default=2, help="threads that decode images")
     add("--data_timeout", type=cli.positive_int, default=600, help="seconds until a pipe: is given up")
     add_work_arguments(add)
@@ -115,7 +115,7 @@ def main(args):
         "dtype": str(dtype).removeprefix("torch."),
         "shape": models.latent_shape(config["vae"], args.resolution),
         "seed": args.seed,
-        "samples_per_shard": args.samples_per_shard if units[0].items is not None else None,
+        "samples_per_shard": args.samples_per_shard,
         "versions": versions(),
     }
     latents.check_folder(args.output_dir, manifest)
@@ -157,7 +157,7 @@ def main(args):
 
 
 def list_units(args):
-    """The list of Unit; UserError where names are not clear."""
+    """The list of Unit; fills in --samples_per_shard of a folder. UserError where names are not clear."""
     try:
         shards = expand_shards(args.shards)
         if latents.read_manifest(shards) is not None:
@@ -166,9 +166,12 @@ def list_units(args):
         if folders and len(shards) > 1:
             raise DataError(f"--train_shards_path_or_url: {folders[0]} is a folder of images and goes with no shards")
         items = folder_items(folders[0]) if folders else None
+        if args.samples_per_shard and not folders:
+            raise DataError("--samples_per_shard: IN are shards, which stay what they are; drop it")
     except DataError as error:
         raise UserError(str(error).replace("--train_shards_path_or_url", "IN")) from None
     if folders:
+        args.samples_per_shard = args.samples_per_shard or 1000
         starts = range(0, len(items), args.samples_per_shard)
         parts = [items[start : start + args.samples_per_shard] for start in starts]
         return [Unit(f"{number:05d}", folders[0], part) for number, part in enumerate(parts)]
