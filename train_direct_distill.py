@@ -149,6 +149,7 @@ def main(args):
     scheduler, notes = probes.student_scheduler(
         scheduler_class, scheduler_config, args.student_scheduler, args.student_scheduler_kwargs
     )
+    probes.check_steps(scheduler, args.num_inference_steps)
     if checkpoint:
         checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
         pairs.check_same_pairs(checkpoint, resumed, data)

@@ -161,7 +161,16 @@ def write_shard(path, pairs):
     the sample's call is to say it, else None).
     """
     unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "wb") as file:
+    try:
+        _write_tar(unfinished, pairs)
+        unfinished.rename(path)
+    except BaseException:  # an interrupt too
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _write_tar(path, pairs):
+    with open(path, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index, prompt, seed, latents, image, size in pairs:
                 record = {"index": index, "prompt": prompt, "seed": seed} | ({"size": size} if size else {})
@@ -178,7 +187,13 @@ def write_shard(path, pairs):
                     tar.addfile(member, io.BytesIO(payload))
         file.flush()
         os.fsync(file.fileno())
-    unfinished.rename(path)
+
+
+def report(who, own, config, folder):
+    """The last line of a tool: what its process has done, `own` shards, and how much of the whole is there by now."""
+    there = sum(Path(folder, shard_name(shard)).is_file() for shard in range(num_shards(config)))
+    done = f"{len(own)} of its {len(own)} shards are done; {there} of {num_shards(config)} shards are in {folder}"
+    print(f"{who}: {done}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

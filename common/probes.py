@@ -96,6 +96,16 @@ def student_scheduler(base_class, config, class_name=None, changes=None):
     return made, [f"{base} asks the network more than once a step: the student gets {name}"] if replaced else []
 
 
+def check_steps(scheduler, num_inference_steps):
+    """UserError for more steps than a scheduler has timesteps: some would be asked for twice."""
+    most = scheduler.config.get("num_train_timesteps")
+    if most and num_inference_steps > most:
+        raise UserError(
+            f"--num_inference_steps={num_inference_steps}: {type(scheduler).__name__} has {most} timesteps; ask for "
+            "at most so many"
+        )
+
+
 def last_time(scheduler):
     """Where the last evaluation of the schedule that is set lies: 0 (data) to 1 (noise), by its timestep."""
     return float(scheduler.timesteps[-1]) / scheduler.config.get("num_train_timesteps", 1000)

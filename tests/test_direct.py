@@ -138,13 +138,16 @@ def test_pairs_are_what_the_stock_pipeline_gives(made, direct_teacher):
 
 
 def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
-    made, direct_teacher, prompts_file, tmp_path, monkeypatch
+    made, direct_teacher, prompts_file, tmp_path, monkeypatch, capsys
 ):
     expected = members(made())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (1, 0):
+    for rank, there in ((1, 1), (0, 3)):
         monkeypatch.setenv("RANK", str(rank))
         words = ask(tmp_path / "two", direct_teacher(), prompts_file, save_images=True)
+        line = capsys.readouterr().out.splitlines()[-1]
+        own = f"process {rank} of 2: {2 - rank} of its {2 - rank} shards are done"
+        assert line == f"{own}; {there} of 3 shards are in {tmp_path / 'two'}"
     assert members(tmp_path / "two") == expected
     monkeypatch.setenv("WORLD_SIZE", "1")
 
@@ -186,7 +189,7 @@ def test_accelerate_launches_it_on_two_processes(direct_teacher, prompts_file, m
         [*launcher, "-m", "common.tools.generate_pairs", *words], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "process 1: 1 of 3 shards" in done.stdout and "pairs of process 0" in done.stderr
+    assert "process 1 of 2: 1 of its 1 shards" in done.stdout and "pairs of process 0" in done.stderr
     assert members(tmp_path / "out") == members(made())
 
 
@@ -237,6 +240,10 @@ def test_prompts_from_every_source(tmp_path, shards):
         ({"teacher_kwargs": '{"eta": 1.0}', "scheduler": "DDIMScheduler"}, "draws more random numbers"),
         ({"device": "magic"}, "--device=magic cannot be used here"),
         ({"device": "cuda:99"}, "--device=cuda:99 cannot be used here"),
+        (
+            {"num_inference_steps": 2000},
+            "--num_inference_steps=2000: PNDMScheduler has 1000 timesteps; ask for at most",
+        ),
         ({"num_pairs": 0}, "--num_pairs: must be at least 1"),
         ({"output_dir": "FILE"}, "is a file; name a folder"),
         ({"output_dir": "MINE"}, "holds other files"),
@@ -520,6 +527,7 @@ def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_t
         ({"num_held_out": 24}, "--num_held_out=24 leaves none of the 24 pairs"),
         ({"student_scheduler": "LCMScheduler"}, "LCMScheduler draws noise at its steps"),
         ({"student_scheduler": "Magic"}, "--student_scheduler=Magic: diffusers has no such scheduler"),
+        ({"num_inference_steps": 1001}, "--num_inference_steps=1001: DDIMScheduler has 1000 timesteps"),
         ({"student_scheduler_kwargs": '{"magic": 1}'}, "--student_scheduler_kwargs: DDIMScheduler has no magic"),
         ({"student_kwargs": "4"}, "--student_kwargs=4 is no JSON object"),
         ({"student_kwargs": '{"magic": 1}'}, "the call of StableDiffusionPipeline has no magic"),

@@ -93,7 +93,7 @@ def main(args):
             indices = pairs.shard_range(shard, len(data), args.samples_per_shard)
             pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), encoded(data, indices, args, progress))
             progress.update()
-    print(f"{label}: {len(own)} of {pairs.num_shards(config)} shards are in {args.output_dir}", flush=True)
+    pairs.report(label, own, config, args.output_dir)
 
 
 def encoded(data, indices, args, progress):

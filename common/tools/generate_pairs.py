@@ -80,6 +80,7 @@ def main(args):
         scheduler_class = probes.scheduler_class("--scheduler", args.scheduler)
     changes_flag = "--scheduler_kwargs" if args.scheduler_kwargs else flag
     scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
+    probes.check_steps(scheduler, args.num_inference_steps)
     check_output_dir(args.output_dir)
 
     # 3. The teacher, and what it does with these arguments.
@@ -121,7 +122,7 @@ def main(args):
         for shard in missing:
             made = make_pairs(pipeline, ranges[shard], prompts, args, kwargs, progress)
             pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), made)
-    print(f"process {rank}: {len(shards)} of {pairs.num_shards(config)} shards are in {args.output_dir}", flush=True)
+    pairs.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
 
 
 def check_output_dir(folder):
