@@ -344,7 +344,13 @@ def write_card(args, pipeline, kwargs, files, global_step, total_batch_size, res
     for file, extra in pipelines.lora_load_calls(pipeline, files):
         lines.append(f'pipe.load_lora_weights("{model}", weight_name="{file}"{extra})')
     lines.append(f'images = pipe("a prompt", {pipelines.public_kwargs(kwargs)})[0]')
-    error = f"{result['relative_mse']:.3f} of the variance of the teacher's latents"
+    number = result["held_out_pairs"]
+    where = f"{number} held-out pairs" if number else "pairs that it was trained on"
+    error = f"On {where} its squared error is {result['relative_mse']:.3f} of the variance of the teacher's latents, "
+    error += f"{result['untrained']:.3f} before training."
+    if not result["relative_mse"] < result["untrained"]:
+        error = f"Warning: training has not made it better. {error} Lower --learning_rate, or train longer."
+        print(error, flush=True)
     export.write_model_card(
         args.output_dir,
         method=f"A student by direct distillation: it samples in {args.num_inference_steps} steps, without guidance.",
@@ -354,8 +360,7 @@ def write_card(args, pipeline, kwargs, files, global_step, total_batch_size, res
         snippet="\n".join(lines),
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples.",
-            f"On {result['held_out_pairs']} held-out pairs its squared error is {error}, "
-            f"{result['untrained']:.3f} before training.",
+            error,
             f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
             "guidance is distilled into the weights.",
             *(
