@@ -6,6 +6,7 @@ counts as samples of tar shards. Nothing is downloaded that runs: data sets that
 
 from pathlib import Path
 
+from common.latents import read_manifest
 from common.shards import IMAGE_KEYS, DataError, expand_shards
 
 MAGIC = {b"\x89PNG": "png", b"\xff\xd8": "jpg", b"RIFF": "webp"}
@@ -126,4 +127,10 @@ def open_images(
         raise DataError(
             f"--train_shards_path_or_url={shards} is a folder without *.tar shards; pass images as --train_data_dir"
         )
-    return expand_shards(shards), None
+    found = expand_shards(shards)
+    if read_manifest(found) is not None:
+        raise DataError(
+            f"--train_shards_path_or_url={shards} holds cached latents, and this script trains on images; name the "
+            "shards that encode_shards read"
+        )
+    return found, None

@@ -10,7 +10,7 @@ import tarfile
 
 import train_cm_ct_unconditional as ct
 from common import args as cli
-from common import checkpointing, consistency, ct_args, unet2d
+from common import checkpointing, consistency, ct_args, latents, unet2d
 from common.consistency_scheduler import PreconditionedConsistencyScheduler
 from common.data import TrainingData, keyed_generator
 from common.image_data import open_images
@@ -667,6 +667,14 @@ def test_a_split_without_classes_is_refused(tmp_path, flags, capsys):
     assert stopped.value.code == 2 and "no row has a class, the column label holds only negative numbers" in err
 
 
+def test_cached_latents_are_called_by_their_name(tmp_path):
+    header = {"format": 1, "shape": [4, 8, 8], "dtype": "float32", "seed": 0, "encoder_sha256": "x"}
+    header |= dict.fromkeys(latents.IMAGE_FLAGS, 0)
+    latents.write_shard(tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size})
+    with pytest.raises(DataError, match="holds cached latents, and this script trains on images; name the shards"):
+        open_images(str(tmp_path / "0.tar"))
+
+
 def test_data_of_which_nothing_is_usable_are_called_by_their_flag(tmp_path, flags, capsys):
     (tmp_path / "data").mkdir()
     for i in range(8):
@@ -711,7 +719,7 @@ def test_the_result_is_a_stock_pipeline_of_the_average(tmp_path, flags):
     assert not same(weights(out / "unet"), weights(out / "unet_raw"))
     card = (out / "README.md").read_text()
     assert "timesteps=[25, 0]" in card and "Warning" not in card and "unconditional-image-generation" in card
-    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")  # leave out without a GPU', "")
+    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
     names = {}
     exec(snippet, names)  # as a user would paste it
     assert len(names["one_step"]) == len(names["two_steps"]) == 8
@@ -759,7 +767,7 @@ def test_other_preconditionings_train_and_are_saved_with_their_scheduler(tmp_pat
     card = (out / "README.md").read_text()
     assert "Warning: --noise_precond_type or --input_precond_type is not cm" in card
     assert not (out / "model_index.json").exists()
-    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")  # leave out without a GPU', "")
+    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
     names = {}
     exec(snippet, names)
     assert type(names["pipe"].scheduler) is PreconditionedConsistencyScheduler and len(names["two_steps"]) == 8
