@@ -54,6 +54,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.typed = {self._option_string_actions[word].dest for word in words if word in self._option_string_actions}
         args = super().parse_args(argv)
         sys.argv[1:] = mask_secrets(sys.argv[1:])  # trackers record the command line on their own
+        for action in self._actions:
+            if getattr(args, action.dest, None) == "" and action.dest != "negative_prompt":
+                name = (action.option_strings or [action.metavar])[0]
+                self.error(f"{name} is empty (a variable that is not set?); give it a value, or drop it")
         return args
 
     def error(self, message):

@@ -252,6 +252,7 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt: the file cannot be read"),
         (["--validation_num_inference_steps=0"], "--validation_num_inference_steps: must be at least 1"),
         (["--lr_warmup_steps=5", "--lr_scheduler=constant"], "--lr_warmup_steps: constant has no warm-up"),
+        (["--cache_dir="], "--cache_dir is empty (a variable that is not set?); give it a value, or drop it"),
         (["--huber_c=0.1", "--loss_type=l2"], "--huber_c: --loss_type=l2 has none; pass --loss_type=huber"),
         (["--hub_token", "hf_x", "--hub_private_repo"], "--hub_token, --hub_private_repo: nothing is uploaded; add"),
     ],
