@@ -120,21 +120,23 @@ def num_shards(config):
     return math.ceil(config["num_pairs"] / config["samples_per_shard"])
 
 
+def check_folder(folder):
+    """UserError for a folder that no pairs can be written to, since it is a file or holds others; needs no teacher."""
+    folder, flag = Path(folder), f"--output_dir={folder}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} is a file; name a folder")
+    is_new = folder.is_dir() and not (folder / CONFIG).exists()
+    if is_new and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
+
+
 def write_config(folder, config):
     """Write CONFIG, or check that the one which is there says the same; called by every process.
 
-    Raises UserError for a folder that holds other files, or pairs that other flags made.
+    Raises UserError as `check_folder` does, and for a folder with pairs that other flags made.
     """
-    folder = Path(folder)
-    flag = f"--output_dir={folder}"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} is a file; name a folder")
-    if (
-        folder.is_dir()
-        and not (folder / CONFIG).exists()
-        and any(not p.name.endswith(".tmp") for p in folder.iterdir())
-    ):
-        raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
+    check_folder(folder)
+    folder, flag = Path(folder), f"--output_dir={folder}"
     text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if (folder / CONFIG).exists():
         there, here = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(text)
@@ -325,6 +327,9 @@ class PairImages:
                 raise ValueError(f"the seed {wrong[0]} has more than 64 bits")
         except ValueError as error:
             raise UserError(f"{flag}: {error}; seed, num_inference_steps and cfg_scale are numbers") from None
+        wrong = [seed for seed in self.seeds if not -(2**63) <= seed < 2**64]
+        if wrong or min(self.steps, default=1) < 1:
+            raise UserError(f"{flag}: seed and num_inference_steps: {wrong[0] if wrong else min(self.steps)} is none")
         if len(self.steps) > 1 or scales - {1.0}:
             raise UserError(
                 f"{flag}: num_inference_steps and cfg_scale are the student's: one number of steps, and cfg_scale 1"

@@ -31,9 +31,9 @@ def find_device(name):
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     try:
         device = torch.device(name or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # there and back: meta is a device too
     except (RuntimeError, AssertionError) as error:
-        line = str(error).split("\n")[0]
+        line = str(error).split("\n")[0].split(". ")[0]
         raise UserError(f"--device={name} cannot be used here ({line}); take cuda, cuda:1 or cpu") from None
     return device
 

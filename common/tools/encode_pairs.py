@@ -50,6 +50,11 @@ def main(args):
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
 
+    try:
+        pairs.check_folder(args.output_dir)
+    except UserError as error:
+        raise UserError(str(error).replace("--output_dir", "OUT")) from None
+
     # 2. The teacher, and that its decoder gives the images back.
     options = {"variant": args.variant, **place}
     pipeline = pipelines.load_pipeline(args.pretrained_teacher_model, DTYPES[args.dtype], **options).to(device)
@@ -57,11 +62,12 @@ def main(args):
     flag = "--pretrained_teacher_model"
     scheduler, _ = probes.student_scheduler(*teacher["scheduler"], None, {})
     own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
-    kwargs, _ = probes.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
     try:
+        kwargs, _ = probes.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
         pairs.check_encoding(pipelines.Rollout(pipeline, **kwargs), data, [0])
     except UserError as error:
-        raise UserError(str(error).replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
+        sentence = str(error).replace("--student_kwargs, --student_scheduler", "--dataset_metadata_path")
+        raise UserError(sentence.replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
     pipeline.scheduler = own_scheduler
     config = {
         "format": pairs.FORMAT,

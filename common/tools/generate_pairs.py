@@ -3,10 +3,10 @@
     python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
         --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
 
-or, on several GPUs, `accelerate launch --multi_gpu -m common.tools.generate_pairs ...`. Pair i has prompt i, seed
---seed + i, and a CPU generator of its own. Shards are fixed ranges of pairs, dealt to the processes, which never wait
-for each other; finished ones are skipped, so the same command goes on after an interruption, and the bytes are the
-same for any number of processes. Left out: pipelines that start from images.
+or, on several GPUs, `accelerate launch --multi_gpu -m common.tools.generate_pairs ...`, or in a SLURM array. Pair i
+has prompt i, seed --seed + i, and a CPU generator of its own. Shards are fixed ranges of pairs, dealt to the
+processes, which never wait for each other; finished ones are skipped, so the same command goes on after an
+interruption, and the bytes are the same for any number of processes. Left out: pipelines that start from images.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from common import UserError, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
-from common.work import DTYPES, add_device_argument, find_device, quiet_libraries
+from common.work import DTYPES, add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
 
 import torch
 from tqdm import tqdm
@@ -46,7 +46,9 @@ def parse_args(argv=None):
     add("--samples_per_shard", type=cli.positive_int, default=256)
     add("--batch_size", type=cli.positive_int, default=8, help="samples at once; part of what the bytes follow from")
     add("--save_images", action="store_true", help="a png beside the latents, to look at")
+    add_work_arguments(add)
     args = parser.parse_args(argv)
+    resolve_work(parser, args)
     for name in ("teacher_kwargs", "scheduler_kwargs"):
         try:
             setattr(args, name, pipelines.parse_kwargs(f"--{name}", getattr(args, name)))
@@ -64,7 +66,7 @@ def parse_args(argv=None):
 @cli.tool_errors
 def main(args):
     # 1. This process's place; nothing is agreed with the others, so one that fails costs its shards alone.
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = args.shard_index, args.num_shards
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = find_device(args.device)
     quiet_libraries()
@@ -81,7 +83,7 @@ def main(args):
     changes_flag = "--scheduler_kwargs" if args.scheduler_kwargs else flag
     scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
     probes.check_steps(scheduler, args.num_inference_steps)
-    check_output_dir(args.output_dir)
+    pairs.check_folder(args.output_dir)
 
     # 3. The teacher, and what it does with these arguments.
     pipeline = pipelines.load_pipeline(
@@ -125,13 +127,6 @@ def main(args):
     pairs.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
 
 
-def check_output_dir(folder):
-    """What `pairs.write_config` would refuse, said before the teacher is loaded."""
-    folder = Path(folder)
-    if folder.is_dir() and not (folder / pairs.CONFIG).exists() and any(folder.glob("[!.]*[!p]")):
-        raise UserError(f"--output_dir={folder} holds other files and no {pairs.CONFIG}; name an empty or new folder")
-
-
 def call_kwargs(args, pipeline):
     """Everything that the teacher's call gets beside prompts and seeds; UserError for what it does not take."""
     arguments = pipelines.arguments(type(pipeline))
@@ -157,7 +152,7 @@ def check_teacher(pipeline, prompts, kwargs, flag):
     try:
         probes.check_draws(flag, pipeline, prompts, **kwargs)
         seen = probes.observe(pipeline, prompts, **kwargs | {"num_inference_steps": 2})
-    except (TypeError, ValueError, AttributeError) as error:
+    except probes.CALL_ERRORS as error:
         raise UserError(f"the teacher's call refuses these arguments ({kwargs}): {error}") from error
     guided = probes.guides(seen, len(prompts))
     embedded = probes.embeds_guidance(pipeline)
