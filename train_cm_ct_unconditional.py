@@ -47,14 +47,14 @@ def parse_args(argv=None):
     add(
         "--pretrain_steps", type=cli.non_negative_int, default=0, help="of --max_train_steps: diffusion training first"
     )
-    add("--pretrain_p_mean", type=float, default=-1.2, help="mean of ln sigma in these")
+    add("--pretrain_p_mean", type=cli.real, default=-1.2, help="mean of ln sigma in these")
     add("--pretrain_p_std", type=cli.positive_float, default=1.2, help="standard deviation of ln sigma in these")
     add("--prediction_type", choices=["sample"], default="sample", help="the only one: f predicts the image")
     add("--sigma_min", type=cli.positive_float, default=0.002, help="smallest noise level")
     add("--sigma_max", type=cli.positive_float, default=80.0, help="largest noise level")
     add("--sigma_data", type=cli.positive_float, default=0.5, help="standard deviation of the images in [-1, 1]")
     add("--rho", type=cli.positive_float, default=7.0, help="curvature of the noise levels")
-    add("--p_mean", type=float, default=-1.1, help="mean of ln sigma of the pairs")
+    add("--p_mean", type=cli.real, default=-1.1, help="mean of ln sigma of the pairs")
     add("--p_std", type=cli.positive_float, default=2.0, help="standard deviation of ln sigma of the pairs")
     add("--discretization_s_0", type=cli.positive_int, default=10, help="noise levels at the start, less one")
     add("--discretization_s_1", type=cli.positive_int, default=1280, help="noise levels at the end, less one")

@@ -141,6 +141,13 @@ def positive_float(text):
     return value
 
 
+def real(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, not {text}")
+    return value
+
+
 def non_negative_float(text):
     value = float(text)
     if not (0.0 <= value < float("inf")):
@@ -183,7 +190,7 @@ for _type, _name in [(positive_int, "positive whole number"), (non_negative_int,
     _type.__name__ = _name  # argparse names the type in its message for text that is no number
 for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
     _type.__name__ = _name
-seed.__name__, beta.__name__ = "whole number", "fraction"
+seed.__name__, beta.__name__, real.__name__ = "whole number", "fraction", "number"
 int_list.__name__, weight_list.__name__ = "list of whole numbers", "list of numbers"
 
 

@@ -268,6 +268,16 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
     assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1 and not out
 
 
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_an_average_that_never_moves_and_adapters_that_never_answer_are_refused(name, capsys):
+    mistakes = ["--ema_decay=1"] if "lora" not in name else []
+    mistakes += ["--lora_dropout=1"] if "lora" in name or "direct" in name else []
+    for flag in mistakes:
+        with pytest.raises(SystemExit):
+            script(name).parse_args(REQUIRED_BY.get(name, REQUIRED) + [flag])
+        assert f"{flag[:-2]}: must be at least 0 and less than 1, not 1.0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", SCRIPTS[2:])
 @pytest.mark.parametrize(
     ("flags", "sentence"),
