@@ -80,8 +80,11 @@ def load_labelled_images(
     else:
         flag = f"--dataset_name={dataset_name}"
         options = {"path": dataset_name, "name": dataset_config_name, "revision": revision}
+    is_saved = dataset_name and any(Path(dataset_name, f).is_file() for f in ("state.json", "dataset_dict.json"))
+    if is_saved and dataset_config_name:
+        raise DataError(f"--dataset_config_name: {flag} was saved to disk without configurations; drop it")
     try:
-        if dataset_name and any(Path(dataset_name, f).is_file() for f in ("state.json", "dataset_dict.json")):
+        if is_saved:
             dataset = datasets.load_from_disk(dataset_name)
         else:
             dataset = datasets.load_dataset(**options, cache_dir=cache_dir)

@@ -318,6 +318,10 @@ CONSISTENCY = {
         "data.txt cannot be loaded",
     ),
     "a folder without data": (lambda w: {"dataset_name": w.file("x/README", b"").parent}, "/x cannot be loaded"),
+    "a configuration of what has none": (
+        lambda w: {"dataset_config_name": "plain_text"},
+        "was saved to disk without configurations; drop it",
+    ),
     "a table that is damaged": (
         lambda w: w.data_set(lambda f: [truncate(path) for path in f.glob("*.arrow")]),
         "data_set cannot be loaded",
