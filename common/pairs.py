@@ -325,11 +325,10 @@ class PairImages:
             scales = {float(row["cfg_scale"]) for row in rows if row.get("cfg_scale")}
             if wrong := [seed for seed in self.seeds if noise_seed({"seed": seed}) is None]:
                 raise ValueError(f"the seed {wrong[0]} has more than 64 bits")
+            if min(self.steps, default=1) < 1:
+                raise ValueError(f"num_inference_steps is {min(self.steps)}")
         except ValueError as error:
             raise UserError(f"{flag}: {error}; seed, num_inference_steps and cfg_scale are numbers") from None
-        wrong = [seed for seed in self.seeds if not -(2**63) <= seed < 2**64]
-        if wrong or min(self.steps, default=1) < 1:
-            raise UserError(f"{flag}: seed and num_inference_steps: {wrong[0] if wrong else min(self.steps)} is none")
         if len(self.steps) > 1 or scales - {1.0}:
             raise UserError(
                 f"{flag}: num_inference_steps and cfg_scale are the student's: one number of steps, and cfg_scale 1"
