@@ -47,14 +47,14 @@ def parse_args(argv=None):
     add(
         "--pretrain_steps", type=cli.non_negative_int, default=0, help="of --max_train_steps: diffusion training first"
     )
-    add("--pretrain_p_mean", type=float, default=-1.2, help="mean of ln sigma in these")
+    add("--pretrain_p_mean", type=cli.real, default=-1.2, help="mean of ln sigma in these")
     add("--pretrain_p_std", type=cli.positive_float, default=1.2, help="standard deviation of ln sigma in these")
     add("--prediction_type", choices=["sample"], default="sample", help="the only one: f predicts the image")
     add("--sigma_min", type=cli.positive_float, default=0.002, help="smallest noise level")
     add("--sigma_max", type=cli.positive_float, default=80.0, help="largest noise level")
     add("--sigma_data", type=cli.positive_float, default=0.5, help="standard deviation of the images in [-1, 1]")
     add("--rho", type=cli.positive_float, default=7.0, help="curvature of the noise levels")
-    add("--p_mean", type=float, default=-1.1, help="mean of ln sigma of the pairs")
+    add("--p_mean", type=cli.real, default=-1.1, help="mean of ln sigma of the pairs")
     add("--p_std", type=cli.positive_float, default=2.0, help="standard deviation of ln sigma of the pairs")
     add("--discretization_s_0", type=cli.positive_int, default=10, help="noise levels at the start, less one")
     add("--discretization_s_1", type=cli.positive_int, default=1280, help="noise levels at the end, less one")
@@ -73,6 +73,12 @@ def parse_args(argv=None):
     add("--optimizer_type", choices=["radam", "adamw"], help="default: radam; adamw with --use_8bit_adam")
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
+    of_others = {"ict": ["ect_q", "ect_stages", "ect_k", "ect_b"]}
+    of_others["ect"] = ["discretization_s_0", "constant_discretization_steps", "skip_steps"]
+    parser.refuse_idle(of_others[args.objective], f"--objective={args.objective} has no such number; drop it")
+    if not args.pretrain_steps:
+        names = ["pretrain_p_mean", "pretrain_p_std"]
+        parser.refuse_idle(names, "there is no diffusion training; add --pretrain_steps, or drop it")
     if args.sigma_min >= args.sigma_max:
         parser.error(f"--sigma_min={args.sigma_min} must be less than --sigma_max={args.sigma_max}")
     if args.objective == "ect" and not (args.pretrain_steps or args.pretrained_model_name_or_path):

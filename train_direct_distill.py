@@ -33,9 +33,7 @@ def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", required=True, help="folder or hub name of any text-to-image or -video pipeline")
-    add("--revision", help="hub revision of the teacher")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_hub_arguments(add, "the teacher")
     add = parser.add_argument_group("data").add_argument
     add("--pairs_dir", help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds")
     add("--dataset_metadata_path", help="or a csv: image,prompt,seed,rand_device,num_inference_steps,cfg_scale")
@@ -53,10 +51,10 @@ def parse_args(argv=None):
     add("--student_kwargs", help="JSON object of arguments of the student's call, over what is found out")
     add("--loss_type", choices=LOSS_TYPES, default="huber", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=cli.positive_float, default=0.1, help="in standard deviations of the latents")
-    add("--ema_decay", type=cli.fraction, default=0.0, help="of the weights that are measured and saved; 0: no EMA")
+    add("--ema_decay", type=cli.beta, default=0.0, help="of the weights that are measured and saved; 0: no EMA")
     add("--lora_rank", type=cli.non_negative_int, default=64, help="0 trains all weights of the denoiser")
     add("--lora_alpha", type=cli.positive_float, help="adapters are scaled by alpha / rank; default: the rank")
-    add("--lora_dropout", type=cli.fraction, default=0.0)
+    add("--lora_dropout", type=cli.beta, default=0.0)
     add("--lora_target_modules", help="comma list; default: every linear layer and convolution of the blocks")
     parser.set_defaults(train_batch_size=4, gradient_accumulation_steps=8, learning_rate=None)
     parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=50)
@@ -151,6 +149,7 @@ def main(args):
     scheduler, notes = probes.student_scheduler(
         scheduler_class, scheduler_config, args.student_scheduler, args.student_scheduler_kwargs
     )
+    probes.check_steps(scheduler, args.num_inference_steps)
     if checkpoint:
         checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
         pairs.check_same_pairs(checkpoint, resumed, data)
@@ -345,7 +344,13 @@ def write_card(args, pipeline, kwargs, files, global_step, total_batch_size, res
     for file, extra in pipelines.lora_load_calls(pipeline, files):
         lines.append(f'pipe.load_lora_weights("{model}", weight_name="{file}"{extra})')
     lines.append(f'images = pipe("a prompt", {pipelines.public_kwargs(kwargs)})[0]')
-    error = f"{result['relative_mse']:.3f} of the variance of the teacher's latents"
+    number = result["held_out_pairs"]
+    where = f"{number} held-out pairs" if number else "pairs that it was trained on"
+    error = f"On {where} its squared error is {result['relative_mse']:.3f} of the variance of the teacher's latents, "
+    error += f"{result['untrained']:.3f} before training."
+    if not result["relative_mse"] < result["untrained"]:
+        error = f"Warning: training has not made it better. {error} Lower --learning_rate, or train longer."
+        print(error, flush=True)
     export.write_model_card(
         args.output_dir,
         method=f"A student by direct distillation: it samples in {args.num_inference_steps} steps, without guidance.",
@@ -355,8 +360,7 @@ def write_card(args, pipeline, kwargs, files, global_step, total_batch_size, res
         snippet="\n".join(lines),
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples.",
-            f"On {result['held_out_pairs']} held-out pairs its squared error is {error}, "
-            f"{result['untrained']:.3f} before training.",
+            error,
             f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
             "guidance is distilled into the weights.",
             *(

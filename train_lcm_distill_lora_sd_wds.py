@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--init_lora", help="start from an earlier LoRA (its folder or file) instead of from the teacher")
     add("--lora_rank", type=cli.positive_int, default=64, help="rank of the adapters")
     add("--lora_alpha", type=cli.positive_float, default=64, help="adapters are scaled by alpha / rank")
-    add("--lora_dropout", type=cli.fraction, default=0.0, help="dropout before the adapters, while training")
+    add("--lora_dropout", type=cli.beta, default=0.0, help="dropout before the adapters, while training")
     add("--lora_target_modules", help="ends of module paths, with commas; default: LCM-LoRA's list")
     add("--w_min", type=cli.non_negative_float, default=7.5, help="smallest guidance w, as baked into the LoRA")
     add("--w_max", type=cli.non_negative_float, default=7.5, help="largest guidance w")

@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
     add("--unet_time_cond_proj_dim", type=cli.positive_int, default=256, help="width of the embedding of w")
     add("--timestep_scaling_factor", type=cli.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out")
-    add("--ema_decay", type=cli.fraction, default=0.95, help="of the target network")
+    add("--ema_decay", type=cli.beta, default=0.95, help="of the target network")
     add("--validation_guidance_scale", type=cli.positive_float, help="default: 8, or the middle of the trained range")
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)

@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
     add("--unet_time_cond_proj_dim", type=cli.positive_int, help="embed w in so many numbers; default: w is not seen")
-    add("--ema_decay", type=cli.fraction, default=0.95, help="of the target network")
+    add("--ema_decay", type=cli.beta, default=0.95, help="of the target network")
     add = parser.add_argument_group("adversarial distance").add_argument
     add("--mse_weights", type=cli.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
     add("--adv_weights", type=cli.weight_list, help="likewise; all 0: no discriminator")

@@ -50,12 +50,27 @@ class ArgumentParser(argparse.ArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         if argv and argv[-1].strip(" \r\n") == "\\":  # a command copied with its last line's backslash
             argv.pop()
+        words = [word.split("=")[0] for word in argv]
+        self.typed = {self._option_string_actions[word].dest for word in words if word in self._option_string_actions}
         args = super().parse_args(argv)
         sys.argv[1:] = mask_secrets(sys.argv[1:])  # trackers record the command line on their own
+        for action in self._actions:
+            if getattr(args, action.dest, None) == "" and action.dest != "negative_prompt":
+                name = (action.option_strings or [action.metavar])[0]
+                self.error(f"{name} is empty (a variable that is not set?); give it a value, or drop it")
         return args
 
     def error(self, message):
         exit_with(self.prog, message)
+
+    def refuse_idle(self, names, reason):
+        """An error where flags of `names` were typed, which do nothing beside the others; reason: why, and what to do.
+
+        What a default would say is no error: nobody asked for it.
+        """
+        idle = [f"--{name}" for name in names if name in self.typed]
+        if idle:
+            self.error(f"{', '.join(idle)}: {reason}")
 
 
 def exit_with(prog, message, on_one_rank=False):
@@ -126,6 +141,13 @@ def positive_float(text):
     return value
 
 
+def real(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, not {text}")
+    return value
+
+
 def non_negative_float(text):
     value = float(text)
     if not (0.0 <= value < float("inf")):
@@ -168,18 +190,28 @@ for _type, _name in [(positive_int, "positive whole number"), (non_negative_int,
     _type.__name__ = _name  # argparse names the type in its message for text that is no number
 for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
     _type.__name__ = _name
-seed.__name__, beta.__name__ = "whole number", "fraction"
+seed.__name__, beta.__name__, real.__name__ = "whole number", "fraction", "number"
 int_list.__name__, weight_list.__name__ = "list of whole numbers", "list of numbers"
+
+
+def add_hub_arguments(add, of):
+    """Which files of the hub are loaded; of: what --revision speaks of."""
+    add("--revision", help=f"hub revision of {of}")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", help="where hub downloads are kept")
+
+
+def add_checkpoint_arguments(add):
+    """The Stable Diffusion teacher's files, as the training scripts and encode_shards load them."""
+    add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
+    add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
+    add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
+    add_hub_arguments(add, "everything without a revision flag of its own")
 
 
 def add_teacher_arguments(parser):
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
-    add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
-    add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
-    add("--revision", help="hub revision of everything without a revision flag of its own")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    add_checkpoint_arguments(add)
     add("--vae_encode_batch_size", type=positive_int, help="images that the VAE encodes at once; SD: 32, SDXL: 8")
     add("--use_fix_crop_and_size", action="store_true", help="SDXL: say of every sample that it was never cropped")
     yes_no = argparse.BooleanOptionalAction
@@ -307,6 +339,12 @@ def check_training_arguments(parser, args):
         parser.error("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or drop the flag")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         parser.error("--lr_scheduler=polynomial falls to 1e-7: give a --learning_rate above that")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        parser.refuse_idle(["lr_warmup_steps"], "constant has no warm-up; pass --lr_scheduler=constant_with_warmup")
+    if getattr(args, "loss_type", "huber") != "huber":
+        parser.refuse_idle(["huber_c"], f"--loss_type={args.loss_type} has none; pass --loss_type=huber, or drop it")
+    if not args.push_to_hub:
+        parser.refuse_idle(["hub_token", "hub_private_repo"], "nothing is uploaded; add --push_to_hub, or drop it")
     grid = getattr(args, "num_ddim_timesteps", None)
     if grid and max(args.validation_num_inference_steps or [1]) > grid:
         parser.error(f"--validation_num_inference_steps: at most --num_ddim_timesteps={grid} steps can be sampled")
@@ -337,6 +375,8 @@ def check_stage_arguments(parser, args):
         if values is not None and len(values) not in (1, count):
             listed = ",".join(f"{value:g}" for value in values)
             parser.error(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
+    if args.freeze_discriminator_backbone:
+        parser.refuse_idle(["adv_learning_rate"], "--freeze_discriminator_backbone trains the head alone; drop one")
     if args.w_min > args.w_max:
         parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.stage_steps and args.max_train_steps is None:

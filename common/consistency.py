@@ -26,8 +26,17 @@ def karras_sigmas(num_sigmas, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
     sigma_i = (smin^(1/rho) + (i - 1) / (N - 1) (smax^(1/rho) - smin^(1/rho)))^rho
     """
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    low, high = _ends(sigma_min, sigma_max, rho)
     return (low + torch.linspace(0, 1, num_sigmas, dtype=torch.float64) * (high - low)) ** rho
+
+
+def _ends(sigma_min, sigma_max, rho):
+    try:
+        return sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    except OverflowError:
+        raise UserError(
+            f"--rho={rho}: --sigma_max={sigma_max} to the power of 1 / rho is no number; raise rho"
+        ) from None
 
 
 def discretization_steps(step, max_train_steps, s_0=10, s_1=1280):
@@ -90,7 +99,7 @@ def sampling_timesteps(num_inference_steps, mid_sigma, num_sigmas, sigma_min=0.0
     num_inference_steps alone the scheduler's second level would be 2.5 instead of iCT's 0.821. UserError where the
     grid has too few levels.
     """
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    low, high = _ends(sigma_min, sigma_max, rho)
     last = round((high - mid_sigma ** (1 / rho)) / (high - low) * (num_sigmas - 1))
     indices = {round(last * i / max(num_inference_steps - 1, 1)) for i in range(num_inference_steps)}
     if len(indices) < num_inference_steps:

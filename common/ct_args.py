@@ -39,9 +39,7 @@ def add_arguments(parser):
         help="config.json of a UNet2DModel (file, folder, hub name); not needed at 32 and 64 px",
     )
     add("--pretrained_model_name_or_path", help="weights to start from, of this script or in its parametrisation")
-    add("--revision", help="hub revision of networks and data sets")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_hub_arguments(add, "networks and data sets")
     add("--dropout", type=cli.beta, help="default: what the network's configuration says; of the own ones 0.3 and 0.2")
 
     add = parser.add_argument_group("exponential moving average").add_argument
@@ -79,6 +77,10 @@ def check_arguments(parser, args):
     given = [name for name in ("dataset_name", "train_data_dir", "train_shards_path_or_url") if getattr(args, name)]
     if len(given) != 1:
         parser.error("one of --dataset_name, --train_data_dir and --train_shards_path_or_url is needed, and only one")
+    if args.train_shards_path_or_url:
+        parser.refuse_idle(["dataset_image_column_name"], "shards have no columns, images are found by name; drop it")
+    if not args.class_conditional:
+        parser.refuse_idle(["dataset_class_label_column_name"], "no class is read; add --class_conditional, or drop")
     if args.dataset_config_name and not args.dataset_name:
         parser.error("--dataset_config_name is for --dataset_name")
     if args.num_classes and not args.class_conditional:
@@ -102,6 +104,9 @@ def check_arguments(parser, args):
         parser.error(f"--mid_sigma={args.mid_sigma} must lie between --sigma_min and --sigma_max")
     if args.eval_steps and not args.feature_network:
         parser.error("--eval_steps needs --feature_network, such as facebook/dinov2-large or a folder")
+    if not args.eval_steps:
+        names = ["feature_network", "eval_num_samples", "eval_num_reference"]
+        parser.refuse_idle(names, "nothing is measured; add --eval_steps, or drop it")
     if min(args.eval_num_samples, args.eval_num_reference) < 2:
         parser.error("--eval_num_samples and --eval_num_reference: a distance needs at least 2 of each")
     if args.eval_class_accuracy and not (args.eval_steps and args.class_conditional):
@@ -115,8 +120,13 @@ def _check_ema(parser, args):
         )
     if args.ema_gamma is not None and (args.use_ema_warmup or args.ema_min_decay is not None):
         parser.error("--ema_gamma is another average than --use_ema_warmup and --ema_min_decay; choose one")
-    if not args.use_ema and (args.use_ema_warmup or args.ema_gamma or args.ema_min_decay is not None):
-        parser.error("--use_ema is missing: without it there is no average for the other --ema flags")
+    if not args.use_ema:
+        names = ["ema_max_decay", "ema_min_decay", "use_ema_warmup", "ema_inv_gamma", "ema_power", "ema_gamma"]
+        parser.refuse_idle(names, "there is no average; add --use_ema, or drop it")
+    if args.ema_gamma is not None:
+        parser.refuse_idle(["ema_max_decay"], "--ema_gamma is an average without a largest decay; choose one")
+    if not args.use_ema_warmup:
+        parser.refuse_idle(["ema_inv_gamma", "ema_power"], "there is no warm-up; add --use_ema_warmup, or drop it")
 
 
 def ema_options(args):

@@ -80,7 +80,7 @@ scheduler = PreconditionedConsistencyScheduler.from_pretrained("{model}", subfol
 pipe = ConsistencyModelPipeline(UNet2DModel.from_pretrained("{model}", subfolder="unet"), scheduler)"""
     return f"""
 {load}
-pipe.to("cuda")  # leave out without a GPU
+pipe.to("cuda")
 one_step = pipe(batch_size=8{labels}, num_inference_steps=1).images
 two_steps = pipe(batch_size=8{labels}, num_inference_steps=None, timesteps={two_steps}).images
 """

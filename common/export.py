@@ -80,6 +80,7 @@ def write_model_card(
         lines.append(f"- Teacher: `{teacher}`" + (f" (licence: {license})" if license else ""))
     lines.append(f"- Data: {data}")
     lines += [f"- {note}" for note in notes] + ["", "```python", snippet.strip(), "```", ""]
+    lines += ['Without a GPU, leave out `.to("cuda")`, and `dtype=` for speed.', ""]
     lines += ["![samples](sample_grid.png)", ""]
     lines += ["## How it was made", "", "```bash", command, "```", ""]
     lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]

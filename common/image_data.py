@@ -6,6 +6,7 @@ counts as samples of tar shards. Nothing is downloaded that runs: data sets that
 
 from pathlib import Path
 
+from common.latents import read_manifest
 from common.shards import IMAGE_KEYS, DataError, expand_shards
 
 MAGIC = {b"\x89PNG": "png", b"\xff\xd8": "jpg", b"RIFF": "webp"}
@@ -79,8 +80,11 @@ def load_labelled_images(
     else:
         flag = f"--dataset_name={dataset_name}"
         options = {"path": dataset_name, "name": dataset_config_name, "revision": revision}
+    is_saved = dataset_name and any(Path(dataset_name, f).is_file() for f in ("state.json", "dataset_dict.json"))
+    if is_saved and dataset_config_name:
+        raise DataError(f"--dataset_config_name: {flag} was saved to disk without configurations; drop it")
     try:
-        if dataset_name and any(Path(dataset_name, f).is_file() for f in ("state.json", "dataset_dict.json")):
+        if is_saved:
             dataset = datasets.load_from_disk(dataset_name)
         else:
             dataset = datasets.load_dataset(**options, cache_dir=cache_dir)
@@ -126,4 +130,10 @@ def open_images(
         raise DataError(
             f"--train_shards_path_or_url={shards} is a folder without *.tar shards; pass images as --train_data_dir"
         )
-    return expand_shards(shards), None
+    found = expand_shards(shards)
+    if read_manifest(found) is not None:
+        raise DataError(
+            f"--train_shards_path_or_url={shards} holds cached latents, and this script trains on images; name the "
+            "shards that encode_shards read"
+        )
+    return found, None

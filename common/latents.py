@@ -188,9 +188,13 @@ def check_manifest(manifest, shape, dtype, image_flags):
     """
     for name, value in image_flags.items():
         if name in IMAGE_FLAGS and manifest[name] != value:
+            there = manifest[name]
+            made, way_out = f"with {there}, not {value}", f"pass --{name}={there}"
+            if isinstance(there, bool):  # a switch takes no value
+                made, way_out = ("with it", f"add --{name}") if there else ("without it", f"drop --{name}")
             raise DataError(
-                f"--{name}={value}: the cached latents of --train_shards_path_or_url were made with {manifest[name]}; "
-                "pass the same, or encode them again"
+                f"--{name}: the cached latents of --train_shards_path_or_url were made {made}; {way_out}, or encode "
+                "the images again"
             )
     if list(manifest["shape"]) != list(shape):
         raise DataError(

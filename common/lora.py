@@ -77,14 +77,26 @@ def check_target_modules(unet_config, names):
     return [path for path in modules if any(path in paths for paths in selected.values())]
 
 
+def check_rank(rank, modules):
+    """UserError for a rank above what any of `modules`, each Linear or Conv2d, can have: it adds memory alone."""
+    most = max(min(m.weight.shape[0], m.weight[0].numel()) for m in modules)
+    if rank > most:
+        raise UserError(
+            f"--lora_rank={rank}: the largest of the adapted layers has rank {most}, so more than that cannot be "
+            f"learnt; pass at most {most}"
+        )
+
+
 def check_lora(unet_config, rank, alpha, target_modules, init_lora=None):
     """The sizes of the tensors that a LoRA with these settings trains; needs no weights of the U-Net.
 
-    Raises UserError for modules that the U-Net does not have, and unless the LoRA of --init_lora can be the start.
+    Raises UserError for modules that the U-Net does not have, for a rank that none of them can have, and unless the
+    LoRA of --init_lora can be the start.
     """
-    check_target_modules(unet_config, target_modules)
+    paths = check_target_modules(unet_config, target_modules)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
+    check_rank(rank, [unet.get_submodule(path) for path in paths])
     add_lora(unet, rank, alpha, 0.0, target_modules, init_lora)
     return [parameter.numel() for parameter in lora_parameters(unet)]
 

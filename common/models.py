@@ -298,6 +298,11 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
     if vae is not None:
         place = {"subfolder": _vae_subfolder(vae), "revision": vae_revision}
         pipeline.vae = AutoencoderKL.from_pretrained(vae, **place, **options, use_safetensors=True)
+    return frozen(pipeline)
+
+
+def frozen(pipeline):
+    """The pipeline, every network frozen and in eval mode, without a progress bar."""
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()

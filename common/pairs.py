@@ -48,6 +48,8 @@ def read_prompts(spec, column=None):
     """
     flag, path = f"--prompts={spec}", Path(spec.removeprefix("@"))
     suffix = path.suffix.lower()
+    if column is not None and not (path.is_file() and suffix in (".csv", ".parquet")):
+        raise UserError(f"--prompt_column={column} is for a csv or parquet, and {flag} is none; drop it")
     try:
         if path.is_file() and suffix == ".txt":
             prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
@@ -118,21 +120,23 @@ def num_shards(config):
     return math.ceil(config["num_pairs"] / config["samples_per_shard"])
 
 
+def check_folder(folder):
+    """UserError for a folder that no pairs can be written to, since it is a file or holds others; needs no teacher."""
+    folder, flag = Path(folder), f"--output_dir={folder}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} is a file; name a folder")
+    is_new = folder.is_dir() and not (folder / CONFIG).exists()
+    if is_new and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
+
+
 def write_config(folder, config):
     """Write CONFIG, or check that the one which is there says the same; called by every process.
 
-    Raises UserError for a folder that holds other files, or pairs that other flags made.
+    Raises UserError as `check_folder` does, and for a folder with pairs that other flags made.
     """
-    folder = Path(folder)
-    flag = f"--output_dir={folder}"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} is a file; name a folder")
-    if (
-        folder.is_dir()
-        and not (folder / CONFIG).exists()
-        and any(not p.name.endswith(".tmp") for p in folder.iterdir())
-    ):
-        raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
+    check_folder(folder)
+    folder, flag = Path(folder), f"--output_dir={folder}"
     text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if (folder / CONFIG).exists():
         there, here = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(text)
@@ -159,7 +163,16 @@ def write_shard(path, pairs):
     the sample's call is to say it, else None).
     """
     unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "wb") as file:
+    try:
+        _write_tar(unfinished, pairs)
+        unfinished.rename(path)
+    except BaseException:  # an interrupt too
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _write_tar(path, pairs):
+    with open(path, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index, prompt, seed, latents, image, size in pairs:
                 record = {"index": index, "prompt": prompt, "seed": seed} | ({"size": size} if size else {})
@@ -176,7 +189,13 @@ def write_shard(path, pairs):
                     tar.addfile(member, io.BytesIO(payload))
         file.flush()
         os.fsync(file.fileno())
-    unfinished.rename(path)
+
+
+def report(who, own, config, folder):
+    """The last line of a tool: what its process has done, `own` shards, and how much of the whole is there by now."""
+    there = sum(Path(folder, shard_name(shard)).is_file() for shard in range(num_shards(config)))
+    done = f"{len(own)} of its {len(own)} shards are done; {there} of {num_shards(config)} shards are in {folder}"
+    print(f"{who}: {done}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,6 +325,8 @@ class PairImages:
             scales = {float(row["cfg_scale"]) for row in rows if row.get("cfg_scale")}
             if wrong := [seed for seed in self.seeds if noise_seed({"seed": seed}) is None]:
                 raise ValueError(f"the seed {wrong[0]} has more than 64 bits")
+            if min(self.steps, default=1) < 1:
+                raise ValueError(f"num_inference_steps is {min(self.steps)}")
         except ValueError as error:
             raise UserError(f"{flag}: {error}; seed, num_inference_steps and cfg_scale are numbers") from None
         if len(self.steps) > 1 or scales - {1.0}:

@@ -5,14 +5,13 @@ go through all of its steps. So training and inference cannot differ. What a pip
 Left out: pipelines that start from an image, and guidance that is a component (`guider`) instead of an argument.
 """
 
-import contextlib
 import inspect
 import json
 from pathlib import Path
 
 from common import UserError
 from common import models as sd_models
-from common.lora import ADAPTER, WEIGHTS, lora_layers
+from common.lora import ADAPTER, WEIGHTS, check_rank, lora_layers
 
 import diffusers
 import torch
@@ -86,11 +85,7 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     except (OSError, ValueError, ImportError) as error:
         line = str(error).strip().split("\n")[0]
         raise UserError(f"--pretrained_teacher_model={name} cannot be loaded: {line}") from None
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval()
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return sd_models.frozen(pipeline)
 
 
 def load_vae(name, revision=None, variant=None, cache_dir=None):
@@ -118,16 +113,20 @@ def exempt_vae(pipeline):
 def count_parameters(config, rank=None, alpha=None, names=None):
     """How many parameters the denoisers have, and the sizes of the tensors that train: the adapters', or all.
 
-    config: as from `read_pipeline_config`, without weights. UserError for --lora_target_modules that do not fit.
+    config: as from `read_pipeline_config`, without weights. UserError for --lora_target_modules or --lora_rank that do
+    not fit.
     """
-    total, trained = 0, []
+    total, trained, adapted = 0, [], []
     for cls, values in config["denoisers"].values():
         with torch.device("meta"):
             module = cls.from_config(values)
             total += sum(p.numel() for p in module.parameters())
             if rank:
+                adapted += [module.get_submodule(path) for path in lora_targets(module, names)]
                 attach_lora(module, rank, alpha, 0.0, names)
         trained += [p.numel() for p in module.parameters() if p.requires_grad]
+    if adapted:
+        check_rank(rank, adapted)
     return total, trained
 
 
@@ -292,20 +291,6 @@ def attach_lora(module, rank, alpha, dropout=0.0, names=None):
     for layer in lora_layers(module).values():
         for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
             part.float().requires_grad_(True)
-
-
-@contextlib.contextmanager
-def adapters_off(pipeline):
-    """Inside, the denoisers compute without their adapters, if they have any. Only under torch.no_grad."""
-    assert not torch.is_grad_enabled(), "adapters_off is for the untrained student: enter it under torch.no_grad()"
-    layers = [layer for module in denoisers(pipeline).values() for layer in lora_layers(module).values()]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def lora_files(pipeline_class, names):

@@ -36,6 +36,8 @@ SINGLE_EVALUATION = {
     "KDPM2DiscreteScheduler": "EulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler": "FlowMatchEulerDiscreteScheduler",
 }
+# What libraries raise for arguments that they do not take.
+CALL_ERRORS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)
 WASTED = 0.1  # of the time axis: an evaluation below it changes next to nothing
 
 
@@ -79,7 +81,11 @@ def make_scheduler(flag, scheduler_class, config, changes=None):
     unclipped = {name: False for name in ("clip_sample", "thresholding") if name in known}
     options = {name: value for name, value in config.items() if name in known} | changes | unclipped
     check_deterministic(flag, scheduler_class, options)
-    return scheduler_class(**options)
+    try:
+        return scheduler_class(**options)
+    except (*CALL_ERRORS, RuntimeError) as error:
+        what = changes or "its configuration"
+        raise UserError(f"{flag}: {scheduler_class.__name__} cannot be made with {what}: {error}") from None
 
 
 def student_scheduler(base_class, config, class_name=None, changes=None):
@@ -94,6 +100,16 @@ def student_scheduler(base_class, config, class_name=None, changes=None):
     made = make_scheduler(flag, scheduler_class("--student_scheduler", name), config, changes)
     replaced = name != base and not class_name
     return made, [f"{base} asks the network more than once a step: the student gets {name}"] if replaced else []
+
+
+def check_steps(scheduler, num_inference_steps):
+    """UserError for more steps than a scheduler has timesteps: some would be asked for twice."""
+    most = scheduler.config.get("num_train_timesteps")
+    if most and num_inference_steps > most:
+        raise UserError(
+            f"--num_inference_steps={num_inference_steps}: {type(scheduler).__name__} has {most} timesteps; ask for "
+            "at most so many"
+        )
 
 
 def last_time(scheduler):
@@ -346,7 +362,7 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
         before, after, change, added = repair_last_step(pipeline, prompts, kwargs) if repair else (0, 0, {}, {})
         kwargs |= added
         seen = observe(pipeline, prompts, **kwargs)
-    except (TypeError, ValueError, AttributeError) as error:
+    except CALL_ERRORS as error:
         raise UserError(
             f"--student_kwargs, --student_scheduler: the pipeline's call refuses {kwargs}: {error}"
         ) from error

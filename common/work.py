@@ -8,7 +8,22 @@ import os
 from common import UserError
 from common.args import non_negative_int, positive_int
 
+import diffusers
 import torch
+import transformers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quiet_libraries():
+    """A tool's own lines and progress bar should be found among the libraries'."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def add_device_argument(add):
+    add("--device", help="default: this process's GPU, else the CPU")
 
 
 def find_device(name):
@@ -16,9 +31,9 @@ def find_device(name):
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     try:
         device = torch.device(name or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # there and back: meta is a device too
     except (RuntimeError, AssertionError) as error:
-        line = str(error).split("\n")[0]
+        line = str(error).split("\n")[0].split(". ")[0]
         raise UserError(f"--device={name} cannot be used here ({line}); take cuda, cuda:1 or cpu") from None
     return device
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import sys
+from pathlib import Path
 
 from common import args as cli
 from common.shards import expand_shards
@@ -21,6 +22,8 @@ SCRIPTS = [
     "train_tscd_distill_lora_sd_wds",
 ]
 ALL_SCRIPTS = [*SCRIPTS, "train_direct_distill"]
+
+ROOT = Path(cli.__file__).parents[1]
 
 # The guide's command, verbatim.
 GUIDE_LCM = """
@@ -161,6 +164,23 @@ def test_the_guides_command_parses_verbatim(gpu, name):
     )
 
 
+def documented_commands():
+    """(module, the words after it) of each command in README, guides and scripts; those of evaluate read files."""
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("train_*.py"), *ROOT.glob("common/**/*.py")]:
+        text = path.read_text().replace("\\\\\n", "").replace("\\\n", "")
+        for line in re.findall(r"^ *(?:accelerate launch|python -m) (.*[^.]$)", text, re.M):
+            found = re.search(r"(train_\w+)\.py |-?m? ?(common\.tools\.(?!evaluate)\w+) ", line)
+            if found:
+                yield found[1] or found[2], shlex.split(line[found.end() :])
+
+
+def test_the_documents_commands_parse(gpu):
+    commands = list(documented_commands())
+    for name, words in commands:
+        script(name).parse_args(words)
+    assert len(commands) > 20 and {name for name, _ in commands} >= {*ALL_SCRIPTS, "train_cm_ct_unconditional"}
+
+
 def test_the_guide_of_direct_distillation_parses():
     words = shlex.split(GUIDE_DIRECT.rstrip().removesuffix("\\").replace("\\\n", "")) + ["\\"]
     args = script("train_direct_distill").parse_args(words[3:])
@@ -231,6 +251,10 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         (["--push_to_hub"], "--push_to_hub: not logged in to the hub"),
         (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt: the file cannot be read"),
         (["--validation_num_inference_steps=0"], "--validation_num_inference_steps: must be at least 1"),
+        (["--lr_warmup_steps=5", "--lr_scheduler=constant"], "--lr_warmup_steps: constant has no warm-up"),
+        (["--cache_dir="], "--cache_dir is empty (a variable that is not set?); give it a value, or drop it"),
+        (["--huber_c=0.1", "--loss_type=l2"], "--huber_c: --loss_type=l2 has none; pass --loss_type=huber"),
+        (["--hub_token", "hf_x", "--hub_private_repo"], "--hub_token, --hub_private_repo: nothing is uploaded; add"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, capsys, monkeypatch, tmp_path):
@@ -242,6 +266,16 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
     if name == "train_direct_distill" and flags[0].split("=")[0] in NOT_OF_DIRECT:
         sentence = "unrecognized arguments"
     assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_an_average_that_never_moves_and_adapters_that_never_answer_are_refused(name, capsys):
+    mistakes = ["--ema_decay=1"] if "lora" not in name else []
+    mistakes += ["--lora_dropout=1"] if "lora" in name or "direct" in name else []
+    for flag in mistakes:
+        with pytest.raises(SystemExit):
+            script(name).parse_args(REQUIRED_BY.get(name, REQUIRED) + [flag])
+        assert f"{flag[:-2]}: must be at least 0 and less than 1, not 1.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCRIPTS[2:])
@@ -256,6 +290,7 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
         (["--stage_steps="], "--stage_steps: names no number"),
         (["--w_min=6"], "--w_min=6.0 is larger than --w_max=5.0; swap them"),
         (["--boundary_prob=2"], "--boundary_prob: must be between 0 and 1"),
+        (["--freeze_discriminator_backbone", "--adv_learning_rate=1"], "--adv_learning_rate: --freeze_discriminator"),
     ],
 )
 def test_mistakes_about_stages(name, flags, sentence, capsys):
@@ -388,7 +423,7 @@ def test_8bit_adam_is_used():
 
 
 def test_secrets_leave_no_trace(monkeypatch):
-    words = [*REQUIRED, "--hub_token=hf_1", "--hub_token", "hf_2", "--hub_model_id=a b", "--seed=1"]
+    words = [*REQUIRED, "--push_to_hub", "--hub_token=hf_1", "--hub_token", "hf_2", "--hub_model_id=a b", "--seed=1"]
     monkeypatch.setattr(sys, "argv", ["/x/t.py", *words])
     args = script(SCRIPTS[0]).parse_args()
     assert args.hub_token == "hf_2" and "hf_" not in str(cli.public_args(args))

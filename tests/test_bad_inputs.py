@@ -203,6 +203,16 @@ STABLE_DIFFUSION = {
         "metadata.jsonl' cannot be read",
     ),
 }
+LORA = {
+    "a rank that no layer has": (
+        lambda w: {"lora_rank": 6400},
+        "--lora_rank=6400: the largest of the adapted layers has rank 64, so more than that cannot be learnt; pass at",
+    ),
+    "a rank above that of few layers": (
+        lambda w: {"lora_rank": 65, "lora_target_modules": "to_q"},
+        "has rank 64",
+    ),
+}
 TEACHERS = {  # of direct distillation as well
     "no such teacher": (lambda w: {"pretrained_teacher_model": "/nope"}, "--pretrained_teacher_model=/nope: neither"),
     "a hub name offline": (
@@ -308,6 +318,10 @@ CONSISTENCY = {
         "data.txt cannot be loaded",
     ),
     "a folder without data": (lambda w: {"dataset_name": w.file("x/README", b"").parent}, "/x cannot be loaded"),
+    "a configuration of what has none": (
+        lambda w: {"dataset_config_name": "plain_text"},
+        "was saved to disk without configurations; drop it",
+    ),
     "a table that is damaged": (
         lambda w: w.data_set(lambda f: [truncate(path) for path in f.glob("*.arrow")]),
         "data_set cannot be loaded",
@@ -432,6 +446,7 @@ DIRECT = {
         "--lora_target_modules: 'to_x' does not select",
     ),
     "more held out than there are": (lambda w: {"num_held_out": 24}, "leaves none of the 24 pairs"),
+    "a rank that no layer has": (lambda w: {"lora_rank": 6400}, "--lora_rank=6400: the largest of the adapted layers"),
     # --- pairs
     "no such pairs": (lambda w: {"pairs_dir": "/nope"}, "--pairs_dir=/nope: no dataset_config.json"),
     "pairs that are a file": (lambda w: {"pairs_dir": w.file("pairs", b"")}, "no dataset_config.json"),
@@ -531,7 +546,8 @@ DIRECT = {
     ),
 }
 APPLY = {  # the script's name: its rows
-    **{name: STABLE_DIFFUSION | TEACHERS | SHARDS | ANY for name in ("lcm", "lcm_lora", "tscd", "tscd_lora")},
+    **{name: STABLE_DIFFUSION | TEACHERS | SHARDS | ANY for name in ("lcm", "tscd")},
+    **{name: STABLE_DIFFUSION | LORA | TEACHERS | SHARDS | ANY for name in ("lcm_lora", "tscd_lora")},
     "ct": CONSISTENCY | SHARDS | ANY,
     "direct": DIRECT | TEACHERS | ANY,
 }

@@ -10,7 +10,7 @@ import tarfile
 
 import train_cm_ct_unconditional as ct
 from common import args as cli
-from common import checkpointing, consistency, ct_args, unet2d
+from common import checkpointing, consistency, ct_args, latents, unet2d
 from common.consistency_scheduler import PreconditionedConsistencyScheduler
 from common.data import TrainingData, keyed_generator
 from common.image_data import open_images
@@ -251,11 +251,24 @@ def test_help_runs_and_every_flag_is_read_somewhere(capsys):
         (["--use_8bit_adam", "--optimizer_type=radam"], "--use_8bit_adam is 8-bit AdamW; drop it"),
         (["--use_ema", "--ema_min_decay=0.9999999"], "is more than --ema_max_decay"),
         (["--use_ema", "--ema_gamma=7", "--use_ema_warmup"], "--ema_gamma is another average"),
-        (["--use_ema_warmup"], "--use_ema is missing"),
+        (["--use_ema_warmup", "--ema_max_decay=0.9"], "--ema_max_decay, --use_ema_warmup: there is no average"),
+        (["--use_ema", "--ema_gamma=7", "--ema_max_decay=0.9"], "--ema_max_decay: --ema_gamma is an average without"),
+        (["--use_ema", "--ema_inv_gamma=2", "--ema_power=1"], "--ema_inv_gamma, --ema_power: there is no warm-up"),
+        (["--ect_k=8", "--ect_q=2"], "--ect_q, --ect_k: --objective=ict has no such number; drop it"),
+        (
+            ["--objective=ect", "--pretrain_steps=1", "--skip_steps=2"],
+            "--skip_steps: --objective=ect has no such number",
+        ),
+        (["--pretrain_p_std=1"], "--pretrain_p_std: there is no diffusion training; add --pretrain_steps"),
+        (["--dataset_class_label_column_name=x"], "--dataset_class_label_column_name: no class is read; add"),
+        (["--dataset_name="], "--dataset_name is empty (a variable that is not set?); give it a value, or drop it"),
+        (["--feature_network=x", "--eval_num_samples=9"], "--feature_network, --eval_num_samples: nothing is"),
+        (["--p_mean=nan"], "--p_mean: must be a number, not nan"),
+        (["--pretrain_p_mean=inf", "--pretrain_steps=1"], "--pretrain_p_mean: must be a number, not inf"),
         (["--mid_sigma=90"], "--mid_sigma=90.0 must lie between"),
         (["--eval_steps=10"], "--eval_steps needs --feature_network"),
         (["--eval_class_accuracy"], "--eval_class_accuracy needs --eval_steps"),
-        (["--eval_num_samples=1"], "a distance needs at least 2 of each"),
+        (["--eval_steps=1", "--feature_network=x", "--eval_num_samples=1"], "a distance needs at least 2 of each"),
         (["--sigma_min=90"], "--sigma_min=90.0 must be less than"),
         (["--objective=ect"], "--objective=ect tunes a diffusion model"),
         (["--ect_q=1", "--objective=ect", "--pretrain_steps=1"], "--ect_q must be more than 1"),
@@ -265,7 +278,6 @@ def test_help_runs_and_every_flag_is_read_somewhere(capsys):
         (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
         (["--enable_xformers_memory_efficient_attention"], "needs a GPU, xformers has no CPU kernels"),
         (["--prediction_type=epsilon"], "--prediction_type: invalid choice"),
-        (["--dataset_config_name=x", "--dataset_name=", "--train_data_dir=y"], "--dataset_config_name is for"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_exit_code_2(words, sentence, capsys):
@@ -275,10 +287,21 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(words, sentence, capsys):
     assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1 and not out
 
 
-def test_classes_of_shards_must_be_counted_by_the_user(capsys):
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--train_shards_path_or_url=s.tar", "--class_conditional"], "shards do not tell how many classes there are"),
+        (
+            ["--train_shards_path_or_url=s.tar", "--dataset_image_column_name=img"],
+            "--dataset_image_column_name: shards have no columns",
+        ),
+        (["--train_data_dir=y", "--dataset_config_name=x"], "--dataset_config_name is for --dataset_name"),
+    ],
+)
+def test_mistakes_about_other_data(words, sentence, capsys):
     with pytest.raises(SystemExit):
-        ct.parse_args(["--train_shards_path_or_url=s.tar", "--class_conditional"])
-    assert "shards do not tell how many classes there are; add --num_classes" in capsys.readouterr().err
+        ct.parse_args(words)
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -300,6 +323,7 @@ def test_classes_of_shards_must_be_counted_by_the_user(capsys):
         ({"discretization_s_1": 1280, "max_train_steps": 7}, "--max_train_steps=7 is too short for the 8 levels"),
         ({"pretrain_steps": 9}, "--pretrain_steps=9 is more than --max_train_steps=8"),
         ({"p_mean": 50}, "--p_mean=50.0, --p_std=2.0: no pair of noise levels"),
+        ({"rho": 1e-5}, "--rho=1e-05: --sigma_max=80.0 to the power of 1 / rho is no number; raise rho"),
         ({"eval_nfe": "1,50"}, "--eval_nfe=50 is more steps than there are noise levels"),
         ({"eval_steps": 2, "feature_network": "/no/such"}, "--feature_network=/no/such cannot be used"),
         ({"max_train_samples": 3, "data_lanes": 8}, "--max_train_samples must be at least 8"),
@@ -653,6 +677,14 @@ def test_a_split_without_classes_is_refused(tmp_path, flags, capsys):
     assert stopped.value.code == 2 and "no row has a class, the column label holds only negative numbers" in err
 
 
+def test_cached_latents_are_called_by_their_name(tmp_path):
+    header = {"format": 1, "shape": [4, 8, 8], "dtype": "float32", "seed": 0, "encoder_sha256": "x"}
+    header |= dict.fromkeys(latents.IMAGE_FLAGS, 0)
+    latents.write_shard(tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size})
+    with pytest.raises(DataError, match="holds cached latents, and this script trains on images; name the shards"):
+        open_images(str(tmp_path / "0.tar"))
+
+
 def test_data_of_which_nothing_is_usable_are_called_by_their_flag(tmp_path, flags, capsys):
     (tmp_path / "data").mkdir()
     for i in range(8):
@@ -697,7 +729,7 @@ def test_the_result_is_a_stock_pipeline_of_the_average(tmp_path, flags):
     assert not same(weights(out / "unet"), weights(out / "unet_raw"))
     card = (out / "README.md").read_text()
     assert "timesteps=[25, 0]" in card and "Warning" not in card and "unconditional-image-generation" in card
-    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")  # leave out without a GPU', "")
+    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
     names = {}
     exec(snippet, names)  # as a user would paste it
     assert len(names["one_step"]) == len(names["two_steps"]) == 8
@@ -721,7 +753,7 @@ def test_a_run_too_short_for_its_average_gives_the_last_weights(tmp_path, flags,
         ({}, [0, 0.5, 0.5, 0.5]),
         ({"ema_max_decay": 0.9, "ema_min_decay": 0.1}, [0, 2 / 11, 3 / 12, 4 / 13]),
         ({"ema_max_decay": 0.9, "use_ema_warmup": True, "ema_power": 1.0}, [0, 1 / 2, 2 / 3, 3 / 4]),
-        ({"ema_gamma": 1.0}, [0, 1 / 4, 4 / 9, 9 / 16]),
+        ({"ema_gamma": 1.0, "ema_max_decay": None}, [0, 1 / 4, 4 / 9, 9 / 16]),
     ],
 )
 def test_averages(tmp_path, flags, changes, decays):
@@ -745,7 +777,7 @@ def test_other_preconditionings_train_and_are_saved_with_their_scheduler(tmp_pat
     card = (out / "README.md").read_text()
     assert "Warning: --noise_precond_type or --input_precond_type is not cm" in card
     assert not (out / "model_index.json").exists()
-    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")  # leave out without a GPU', "")
+    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
     names = {}
     exec(snippet, names)
     assert type(names["pipe"].scheduler) is PreconditionedConsistencyScheduler and len(names["two_steps"]) == 8

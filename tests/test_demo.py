@@ -271,6 +271,30 @@ def test_the_dit_teacher_is_for_direct_distillation_alone(capsys):
         assert demo.parse_args(["--teacher=dit", f"--method={method}"]).method == method
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--method=ct", "--teacher=dit"], "--teacher: --method=ct has no teacher; drop it"),
+        (["--method=ct", "--teacher_only"], "--teacher_only: --method=ct has no teacher; drop it"),
+        (["--method=tscd", "--teacher_only"], "--method: --teacher_only trains no student; drop one of them"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.parse_args(words)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+def test_a_demo_that_is_damaged_or_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "demo.json").write_text("[]")
+    for folder, sentence in ((tmp_path, "demo.json cannot be read; add --rebuild"), ("/proc/x", "cannot be made")):
+        with pytest.raises(SystemExit) as stop:
+            demo.main(demo.parse_args([f"--output_dir={folder}", "--teacher_only"]))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
 def test_the_dit_teacher_is_an_sd3_checkpoint_and_its_words_are_tokens(tmp_path):
     dit.build_teacher(tmp_path, vae_steps=2, steps=2, batch_size=4, layers=1)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)

@@ -138,13 +138,16 @@ def test_pairs_are_what_the_stock_pipeline_gives(made, direct_teacher):
 
 
 def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
-    made, direct_teacher, prompts_file, tmp_path, monkeypatch
+    made, direct_teacher, prompts_file, tmp_path, monkeypatch, capsys
 ):
     expected = members(made())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (1, 0):
+    for rank, there in ((1, 1), (0, 3)):
         monkeypatch.setenv("RANK", str(rank))
         words = ask(tmp_path / "two", direct_teacher(), prompts_file, save_images=True)
+        line = capsys.readouterr().out.splitlines()[-1]
+        own = f"process {rank} of 2: {2 - rank} of its {2 - rank} shards are done"
+        assert line == f"{own}; {there} of 3 shards are in {tmp_path / 'two'}"
     assert members(tmp_path / "two") == expected
     monkeypatch.setenv("WORLD_SIZE", "1")
 
@@ -186,7 +189,7 @@ def test_accelerate_launches_it_on_two_processes(direct_teacher, prompts_file, m
         [*launcher, "-m", "common.tools.generate_pairs", *words], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "process 1: 1 of 3 shards" in done.stdout and "pairs of process 0" in done.stderr
+    assert "process 1 of 2: 1 of its 1 shards" in done.stdout and "pairs of process 0" in done.stderr
     assert members(tmp_path / "out") == members(made())
 
 
@@ -210,6 +213,7 @@ def test_prompts_from_every_source(tmp_path, shards):
     for name, column, sentence in [
         ("p.csv", "prompt", "no column 'prompt'"),
         ("p.parquet", "text", "no column 'text'"),
+        ("p.txt", "text", "--prompt_column=text is for a csv or parquet, and --prompts=.* is none; drop it"),
         ("none.txt", None, "--prompts: 1 of 1 paths match no file"),
     ]:
         with pytest.raises(UserError, match=sentence):
@@ -228,6 +232,15 @@ def test_prompts_from_every_source(tmp_path, shards):
         ({"scheduler": "MagicScheduler"}, "--scheduler=MagicScheduler: diffusers has no such scheduler"),
         ({"scheduler_kwargs": '{"magic": 1}'}, "--scheduler_kwargs: PNDMScheduler has no magic"),
         ({"scheduler_kwargs": "[1]"}, "--scheduler_kwargs=[1] is no JSON object"),
+        (
+            {"scheduler_kwargs": '{"beta_end": "x"}'},
+            "--scheduler_kwargs: PNDMScheduler cannot be made with {'beta_end'",
+        ),
+        ({"scheduler_kwargs": '{"num_train_timesteps": 0}', "scheduler": "DDIMScheduler"}, "cannot be made with"),
+        ({"teacher_kwargs": '{"clip_skip": 300}'}, "the teacher's call refuses these arguments"),
+        ({"shard_index": 3}, "--shard_index and --num_shards go together"),
+        ({"device": "meta"}, "--device=meta cannot be used here"),
+        ({"scheduler": ""}, "--scheduler is empty (a variable that is not set?); give it a value, or drop it"),
         ({"teacher_kwargs": "{"}, "--teacher_kwargs={ is no JSON"),
         ({"teacher_kwargs": '{"height": 8}'}, "--teacher_kwargs: height has a flag of its own"),
         ({"teacher_kwargs": '{"magic": 8}'}, "has no magic"),
@@ -236,6 +249,10 @@ def test_prompts_from_every_source(tmp_path, shards):
         ({"teacher_kwargs": '{"eta": 1.0}', "scheduler": "DDIMScheduler"}, "draws more random numbers"),
         ({"device": "magic"}, "--device=magic cannot be used here"),
         ({"device": "cuda:99"}, "--device=cuda:99 cannot be used here"),
+        (
+            {"num_inference_steps": 2000},
+            "--num_inference_steps=2000: PNDMScheduler has 1000 timesteps; ask for at most",
+        ),
         ({"num_pairs": 0}, "--num_pairs: must be at least 1"),
         ({"output_dir": "FILE"}, "is a file; name a folder"),
         ({"output_dir": "MINE"}, "holds other files"),
@@ -310,7 +327,7 @@ def test_the_cards_snippet_gives_the_student_that_was_trained(tmp_path, flags, m
     error = (student - target).square().mean() / target.var(correction=0)
     result = json.loads((tmp_path / "out" / "held_out.json").read_text())
     assert result["relative_mse"] == pytest.approx(error.item(), rel=1e-4) and result["held_out_pairs"] == 4
-    assert result["relative_mse"] < result["untrained"]
+    assert result["relative_mse"] < result["untrained"] and "Warning" not in card + out
     times = [999, 749, 499, 249] if kind == "sd" else pytest.approx([1000, 928.2, 799.3, 500], abs=0.1)
     assert place["pipe"].scheduler.timesteps.tolist() == times
     assert scalars(tmp_path / "out", "held_out/relative_mse").keys() == {2, 4}
@@ -336,6 +353,19 @@ def test_training_lowers_the_held_out_error(tmp_path, flags):
     run(flags(tmp_path / "out", max_train_steps=40, checkpointing_steps=40))
     result = json.loads((tmp_path / "out" / "held_out.json").read_text())
     assert result["relative_mse"] < 0.7 * result["untrained"]
+
+
+@pytest.mark.parametrize(("num_held_out", "where"), [(4, "4 held-out pairs"), (0, "pairs that it was trained on")])
+def test_a_student_that_got_worse_is_called_so(tmp_path, flags, capsys, num_held_out, where):
+    run(flags(tmp_path, learning_rate=3.0, max_train_steps=1, lr_warmup_steps=0, num_held_out=num_held_out))
+    result = json.loads((tmp_path / "held_out.json").read_text())
+    assert result["relative_mse"] > result["untrained"]
+    sentence = (
+        f"Warning: training has not made it better. On {where} its squared error is {result['relative_mse']:.3f}"
+    )
+    card = (tmp_path / "README.md").read_text()
+    assert sentence in capsys.readouterr().out.splitlines()[-2] and f"- {sentence}" in card
+    assert 'Without a GPU, leave out `.to("cuda")`' in card
 
 
 def test_gradient_checkpointing_and_bf16(tmp_path, flags):
@@ -519,6 +549,7 @@ def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_t
         ({"num_held_out": 24}, "--num_held_out=24 leaves none of the 24 pairs"),
         ({"student_scheduler": "LCMScheduler"}, "LCMScheduler draws noise at its steps"),
         ({"student_scheduler": "Magic"}, "--student_scheduler=Magic: diffusers has no such scheduler"),
+        ({"num_inference_steps": 1001}, "--num_inference_steps=1001: DDIMScheduler has 1000 timesteps"),
         ({"student_scheduler_kwargs": '{"magic": 1}'}, "--student_scheduler_kwargs: DDIMScheduler has no magic"),
         ({"student_kwargs": "4"}, "--student_kwargs=4 is no JSON object"),
         ({"student_kwargs": '{"magic": 1}'}, "the call of StableDiffusionPipeline has no magic"),

@@ -337,6 +337,11 @@ def test_bad_samples_are_left_out_counted_and_said(tmp_path, teacher, capsys, mo
     assert "not finite in no; see --mixed_precision" in stats["first_skipped"][-1]["detail"]
 
 
+def test_the_size_of_shards_is_for_folders(tmp_path, shards, teacher, capsys):
+    sentence = refused(capsys, shards, tmp_path / "out", teacher(), samples_per_shard=3)
+    assert "--samples_per_shard: IN are shards, which stay what they are; drop it" in sentence
+
+
 def test_a_shard_that_cannot_be_read_costs_itself_alone(tmp_path, teacher, capsys):
     write_tar(tmp_path / "00000.tar", [("a.png", encode(random_image(0))), ("a.txt", b"caption")])
     (tmp_path / "00001.tar").write_bytes(b"no tar at all" * 99)
@@ -496,11 +501,17 @@ def touched(path):
 
 
 REFUSED = {
-    "flip": (lambda c, t, s: {"random_flip": True}, "--random_flip=True: the cached latents of --train_shards"),
-    "crop": (lambda c, t, s: {"center_crop": None}, "--center_crop=False: the cached latents of"),
-    "resolution": (lambda c, t, s: {"resolution": 32}, "--resolution=32: the cached latents of"),
-    "interpolation": (lambda c, t, s: {"interpolation_type": "bicubic"}, "--interpolation_type=bicubic"),
-    "smallest image": (lambda c, t, s: {"min_image_size": 9}, "--min_image_size=9: the cached latents of"),
+    "flip": (
+        lambda c, t, s: {"random_flip": True},
+        "--random_flip: the cached latents of --train_shards_path_or_url were made without it; drop --random_flip, or",
+    ),
+    "crop": (
+        lambda c, t, s: {"center_crop": None},
+        "--center_crop: the cached latents of --train_shards_path_or_url were made with it; add --center_crop, or enc",
+    ),
+    "resolution": (lambda c, t, s: {"resolution": 32}, "were made with 16, not 32; pass --resolution=16, or encode"),
+    "interpolation": (lambda c, t, s: {"interpolation_type": "bicubic"}, "pass --interpolation_type=bilinear"),
+    "smallest image": (lambda c, t, s: {"min_image_size": 9}, "were made with 0, not 9; pass --min_image_size=0"),
     "batch of the VAE": (lambda c, t, s: {"vae_encode_batch_size": 7}, "--vae_encode_batch_size: nothing is encoded"),
     "images among them": (
         lambda c, t, s: {"train_shards_path_or_url": f"{{{c}/00000.tar,{s}}}"},

@@ -82,6 +82,13 @@ def test_several_sizes_and_another_vae(tmp_path, flags, table, direct_teacher, c
     run(flags(tmp_path / "c", **command, **options, max_train_steps=2))
 
 
+def test_an_image_cut_short_leaves_no_half_a_shard(tmp_path, table, direct_teacher, capsys):
+    image = table / "000000009.png"
+    image.write_bytes(image.read_bytes()[:-40])
+    assert "000000009.png cannot be read" in sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
+    assert sorted(members(tmp_path / "o")) == ["00000.tar", "dataset_config.json"]
+
+
 def test_mistakes_before_any_weight(tmp_path, table, direct_teacher, capsys, monkeypatch):
     monkeypatch.setattr(pipelines, "load_pipeline", None)
     rows = list(csv.reader(open(table / "metadata.csv", newline="")))
@@ -89,7 +96,12 @@ def test_mistakes_before_any_weight(tmp_path, table, direct_teacher, capsys, mon
         capsys, ask, Path("/no"), tmp_path / "o", direct_teacher()
     )
     assert "--pretrained_teacher_model=/no" in sentence(capsys, ask, table, tmp_path / "o", "/no")
+    assert "OUT=" in sentence(capsys, ask, table, table / "metadata.csv", direct_teacher())
     with open(table / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([row[:2] for row in rows])
     assert "has no column or no row of seed" in sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
+    place = rows[0].index("num_inference_steps")
+    with open(table / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *([*row[:place], 0, *row[place + 1 :]] for row in rows[1:])])
+    assert "num_inference_steps is 0; seed" in sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
     assert not (tmp_path / "o").exists() and test_direct.NUM_PAIRS == len(rows) - 1

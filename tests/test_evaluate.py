@@ -337,6 +337,38 @@ def test_a_broken_reference_image_is_named(tmp_path):
 # Pieces
 
 
+def damaged(tmp_path, root):
+    """References that are what they seem until they are read: {name: path}."""
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w") as tar:
+        for i, path in enumerate(sorted((root / "images").rglob("*.png")) * 2):
+            add_member(tar, f"{i}.png", path.read_bytes())
+    whole.write_bytes(whole.read_bytes()[:3000])
+    np.savez(tmp_path / "pickle.npz", images=np.array([{}], dtype=object))
+    return {"a cut tar": whole, "pickles": tmp_path / "pickle.npz"}
+
+
+@pytest.mark.parametrize("name", ["a cut tar", "pickles"])
+def test_a_damaged_reference_is_named(root, tmp_path, capsys, name):
+    more = ["--feature_network", str(root / "classifier"), "--reference", str(damaged(tmp_path, root)[name])]
+    with pytest.raises(SystemExit) as caught:
+        main(parse_args(flags(root, tmp_path / "out", *more)))
+    assert caught.value.code == 2 and "is damaged or no file of images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--scheduler", "tcd", "--eta", "2"], "at 1 steps: gamma must be less than or equal to 1.0"),
+        (["--output_dir", "/proc/x"], "--output_dir /proc/x cannot be made"),
+    ],
+)
+def test_what_the_run_meets_ends_in_one_sentence(root, tmp_path, capsys, more, sentence):
+    with pytest.raises(SystemExit) as caught:
+        main(parse_args(flags(root, tmp_path / "out", *more)))
+    assert caught.value.code == 2 and sentence in capsys.readouterr().err
+
+
 def test_measure_returns_what_was_asked_for(root):
     network = load_feature_network(root / "classifier")
     images = torch.randint(0, 256, (6, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -380,8 +412,12 @@ def test_format_table():
         (["--feature_network", "{root}/classifier", "--reference", "{root}/{{0..1}}.tar"], "0.tar is missing"),
         (["--feature_network", "{root}/classifier", "--prompt_accuracy", "--prompts", "seven"], "'seven' names none"),
         (["--feature_network", "{root}/clip", "--prompt_accuracy"], "needs an image classifier"),
+        (["--num_reference_images", "9"], "--num_reference_images: there are no reference images; add --reference"),
         (["--clip_model", "{root}/images"], "has no config.json"),
-        (["--device", "abacus"], "--device abacus is no device"),
+        (["--device", "abacus"], "--device=abacus cannot be used here"),
+        (["--device", "meta"], "--device=meta cannot be used here"),
+        (["--prompt_accuracy"], "--prompt_accuracy needs --feature_network"),
+        (["--prompts", "a", "--unet="], "--unet is empty (a variable that is not set?); give it a value, or drop it"),
         (["--output_dir", "{root}/images"], "is not empty"),
         (["--nonsense"], "--nonsense"),
     ],

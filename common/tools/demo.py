@@ -159,8 +159,12 @@ def parse_args(argv=None):
     add("--teacher", choices=list(TEACHERS), default="sd", help="sd predicts the noise, as SD1.5 and SDXL do")
     add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")
     add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
-    add("--seed", type=cli.non_negative_int, default=0)
+    add("--seed", type=cli.seed, default=0)
     args = parser.parse_args(argv)
+    if args.method == "ct":
+        parser.refuse_idle(["teacher", "teacher_only"], "--method=ct has no teacher; drop it")
+    if args.teacher_only:
+        parser.refuse_idle(["method"], "--teacher_only trains no student; drop one of them")
     if args.teacher == "dit" and not args.teacher_only and METHODS[args.method]["script"] != DIRECT["script"]:
         parser.error(
             f"--teacher=dit has no U-Net and --method={args.method} needs one; use direct, direct_8, direct_lora"
@@ -246,10 +250,16 @@ def open_output_dir(output_dir, seed, rebuild):
             for suffix in (".json", ".npy"):
                 (output_dir / f"{name}_metrics").with_suffix(suffix).unlink(missing_ok=True)
     elif stamp.exists():
-        built_seed = json.loads(stamp.read_text())["seed"]
+        try:
+            built_seed = json.loads(stamp.read_text())["seed"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{stamp} cannot be read; add --rebuild, or another --output_dir") from None
         if built_seed != seed:
             raise UserError(f"{output_dir} was built with --seed={built_seed}; add --rebuild, or another --output_dir")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir={output_dir} cannot be made ({error.strerror}); name another") from None
     stamp.write_text(json.dumps({"seed": seed}) + "\n")
 
 

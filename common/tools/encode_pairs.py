@@ -13,12 +13,10 @@ from pathlib import Path
 from common import UserError, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
-from common.tools.generate_pairs import DTYPES, public_config
-from common.work import add_work_arguments, find_device, resolve_work
+from common.tools.generate_pairs import public_config
+from common.work import DTYPES, add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
 
-import diffusers
 import torch
-import transformers
 from tqdm import tqdm
 
 
@@ -28,11 +26,9 @@ def parse_args(argv=None):
     parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", required=True, help="what made the images: folder or hub name")
-    add("--revision", help="hub revision of the teacher")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_hub_arguments(add, "the teacher")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
-    add("--device", help="default: this process's GPU, else the CPU")
+    add_device_argument(add)
     add = parser.add_argument_group("images and work").add_argument
     add("--dataset_base_path", help="folder that the images' names start from; default: that of METADATA")
     add("--samples_per_shard", type=cli.positive_int, default=256)
@@ -46,15 +42,18 @@ def parse_args(argv=None):
 def main(args):
     # 1. The table and the teacher's configuration, before any weight is loaded.
     device = find_device(args.device)
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     try:  # any size: the images are grouped by it below
         data = pairs.PairImages(args.metadata, args.dataset_base_path, max_pixels=2**62)
     except UserError as error:
         raise UserError(str(error).replace("--dataset_metadata_path", "METADATA")) from None
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
+
+    try:
+        pairs.check_folder(args.output_dir)
+    except UserError as error:
+        raise UserError(str(error).replace("--output_dir", "OUT")) from None
 
     # 2. The teacher, and that its decoder gives the images back.
     options = {"variant": args.variant, **place}
@@ -63,11 +62,12 @@ def main(args):
     flag = "--pretrained_teacher_model"
     scheduler, _ = probes.student_scheduler(*teacher["scheduler"], None, {})
     own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
-    kwargs, _ = probes.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
     try:
+        kwargs, _ = probes.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
         pairs.check_encoding(pipelines.Rollout(pipeline, **kwargs), data, [0])
     except UserError as error:
-        raise UserError(str(error).replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
+        sentence = str(error).replace("--student_kwargs, --student_scheduler", "--dataset_metadata_path")
+        raise UserError(sentence.replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
     pipeline.scheduler = own_scheduler
     config = {
         "format": pairs.FORMAT,
@@ -99,7 +99,7 @@ def main(args):
             indices = pairs.shard_range(shard, len(data), args.samples_per_shard)
             pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), encoded(data, indices, args, progress))
             progress.update()
-    print(f"{label}: {len(own)} of {pairs.num_shards(config)} shards are in {args.output_dir}", flush=True)
+    pairs.report(label, own, config, args.output_dir)
 
 
 def encoded(data, indices, args, progress):

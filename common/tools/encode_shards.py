@@ -44,11 +44,9 @@ from common.shards import (
     open_shard,
     tar_samples,
 )
-from common.work import add_work_arguments, find_device, resolve_work
+from common.work import add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
 
-import diffusers
 import torch
-import transformers
 from tqdm import tqdm
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -71,20 +69,15 @@ def parse_args(argv=None):
     )
     parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("VAE").add_argument
-    add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
-    add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
-    add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
-    add("--revision", help="hub revision of everything without a revision flag of its own")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_checkpoint_arguments(add)
     add("--vae_encode_batch_size", type=cli.positive_int, help="images that are encoded at once; SD: 32, SDXL: 8")
     add("--mixed_precision", choices=list(DTYPES), default="no", help="what the VAE computes in; no: float32")
-    add("--device", help="default: this process's GPU, else the CPU")
+    add_device_argument(add)
     add = parser.add_argument_group("images, as the training script will have it").add_argument
     cli.add_image_arguments(add)
     add("--seed", type=cli.seed, default=0, help="of crops and flips")
     add = parser.add_argument_group("work").add_argument
-    add("--samples_per_shard", type=cli.positive_int, default=1000, help="where IN is a folder of images")
+    add("--samples_per_shard", type=cli.positive_int, help="where IN is a folder of images; default: 1000")
     add("--dataloader_num_workers", type=cli.positive_int, default=2, help="threads that decode images")
     add("--data_timeout", type=cli.positive_int, default=600, help="seconds until a pipe: is given up")
     add_work_arguments(add)
@@ -99,9 +92,7 @@ def parse_args(argv=None):
 @cli.tool_errors
 def main(args):
     # 1. What there is to do: all of it, whoever does it.
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     device = find_device(args.device)
     units = list_units(args)
 
@@ -124,7 +115,7 @@ def main(args):
         "dtype": str(dtype).removeprefix("torch."),
         "shape": models.latent_shape(config["vae"], args.resolution),
         "seed": args.seed,
-        "samples_per_shard": args.samples_per_shard if units[0].items is not None else None,
+        "samples_per_shard": args.samples_per_shard,
         "versions": versions(),
     }
     latents.check_folder(args.output_dir, manifest)
@@ -166,7 +157,7 @@ def main(args):
 
 
 def list_units(args):
-    """The list of Unit; UserError where names are not clear."""
+    """The list of Unit; fills in --samples_per_shard of a folder. UserError where names are not clear."""
     try:
         shards = expand_shards(args.shards)
         if latents.read_manifest(shards) is not None:
@@ -175,9 +166,12 @@ def list_units(args):
         if folders and len(shards) > 1:
             raise DataError(f"--train_shards_path_or_url: {folders[0]} is a folder of images and goes with no shards")
         items = folder_items(folders[0]) if folders else None
+        if args.samples_per_shard and not folders:
+            raise DataError("--samples_per_shard: IN are shards, which stay what they are; drop it")
     except DataError as error:
         raise UserError(str(error).replace("--train_shards_path_or_url", "IN")) from None
     if folders:
+        args.samples_per_shard = args.samples_per_shard or 1000
         starts = range(0, len(items), args.samples_per_shard)
         parts = [items[start : start + args.samples_per_shard] for start in starts]
         return [Unit(f"{number:05d}", folders[0], part) for number, part in enumerate(parts)]

@@ -34,6 +34,8 @@ from common.metrics import (
     prompt_accuracy,
     prompt_labels,
 )
+from common.probes import CALL_ERRORS
+from common.work import DTYPES, find_device
 
 import braceexpand
 import numpy as np
@@ -44,7 +46,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GRID_COLUMNS = 8
 COLUMNS = {
     "model": "model",
@@ -97,6 +98,8 @@ def parse_args(argv=None):
     add("--revision", help="hub revision of --pretrained_model")
     add("--variant", help="weight files to load, such as fp16")
     args = parser.parse_args(argv)
+    if not args.reference:
+        parser.refuse_idle(["num_reference_images"], "there are no reference images; add --reference, or drop it")
     try:
         check_args(args)
     except UserError as error:
@@ -130,19 +133,15 @@ def check_args(args):
         raise UserError("--reference needs --feature_network, whose features are compared")
     if args.feature_network and not (args.reference or args.prompt_accuracy):
         raise UserError("--feature_network measures nothing alone: add --reference or --prompt_accuracy")
+    if args.prompt_accuracy and not args.feature_network:
+        raise UserError("--prompt_accuracy needs --feature_network, a classifier")
     if args.reference and args.num_images < 2:
         raise UserError("a distance to --reference needs at least two images: raise --num_images")
     if args.clip_model and args.prompts is None:
         raise UserError("--clip_model compares images with --prompts: give some")
     check_paths(args)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        on_cuda = torch.device(args.device).type == "cuda"
-    except RuntimeError as error:
-        raise UserError(f"--device {args.device} is no device: take cuda, cuda:1 or cpu") from error
-    if on_cuda and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device} needs a GPU that torch sees: take --device cpu")
-    args.dtype = args.dtype or ("float16" if on_cuda else "float32")
+    args.device = str(find_device(args.device))
+    args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     args.labels = None
     if args.prompt_accuracy:
         args.labels = find_labels(args.feature_network, args.prompts, args.cache_dir)
@@ -357,10 +356,17 @@ def reference_features(reference, network, height, width, batch_size=64, limit=N
     images = itertools.islice(iterate_images(reference, height, width), limit)
     features = []
     with tqdm(desc="reference", unit="image", delay=5) as progress:
-        while batch := list(itertools.islice(images, batch_size)):
+        while batch := read_batch(images, batch_size, reference):
             features.append(image_features(network, torch.stack(batch), batch_size))
             progress.update(len(batch))
     return checked_count(torch.cat(features) if features else [], reference)
+
+
+def read_batch(images, batch_size, reference):
+    try:
+        return list(itertools.islice(images, batch_size))
+    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        raise UserError(f"--reference {reference} is damaged or no file of images ({error}): make it anew") from None
 
 
 def checked_count(features, reference):
@@ -559,6 +565,10 @@ def main(args):
     labels = [args.labels[i % len(args.labels)] for i in range(args.num_images)] if args.labels else None
 
     # 1. The networks that measure
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be made ({error.strerror}): name another") from None
     network = load_network(args.feature_network, "--feature_network", args.device, args.cache_dir)
     clip_network = load_network(args.clip_model, "--clip_model", args.device, args.cache_dir)
     if clip_network is not None and clip_network.tokenizer is None:
@@ -571,7 +581,6 @@ def main(args):
     options = {name: value for name, value in options.items() if value is not None}
     result = {"arguments": report_arguments(args), "versions": versions(args.device), "reference": None, "rows": []}
     references, pictures, size = None, [], None
-    output_dir.mkdir(parents=True, exist_ok=True)
     for label, path in args.models.items():
         pipeline = load_pipeline(
             path, args.unet, args.lora, args.scheduler, DTYPES[args.dtype], args.device, args.revision, args.variant,
@@ -582,7 +591,7 @@ def main(args):
                 images, seconds = generate_images(
                     pipeline, prompts, steps, args.guidance_scale, args.seed, args.batch_size, **options
                 )
-            except (TypeError, ValueError) as error:
+            except CALL_ERRORS as error:
                 raise UserError(f"--pretrained_model {path} at {steps} steps: {error}") from error
             size = size or images.shape[2:]
             if images.shape[2:] != size:

@@ -3,10 +3,10 @@
     python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
         --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
 
-or, on several GPUs, `accelerate launch --multi_gpu -m common.tools.generate_pairs ...`. Pair i has prompt i, seed
---seed + i, and a CPU generator of its own. Shards are fixed ranges of pairs, dealt to the processes, which never wait
-for each other; finished ones are skipped, so the same command goes on after an interruption, and the bytes are the
-same for any number of processes. Left out: pipelines that start from images.
+or, on several GPUs, `accelerate launch --multi_gpu -m common.tools.generate_pairs ...`, or in a SLURM array. Pair i
+has prompt i, seed --seed + i, and a CPU generator of its own. Shards are fixed ranges of pairs, dealt to the
+processes, which never wait for each other; finished ones are skipped, so the same command goes on after an
+interruption, and the bytes are the same for any number of processes. Left out: pipelines that start from images.
 """
 
 import os
@@ -15,25 +15,19 @@ from pathlib import Path
 from common import UserError, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
-from common.work import find_device
+from common.work import DTYPES, add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
 
-import diffusers
 import torch
-import transformers
 from tqdm import tqdm
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", required=True, help="folder or hub name, in diffusers layout")
-    add("--revision", help="hub revision of the teacher")
-    add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    cli.add_hub_arguments(add, "the teacher")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
-    add("--device", help="default: this process's GPU, else the CPU")
+    add_device_argument(add)
     add = parser.add_argument_group("what it is asked").add_argument
     add("--prompts", required=True, help="text file (one a line), csv, parquet, or WebDataset shards with captions")
     add("--prompt_column", help="of a csv or parquet; default: prompt, text or caption")
@@ -52,7 +46,9 @@ def parse_args(argv=None):
     add("--samples_per_shard", type=cli.positive_int, default=256)
     add("--batch_size", type=cli.positive_int, default=8, help="samples at once; part of what the bytes follow from")
     add("--save_images", action="store_true", help="a png beside the latents, to look at")
+    add_work_arguments(add)
     args = parser.parse_args(argv)
+    resolve_work(parser, args)
     for name in ("teacher_kwargs", "scheduler_kwargs"):
         try:
             setattr(args, name, pipelines.parse_kwargs(f"--{name}", getattr(args, name)))
@@ -70,12 +66,10 @@ def parse_args(argv=None):
 @cli.tool_errors
 def main(args):
     # 1. This process's place; nothing is agreed with the others, so one that fails costs its shards alone.
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = args.shard_index, args.num_shards
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = find_device(args.device)
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
 
     # 2. What is asked, checked before any weight is loaded.
     prompts = pairs.read_prompts(args.prompts, args.prompt_column)
@@ -88,7 +82,8 @@ def main(args):
         scheduler_class = probes.scheduler_class("--scheduler", args.scheduler)
     changes_flag = "--scheduler_kwargs" if args.scheduler_kwargs else flag
     scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
-    check_output_dir(args.output_dir)
+    probes.check_steps(scheduler, args.num_inference_steps)
+    pairs.check_folder(args.output_dir)
 
     # 3. The teacher, and what it does with these arguments.
     pipeline = pipelines.load_pipeline(
@@ -129,14 +124,7 @@ def main(args):
         for shard in missing:
             made = make_pairs(pipeline, ranges[shard], prompts, args, kwargs, progress)
             pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), made)
-    print(f"process {rank}: {len(shards)} of {pairs.num_shards(config)} shards are in {args.output_dir}", flush=True)
-
-
-def check_output_dir(folder):
-    """What `pairs.write_config` would refuse, said before the teacher is loaded."""
-    folder = Path(folder)
-    if folder.is_dir() and not (folder / pairs.CONFIG).exists() and any(folder.glob("[!.]*[!p]")):
-        raise UserError(f"--output_dir={folder} holds other files and no {pairs.CONFIG}; name an empty or new folder")
+    pairs.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
 
 
 def call_kwargs(args, pipeline):
@@ -164,7 +152,7 @@ def check_teacher(pipeline, prompts, kwargs, flag):
     try:
         probes.check_draws(flag, pipeline, prompts, **kwargs)
         seen = probes.observe(pipeline, prompts, **kwargs | {"num_inference_steps": 2})
-    except (TypeError, ValueError, AttributeError) as error:
+    except probes.CALL_ERRORS as error:
         raise UserError(f"the teacher's call refuses these arguments ({kwargs}): {error}") from error
     guided = probes.guides(seen, len(prompts))
     embedded = probes.embeds_guidance(pipeline)

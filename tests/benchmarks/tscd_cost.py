@@ -24,12 +24,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 TSCD = {"stage_segments": 1, "stage_steps": None}
 ALWAYS = {"adv_weights": 0.1, "adv_unconditional_start": 1.0}
+HEAD = {"freeze_discriminator_backbone": True, "adv_learning_rate": None}
 VARIANTS = {
     "LCM": ("lcm", {}),
     "TSCD without a discriminator (k = 8)": ("tscd", TSCD | {"adv_weights": 0}),
     "TSCD, conditional discriminator (k = 4, 2, 1, first half)": ("tscd", TSCD | ALWAYS),
     "TSCD, unconditional discriminator (second half)": ("tscd", TSCD | ALWAYS | {"adv_unconditional_start": 0.0}),
-    "TSCD, conditional, frozen backbone": ("tscd", TSCD | ALWAYS | {"freeze_discriminator_backbone": True}),
+    "TSCD, conditional, frozen backbone": ("tscd", TSCD | ALWAYS | HEAD),
     "LCM LoRA": ("lcm_lora", {}),
     "TSCD LoRA without a discriminator": ("tscd_lora", TSCD | {"adv_weights": 0}),
     "TSCD LoRA, conditional discriminator": ("tscd_lora", TSCD | ALWAYS),
