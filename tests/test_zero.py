@@ -46,9 +46,14 @@ def test_what_the_launcher_asks_for_is_taken_out_of_accelerates_sight(asked):
 
 
 def test_a_configuration_file_gives_its_zero_block(asked, tmp_path):
-    block = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000, "offload_param": {"device": "none"}}
+    block = {
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_bucket_size": 1000,
+        "offload_param": {"device": "none", "pin_memory": True},
+    }
     path = tmp_path / "zero.json"
-    path.write_text(json.dumps({"zero_optimization": block, "train_batch_size": "auto"}))
+    path.write_text(json.dumps({"zero_optimization": block, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}))
     settings = asked(environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
     expected = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000, "allgather_bucket_size": 50_000_000}
     assert settings == expected
@@ -93,12 +98,37 @@ def test_a_lora_is_refused(asked, tmp_path, monkeypatch):
         zero.take_settings(direct.parse_args(words))
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"round_robin_gradients": True}, "round_robin_gradients is not supported; drop it, there are stage, reduce_"),
+        ({"cpu_offload": True}, "cpu_offload is not supported; drop it"),  # DeepSpeed's old name of offload_optimizer
+        ({"reduce_bucket": 1000}, "reduce_bucket is not supported; drop it"),
+        ({"reduce_bucket_size": "5e8"}, "reduce_bucket_size is '5e8'; give a number of values"),
+        ({"allgather_bucket_size": 0.5}, "allgather_bucket_size is 0.5; give a number of values"),
+        ({"overlap_comm": "yes"}, "overlap_comm is 'yes'; give true or false"),
+    ],
+)
+def test_a_setting_that_breaks_a_run_is_refused_before_any_weight(asked, tmp_path, setting, words):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2} | setting}))
+    with pytest.raises(UserError, match=words):
+        asked(environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+
+
 @pytest.mark.parametrize("config", [{"optimizer": {"type": "Adam"}}, {"bf16": {"enabled": True}}])
 def test_a_configuration_file_with_what_the_flags_decide_is_refused(asked, tmp_path, config):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | config))
     with pytest.raises(UserError, match=f"zero.json sets {next(iter(config))}, which the script's flags decide"):
         asked(environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+
+
+def test_each_process_needs_its_part_of_16_bytes_a_weight_and_the_buckets():
+    for overlap, buckets in ((False, 1), (True, 2)):
+        settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlap}
+        accelerator = zero.ZeroAccelerator(settings, None, batch_size=1, cpu=True)
+        assert accelerator.update_bytes(77) == 16 * 77 + buckets * 4 * 1000
 
 
 def test_a_missing_deepspeed_is_refused(tmp_path, flags, monkeypatch):
