@@ -144,3 +144,4 @@ def test_the_documented_configuration_is_one_of_accelerates():
     config = ClusterConfig.from_yaml_file(yaml_file=str(path))
     assert config.distributed_type.value == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 2
     assert yaml.safe_load(path.read_text())["mixed_precision"] == "bf16"
+    assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"  # not pdsh: job files start each node
