@@ -45,6 +45,11 @@ def take_settings(args):
     way_out = "use `distributed_type: MULTI_GPU`"
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"`accelerate config`: DeepSpeed is not installed; pip install deepspeed, or {way_out}")
+    if "RANK" not in os.environ:
+        raise UserError(
+            "ACCELERATE_USE_DEEPSPEED is set, and no launcher started this process; start it by `accelerate launch "
+            "--config_file docs/zero2.yaml`, or unset the variable"
+        )
     given = {variable: os.environ.pop(variable, "auto") for variable in BY_FLAGS}
     for variable, flag in BY_FLAGS.items():
         launchers_own = ("auto", "none", "1") if flag == "gradient_accumulation_steps" else ("auto", "none")

@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 
 __all__ = ["flags"]
-ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "RANK": "0"}
 PLAIN = "use `distributed_type: MULTI_GPU`"
 
 
@@ -27,7 +27,10 @@ def asked(tmp_path, flags, monkeypatch):
 
     def take(script=lcm, environment=(), **changes):
         for name, value in (ASKED | dict(environment)).items():
-            monkeypatch.setenv(name, value)
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
         return zero.take_settings(script.parse_args(flags(tmp_path / "out", script, **changes)))
 
     return take
@@ -73,6 +76,7 @@ def test_a_configuration_file_gives_its_zero_block(asked, tmp_path):
             {"use_8bit_adam": True},
             "--use_8bit_adam works on each weight by itself, .*; drop the flag, or " + PLAIN,
         ),
+        ({"RANK": None}, {}, "no launcher started this process; start it by `accelerate launch --config_file docs/ze"),
         ({}, {"channels_last": True}, "--channels_last works on each weight by itself"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, {}, "deepspeed_config_file=/nowhere.json cannot be"),
     ],
@@ -93,7 +97,8 @@ def test_a_lora_is_refused(asked, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--lora_rank=4: a LoRA has hardly any .*; " + PLAIN):
         asked(lcm_lora)
     words = ["--pretrained_teacher_model=x", "--pairs_dir=x", f"--output_dir={tmp_path}", "--lora_rank=8"]
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name, value in ASKED.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--lora_rank=8: a LoRA has hardly any"):
         zero.take_settings(direct.parse_args(words))
 
