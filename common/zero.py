@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 PREFIX = "ACCELERATE_DEEPSPEED_"
 BUCKET = "reduce_bucket_size"
 DEFAULTS = {BUCKET: 50_000_000, "allgather_bucket_size": 50_000_000}  # values; DeepSpeed's own take 2 GB each
+SWITCHES = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions")
 BY_FLAGS = {  # what accelerate's configuration and the script's flags both have: {variable: flag}
     "ACCELERATE_GRADIENT_CLIPPING": "max_grad_norm",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
@@ -44,6 +45,11 @@ def take_settings(args):
     way_out = "use `distributed_type: MULTI_GPU`"
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"`accelerate config`: DeepSpeed is not installed; pip install deepspeed, or {way_out}")
+    if "RANK" not in os.environ:
+        raise UserError(
+            "ACCELERATE_USE_DEEPSPEED is set, and no launcher started this process; start it by `accelerate launch "
+            "--config_file docs/zero2.yaml`, or unset the variable"
+        )
     given = {variable: os.environ.pop(variable, "auto") for variable in BY_FLAGS}
     for variable, flag in BY_FLAGS.items():
         launchers_own = ("auto", "none", "1") if flag == "gradient_accumulation_steps" else ("auto", "none")
@@ -62,6 +68,8 @@ def take_settings(args):
     offloaded = [name for name in zero if name.startswith("offload_")]
     if offloaded:
         raise UserError(f"`accelerate config`: {offloaded[0]} is not supported; set its device to none, or {way_out}")
+    for name, value in zero.items():
+        _check_setting(name, value)
     if getattr(args, "lora_rank", 0):
         raise UserError(
             f"--lora_rank={args.lora_rank}: a LoRA has hardly any gradients and states to split over GPUs; {way_out} "
@@ -78,6 +86,26 @@ def take_settings(args):
     return zero | {"stage": 2}
 
 
+def _check_setting(name, value):
+    """UserError for a setting of `zero_optimization` that DeepSpeed would not take, or of which it is not known that a
+    run and its checkpoints stay what they are: with round_robin_gradients, DeepSpeed mistakes one weight's states for
+    another's."""
+    if name in DEFAULTS:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf or value % 1:
+            raise UserError(f"`accelerate config`: zero_optimization: {name} is {value!r}; give a number of values")
+    elif name in SWITCHES:
+        if not isinstance(value, bool):
+            raise UserError(f"`accelerate config`: zero_optimization: {name} is {value!r}; give true or false")
+    elif name != "stage":
+        known = ", ".join(("stage", *DEFAULTS, *SWITCHES))
+        raise UserError(f"`accelerate config`: zero_optimization: {name} is not supported; drop it, there are {known}")
+
+
+def _is_auto(value):
+    """Whether all of a setting of DeepSpeed's is left to the one who reads it."""
+    return all(map(_is_auto, value.values())) if isinstance(value, dict) else value == "auto"
+
+
 def _zero_optimization():
     """The block of DeepSpeed's configuration file, or what accelerate's own fields make of it."""
     path = os.environ.get(f"{PREFIX}CONFIG_FILE", "none")
@@ -92,13 +120,14 @@ def _zero_optimization():
         zero = dict(config.pop("zero_optimization"))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"`accelerate config`: deepspeed_config_file={path} cannot be read ({error!r})") from None
-    other = next((key for key, value in sorted(config.items()) if value != "auto"), None)
+    other = next((key for key, value in sorted(config.items()) if not _is_auto(value)), None)
     if other is not None:
         raise UserError(
-            f"`accelerate config`: deepspeed_config_file={path} sets {other}, which the script's flags decide; leave "
-            "`zero_optimization` alone in it"
+            f"`accelerate config`: deepspeed_config_file={path} sets {other}, which the script's flags decide; keep "
+            "nothing in it but `zero_optimization`"
         )
-    decided = {name: value for name, value in zero.items() if value not in ("auto", None, {"device": "none"})}
+    unset = {n for n, v in zero.items() if v in ("auto", None) or isinstance(v, dict) and v.get("device") == "none"}
+    decided = {name: value for name, value in zero.items() if name not in unset}
     return DEFAULTS | {"stage": 0} | decided
 
 
@@ -123,9 +152,11 @@ class ZeroAccelerator(Accelerator):
 
     def update_bytes(self, num_trained):
         """Bytes that each process needs for gradients, optimizer states and ZeRO's own copy of its part of the
-        weights, 16 a trained value over all processes, and for the bucket that gradients are reduced in."""
-        bucket = 4 * int(self.zero_config["zero_optimization"][BUCKET])
-        return math.ceil(16 * num_trained / self.num_processes) + bucket
+        weights, 16 a trained value over all processes, and for the bucket that gradients are reduced in, or the two
+        with `overlap_comm`."""
+        zero = self.zero_config["zero_optimization"]
+        buckets = 4 * int(zero[BUCKET]) * (2 if zero.get("overlap_comm") else 1)
+        return math.ceil(16 * num_trained / self.num_processes) + buckets
 
     def prepare(self, network, optimizer):
         """The student and its optimizer of one group, as an engine and what stands for its optimizer."""

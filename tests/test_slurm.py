@@ -124,6 +124,14 @@ def test_a_signal_to_the_job_stops_the_run_and_requeues_it(tmp_path, job, name, 
         assert commands == [f"{n} launch --multi_gpu {machines.format(n)} {place} {tail}" for n in range(2)]
 
 
+def test_an_engine_takes_the_place_of_multi_gpu_which_would_undo_it(tmp_path, job):
+    job("multi_node.sbatch", "ends", ENGINE="--config_file docs/zero2.yaml").communicate(timeout=60)
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert sorted(c.split(" --num_machines")[0] for c in commands) == [
+        f"{n} launch --config_file docs/zero2.yaml" for n in range(2)
+    ]
+
+
 def test_a_run_that_outlives_its_launcher_is_waited_for(tmp_path, job):
     process = job("single_node.sbatch", "orphans")
     wait_for(tmp_path / "started.0", process)

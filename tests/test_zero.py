@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 
 __all__ = ["flags"]
-ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "RANK": "0"}
 PLAIN = "use `distributed_type: MULTI_GPU`"
 
 
@@ -27,7 +27,10 @@ def asked(tmp_path, flags, monkeypatch):
 
     def take(script=lcm, environment=(), **changes):
         for name, value in (ASKED | dict(environment)).items():
-            monkeypatch.setenv(name, value)
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
         return zero.take_settings(script.parse_args(flags(tmp_path / "out", script, **changes)))
 
     return take
@@ -46,9 +49,14 @@ def test_what_the_launcher_asks_for_is_taken_out_of_accelerates_sight(asked):
 
 
 def test_a_configuration_file_gives_its_zero_block(asked, tmp_path):
-    block = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000, "offload_param": {"device": "none"}}
+    block = {
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_bucket_size": 1000,
+        "offload_param": {"device": "none", "pin_memory": True},
+    }
     path = tmp_path / "zero.json"
-    path.write_text(json.dumps({"zero_optimization": block, "train_batch_size": "auto"}))
+    path.write_text(json.dumps({"zero_optimization": block, "train_batch_size": "auto", "bf16": {"enabled": "auto"}}))
     settings = asked(environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
     expected = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000, "allgather_bucket_size": 50_000_000}
     assert settings == expected
@@ -68,6 +76,7 @@ def test_a_configuration_file_gives_its_zero_block(asked, tmp_path):
             {"use_8bit_adam": True},
             "--use_8bit_adam works on each weight by itself, .*; drop the flag, or " + PLAIN,
         ),
+        ({"RANK": None}, {}, "no launcher started this process; start it by `accelerate launch --config_file docs/ze"),
         ({}, {"channels_last": True}, "--channels_last works on each weight by itself"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, {}, "deepspeed_config_file=/nowhere.json cannot be"),
     ],
@@ -88,9 +97,28 @@ def test_a_lora_is_refused(asked, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--lora_rank=4: a LoRA has hardly any .*; " + PLAIN):
         asked(lcm_lora)
     words = ["--pretrained_teacher_model=x", "--pairs_dir=x", f"--output_dir={tmp_path}", "--lora_rank=8"]
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name, value in ASKED.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--lora_rank=8: a LoRA has hardly any"):
         zero.take_settings(direct.parse_args(words))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"round_robin_gradients": True}, "round_robin_gradients is not supported; drop it, there are stage, reduce_"),
+        ({"cpu_offload": True}, "cpu_offload is not supported; drop it"),  # DeepSpeed's old name of offload_optimizer
+        ({"reduce_bucket": 1000}, "reduce_bucket is not supported; drop it"),
+        ({"reduce_bucket_size": "5e8"}, "reduce_bucket_size is '5e8'; give a number of values"),
+        ({"allgather_bucket_size": 0.5}, "allgather_bucket_size is 0.5; give a number of values"),
+        ({"overlap_comm": "yes"}, "overlap_comm is 'yes'; give true or false"),
+    ],
+)
+def test_a_setting_that_breaks_a_run_is_refused_before_any_weight(asked, tmp_path, setting, words):
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2} | setting}))
+    with pytest.raises(UserError, match=words):
+        asked(environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
 
 
 @pytest.mark.parametrize("config", [{"optimizer": {"type": "Adam"}}, {"bf16": {"enabled": True}}])
@@ -99,6 +127,13 @@ def test_a_configuration_file_with_what_the_flags_decide_is_refused(asked, tmp_p
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | config))
     with pytest.raises(UserError, match=f"zero.json sets {next(iter(config))}, which the script's flags decide"):
         asked(environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+
+
+def test_each_process_needs_its_part_of_16_bytes_a_weight_and_the_buckets():
+    for overlap, buckets in ((False, 1), (True, 2)):
+        settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlap}
+        accelerator = zero.ZeroAccelerator(settings, None, batch_size=1, cpu=True)
+        assert accelerator.update_bytes(77) == 16 * 77 + buckets * 4 * 1000
 
 
 def test_a_missing_deepspeed_is_refused(tmp_path, flags, monkeypatch):
@@ -114,3 +149,4 @@ def test_the_documented_configuration_is_one_of_accelerates():
     config = ClusterConfig.from_yaml_file(yaml_file=str(path))
     assert config.distributed_type.value == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 2
     assert yaml.safe_load(path.read_text())["mixed_precision"] == "bf16"
+    assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"  # not pdsh: job files start each node
