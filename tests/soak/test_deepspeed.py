@@ -78,7 +78,7 @@ def test_it_is_the_run_without_it_and_each_goes_on_from_the_other(tmp_path, made
     assert expected.keys() == contents(tmp_path / "plain" / "checkpoint-6").keys()  # the same files, not a pickle more
     assert distance(tmp_path / "zero", tmp_path / "plain") < 1e-5
 
-    # Killed and resumed: equal to the bit.
+    # Resumed from the checkpoint at half: equal to the bit.
     zero(words("zero", **again(tmp_path / "zero")), case.script)
     assert contents(tmp_path / "zero" / "checkpoint-6") == expected
     # Begun with ZeRO-2 and ended without it on one process; and begun without it.
