@@ -16,7 +16,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, export, latents, levers, models, preemption, stages
+from common import UserError, checkpointing, export, latents, levers, models, preemption, stages, tables
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES, decode_image_text
 from common.shards import IMAGE_KEYS, TEXT_KEYS, count_samples, mask_credentials
@@ -418,17 +418,16 @@ def check_trackers(parser, report_to):
 
 
 def read_prompts(parser, values):
-    """Repeated strings and @FILE (one prompt a line) -> one list, or None when nothing was given."""
+    """Repeated strings and @FILE (see `tables.read_prompts`) -> one list, or None when nothing was given."""
     prompts = []
     for value in values or []:
         if not value.startswith("@"):
             prompts.append(value)
             continue
         try:
-            with open(value[1:], encoding="utf-8") as file:
-                prompts += [line.strip() for line in file if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--validation_prompts={value}: the file cannot be read ({error})")
+            prompts += tables.read_prompts(value[1:], f"--validation_prompts={value}")
+        except UserError as error:
+            parser.error(str(error))
     if values and not prompts:
         parser.error("--validation_prompts names no prompt; drop it to use captions of the training data")
     return prompts or None

@@ -9,7 +9,6 @@ images that were encoded before, is in `cached_pairs.py`.
 """
 
 import contextlib
-import csv
 import hashlib
 import io
 import json
@@ -18,7 +17,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from common import UserError
+from common import UserError, tables
 from common.data import keyed_seed
 from common.latents import manifest_digest, noise_seed
 from common.pipelines import decode
@@ -42,47 +41,21 @@ FREE_KEYS = ("model", "revision", "versions", "weights_sample")  # of CONFIG; to
 
 
 def read_prompts(spec, column=None):
-    """Prompts of --prompts: a text file (one a line), a column of a csv or parquet table, or captions of shards.
+    """Prompts of --prompts: a text file (one a line), a column of a table, or captions of shards.
 
     column: of a table; default: `prompt`, `text` or `caption`. Raises UserError that names the flag.
     """
-    flag, path = f"--prompts={spec}", Path(spec.removeprefix("@"))
-    suffix = path.suffix.lower()
-    if column is not None and not (path.is_file() and suffix in (".csv", ".parquet")):
-        raise UserError(f"--prompt_column={column} is for a csv or parquet, and {flag} is none; drop it")
-    try:
-        if path.is_file() and suffix == ".txt":
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-        elif path.is_file() and suffix == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file))
-            prompts = _column(flag, {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}, column)
-        elif path.is_file() and suffix == ".parquet":
-            from pyarrow import parquet
-
-            name = _column_name(flag, parquet.read_schema(path).names, column)
-            prompts = parquet.read_table(path, columns=[name]).column(name).to_pylist()
-        else:
-            prompts = _captions(spec)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{flag} cannot be read ({str(error).splitlines()[0]})") from None
-    prompts = [prompt.strip() for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
+    flag, path = f"--prompts={spec}", Path(spec.removeprefix("@")).expanduser()
+    is_text = path.is_file() and (path.suffix.lower() in (".txt", ".parquet", *tables.TABLES) or spec.startswith("@"))
+    if is_text:
+        prompts = tables.read_prompts(path, flag, column)
+    elif column is not None:
+        raise UserError(f"--prompt_column={column} is for a table, and {flag} is none; drop it")
+    else:
+        prompts = [prompt.strip() for prompt in _captions(spec) if prompt.strip()]
     if not prompts:
         raise UserError(f"{flag} holds no prompt")
     return prompts
-
-
-def _column_name(flag, names, column):
-    name = column or next((name for name in ("prompt", "text", "caption") if name in names), None)
-    if name not in names:
-        raise UserError(
-            f"{flag}: no column {name or 'prompt, text or caption'!r}; name one with --prompt_column: {names}"
-        )
-    return name
-
-
-def _column(flag, table, column):
-    return table[_column_name(flag, list(table), column)]
 
 
 def _captions(spec):
@@ -94,7 +67,7 @@ def _captions(spec):
     for shard in shards:
         try:
             if os.path.isdir(shard):
-                raise UserError(f"--prompts={spec}: a folder of images; give a text file, a csv, a parquet or shards")
+                raise UserError(f"--prompts={spec}: a folder of images; give shards or {tables.FORMATS}")
             with open_shard(shard, 600) as file:
                 for _, _, raw in tar_samples(file, [TEXT_KEYS]):
                     text = next((raw[key] for key in TEXT_KEYS if raw.get(key)), b"")
@@ -303,25 +276,20 @@ class PairImages:
     def __init__(self, metadata_path, base_path=None, height=None, width=None, max_pixels=None):
         flag, self.pipeline = f"--dataset_metadata_path={metadata_path}", None
         self.base = Path(base_path if base_path is not None else Path(metadata_path).parent)
-        try:
-            with open(metadata_path, encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file))
-        except (OSError, ValueError, csv.Error) as error:
-            raise UserError(f"{flag} cannot be read ({error})") from None
-        missing = [name for name in COLUMNS if not rows or rows[0].get(name) is None]
-        if missing:
-            raise UserError(f"{flag} has no column or no row of {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
-        short = [n for n, row in enumerate(rows, 1) if None in [row[name] for name in COLUMNS]]
-        if short:
-            raise UserError(f"{flag}: its row {short[0]} is short; each needs {', '.join(COLUMNS)}")
-        devices = {row.get("rand_device") or "cpu" for row in rows}
+        table = tables.read_table(metadata_path, flag, COLUMNS)
+        rows = [row for _, row in table]
+        for place, row in table:
+            wrong = next((name for name in ("image", "prompt") if not isinstance(row[name], str)), None)
+            if wrong:
+                raise UserError(f"{flag}: the {wrong} of {place} is no text but {str(row[wrong])[:40]!r}")
+        devices = {str(row.get("rand_device") or "cpu") for row in rows}
         if devices != {"cpu"}:
             raise UserError(
                 f"{flag}: rand_device is {', '.join(sorted(devices))}; only noise of the cpu can be made again"
             )
         try:
-            self.seeds = [int(row["seed"]) for row in rows]
-            self.steps = {int(row["num_inference_steps"]) for row in rows if row.get("num_inference_steps")}
+            self.seeds = [int(str(row["seed"])) for row in rows]  # int(1.5) would be 1
+            self.steps = {int(str(row["num_inference_steps"])) for row in rows if row.get("num_inference_steps")}
             scales = {float(row["cfg_scale"]) for row in rows if row.get("cfg_scale")}
             if wrong := [seed for seed in self.seeds if noise_seed({"seed": seed}) is None]:
                 raise ValueError(f"the seed {wrong[0]} has more than 64 bits")

@@ -7,7 +7,6 @@ of the shard and never a short shard. Left out: writing shards.
 
 import base64
 import contextlib
-import csv
 import glob
 import itertools
 import json
@@ -24,7 +23,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import UserError
+from common import UserError, tables
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -169,17 +168,15 @@ def _folder_metadata(folder: str) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file) if path == csv_path else map(json.loads, filter(str.strip, file))
-            captions = {os.path.normpath(row["file_name"]): row["text"] or "" for row in rows}
-        wrong = next((name for name, caption in captions.items() if not isinstance(caption, str)), None)
-        if wrong is not None:
-            raise TypeError(f"the caption of {wrong} is no text")
-        return captions
-    except KeyError as error:
-        raise DataError(f"{path!r} has no column {error}: it needs file_name and text.") from None
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path!r} cannot be read ({error}): it needs the columns file_name and text.") from None
+        rows = tables.read_table(path, columns=("file_name", "text"))
+    except UserError as error:
+        raise DataError(str(error)) from None
+    captions = {}
+    for place, row in rows:
+        if not isinstance(row["file_name"], str) or not isinstance(row["text"], str | None):
+            raise DataError(f"{path}: the file_name or text of {place} is no text.")
+        captions[os.path.normpath(row["file_name"])] = row["text"] or ""
+    return captions
 
 
 def count_samples(shards: list[str]) -> int | None:

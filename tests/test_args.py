@@ -249,7 +249,7 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         (["--report_to=nothing"], "--report_to=nothing: no such tracker"),
         (["--report_to=wandb"], "--report_to=wandb: wandb is not installed"),
         (["--push_to_hub"], "--push_to_hub: not logged in to the hub"),
-        (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt: the file cannot be read"),
+        (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt cannot be read"),
         (["--validation_num_inference_steps=0"], "--validation_num_inference_steps: must be at least 1"),
         (["--lr_warmup_steps=5", "--lr_scheduler=constant"], "--lr_warmup_steps: constant has no warm-up"),
         (["--cache_dir="], "--cache_dir is empty (a variable that is not set?); give it a value, or drop it"),

@@ -193,14 +193,26 @@ STABLE_DIFFUSION = {
         "holds 8 images and the data have 16 lanes",
     ),
     "no captions": (lambda w: w.images(captions=False), "have no captions: add metadata.csv"),
-    "a csv without its columns": (lambda w: w.images("metadata.csv", b"a,b\n1,2\n"), "has no column 'file_name'"),
-    "a csv that is binary": (lambda w: w.images("metadata.csv", b"file_name,text\n\xff\xfe,x\n"), "cannot be read"),
-    "a csv with short rows": (lambda w: w.images("metadata.csv", b"text,file_name\nx\n"), "cannot be read"),
-    "lines that are no json": (lambda w: w.images("metadata.jsonl", b"{\n"), "metadata.jsonl' cannot be read"),
-    "lines that are no objects": (lambda w: w.images("metadata.jsonl", b"[1]\n"), "metadata.jsonl' cannot be read"),
+    "a csv without its columns": (
+        lambda w: w.images("metadata.csv", b"a,b\n1,2\n"),
+        "no column file_name, text; its first row",
+    ),
+    "a csv that is binary": (
+        lambda w: w.images("metadata.csv", b"file_name,text\n\xff\xfe,x\n"),
+        "is not UTF-8 text (line 2",
+    ),
+    "a csv with short rows": (
+        lambda w: w.images("metadata.csv", b"text,file_name\nx\n"),
+        "row 1 (line 2) has 1 cells",
+    ),
+    "lines that are no json": (lambda w: w.images("metadata.jsonl", b"{\n"), "metadata.jsonl: line 1 is no JSON"),
+    "lines that are no objects": (
+        lambda w: w.images("metadata.jsonl", b"[1]\n"),
+        "metadata.jsonl: row 1 is no object",
+    ),
     "captions that are numbers": (
         lambda w: w.images("metadata.jsonl", b'{"file_name": "0.png", "text": 7}\n'),
-        "metadata.jsonl' cannot be read",
+        "metadata.jsonl: the file_name or text of row 1 is no text",
     ),
 }
 LORA = {
@@ -525,11 +537,14 @@ DIRECT = {
     ),
     "a table that is binary": (
         lambda w: {"pairs_dir": None, "dataset_metadata_path": w.file("a.csv", b"\xff\xfe\x00")},
-        "a.csv cannot be read",
+        "a.csv is not UTF-8 text (it is UTF-16 text)",
     ),
-    "a table without rows": (lambda w: w.table(), "has no column or no row of image, prompt, seed"),
-    "a table without seeds": (lambda w: w.table("0.png,a", header="image,prompt"), "no column or no row of seed"),
-    "a table with a short row": (lambda w: w.table("0.png,a,1", "0.png"), "its row 2"),
+    "a table without rows": (lambda w: w.table(), "metadata.csv holds no row below its first"),
+    "a table without seeds": (
+        lambda w: w.table("0.png,a", header="image,prompt"),
+        "has no column seed; its first row names image, prompt,",
+    ),
+    "a table with a short row": (lambda w: w.table("0.png,a,1", "0.png"), "row 2 (line 3) has 1 cells"),
     "seeds that are words": (lambda w: w.table("0.png,a,one", "0.png,a,2"), "are numbers"),
     "noise of a GPU": (
         lambda w: w.table("0.png,a,1,cuda", header="image,prompt,seed,rand_device"),

@@ -213,7 +213,7 @@ def test_prompts_from_every_source(tmp_path, shards):
     for name, column, sentence in [
         ("p.csv", "prompt", "no column 'prompt'"),
         ("p.parquet", "text", "no column 'text'"),
-        ("p.txt", "text", "--prompt_column=text is for a csv or parquet, and --prompts=.* is none; drop it"),
+        ("p.txt", "text", "--prompt_column=text is for a table, and --prompts=.* is none; drop it"),
         ("none.txt", None, "--prompts: 1 of 1 paths match no file"),
     ]:
         with pytest.raises(UserError, match=sentence):

@@ -22,7 +22,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import UserError
+from common import UserError, tables
 from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, tool_errors
 from common.metrics import (
     clip_score,
@@ -190,17 +190,12 @@ def check_model(path, flag, file_name, revision=None, cache_dir=None):
 
 
 def read_prompts(values):
-    """Each value is a prompt or @file with one prompt per line; blank lines are skipped."""
+    """Each value is a prompt or @file, see `tables.read_prompts`."""
     prompts = []
     for value in values:
-        if value.startswith("@"):
-            try:
-                lines = Path(value[1:]).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"--prompts {value} cannot be read as a UTF-8 text file: check the path") from error
-        else:
-            lines = [value]
-        prompts += [line.strip() for line in lines if line.strip()]
+        is_file = value.startswith("@")
+        prompts += tables.read_prompts(value[1:], f"--prompts {value}") if is_file else [value.strip()]
+    prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UserError("--prompts holds no text: give a prompt, or @file with one per line")
     return prompts
