@@ -36,16 +36,19 @@ def parse_args(argv=None):
     cli.add_hub_arguments(add, "the teacher")
     add = parser.add_argument_group("data").add_argument
     add("--pairs_dir", help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds")
-    add("--dataset_metadata_path", help="or a csv: image,prompt,seed,rand_device,num_inference_steps,cfg_scale")
-    add("--dataset_base_path", help="folder of the csv's images; default: the csv's own")
-    add("--height", type=cli.positive_int, help="all images of the csv must have it, nothing is resized")
-    add("--width", type=cli.positive_int, help="all images of the csv must have it, nothing is resized")
+    add(
+        "--dataset_metadata_path",
+        help="or a csv, tsv, jsonl or json: image,prompt,seed,rand_device,num_inference_steps,cfg_scale",
+    )
+    add("--dataset_base_path", help="folder of the table's images; default: the table's own")
+    add("--height", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
+    add("--width", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
     add("--max_pixels", type=cli.positive_int, help="images of several sizes, none larger; --train_batch_size=1")
     add("--num_held_out", type=cli.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
     add("--data_seed", type=cli.seed, help="seed of the order of the pairs; without it, --seed")
     cli.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
     add = parser.add_argument_group("direct distillation").add_argument
-    add("--num_inference_steps", type=cli.positive_int, help="of the student; default: 4, or the csv's")
+    add("--num_inference_steps", type=cli.positive_int, help="of the student; default: 4, or the table's")
     add("--student_scheduler", help="class of diffusers; default: the one that made the pairs")
     add("--student_scheduler_kwargs", help="JSON object of changes to its configuration")
     add("--student_kwargs", help="JSON object of arguments of the student's call, over what is found out")
@@ -93,7 +96,9 @@ def read_data(args):
         data = pairs.PairImages(args.dataset_metadata_path, args.dataset_base_path, *size)
     steps = set(data.steps)
     if args.num_inference_steps and steps - {args.num_inference_steps}:
-        raise UserError(f"--num_inference_steps={args.num_inference_steps}: the csv says {steps.pop()}; drop the flag")
+        raise UserError(
+            f"--num_inference_steps={args.num_inference_steps}: the table says {steps.pop()}; drop the flag"
+        )
     args.num_inference_steps = args.num_inference_steps or (steps.pop() if steps else 4)
     if args.num_held_out is None:
         args.num_held_out = min(64, len(data) // 10)

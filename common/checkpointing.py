@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from common import UserError, preemption
+from common.addresses import without_credentials
 
 import torch
 from accelerate.utils import gather_object
@@ -205,7 +206,9 @@ def check_same_start(output_dir, args):
 
 
 def _same_path(value):
-    """What exists as a file or folder, as one spelling; anything else as it is."""
+    """What exists as a file or folder, as one spelling; an address without its credentials; anything else as it is."""
+    if isinstance(value, str) and ("://" in value or value.startswith("pipe:")):
+        return without_credentials(value)
     return os.path.realpath(value) if isinstance(value, str) and value and os.path.exists(value) else value
 
 

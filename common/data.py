@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.addresses import without_credentials
 from common.preemption import outlive_sigterm
 from common.shards import (
     IMAGE_KEYS,
@@ -248,8 +249,10 @@ class TrainingData:
         self._source = source
         if source is not None:
             self._folder, self._items = source.name, [(key, None) for key in source.keys]
-        listing = json.dumps([self.shards, [name for name, _ in self._items or ()]])
-        self._shards_hash = hashlib.sha256(listing.encode()).hexdigest()
+        names = [name for name, _ in self._items or ()]
+        unsigned = [without_credentials(shard) if is_remote(shard) else shard for shard in self.shards]
+        listings = [json.dumps([shards, names]) for shards in (unsigned, self.shards)]  # the latter: of older versions
+        self._shards_hash, self._older_hash = [hashlib.sha256(text.encode()).hexdigest() for text in listings]
         self._start(num_lanes or 8 * world_size, 0, None)
 
     def _start(self, num_lanes: int, micro_batch: int, cursors: dict[int, dict] | None):
@@ -497,6 +500,8 @@ class TrainingData:
             return
         num_lanes = self._given_lanes or saved["num_lanes"]
         identity = self._identity() | {"num_lanes": num_lanes}
+        if saved["train_shards_path_or_url"] == self._older_hash:
+            saved = saved | {"train_shards_path_or_url": self._shards_hash}
         changed = [name for name in identity if identity[name] != saved[name]]
         if changed:
             raise DataError(

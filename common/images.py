@@ -91,7 +91,7 @@ def decode_image_label(
 
 def _decode_label(raw, label_name, num_classes):
     try:
-        label = int(raw["cls"]) if "cls" in raw else json.loads(raw["json"])[label_name]
+        label = int(raw["cls"].decode("utf-8-sig")) if "cls" in raw else json.loads(raw["json"])[label_name]
     except (ValueError, KeyError, TypeError) as error:
         raise SampleError("decode", f"no class, neither in cls nor as {label_name} in json: {error}") from error
     if type(label) is not int or not 0 <= label < num_classes:

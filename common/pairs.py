@@ -73,7 +73,9 @@ def _captions(spec):
                     text = next((raw[key] for key in TEXT_KEYS if raw.get(key)), b"")
                     prompts.append(text.decode("utf-8-sig", errors="replace"))
         except SampleError as error:
-            raise UserError(f"--prompts={spec}: {shard} cannot be read ({error.detail})") from None
+            raise UserError(
+                f"--prompts={spec}: {shard} cannot be read ({error.detail}); give shards or {tables.FORMATS}"
+            ) from None
     return prompts
 
 

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import UserError, tables
+from common.addresses import mask_credentials as mask_credentials
+from common.addresses import quote_address
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -249,16 +251,9 @@ def read_head(shard: str, size: int = 1 << 16, pipe_timeout: float = 60) -> byte
     return b""
 
 
-def mask_credentials(text):
-    """An address or command without its credentials: user and password, signed queries, Authorization headers."""
-    text = re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
-    text = re.sub(r"(?i)([?&][\w-]*(?:token|sig|key|secret|credential|passw)[\w-]*=)[^&\s\"']+", r"\1***", text)
-    return re.sub(r"(?i)\b(bearer|basic|authorization: *token)( +)[^\s\"']+", r"\1\2***", text)
-
-
 def _request(url: str) -> urllib.request.Request:
     """user:password@ of an address becomes the header that it stands for."""
-    parts = urllib.parse.urlsplit(url)
+    parts = urllib.parse.urlsplit(quote_address(url))
     request = urllib.request.Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
     if parts.username is not None:
         login = ":".join(urllib.parse.unquote(part or "") for part in (parts.username, parts.password))

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from common import UserError, models
+from common import UserError, models, tables
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, UNet2DModel
@@ -84,8 +84,8 @@ def read_unet_config(
 def _load_config(flag, name, revision, cache_dir):
     if Path(name).is_file():
         try:
-            config = json.loads(Path(name).read_text())
-        except (OSError, ValueError) as error:
+            config = json.loads(tables.read_text(name, flag))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{flag}: the file is not JSON ({error})") from None
     else:
         options = {"revision": revision, "cache_dir": cache_dir, "subfolder": _subfolder(name)}

@@ -116,7 +116,7 @@ def _zero_optimization():
             zero |= {f"offload_{part}": {"device": device}} if device != "none" else {}
         return zero
     try:
-        config = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        config = dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
         zero = dict(config.pop("zero_optimization"))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"`accelerate config`: deepspeed_config_file={path} cannot be read ({error!r})") from None

@@ -398,7 +398,7 @@ CONSISTENCY = {
     ),
     "a network that is binary": (
         lambda w: {"model_config_name_or_path": w.file("net.json", b"\xff\xfe\x00")},
-        "the file is not JSON",
+        "net.json is not UTF-8 text",
     ),
     "a network of strange numbers": (
         lambda w: {"model_config_name_or_path": w.copy("unet", lambda f: edit_json(f, norm_num_groups=7))},

@@ -264,6 +264,10 @@ def test_another_configuration_is_refused_with_a_list(tmp_path):
     with pytest.raises(UserError, match="--train_batch_size was 4 and is 8; pass what it was, or another --data_seed"):
         checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8})
     checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8, "data_seed": 2})
+    there, renewed, other = ({"shards": f"https://h/{n}?X-Amz-Date={d}&sig=***"} for n, d in ((0, 1), (0, 2), (1, 1)))
+    checkpointing.check_same_run("c", there, renewed)
+    with pytest.raises(UserError, match="--shards was"):
+        checkpointing.check_same_run("c", there, other)
 
 
 def test_output_dir_is_checked_before_anything_is_written(tmp_path):

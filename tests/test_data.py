@@ -1,6 +1,7 @@
 """The data stream: its order, its resume, bad data, decoding. Everything runs on tiny tars made here."""
 
 import base64
+import hashlib
 import http.server
 import io
 import json
@@ -13,6 +14,7 @@ import struct
 import tarfile
 import threading
 import time
+import urllib.parse
 import zlib
 from functools import partial
 from itertools import islice
@@ -315,6 +317,16 @@ def test_identity_lanes_and_world_size_are_checked_on_resume(tmp_path):
             make_data(shards, **changed).load_state_dict(state)
     with pytest.raises(DataError, match="train_shards_path_or_url.*--data_seed"):
         make_data(shards[:2]).load_state_dict(state)
+    signed, renewed, other = (
+        f"https://h/{n}.tar?X-Amz-Date={d}&X-Amz-Signature={d}" for n, d in ((0, 1), (0, 2), (1, 1))
+    )
+    addressed = make_data([signed]).state_dict()
+    addressed["cursors"] = state["cursors"]
+    make_data([renewed]).load_state_dict(addressed)
+    with pytest.raises(DataError, match="train_shards_path_or_url.*--data_seed"):
+        make_data([other]).load_state_dict(addressed)
+    addressed["identity"]["train_shards_path_or_url"] = hashlib.sha256(json.dumps([[signed], []]).encode()).hexdigest()
+    make_data([signed]).load_state_dict(addressed)  # as it was written when the hash held signatures
     with pytest.raises(DataError, match="8 lanes.*3 processes.*--data_seed"):
         make_data(shards, num_lanes=None, world_size=3).load_state_dict(state)
     with pytest.raises(DataError, match="3 processes"):
@@ -691,7 +703,7 @@ def server(tmp_path):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
-            body = (tmp_path / self.path.lstrip("/")).read_bytes()
+            body = (tmp_path / urllib.parse.unquote(self.path).lstrip("/")).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -721,6 +733,14 @@ def test_http_shards_are_checked_for_their_length_and_tried_again(tmp_path, serv
     assert counters["keys"] == {f"00000.tar/{n:06d}" for n in range(5)} and counters["shard_open"] >= 3
     with pytest.raises(DataError, match="no usable sample in 3 whole epochs.*shard_open 3"):
         count_after([f"{address}/00001.tar"], 1)
+
+
+def test_http_addresses_with_blanks_and_umlauts(tmp_path, server):
+    (tmp_path / "my shards").mkdir()
+    shard = Path(make_shards(tmp_path, [5])[0]).rename(tmp_path / "my shards/ü 0.tar")
+    for name in ("my shards/ü 0.tar", "my%20shards/%C3%BC 0.tar"):
+        assert len(count_after([f"{server[0]}/{name}"], 5)["keys"]) == 5
+    assert shards_module.read_head(f"{server[0]}/my shards/ü 0.tar") == shard.read_bytes()[: 1 << 16]
 
 
 def test_http_shards_in_workers_equal_local_ones(tmp_path, server):

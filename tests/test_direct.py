@@ -702,7 +702,7 @@ def test_encoded_images_are_the_latents_but_for_what_the_decoder_lost(table, pic
         (lambda rows: rows, {"height": 32, "width": 32}, "--height=32 --width=32: 000000000.png has 16 x 16 pixels"),
         (lambda rows: rows, {"max_pixels": 255, "train_batch_size": 1}, "--max_pixels=255"),
         (lambda rows: rows, {"max_pixels": 256}, "--train_batch_size=1"),
-        (lambda rows: rows, {"num_inference_steps": 8}, "--num_inference_steps=8: the csv says 4"),
+        (lambda rows: rows, {"num_inference_steps": 8}, "--num_inference_steps=8: the table says 4"),
     ],
 )
 def test_mistakes_in_the_guides_folder(tmp_path, flags, table, capsys, monkeypatch, edit, changes, sentence):

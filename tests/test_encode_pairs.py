@@ -70,7 +70,7 @@ def test_several_sizes_and_another_vae(tmp_path, flags, table, direct_teacher, c
     said = sentence(capsys, run, flags(tmp_path / "a", **command))
     assert "--pairs_dir: its images have several sizes; pass --train_batch_size=1" in said
     options = {"train_batch_size": 1, "num_inference_steps": 3}
-    assert "the csv says 4" in sentence(capsys, run, flags(tmp_path / "a", **command, **options))
+    assert "the table says 4" in sentence(capsys, run, flags(tmp_path / "a", **command, **options))
     teacher = Path(shutil.copytree(direct_teacher(), tmp_path / "teacher"))
     path = teacher / "vae" / "diffusion_pytorch_model.safetensors"
     weights = {name: value * 1.1 if name.startswith("encoder") else value for name, value in load_file(path).items()}

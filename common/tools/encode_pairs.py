@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    parser.add_argument("metadata", metavar="METADATA", help="csv of image,prompt,seed,rand_device,...")
+    parser.add_argument(
+        "metadata", metavar="METADATA", help="csv, tsv, jsonl or json of image,prompt,seed,rand_device,..."
+    )
     parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", required=True, help="what made the images: folder or hub name")

@@ -67,7 +67,9 @@ def parse_args(argv=None):
     add("--lora", help="LoRA folder or .safetensors file on top of the one --pretrained_model")
     add("--unet", help="U-Net folder instead of the U-Net of the one --pretrained_model")
     add(
-        "--prompts", action="append", help="a prompt, or @file with one per line; repeat for more; none: unconditional"
+        "--prompts",
+        action="append",
+        help="a prompt, or @file: one a line, or a table; repeat for more; none: unconditional",
     )
     add("--num_inference_steps", type=int_list, help="such as 1,2,4,8, which is also the default")
     add("--timesteps", help="one explicit schedule instead, such as 999,749,499,249")
@@ -197,7 +199,7 @@ def read_prompts(values):
         prompts += tables.read_prompts(value[1:], f"--prompts {value}") if is_file else [value.strip()]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise UserError("--prompts holds no text: give a prompt, or @file with one per line")
+        raise UserError("--prompts holds no text: give a prompt, or @file with one a line")
     return prompts
 
 

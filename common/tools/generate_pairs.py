@@ -29,8 +29,8 @@ def parse_args(argv=None):
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("what it is asked").add_argument
-    add("--prompts", required=True, help="text file (one a line), csv, parquet, or WebDataset shards with captions")
-    add("--prompt_column", help="of a csv or parquet; default: prompt, text or caption")
+    add("--prompts", required=True, help="txt (one a line), csv, tsv, json(l), parquet, or shards with captions")
+    add("--prompt_column", help="of a table; default: prompt, text or caption")
     add("--num_pairs", type=cli.positive_int, help="default: one for each prompt; more go through them again")
     add("--num_inference_steps", type=cli.positive_int, default=50, help="of the teacher")
     add("--guidance_scale", type=cli.non_negative_float, help="of the teacher; default: the pipeline's")
