@@ -114,8 +114,11 @@ def _new_cursor() -> dict[str, int]:
     return {"epoch": 0, "unit": 0, "position": 0, "taken": 0, "block": 0, "offset": 0, "used": 0, "empty": 0}
 
 
-def _last_detail(tally: _Tally) -> str:
-    return f", the last was: {mask_credentials(tally.skipped[-1]['detail'])}" if tally.skipped else ""
+def _last_detail(skipped: list[dict]) -> str:
+    if not skipped:
+        return ""
+    key, shard, detail = (mask_credentials(skipped[-1][name]) for name in ("key", "shard", "detail"))
+    return f"; the last was: {key or shard.partition('?')[0].rpartition('/')[2]}: {detail}"
 
 
 class _Lane:
@@ -178,7 +181,7 @@ class _Lane:
             raise DataError(
                 f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
                 f"({_listing(tally.counts)}): check {flag}, or pass fewer --data_lanes"
-                f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{_last_detail(tally)}."
+                f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{_last_detail(tally.skipped)}."
             )
         self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
         self.reader = None
@@ -281,6 +284,7 @@ class TrainingData:
             )
         self.num_workers = num_workers
         self._first_epoch = max(self._cursors[lane]["epoch"] for lane in self._own_lanes())
+        self._skipped = []  # the last one
         self._window, self._window_seen, self._window_unreadable = deque(), 0, 0
 
     def _own_lanes(self) -> list[int]:
@@ -338,7 +342,7 @@ class TrainingData:
                 tally.skip(error, key, shard)
                 seen, unreadable = _seen_and_unreadable(tally.counts)
                 if seen >= SKIP_WINDOW:
-                    self._check_skip_ratio(seen, unreadable, tally.counts)
+                    self._check_skip_ratio(seen, unreadable, tally.counts, tally.skipped)
                 continue
             keys.append(key)
             epochs.append(epoch)
@@ -415,6 +419,7 @@ class TrainingData:
         self._cursors[item["lane"]] = item["cursor"]
         self._consumed += 1
         self._count(item)
+        self._skipped = item["skipped"][-1:] or self._skipped
         seen, unreadable = _seen_and_unreadable(item["counts"])
         self._window.append((seen, unreadable))
         self._window_seen += seen
@@ -425,18 +430,19 @@ class TrainingData:
             self._window_unreadable -= unreadable
         whole_epoch = min(self._cursors[lane]["epoch"] for lane in self._own_lanes()) > self._first_epoch
         if self._window_seen >= SKIP_WINDOW_MIN or whole_epoch:
-            self._check_skip_ratio(self._window_seen, self._window_unreadable, self.counters)
+            self._check_skip_ratio(self._window_seen, self._window_unreadable, self.counters, self._skipped)
 
     def _count(self, item: dict):
         self._log_skipped(item["skipped"])
         for name, count in item["counts"].items():
             self.counters[name] += count
 
-    def _check_skip_ratio(self, seen: int, unreadable: int, counts: dict[str, int]):
+    def _check_skip_ratio(self, seen: int, unreadable: int, counts: dict[str, int], skipped: list[dict]):
         if unreadable > self.max_skip_ratio * seen:
             raise DataError(
                 f"{unreadable} of the last {seen} samples could not be read ({_listing(counts)}): repair the data"
-                f"{' (skipped_samples.jsonl has the first)' if self.skipped_log else ''}, or raise --max_skip_ratio."
+                f"{' (skipped_samples.jsonl has the first)' if self.skipped_log else ''}, or raise "
+                f"--max_skip_ratio{_last_detail(skipped)}."
             )
 
     def _log_skipped(self, skipped: list[dict]):

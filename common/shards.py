@@ -35,6 +35,8 @@ from webdataset.tariterators import base_plus_ext
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")
 TEXT_KEYS = ("text", "txt", "caption")
 SKIP_CLASSES = ("shard_open", "shard_read", "decode", "missing_caption", "too_small", "too_big", "filtered")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # in any case
+HELD_OUT = ("test", "val", "valid", "validation", "eval", "dev")  # folders that are not for training, beside others
 MAX_MEMBER_BYTES = 1 << 28  # larger members of a tar are not read: their sample is too_big
 DOWNLOAD_TRIES, DOWNLOAD_BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
 SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
@@ -50,7 +52,13 @@ class SampleError(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}")
         assert reason in SKIP_CLASSES
-        self.reason, self.detail = reason, detail[:200]
+        self.reason, self.detail = reason, detail[:300]
+
+
+class RawSample(dict):
+    """{member extension: bytes}. note: where a member is missing, what is there instead, in words."""
+
+    note = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,11 +127,42 @@ def _expand_fsspec(address: str) -> list[str]:
 
 
 def _expand_folder(folder: str) -> list[str]:
-    tars = sorted(itertools.chain(*(glob.glob(os.path.join(glob.escape(folder), f"*.tar{z}")) for z in ("", ".gz"))))
-    if tars:
-        return tars
-    folder_items(folder)
-    return [folder]
+    tars = list_tars(folder)
+    if not tars:
+        folder_items(folder)
+        return [folder]
+    tops = sorted(
+        {os.path.relpath(tar, folder).partition(os.sep)[0] for tar in tars if os.path.dirname(tar) != folder}
+    )
+    held_out = [top for top in tops if top.lower() in HELD_OUT]
+    if held_out and len(tops) > 1:
+        raise DataError(
+            f"--train_shards_path_or_url: the tars of {folder!r} lie in {', '.join(tops)}, and {held_out[0]} is not "
+            "for training by its name: pass one of these folders, or a pattern for all."
+        )
+    return tars
+
+
+def tar_suffix(path: str) -> str:
+    """The end of a path by which it is a tar, "" for any other."""
+    return next((path[-len(suffix) :] for suffix in TAR_SUFFIXES if path.lower().endswith(suffix)), "")
+
+
+def list_tars(folder: str) -> list[str]:
+    """The tars of a folder and its subfolders, links followed, hidden ones left out; sorted by path.
+
+    A folder that holds images and has tars in subfolders alone is a folder of images: [].
+    """
+    tars, seen, images = [], set(), False
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            tars += [os.path.join(parent, name) for name in names if tar_suffix(name) and not name.startswith(".")]
+            images = images or any(name.lower().endswith(tuple("." + key for key in IMAGE_KEYS)) for name in names)
+        seen.add(real)
+    in_subfolders = not any(os.path.dirname(tar) == folder.rstrip(os.sep) for tar in tars)
+    return [] if images and in_subfolders else sorted(tars)
 
 
 def folder_items(folder: str) -> list[tuple[str, str | None]]:
@@ -194,7 +233,7 @@ def count_samples(shards: list[str]) -> int | None:
         if os.path.isdir(shard):
             total += len(folder_items(shard))
             continue
-        stats = Path(re.sub(r"\.tar(\.gz)?$", "", shard) + "_stats.json")
+        stats = Path(shard[: -len(tar_suffix(shard)) or None] + "_stats.json")
         try:
             total += int(json.loads(stats.read_text())["successes"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -330,25 +369,76 @@ def tar_samples(file, required, part: int = 0, parts: int = 1, start: int = 0) -
     is None. Raises SampleError("shard_read") where the archive is damaged, after the samples before the damage.
     """
     wanted = {"json", *itertools.chain(*required)}
-    current, current_key, raw = -1, None, {}
+    current, current_key, raw, names, hint = -1, None, RawSample(), [], None
+
+    def done():
+        """The sample that was read, with a note where it lacks a member; only the first looks at the tar for it."""
+        nonlocal hint
+        missing = missing_group(raw, required)
+        if hint is None:
+            hint = _layout_hint(tar, current_key, names, missing) if missing else ""
+        if missing:
+            raw.note = hint or f"only {', '.join(names[:3])}"
+        return current, current_key, raw
+
     try:
-        tar = tarfile.open(fileobj=file, mode="r:*")
+        tar = _open_tar(file)
         for index, key, extension, member in _tar_members(tar):
             if index != current:
                 if raw is not None and current >= 0:
-                    yield current, current_key, raw
-                current, current_key = index, key
-                raw = {} if index >= start and index % parts == part else None
+                    yield done()
+                current, current_key, names = index, key, []
+                raw = RawSample() if index >= start and index % parts == part else None
+            names += [member.name] if len(names) < 3 else []
             if raw is not None and extension in wanted:
                 raw[extension] = None
                 if member.size <= MAX_MEMBER_BYTES:
                     raw[extension] = _read_member(tar, member)
+    except SampleError:
+        raise
     except Exception as error:  # hostile bytes make tarfile raise nearly anything
         if raw and missing_group(raw, required) is None and None not in raw.values():
             yield current, current_key, raw  # the sample before the damage is whole
         raise SampleError("shard_read", f"{type(error).__name__}: {error}") from error
     if raw is not None and current >= 0:
-        yield current, current_key, raw
+        yield done()
+
+
+def _open_tar(file):
+    head = file.read(512)
+    file.seek(0)
+    try:
+        return tarfile.open(fileobj=file, mode="r:*")
+    except tarfile.ReadError:
+        found = tables.what_is(head) or f"a file that begins with {head[:16]!r}"
+        raise SampleError("shard_read", f"no tar that can be opened but {found}") from None
+
+
+def _layout_hint(tar, key, names, missing, most=20_000):
+    """Why a sample lacks `missing`, extensions of which it needs one, by the names of the tar's members, or "".
+
+    names: its own first members. The headers of the tar are read again from its start, at most so many.
+    """
+    at, others, found, position = names[0], [], set(), tar.fileobj.tell()
+    with contextlib.suppress(Exception):  # damage is reported where the stream comes to it
+        tar.fileobj.seek(0)
+        members = _tar_members(tarfile.open(fileobj=tar.fileobj, mode="r:"))
+        for _, prefix, extension, member in itertools.islice(members, most):
+            found.add(extension)
+            if extension in missing or extension.rpartition(".")[2] in missing:
+                others.append((prefix, extension, member.name))
+    tar.fileobj.seek(position)
+    for prefix, extension, name in others:
+        if prefix == key and extension in missing:
+            return f"{name} is not next to {at} in the tar; pack it sorted by name: tar --sort=name -cf NEW.tar FOLDER"
+        if prefix == key:
+            return f"{name} counts as member {extension!r} of {key!r}: a key ends at the first dot, so leave only one"
+    for prefix, _, name in others:
+        if os.path.basename(prefix) == os.path.basename(key):
+            return f"{name} lies in another folder of the tar than {at}: put both into one, for a key holds its folder"
+    if not others:
+        return f"the tar's members are {', '.join(sorted(found)[:8])}"
+    return ""
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -368,6 +458,7 @@ def check_members(raw: dict, required):
     missing = missing_group(raw, required)
     if missing:
         reason = "missing_caption" if "txt" in missing else "decode"
-        raise SampleError(reason, f"no member {', '.join(missing)}")
+        note = getattr(raw, "note", "")
+        raise SampleError(reason, f"no member {', '.join(missing)}{note and f' ({note})'}")
     if None in raw.values():
         raise SampleError("too_big", f"a member of more than {MAX_MEMBER_BYTES} bytes")

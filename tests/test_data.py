@@ -1,6 +1,7 @@
 """The data stream: its order, its resume, bad data, decoding. Everything runs on tiny tars made here."""
 
 import base64
+import gzip
 import hashlib
 import http.server
 import io
@@ -8,6 +9,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shutil
 import signal
 import socket
 import struct
@@ -24,7 +27,16 @@ from common import data as data_module
 from common import shards as shards_module
 from common.data import TrainingData, keyed_generator, keyed_seed
 from common.images import INTERPOLATION_TYPES, decode_image_text
-from common.shards import SKIP_CLASSES, DataError, SampleError, count_samples, expand_shards
+from common.shards import (
+    IMAGE_KEYS,
+    SKIP_CLASSES,
+    TEXT_KEYS,
+    DataError,
+    SampleError,
+    count_samples,
+    expand_shards,
+    tar_samples,
+)
 
 import fsspec
 import numpy as np
@@ -575,6 +587,70 @@ def count_after(shards, batches, **options):
     return data.counters | {"keys": set(keys)}
 
 
+PNG, CAPTION = b"no image", b"caption"
+LAYOUTS = {
+    "images, then captions": (
+        [(f"{n}.png", PNG) for n in range(4)] + [(f"{n}.txt", CAPTION) for n in range(4)],
+        "0.txt is not next to 0.png in the tar; pack it sorted by name: tar --sort=name",
+    ),
+    "dots": (
+        [(f"a.v{n}.{e}", PNG) for n in range(4) for e in ("png", "txt")],
+        "a.v0.png counts as member 'v0.png' of 'a': a key ends at the first dot",
+    ),
+    "two folders": (
+        [(f"{e}/{n}.{e}", PNG) for n in range(4) for e in ("png", "txt")],
+        "txt/0.txt lies in another folder of the tar than png/0.png: put both into one",
+    ),
+    "no captions": ([(f"{n}.{e}", PNG) for n in range(4) for e in ("png", "xmp")], "the tar's members are png, xmp"),
+    "an image format": (
+        [(f"{n}.{e}", PNG) for n in range(4) for e in ("tif", "txt")],
+        "the tar's members are tif, txt",
+    ),
+    "a later one": (members(0, 3) + [("x.txt", CAPTION)], "no member jpg, png, jpeg, webp (only x.txt)"),
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_wrong_with_the_layout_of_a_tar_is_said(tmp_path, layout, zipped):
+    contents, sentence = LAYOUTS[layout]
+    tar = Path(write_tar(tmp_path / "0.tar", contents))
+    if zipped:
+        tar.write_bytes(gzip.compress(tar.read_bytes()))
+    with pytest.raises(DataError, match=re.escape(sentence)) as caught:
+        count_after([str(tar)], 9, max_skip_ratio=0.01, required=(IMAGE_KEYS, TEXT_KEYS))
+    assert "the last was: 0.tar/" in str(caught.value)
+    with open(tar, "rb") as file, tarfile.open(tar) as there:  # looking at the tar loses no sample and no byte
+        found = [
+            (f"{key}.{e}", data)
+            for _, key, raw in tar_samples(file, [("png", "jpg", "txt")])
+            for e, data in raw.items()
+        ]
+        wanted = [m for m in there if m.name.split(".", 1)[1] in ("png", "jpg", "txt")]
+        assert found == [(m.name, there.extractfile(m).read()) for m in wanted]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "a git-lfs pointer"),
+        (b"\n <!DOCTYPE html><html><body>Please log in", "an HTML page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "XML"),
+        (b"PK\x03\x04" + bytes(600), "a zip archive"),
+        (b'{"error": "expired"}', "JSON text"),
+        (gzip.compress(b"text" * 999), "gzip data"),
+        (b"text" * 999, "a file that begins with b'texttext"),
+    ],
+)
+def test_what_is_no_tar_is_named(tmp_path, server, content, words):
+    (tmp_path / "0.tar").write_bytes(content)
+    for shard in (str(tmp_path / "0.tar"), f"{server[0]}/0.tar?sig=S3CRET", f"pipe:cat {tmp_path}/0.tar"):
+        with pytest.raises(DataError, match=f"shard_read 3.*the last was: 0.tar: .*no tar .* but {words}") as caught:
+            count_after([shard], 1)
+        assert "S3CRET" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_set_without_a_good_sample_stops_in_one_sentence(tmp_path, num_workers):
     contents = [(f"{n}.{extension}", b"x") for n in range(300) for extension in ("jpg", "txt")]
@@ -703,7 +779,7 @@ def server(tmp_path):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
-            body = (tmp_path / urllib.parse.unquote(self.path).lstrip("/")).read_bytes()
+            body = (tmp_path / urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/")).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -780,6 +856,34 @@ def test_expand_shards(tmp_path):
     ]
     braces = write_tar(tmp_path / "{a,b}.tar", members(0, 1))
     assert expand_shards(braces) == [braces]
+
+
+def test_the_tars_of_a_folder(tmp_path):
+    shards = make_shards(tmp_path, [1, 1])
+    for name in ("more/1/a.TAR", "more/b.tgz", "c.Tar.GZ", ".cache/d.tar", "more/.e.tar", "more/f.txt", "g/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shards[0], tmp_path / name)
+    (tmp_path / "more/round").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "more/1")
+    expected = [*shards, *(str(tmp_path / name) for name in ("c.Tar.GZ", "linked/a.TAR", "more/b.tgz"))]
+    assert expand_shards(str(tmp_path)) == expand_shards(f"{tmp_path}/") == expected
+    (tmp_path / "c_stats.json").write_text('{"successes": 70}')
+    assert count_samples(expected) == 74
+
+    for word in ("train", "Val"):
+        (tmp_path / "split" / word).mkdir(parents=True)
+        shutil.copy(shards[0], tmp_path / "split" / word / "0.tar")
+    with pytest.raises(DataError, match="lie in Val, train, and Val is not for training by its name"):
+        expand_shards(str(tmp_path / "split"))
+    assert (
+        len(expand_shards(str(tmp_path / "split/Val"))) == 1 and len(expand_shards(f"{tmp_path}/split/*/*.tar")) == 2
+    )
+
+    (tmp_path / "images/original").mkdir(parents=True)  # images, and what they were unpacked from
+    shutil.copy(shards[0], tmp_path / "images/original/0.tar")
+    (tmp_path / "images/0.png").write_bytes(b"")
+    (tmp_path / "images/0.txt").write_text("caption")
+    assert expand_shards(str(tmp_path / "images")) == [str(tmp_path / "images")]
 
 
 @pytest.mark.parametrize(

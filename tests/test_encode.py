@@ -403,6 +403,7 @@ def test_a_name_for_every_kind_of_address():
     names = {
         "/a/b/00012.tar": "00012", "x.tar.gz": "x", "https://h/d/00003.tar?download=true": "00003",
         "pipe:curl -L -s https://h/main/00001.tar?x=a.b || exit 1": "00001", "s3://bucket/part-7.v2.tar": "part-7.v2",
+        "/a b/my 1.TAR": "my 1", "x.tgz": "x", "pipe:zcat /a/2.TGZ": "2",
     }  # fmt: skip
     assert {shard: encode_shards.output_name(shard) for shard in names} == names
     unit = encode_shards.Unit("1", "https://u:pw@h/1.tar?X-Amz-Date=2&X-Amz-Signature=s", None)

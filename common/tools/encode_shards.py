@@ -43,6 +43,7 @@ from common.shards import (
     mask_credentials,
     open_shard,
     tar_samples,
+    tar_suffix,
 )
 from common.work import add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
 
@@ -186,7 +187,10 @@ def list_units(args):
 def output_name(shard):
     """The name of a path's, an address's or a command's tar, without its extension."""
     text = shard if shard.startswith("pipe:") or "://" not in shard else urllib.parse.urlsplit(shard).path
-    found = re.findall(r"([^/\s\"'=]+)\.tar\b", text)
+    suffix = tar_suffix(text)
+    if suffix and not shard.startswith("pipe:"):
+        return text.rpartition("/")[2][: -len(suffix)]
+    found = re.findall(r"([^/\s\"'=]+)\.(?:tar|tgz|tbz2|txz)\b", text, re.IGNORECASE)
     if not found:
         raise UserError(f"IN={mask_credentials(shard)} has no name that ends in .tar; rename it, or put it behind one")
     return found[-1]
@@ -221,7 +225,9 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
     def stats(count, size):
         read, skipped = account["read"], dict(sorted(account["skipped"].items()))
         if read and not count or account["damage"] and not read:
-            raise SampleError("shard_read", account["damage"] or f"none of its {read} samples can be used: {skipped}")
+            first = (account["first_skipped"] or [{"detail": ""}])[0]["detail"]
+            reason = f"none of its {read} samples can be used: {skipped}, the first for {first or 'no caption'}"
+            raise SampleError("shard_read", account["damage"] or reason)
         if skipped:
             progress.write(f"{path.name}: {count} of {read} samples, skipped: {skipped}; see {path.stem}_stats.json")
         said = {"count": read, "successes": count, "skipped": skipped, "first_skipped": account["first_skipped"]}
