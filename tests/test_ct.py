@@ -17,10 +17,11 @@ from common.image_data import open_images
 from common.images import decode_image_label
 from common.shards import IMAGE_KEYS, DataError
 from common.tools import demo, demo_ct, digits
+from tests.fork_server import run_processes
 from tests.test_args import gpu  # noqa: F401  (a fixture)
 from tests.test_args import test_mistakes_end_in_one_sentence_and_exit_code_2 as mistakes
 from tests.test_preemption import stop_after
-from tests.test_scripts import NO_DDP_LEFT, fingerprint, launch, scalars
+from tests.test_scripts import NO_DDP_LEFT, fingerprint, scalars
 from tests.test_scripts import train as run_script
 
 import datasets
@@ -967,7 +968,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags, classifier):
     common |= {"feature_network": classifier, "eval_num_samples": 22, "eval_class_accuracy": True}
     common["checkpointing_steps"] = 5  # an odd number of micro-batches
     two = flags(tmp_path / "two", **common)
-    done = launch(two, num_processes=2, prelude=TWO_PROCESSES, script=ct)
+    done = run_processes(two, ct, 2, TWO_PROCESSES)
     assert done.returncode == 0, done.stderr[-3000:]
     train(flags(tmp_path / "one", **common, gradient_accumulation_steps=2))
     for name in ("unet", "unet_raw"):
@@ -988,7 +989,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags, classifier):
 
     expected = digests(tmp_path / "two" / "checkpoint-8")
     (tmp_path / "two" / "checkpoint-8" / "COMPLETE").unlink()
-    done = launch([*two, "--resume_from_checkpoint=latest"], num_processes=2, prelude=NO_DDP_LEFT, script=ct)
+    done = run_processes([*two, "--resume_from_checkpoint=latest"], ct, 2, NO_DDP_LEFT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert digests(tmp_path / "two" / "checkpoint-8") == expected
 
@@ -1003,7 +1004,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags, classifier):
     # On two processes instead of one.
     (tmp_path / "one" / "checkpoint-8" / "COMPLETE").unlink()
     one = flags(tmp_path / "one", **common, resume_from_checkpoint="latest")
-    done = launch(one, num_processes=2, script=ct)
+    done = run_processes(one, ct, 2)
     assert done.returncode == 0 and "at step 5" in done.stdout, done.stderr[-3000:]
     assert digests(tmp_path / "one" / "checkpoint-8")["data"]["cursors"] == expected["data"]["cursors"]
     assert scalars(tmp_path / "one", "loss") == pytest.approx(losses, rel=1e-5)

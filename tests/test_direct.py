@@ -17,8 +17,9 @@ import train_direct_distill as direct
 from common import UserError, checkpointing, pairs, pipelines, probes
 from common.tools import digits, dit, generate_pairs
 from tests import tiny_pipelines as tiny
+from tests.fork_server import run_processes
 from tests.test_preemption import stop_after
-from tests.test_scripts import KILLED, NO_DDP_LEFT, fingerprint, launch, scalars, train
+from tests.test_scripts import KILLED, NO_DDP_LEFT, fingerprint, scalars, train
 
 import numpy as np
 import pytest
@@ -410,7 +411,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags,
 
 
 def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags):
-    done = launch(flags(tmp_path / "b", lora_rank=4), prelude=KILLED.format(where="True"), script=direct)
+    done = run_processes(flags(tmp_path / "b", lora_rank=4), direct, prelude=KILLED.format(where="True"))
     assert done.returncode != 0
     assert [c.name for c in checkpointing.list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
     run(flags(tmp_path / "b", lora_rank=4, resume_from_checkpoint="latest"))
@@ -420,7 +421,7 @@ def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags):
 
 def test_two_processes_equal_one_and_resume(tmp_path, flags):
     two = {"train_batch_size": 2, "ema_decay": 0.5, "checkpointing_steps": 3}  # an odd number of micro-batches
-    done = launch(flags(tmp_path / "two", **two), num_processes=2, script=direct, prelude=NO_DDP_LEFT)
+    done = run_processes(flags(tmp_path / "two", **two), direct, 2, NO_DDP_LEFT)
     assert done.returncode == 0, done.stderr[-2000:]
     run(flags(tmp_path / "one", gradient_accumulation_steps=2, **two))
     one, both = (list(scalars(tmp_path / name, "loss").values()) for name in ("one", "two"))
@@ -430,7 +431,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags):
     expected = digests(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
     again = flags(tmp_path / "two", **two, resume_from_checkpoint="latest")
-    done = launch(again, num_processes=2, script=direct, prelude=NO_DDP_LEFT)
+    done = run_processes(again, direct, 2, NO_DDP_LEFT)
     assert done.returncode == 0 and digests(tmp_path / "two" / "checkpoint-4") == expected, done.stderr[-2000:]
 
     # On one process instead of two: the same pairs in the same order, and losses up to the order of sums.
@@ -443,7 +444,7 @@ def test_two_processes_equal_one_and_resume(tmp_path, flags):
     # On two processes instead of one.
     (tmp_path / "one" / "checkpoint-4" / "COMPLETE").unlink()
     again = flags(tmp_path / "one", **two, resume_from_checkpoint="latest")
-    done = launch(again, num_processes=2, script=direct)
+    done = run_processes(again, direct, 2)
     assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr[-2000:]
     assert digests(tmp_path / "one" / "checkpoint-4")["data"] == {"next_micro_batch": 8}
     assert scalars(tmp_path / "one", "loss") == pytest.approx(losses, rel=1e-4)

@@ -13,6 +13,7 @@ import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
 from common import UserError, checkpointing, preemption
 from common.preemption import Stopper
+from tests.fork_server import run_processes
 from tests.test_scripts import digests, flags, launch, train
 
 import pytest
@@ -170,7 +171,7 @@ def test_sigterm_to_a_whole_job_of_one_process_with_a_loader(tmp_path, flags):
 def test_sigusr1_to_one_of_two_processes_stops_both_at_one_step_and_a_poisoned_one_skips_for_both(tmp_path, flags):
     options = {"max_train_steps": 100, "checkpointing_steps": 100, "train_batch_size": 2, "data_lanes": 8}
     prelude = SENDS.format(rank=1, send="os.kill(os.getpid(), signal.SIGUSR1)", poison=True)
-    done = launch(flags(tmp_path / "out", **options), num_processes=2, prelude=prelude)
+    done = run_processes(flags(tmp_path / "out", **options), lcm, 2, prelude)
     step, state = saved_at_a_stop(tmp_path / "out", done)
     assert step == 2 and len(state["rng_digests"]) == 2 and state["updates_skipped"] == 1
     (skipped,) = map(json.loads, (tmp_path / "out" / "nonfinite_updates.jsonl").read_text().splitlines())

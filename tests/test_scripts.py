@@ -23,6 +23,7 @@ from common import checkpointing, lora, models
 from common.data import TrainingData, keyed_generator
 from common.images import decode_image_text
 from common.shards import expand_shards
+from tests.fork_server import run_processes
 from tests.test_args import GUIDES
 
 import numpy as np
@@ -399,7 +400,7 @@ c._fsync = dying
 
 @pytest.mark.parametrize(("script", "where"), [(lcm, "True"), (lcm_lora, "'COMPLETE' in str(path)")])
 def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, script, where):
-    done = launch(flags(tmp_path / "b", script), prelude=KILLED.format(where=where), script=script)
+    done = run_processes(flags(tmp_path / "b", script), script, prelude=KILLED.format(where=where))
     assert done.returncode != 0
     assert [c.name for c in checkpointing.list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
     assert (tmp_path / "b" / "checkpoint-4.tmp").is_dir()
@@ -444,7 +445,7 @@ d.discriminator_step = step_and_compare
 @every_script
 def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(tmp_path, flags, script):
     two = {"train_batch_size": 2, "data_lanes": 8, "checkpointing_steps": 3}  # 3 micro-batches are half of an update
-    done = launch(flags(tmp_path / "two", script, **two), num_processes=2, script=script, prelude=NO_DDP_LEFT)
+    done = run_processes(flags(tmp_path / "two", script, **two), script, 2, NO_DDP_LEFT)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = digests(tmp_path / "two" / "checkpoint-4")
     assert len(expected["rng"]) == 2 and len(set(expected["rng"])) == 2
@@ -462,9 +463,7 @@ def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(t
     )
 
     (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
-    done = launch(
-        flags(tmp_path / "two", script, **two, resume_from_checkpoint="latest"), num_processes=2, script=script
-    )
+    done = run_processes(flags(tmp_path / "two", script, **two, resume_from_checkpoint="latest"), script, 2)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr[-2000:]
     assert digests(tmp_path / "two" / "checkpoint-4") == expected
 
@@ -473,7 +472,7 @@ def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(t
     train(flags(tmp_path / "two", script, **two, **again), script)
     (tmp_path / "one" / "checkpoint-4" / "COMPLETE").unlink()  # and on two instead of one
     again = flags(tmp_path / "one", script, **two, resume_from_checkpoint="latest")
-    done = launch(again, num_processes=2, script=script)
+    done = run_processes(again, script, 2)
     assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr[-2000:]
     for name in ("one", "two"):
         assert digests(tmp_path / name / "checkpoint-4")["data"]["cursors"] == expected["data"]["cursors"]
