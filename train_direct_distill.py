@@ -32,15 +32,25 @@ from tqdm import tqdm
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained_teacher_model", required=True, help="folder or hub name of any text-to-image or -video pipeline")
+    add(
+        "--pretrained_teacher_model",
+        type=cli.path,
+        required=True,
+        help="folder or hub name of any text-to-image or -video pipeline",
+    )
     cli.add_hub_arguments(add, "the teacher")
     add = parser.add_argument_group("data").add_argument
-    add("--pairs_dir", help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds")
+    add(
+        "--pairs_dir",
+        type=cli.path,
+        help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds",
+    )
     add(
         "--dataset_metadata_path",
+        type=cli.path,
         help="or a csv, tsv, jsonl or json: image,prompt,seed,rand_device,num_inference_steps,cfg_scale",
     )
-    add("--dataset_base_path", help="folder of the table's images; default: the table's own")
+    add("--dataset_base_path", type=cli.path, help="folder of the table's images; default: the table's own")
     add("--height", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
     add("--width", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
     add("--max_pixels", type=cli.positive_int, help="images of several sizes, none larger; --train_batch_size=1")

@@ -46,7 +46,11 @@ def parse_args(argv=None):
     cli.add_data_arguments(parser)
     cli.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
     add = parser.add_argument_group("latent consistency distillation").add_argument
-    add("--init_lora", help="start from an earlier LoRA (its folder or file) instead of from the teacher")
+    add(
+        "--init_lora",
+        type=cli.path,
+        help="start from an earlier LoRA (its folder or file) instead of from the teacher",
+    )
     add("--lora_rank", type=cli.positive_int, default=64, help="rank of the adapters")
     add("--lora_alpha", type=cli.positive_float, default=64, help="adapters are scaled by alpha / rank")
     add("--lora_dropout", type=cli.beta, default=0.0, help="dropout before the adapters, while training")

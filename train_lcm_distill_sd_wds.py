@@ -49,7 +49,7 @@ def parse_args(argv=None):
     cli.add_data_arguments(parser)
     cli.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
     add = parser.add_argument_group("latent consistency distillation").add_argument
-    add("--init_unet", help="start from an earlier student (its folder) instead of from the teacher")
+    add("--init_unet", type=cli.path, help="start from an earlier student (its folder) instead of from the teacher")
     add("--w_min", type=cli.non_negative_float, help="smallest guidance w, guidance_scale is w + 1; SD: 5, SDXL: 3")
     add("--w_max", type=cli.non_negative_float, default=15.0, help="largest guidance w")
     add("--num_ddim_timesteps", type=cli.positive_int, default=50, help="points of the DDIM grid")

@@ -44,7 +44,7 @@ def parse_args(argv=None):
     cli.add_training_arguments(parser, output_dir="tscd-distilled", tracker_project_name="text2image-fine-tune")
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("trajectory segmented consistency distillation").add_argument
-    add("--init_unet", help="start from an earlier student (its folder) instead of from the teacher")
+    add("--init_unet", type=cli.path, help="start from an earlier student (its folder) instead of from the teacher")
     add("--w_min", type=cli.non_negative_float, default=4.0, help="smallest guidance w, guidance_scale is w + 1")
     add("--w_max", type=cli.non_negative_float, default=5.0, help="largest guidance w")
     add("--num_ddim_timesteps", type=cli.positive_int, default=40, help="points of the grid, N")

@@ -19,6 +19,7 @@ from pathlib import Path
 from common import UserError, checkpointing, export, latents, levers, models, preemption, stages, tables
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES, decode_image_text
+from common.paths import path, prompt
 from common.shards import IMAGE_KEYS, TEXT_KEYS, count_samples, mask_credentials
 from common.zero import ZeroAccelerator, take_settings
 
@@ -198,13 +199,13 @@ def add_hub_arguments(add, of):
     """Which files of the hub are loaded; of: what --revision speaks of."""
     add("--revision", help=f"hub revision of {of}")
     add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", help="where hub downloads are kept")
+    add("--cache_dir", type=path, help="where hub downloads are kept")
 
 
 def add_checkpoint_arguments(add):
     """The Stable Diffusion teacher's files, as the training scripts and encode_shards load them."""
-    add("--pretrained_teacher_model", required=True, help="folder, hub name, or one .safetensors file")
-    add("--pretrained_vae_model_name_or_path", help="another VAE than the teacher's: folder or hub name")
+    add("--pretrained_teacher_model", type=path, required=True, help="folder, hub name, or one .safetensors file")
+    add("--pretrained_vae_model_name_or_path", type=path, help="another VAE than the teacher's: folder or hub name")
     add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
     add_hub_arguments(add, "everything without a revision flag of its own")
 
@@ -231,7 +232,7 @@ def add_data_arguments(parser, text=True):
     """text: whether the data have captions, and come from shards alone."""
     add = parser.add_argument_group("data").add_argument
     tars = "tars (braces, globs, http://, pipe:)" + (" or an image folder" if text else "")
-    add("--train_shards_path_or_url", required=text, help=tars)
+    add("--train_shards_path_or_url", type=path, required=text, help=tars)
     add_image_arguments(add)
     if text:
         add(
@@ -254,7 +255,7 @@ def add_data_arguments(parser, text=True):
 def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
     """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps."""
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default=output_dir, help="where checkpoints, logs and the result go")
+    add("--output_dir", type=path, default=output_dir, help="where checkpoints, logs and the result go")
     add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
     add("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per update")
@@ -292,12 +293,12 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add(
         "--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep, and the best; default: all"
     )
-    add("--resume_from_checkpoint", help="latest, a name under --output_dir, or a path")
+    add("--resume_from_checkpoint", type=path, help="latest, a name under --output_dir, or a path")
     add("--stop_margin", type=non_negative_int, default=300, help="seconds before a SLURM job's end to save and stop")
 
     add = parser.add_argument_group("logging and validation").add_argument
     add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, none; several with commas")
-    add("--logging_dir", default="logs", help="for trackers, under --output_dir")
+    add("--logging_dir", type=path, default="logs", help="for trackers, under --output_dir")
     add("--logging_steps", type=positive_int, default=10, help="updates between two log entries")
     add("--tracker_project_name", default=tracker_project_name)
     add(
@@ -307,7 +308,12 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
         help="updates between two sample grids; 0: only at the end",
     )
     if samples_prompts:
-        add("--validation_prompts", action="append", help="repeatable, or @FILE; default: 4 captions of the data")
+        add(
+            "--validation_prompts",
+            type=prompt,
+            action="append",
+            help="repeatable, or @FILE; default: 4 captions of the data",
+        )
         add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="1,2,4; TSCD: the stage's")
 
     add = parser.add_argument_group("hub").add_argument

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import UserError, preemption
 from common.addresses import without_credentials
+from common.paths import path as expand_home
 
 import torch
 from accelerate.utils import gather_object
@@ -206,9 +207,10 @@ def check_same_start(output_dir, args):
 
 
 def _same_path(value):
-    """What exists as a file or folder, as one spelling; an address without its credentials; anything else as it is."""
+    """What exists as a file or folder, as one spelling; an address without its credentials; anything else as it is, with `~` expanded."""
     if isinstance(value, str) and ("://" in value or value.startswith("pipe:")):
         return without_credentials(value)
+    value = expand_home(value) if isinstance(value, str) else value
     return os.path.realpath(value) if isinstance(value, str) and value and os.path.exists(value) else value
 
 

@@ -23,9 +23,13 @@ REFUSED = {  # flags of the public script that it never reads
 def add_arguments(parser):
     """All groups of this module; defaults of shared flags that the papers set otherwise."""
     add = parser.add_argument_group("data with classes").add_argument
-    add("--dataset_name", help="data set of the hub, or a folder that `datasets` reads; its split `train`")
+    add(
+        "--dataset_name",
+        type=cli.path,
+        help="data set of the hub, or a folder that `datasets` reads; its split `train`",
+    )
     add("--dataset_config_name", help="which configuration of it")
-    add("--train_data_dir", help="folder of images; a subfolder per class")
+    add("--train_data_dir", type=cli.path, help="folder of images; a subfolder per class")
     add("--dataset_image_column_name", default="image", help="column of the images")
     add("--dataset_class_label_column_name", default="label", help="column of the classes; in shards: key in the json")
     add("--class_conditional", action="store_true", help="the network is told the class")
@@ -36,9 +40,14 @@ def add_arguments(parser):
     add = parser.add_argument_group("network").add_argument
     add(
         "--model_config_name_or_path",
+        type=cli.path,
         help="config.json of a UNet2DModel (file, folder, hub name); not needed at 32 and 64 px",
     )
-    add("--pretrained_model_name_or_path", help="weights to start from, of this script or in its parametrisation")
+    add(
+        "--pretrained_model_name_or_path",
+        type=cli.path,
+        help="weights to start from, of this script or in its parametrisation",
+    )
     cli.add_hub_arguments(add, "networks and data sets")
     add("--dropout", type=cli.beta, help="default: what the network's configuration says; of the own ones 0.3 and 0.2")
 
@@ -60,7 +69,11 @@ def add_arguments(parser):
     add("--eval_steps", type=cli.non_negative_int, default=0, help="updates between two measurements; 0: none")
     add("--eval_num_samples", type=cli.positive_int, default=10_000, help="samples of a measurement")
     add("--eval_num_reference", type=cli.positive_int, default=50_000, help="training images compared with, at most")
-    add("--feature_network", help="image network for the distances: folder or hub name, such as facebook/dinov2-large")
+    add(
+        "--feature_network",
+        type=cli.path,
+        help="image network for the distances: folder or hub name, such as facebook/dinov2-large",
+    )
     add("--eval_class_accuracy", action="store_true", help="the network is a classifier of the same classes, in order")
 
     add = parser.add_argument_group("refused").add_argument

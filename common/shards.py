@@ -26,6 +26,8 @@ from pathlib import Path
 from common import UserError, tables
 from common.addresses import mask_credentials as mask_credentials
 from common.addresses import quote_address
+from common.paths import literal_folder
+from common.paths import path as expand_home
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -70,6 +72,7 @@ def expand_shards(spec: str | list[str]) -> list[str]:
 
     Brace patterns `{00000..00099}` are expanded everywhere, also inside `pipe:COMMAND`; globs in local paths and in
     fsspec addresses (s3://, gs://, hf://, ...); a folder means its tars, or the folder itself where it holds images.
+    What exists as it is written, file or leading folders, is no pattern.
     Raises DataError when a local file is missing or nothing matches.
     """
     shards = [shard for one in ([spec] if isinstance(spec, str) else spec) for shard in _expand_spec(one)]
@@ -79,8 +82,10 @@ def expand_shards(spec: str | list[str]) -> list[str]:
 
 
 def _expand_spec(spec: str) -> list[str]:
+    spec = expand_home(spec)
     try:
-        paths = [spec] if os.path.exists(spec) else list(braceexpand(spec, escape=False))
+        folder, rest = ("", spec) if is_remote(spec) else literal_folder(spec)
+        paths = [spec] if os.path.exists(spec) else [folder + one for one in braceexpand(rest, escape=False)]
     except UnbalancedBracesError:
         raise DataError(f"--train_shards_path_or_url: the braces of {spec!r} do not match.") from None
     shards, missing = [], []
@@ -88,13 +93,13 @@ def _expand_spec(spec: str) -> list[str]:
         if is_remote(path):
             shards += _expand_fsspec(path) if _uses_fsspec(path) else [path]
             continue
-        path = os.path.expanduser(path)
         if os.path.isdir(path):
             shards += _expand_folder(path)
         elif os.path.exists(path):
             shards.append(path)
         else:
-            matches = sorted(glob.glob(path))
+            folder, rest = literal_folder(path)
+            matches = sorted(glob.glob(glob.escape(folder) + rest))
             shards += matches
             missing += [] if matches else [path]
     if missing:

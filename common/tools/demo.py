@@ -154,7 +154,7 @@ SAMPLE_BATCH_SIZE = 60
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--output_dir", default="demo", help="everything that is built and measured")
+    add("--output_dir", type=cli.path, default="demo", help="everything that is built and measured")
     add("--method", choices=[*METHODS, "ct"], default="lcm", help="which training script to run; ct needs no teacher")
     add("--teacher", choices=list(TEACHERS), default="sd", help="sd predicts the noise, as SD1.5 and SDXL do")
     add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")

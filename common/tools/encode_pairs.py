@@ -23,16 +23,23 @@ from tqdm import tqdm
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument(
-        "metadata", metavar="METADATA", help="csv, tsv, jsonl or json of image,prompt,seed,rand_device,..."
+        "metadata",
+        type=cli.path,
+        metavar="METADATA",
+        help="csv, tsv, jsonl or json of image,prompt,seed,rand_device,...",
     )
-    parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
+    parser.add_argument("output_dir", type=cli.path, metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained_teacher_model", required=True, help="what made the images: folder or hub name")
+    add("--pretrained_teacher_model", type=cli.path, required=True, help="what made the images: folder or hub name")
     cli.add_hub_arguments(add, "the teacher")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("images and work").add_argument
-    add("--dataset_base_path", help="folder that the images' names start from; default: that of METADATA")
+    add(
+        "--dataset_base_path",
+        type=cli.path,
+        help="folder that the images' names start from; default: that of METADATA",
+    )
     add("--samples_per_shard", type=cli.positive_int, default=256)
     add_work_arguments(add)
     args = parser.parse_args(argv)

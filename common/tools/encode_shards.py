@@ -66,9 +66,9 @@ class Unit(NamedTuple):
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument(
-        "shards", metavar="IN", help="as --train_shards_path_or_url of training: tars, or image folder"
+        "shards", type=cli.path, metavar="IN", help="as --train_shards_path_or_url of training: tars, or image folder"
     )
-    parser.add_argument("output_dir", metavar="OUT", help="new, empty, or begun by the same command")
+    parser.add_argument("output_dir", type=cli.path, metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("VAE").add_argument
     cli.add_checkpoint_arguments(add)
     add("--vae_encode_batch_size", type=cli.positive_int, help="images that are encoded at once; SD: 32, SDXL: 8")

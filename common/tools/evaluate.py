@@ -34,6 +34,8 @@ from common.metrics import (
     prompt_accuracy,
     prompt_labels,
 )
+from common.paths import labelled_path, literal_folder, prompt
+from common.paths import path as path_type
 from common.probes import CALL_ERRORS
 from common.work import DTYPES, find_device
 
@@ -62,12 +64,13 @@ COLUMNS = {
 def parse_args(argv=None):
     parser = ArgumentParser("Measure a few-step pipeline.")
     add = parser.add_argument
-    add("--pretrained_model", action="append", required=True, metavar="[LABEL=]PATH",
+    add("--pretrained_model", type=labelled_path, action="append", required=True, metavar="[LABEL=]PATH",
         help="pipeline folder or hub name; repeat to compare several")  # fmt: skip
-    add("--lora", help="LoRA folder or .safetensors file on top of the one --pretrained_model")
-    add("--unet", help="U-Net folder instead of the U-Net of the one --pretrained_model")
+    add("--lora", type=path_type, help="LoRA folder or .safetensors file on top of the one --pretrained_model")
+    add("--unet", type=path_type, help="U-Net folder instead of the U-Net of the one --pretrained_model")
     add(
         "--prompts",
+        type=prompt,
         action="append",
         help="a prompt, or @file: one a line, or a table; repeat for more; none: unconditional",
     )
@@ -86,17 +89,17 @@ def parse_args(argv=None):
     add("--num_images", type=positive_int, help="images per step count; without it, one per prompt")
     add("--seed", type=non_negative_int, default=0, help="image i starts from seed + i")
     add("--batch_size", type=positive_int, default=8, help="images that are made or measured together")
-    add("--feature_network", help="CLIP, DINOv2 or an image classifier: folder or hub name")
-    add("--reference", help="folder of images, tar shards (braces), or .npz; needs --feature_network")
+    add("--feature_network", type=path_type, help="CLIP, DINOv2 or an image classifier: folder or hub name")
+    add("--reference", type=path_type, help="folder of images, tar shards (braces), or .npz; needs --feature_network")
     add("--num_reference_images", type=positive_int, help="use the first so many reference images; without it, all")
     add("--prompt_accuracy", action="store_true",
         help="how often --feature_network, a classifier, sees the class that the prompt names")  # fmt: skip
-    add("--clip_model", help="CLIP for the CLIP score: folder or hub name")
-    add("--output_dir", required=True, help="where the results go")
+    add("--clip_model", type=path_type, help="CLIP for the CLIP score: folder or hub name")
+    add("--output_dir", type=path_type, required=True, help="where the results go")
     add("--overwrite", action="store_true", help="replace the results that --output_dir holds")
     add("--dtype", choices=list(DTYPES), help="of the pipeline; without it, float16 on CUDA and float32 elsewhere")
     add("--device", help="such as cuda:1 or cpu; without it, cuda where there is one")
-    add("--cache_dir", help="where hub downloads are kept")
+    add("--cache_dir", type=path_type, help="where hub downloads are kept")
     add("--revision", help="hub revision of --pretrained_model")
     add("--variant", help="weight files to load, such as fp16")
     args = parser.parse_args(argv)
@@ -256,7 +259,8 @@ def reference_files(reference):
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         tars = sorted(p for p in path.iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
         return ("folder", files) if files else ("tar", tars)
-    return "tar", [Path(p) for p in braceexpand.braceexpand(reference)]
+    folder, rest = literal_folder(reference)
+    return "tar", [path] if path.is_file() else [Path(folder + one) for one in braceexpand.braceexpand(rest)]
 
 
 def check_reference(reference):

@@ -24,12 +24,17 @@ from tqdm import tqdm
 def parse_args(argv=None):
     parser = cli.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained_teacher_model", required=True, help="folder or hub name, in diffusers layout")
+    add("--pretrained_teacher_model", type=cli.path, required=True, help="folder or hub name, in diffusers layout")
     cli.add_hub_arguments(add, "the teacher")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("what it is asked").add_argument
-    add("--prompts", required=True, help="txt (one a line), csv, tsv, json(l), parquet, or shards with captions")
+    add(
+        "--prompts",
+        type=cli.path,
+        required=True,
+        help="txt (one a line), csv, tsv, json(l), parquet, or shards with captions",
+    )
     add("--prompt_column", help="of a table; default: prompt, text or caption")
     add("--num_pairs", type=cli.positive_int, help="default: one for each prompt; more go through them again")
     add("--num_inference_steps", type=cli.positive_int, default=50, help="of the teacher")
@@ -42,7 +47,7 @@ def parse_args(argv=None):
     add("--scheduler_kwargs", help="JSON object of changes to the scheduler's configuration")
     add("--seed", type=cli.seed, default=0, help="of pair 0; pair i has seed + i")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", required=True, help="new, empty, or begun by the same command")
+    add("--output_dir", type=cli.path, required=True, help="new, empty, or begun by the same command")
     add("--samples_per_shard", type=cli.positive_int, default=256)
     add("--batch_size", type=cli.positive_int, default=8, help="samples at once; part of what the bytes follow from")
     add("--save_images", action="store_true", help="a png beside the latents, to look at")
