@@ -107,12 +107,8 @@ def main(args):
         shards, source = image_data.open_images(**ct_args.image_options(args))
     ct_args.resolve_num_classes(args, source)
     unet_config = unet2d.read_unet_config(**ct_args.unet_options(args))
-    if is_main:
-        if args.overwrite_output_dir and not args.dry_run:
-            checkpointing.move_aside(args.output_dir)
-        may_hold_files = args.resume_from_checkpoint or args.overwrite_output_dir
-        checkpointing.prepare_output_dir(args.output_dir, may_hold_files, args.dry_run)
-    accelerator.wait_for_everyone()
+    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run, args.overwrite_output_dir
+    checkpointing.open_output_dir(accelerator, *folder)
     job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}

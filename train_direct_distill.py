@@ -144,9 +144,7 @@ def main(args):
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
     levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     parameters, trained = pipelines.count_parameters(config, args.lora_rank, args.lora_alpha, target_names)
-    if is_main:
-        checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
-    accelerator.wait_for_everyone()
+    checkpointing.open_output_dir(accelerator, args.output_dir, args.resume_from_checkpoint, args.dry_run)
     job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "global_step": 0}

@@ -16,7 +16,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from common import UserError, checkpointing, export, latents, levers, models, preemption, stages, tables
+from common import UserError, checkpointing, export, latents, levers, lock, models, preemption, stages, tables
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES, decode_image_text
 from common.paths import path, prompt
@@ -87,13 +87,16 @@ def exit_with(prog, message, on_one_rank=False):
 def user_errors(main, is_tool=False):
     """Decorator of a script's main(args): UserErrors and full disks end the run as `parser.error` would.
 
-    A script notes the signals that a `Stopper` looks for; a tool has none, and ends of them like any program.
+    A script notes the signals that a `Stopper` looks for; a tool has none, and ends of them like any program. Locks of
+    folders are released whatever the end.
     """
+
+    signals = contextlib.nullcontext if is_tool else preemption.noting_signals
 
     @functools.wraps(main)
     def wrapped(args):
         try:
-            with contextlib.nullcontext() if is_tool else preemption.noting_signals():
+            with lock.releasing_at_sigterm() if is_tool else lock.releasing(), signals():
                 return main(args)
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
@@ -538,9 +541,7 @@ def open_run(args, accelerator, shards):
     UserError where the folder, the checkpoint or a flag that differs from its run's cannot be used.
     """
     preemption.job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
-    if accelerator.is_main_process:
-        checkpointing.prepare_output_dir(args.output_dir, args.resume_from_checkpoint, args.dry_run)
-    accelerator.wait_for_everyone()
+    checkpointing.open_output_dir(accelerator, args.output_dir, args.resume_from_checkpoint, args.dry_run)
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
     args.seed = resolve_seed(args.seed, resumed["args"].get("seed"))

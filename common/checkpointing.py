@@ -13,12 +13,13 @@ import re
 import shutil
 from pathlib import Path
 
-from common import UserError, preemption
+from common import UserError, lock, preemption
 from common.addresses import without_credentials
 from common.paths import path as expand_home
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.constants import RNG_STATE_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch.optim import Optimizer
@@ -58,7 +59,7 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     flag = f"--output_dir={output_dir}"
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
-    names = {path.name for path in output_dir.iterdir()} if output_dir.is_dir() else set()
+    names = lock.contents(output_dir)
     skipped = [name for name in names if name.startswith(Path(SKIPPED).stem + ".")]  # of every rank
     failed_start = CONFIG in names and names == {CONFIG, *skipped}
     if names and not failed_start and not resume_from_checkpoint:
@@ -84,19 +85,58 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     preemption.clear_marks(output_dir)
 
 
+def open_output_dir(accelerator, output_dir, resume_from_checkpoint, dry_run=False, overwrite=False):
+    """`prepare_output_dir` for this run alone; called by every process, and a UserError is raised by all of them.
+
+    The folder is this run's until `lock.releasing` ends. overwrite: an earlier run there is moved aside before.
+    UserError too where another run is in it, and where a process does not see what the main one wrote there: the nodes
+    have a folder each. With `dry_run` nothing is written, and neither can be told.
+    """
+    error = owner = None
+    if accelerator.is_main_process:
+        try:
+            if dry_run:
+                prepare_output_dir(output_dir, resume_from_checkpoint or overwrite, dry_run)
+            else:
+                owner = _take_output_dir(output_dir, resume_from_checkpoint, overwrite)
+        except UserError as caught:
+            error = str(caught)
+    error, owner = broadcast_object_list([error, owner])
+    if error is not None:
+        raise UserError(error)
+    seen = gather_object([dry_run or lock.is_seen(output_dir, owner)])
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise UserError(
+            f"--output_dir={output_dir} is not one folder for all processes: what process 0 on {owner['host']} wrote "
+            f"there is not seen by process {blind}; name a folder, by its absolute path, that all nodes share"
+        )
+
+
+def _take_output_dir(output_dir, resume_from_checkpoint, overwrite):
+    held = lock.take(output_dir, "--output_dir")
+    if overwrite and (moved := move_aside(output_dir)):
+        held.path = moved / held.path.name
+        held.release()
+        held = lock.take(output_dir, "--output_dir")
+    prepare_output_dir(output_dir, resume_from_checkpoint)
+    return held.owner
+
+
 def move_aside(output_dir, report=print):
     """Rename an earlier run's folder to NAME.1, NAME.2, ...: nothing of it is lost. Main process only.
 
-    UserError where the folder holds anything but is no run's.
+    Returns its new path, None where there was nothing. UserError where the folder holds anything but is no run's.
     """
     output_dir = Path(output_dir)
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return
+    if not lock.contents(output_dir):
+        return None
     if not (output_dir / CONFIG).is_file():
         raise UserError(f"--overwrite_output_dir: --output_dir={output_dir} holds files but no run; name a new folder")
     number = next(n for n in itertools.count(1) if not output_dir.with_name(f"{output_dir.name}.{n}").exists())
-    output_dir.rename(output_dir.with_name(f"{output_dir.name}.{number}"))
+    moved = output_dir.rename(output_dir.with_name(f"{output_dir.name}.{number}"))
     report(f"{output_dir} was moved to {output_dir}.{number}")
+    return moved
 
 
 def completeness(checkpoint):
@@ -105,9 +145,13 @@ def completeness(checkpoint):
     if not (checkpoint / COMPLETE).is_file():
         return f"it has no {COMPLETE} file: the save did not finish"
     try:
-        sizes = dict(json.loads((checkpoint / COMPLETE).read_text())["files"])
+        manifest = json.loads((checkpoint / COMPLETE).read_text())
+        sizes = dict(manifest["files"])
+        absent = [name for name in _of_every_process(manifest["world_size"]) if name not in sizes]
     except (ValueError, KeyError, TypeError):
         return f"its {COMPLETE} file cannot be read"
+    if absent:
+        return f"it lacks {absent[0]}, the state of a process: the nodes that wrote it shared no storage"
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():
@@ -159,7 +203,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
             if problem:
                 raise UserError(f"{flag}: the checkpoint cannot be used, {problem}; pass `latest` or an earlier one")
             elsewhere = candidate.resolve().parent != Path(output_dir).resolve()
-            if elsewhere and Path(output_dir).is_dir() and any(Path(output_dir).iterdir()):
+            if elsewhere and lock.contents(output_dir):
                 raise UserError(
                     f"{flag} is of another folder and --output_dir={output_dir} is not empty; name a new one"
                 )
@@ -169,7 +213,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
 
 def _check_no_result(output_dir):
     """UserError when a run that starts anew would write over files: only an unfinished run's own may be there."""
-    names = {path.name for path in Path(output_dir).iterdir()} if Path(output_dir).is_dir() else set()
+    names = lock.contents(output_dir)
     result = names & {"README.md", "model_index.json"} or any(name.endswith(".safetensors") for name in names)
     if names and (result or CONFIG not in names):
         raise UserError(
@@ -207,7 +251,7 @@ def check_same_start(output_dir, args):
 
 
 def _same_path(value):
-    """What exists as a file or folder, as one spelling; an address without its credentials; anything else as it is, with `~` expanded."""
+    """What exists as a file or folder, as one spelling; an address without its credentials; else `~` is expanded."""
     if isinstance(value, str) and ("://" in value or value.startswith("pipe:")):
         return without_credentials(value)
     value = expand_home(value) if isinstance(value, str) else value
@@ -268,6 +312,15 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
         (tmp / STATE).write_text(json.dumps(payload, indent=1))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        absent = [name for name in _of_every_process(accelerator.num_processes) if not _comes(tmp / name)]
+        if absent:
+            shutil.rmtree(tmp, ignore_errors=True)
+            failure = UserError(
+                f"--output_dir={output_dir}: the checkpoint of step {global_step} lacks {absent[0]}, which another "
+                "node wrote; name a folder that all nodes share"
+            )
+            failure.on_one_rank = True
+            raise failure
         files = sorted(path for path in tmp.rglob("*") if path.is_file())
         for path in files:
             _fsync(path)
@@ -289,6 +342,15 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
                 shutil.rmtree(doomed)
     accelerator.wait_for_everyone()
     return final
+
+
+def _of_every_process(world_size):
+    """The files of a checkpoint that each process wrote one of, by accelerate's names."""
+    return [f"{RNG_STATE_NAME}_{rank}.pkl" for rank in range(world_size)]
+
+
+def _comes(path):
+    return lock.wait_for(path.parent, path.is_file)
 
 
 def _best(output_dir):

@@ -21,7 +21,7 @@ import tarfile
 import uuid
 from pathlib import Path
 
-from common import UserError
+from common import UserError, lock
 from common.images import decode_caption
 from common.shards import TEXT_KEYS, DataError, SampleError, is_remote, read_head
 
@@ -69,7 +69,7 @@ def check_folder(folder, settings):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
     if not path.is_file():
-        if folder.is_dir() and any(not p.name.endswith(".tmp") for p in folder.iterdir()) and not path.is_file():
+        if any(not name.endswith(".tmp") for name in lock.contents(folder)) and not path.is_file():
             raise UserError(f"{flag} holds other files and no {MANIFEST}; name an empty or new folder")
         if not path.is_file():  # nor has another task written it in between
             return None

@@ -17,7 +17,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from common import UserError, tables
+from common import UserError, lock, tables
 from common.data import keyed_seed
 from common.latents import manifest_digest, noise_seed
 from common.pipelines import decode
@@ -101,7 +101,7 @@ def check_folder(folder):
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
     is_new = folder.is_dir() and not (folder / CONFIG).exists()
-    if is_new and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+    if is_new and any(not name.endswith(".tmp") for name in lock.contents(folder)):
         raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -19,7 +20,7 @@ from pathlib import Path
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
-from common import checkpointing, models, pipelines, unet2d
+from common import checkpointing, lock, models, pipelines, unet2d
 from common.data import TrainingData
 from common.images import decode_image_text
 from common.shards import SKIP_CLASSES
@@ -133,9 +134,10 @@ class World:
         (self.out / checkpointing.CONFIG).write_text("{}")
         content = {"global_step": 2, "args": {}, "data": {}, "rng_digests": [1], "total_batch_size": 4} | state
         (folder / checkpointing.STATE).write_text(json.dumps(content))
-        (folder / "model.safetensors").write_bytes(bytes(100))
+        for name in ("model.safetensors", "random_states_0.pkl"):
+            (folder / name).write_bytes(bytes(100))
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-        (folder / checkpointing.COMPLETE).write_text(json.dumps({"files": sizes}))
+        (folder / checkpointing.COMPLETE).write_text(json.dumps({"files": sizes, "world_size": 1}))
         spoil(folder)
         return {"resume_from_checkpoint": name}
 
@@ -290,6 +292,10 @@ ANY = {
         lambda w: w.checkpoint(lambda f: (f / "model.safetensors").unlink(), "checkpoint-2"),
         "its file model.safetensors is missing",
     ),
+    "a checkpoint without a node's state": (
+        lambda w: w.checkpoint(lambda f: edit_json(f / "COMPLETE", world_size=2), "checkpoint-2"),
+        "it lacks random_states_1.pkl, the state of a process",
+    ),
     "a checkpoint of something else": (
         lambda w: w.checkpoint(lambda f: (f / "COMPLETE").write_text("{}"), "checkpoint-2"),
         "its COMPLETE file cannot be read",
@@ -300,6 +306,10 @@ ANY = {
         "holds files but no complete checkpoint",
     ),
     "a folder in use": (lambda w: w.file("out/notes", b"mine") and {}, "is not empty"),
+    "a folder with a run in it": (
+        lambda w: w.file("out/RUNNING", json.dumps(lock._me()).encode()) and {"resume_from_checkpoint": "latest"},
+        f"/out is in use by process {os.getpid()} on ",
+    ),
     "a file in the way": (lambda w: w.file("out", b"mine") and {}, "is a file; name a folder"),
     "a place that cannot be written": (lambda w: {"output_dir": "/proc/x"}, "--output_dir=/proc/x cannot be written"),
     # --- environment

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import UserError, metrics, probes
+from common import UserError, lock, metrics, probes
 from common import args as cli
 from common.tools import digits, dit
 from common.tools.evaluate import load_pipeline
@@ -179,6 +179,7 @@ def main(args):
 
     # 2. What earlier runs left.
     output_dir = Path(args.output_dir)
+    lock.take(output_dir, "--output_dir")
     open_output_dir(output_dir, args.seed, args.rebuild)
     teacher_name, prediction_type, sdxl = TEACHERS[args.teacher]
     started = time.perf_counter()
@@ -240,10 +241,8 @@ def main(args):
 def open_output_dir(output_dir, seed, rebuild):
     """Create the folder, or check that it is a demo's; with `rebuild`, remove what demos write there."""
     stamp = output_dir / "demo.json"
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not stamp.exists():
+    if lock.contents(output_dir) and not stamp.exists():
         raise UserError(f"--output_dir={output_dir} holds other files and no demo; name an empty or new folder")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir={output_dir} is a file; name a folder")
     if rebuild and stamp.exists():
         for name in built_names():
             shutil.rmtree(output_dir / name, ignore_errors=True)
@@ -256,10 +255,7 @@ def open_output_dir(output_dir, seed, rebuild):
             raise UserError(f"{stamp} cannot be read; add --rebuild, or another --output_dir") from None
         if built_seed != seed:
             raise UserError(f"{output_dir} was built with --seed={built_seed}; add --rebuild, or another --output_dir")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir={output_dir} cannot be made ({error.strerror}); name another") from None
+    output_dir.mkdir(parents=True, exist_ok=True)
     stamp.write_text(json.dumps({"seed": seed}) + "\n")
 
 

@@ -10,7 +10,7 @@ comes by. Shards are fixed ranges of rows, dealt to tasks that never wait for ea
 import hashlib
 from pathlib import Path
 
-from common import UserError, pairs, pipelines, probes
+from common import UserError, lock, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
 from common.tools.generate_pairs import public_config
@@ -63,6 +63,7 @@ def main(args):
         pairs.check_folder(args.output_dir)
     except UserError as error:
         raise UserError(str(error).replace("--output_dir", "OUT")) from None
+    lock.take(args.output_dir, "OUT", (args.shard_index, args.num_shards))
 
     # 2. The teacher, and that its decoder gives the images back.
     options = {"variant": args.variant, **place}

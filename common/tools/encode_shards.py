@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, latents, models
+from common import UserError, latents, lock, models
 from common import args as cli
 from common.data import keyed_seed
 from common.export import versions
@@ -123,6 +123,7 @@ def main(args):
     own = units[args.shard_index :: args.num_shards]
     paths = {unit.name: Path(args.output_dir, f"{unit.name}.tar") for unit in units}
     check_sources(own, paths)
+    lock.take(args.output_dir, "OUT", (args.shard_index, args.num_shards))
 
     # 3. The VAE: nothing else of the teacher is loaded.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in training

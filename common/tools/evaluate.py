@@ -22,7 +22,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import UserError, tables
+from common import UserError, lock, tables
 from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, tool_errors
 from common.metrics import (
     clip_score,
@@ -170,7 +170,7 @@ def check_paths(args):
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
+    if lock.contents(output_dir) and not args.overwrite:
         raise UserError(f"--output_dir {output_dir} is not empty: name another or add --overwrite")
 
 
@@ -566,10 +566,7 @@ def main(args):
     labels = [args.labels[i % len(args.labels)] for i in range(args.num_images)] if args.labels else None
 
     # 1. The networks that measure
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be made ({error.strerror}): name another") from None
+    lock.take(output_dir, "--output_dir")
     network = load_network(args.feature_network, "--feature_network", args.device, args.cache_dir)
     clip_network = load_network(args.clip_model, "--clip_model", args.device, args.cache_dir)
     if clip_network is not None and clip_network.tokenizer is None:

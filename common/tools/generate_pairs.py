@@ -12,7 +12,7 @@ interruption, and the bytes are the same for any number of processes. Left out: 
 import os
 from pathlib import Path
 
-from common import UserError, pairs, pipelines, probes
+from common import UserError, lock, pairs, pipelines, probes
 from common import args as cli
 from common.export import versions
 from common.work import DTYPES, add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
@@ -89,6 +89,7 @@ def main(args):
     scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
     probes.check_steps(scheduler, args.num_inference_steps)
     pairs.check_folder(args.output_dir)
+    lock.take(args.output_dir, "--output_dir", (rank, world_size))
 
     # 3. The teacher, and what it does with these arguments.
     pipeline = pipelines.load_pipeline(
