@@ -134,8 +134,8 @@ class World:
         (self.out / checkpointing.CONFIG).write_text("{}")
         content = {"global_step": 2, "args": {}, "data": {}, "rng_digests": [1], "total_batch_size": 4} | state
         (folder / checkpointing.STATE).write_text(json.dumps(content))
-        for name in ("model.safetensors", "random_states_0.pkl"):
-            (folder / name).write_bytes(bytes(100))
+        for file in ("model.safetensors", "random_states_0.pkl"):
+            (folder / file).write_bytes(bytes(100))
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         (folder / checkpointing.COMPLETE).write_text(json.dumps({"files": sizes, "world_size": 1}))
         spoil(folder)
