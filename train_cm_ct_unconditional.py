@@ -105,7 +105,7 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     with accelerator.main_process_first():
         shards, source = image_data.open_images(**ct_args.image_options(args))
-    ct_args.resolve_num_classes(args, source)
+    ct_args.resolve_num_classes(args, shards, source)
     unet_config = unet2d.read_unet_config(**ct_args.unet_options(args))
     folder = args.output_dir, args.resume_from_checkpoint, args.dry_run, args.overwrite_output_dir
     checkpointing.open_output_dir(accelerator, *folder)

@@ -18,3 +18,7 @@ class UserError(Exception):
     """
 
     on_one_rank = False
+
+
+class DataError(UserError):
+    """One sentence about training data, naming the flag and the way out."""

@@ -5,7 +5,7 @@ Beside `args.py`, so that the script holds the method: data with classes, networ
 
 import argparse
 
-from common import UserError, metrics
+from common import UserError, image_data, metrics
 from common import args as cli
 from common.ema import MOST_OF_START, ema_start_share
 
@@ -148,14 +148,25 @@ def ema_options(args):
     return options | ({"inv_gamma": args.ema_inv_gamma, "power": args.ema_power} if args.use_ema_warmup else {})
 
 
-def resolve_num_classes(args, source):
-    """Fill in --num_classes from the data. UserError where it is fewer than the data set has."""
-    if not args.class_conditional or source is None:
+def resolve_num_classes(args, shards, source):
+    """Fill in --num_classes from the data. UserError where they have more, or count from 1."""
+    if not args.class_conditional:
         return
+    if source is None:
+        image_data.check_shard_classes(shards, args.num_classes, args.dataset_class_label_column_name)
+        return
+    first, last = min(source.classes), source.num_classes - 1
+    if first and not source.has_names and args.num_classes in (None, last):
+        raise UserError(
+            f"{source.flag}: its classes run from {first} to {last}, and classes count from 0; subtract {first} from "
+            f"each, or pass --num_classes={last + 1} where the first are to stay without images"
+        )
     if args.num_classes is None:
         args.num_classes = source.num_classes
     if args.num_classes < source.num_classes:
         raise UserError(f"--num_classes={args.num_classes}: the data have {source.num_classes} classes; drop the flag")
+    if empty := sorted(set(range(args.num_classes)) - source.classes):
+        source.notes.append(f"{len(empty)} of {args.num_classes} classes have no image, the first is {empty[0]}")
 
 
 def check_pretrain_steps(args):

@@ -31,17 +31,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common import DataError
 from common.addresses import without_credentials
+from common.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
 from common.preemption import outlive_sigterm
 from common.shards import (
-    IMAGE_KEYS,
     SKIP_CLASSES,
-    TEXT_KEYS,
-    DataError,
     SampleError,
     check_members,
-    folder_items,
-    folder_sample,
     is_remote,
     mask_credentials,
     open_shard,
@@ -198,9 +195,9 @@ class TrainingData:
     those of the loaded state. max_train_samples: at most that many distinct samples, the same in each epoch.
     max_skip_ratio: share of unreadable samples among the last 10,000 above which the run stops. data_timeout: seconds
     without a batch from the workers, or without an end of a pipe's command, after which it is given up.
-    source: samples that are neither shards nor a folder: `name`, `keys` (list of str, in a fixed order) and
-    read(index) -> {extension: bytes}, perhaps `flag`, the user's, for errors; `shards` then only says which data
-    they are.
+    source: samples that are neither shards nor a folder with captions: `name`, `keys` (list of str, in a fixed order)
+    and read(index) -> {extension: bytes}, perhaps `flag`, the user's, for errors, and `unusable` and `notes` as of
+    `folders.Samples`; `shards` then only says which data they are.
     skipped_log: JSON lines of the first 1,000 skipped samples; ranks above 0 write beside it, `NAME.rank1.jsonl`.
     Raises DataError here, in `load_state_dict`, and while iterating.
     """
@@ -248,13 +245,23 @@ class TrainingData:
                 "no other folder: put all images into one folder."
             )
         self._folder = folders[0] if folders else None
-        self._items = folder_items(self._folder) if folders else None
+        self._items, unusable, notes = read_samples(self._folder) if folders else (None, 0, [])
         self._source = source
         if source is not None:
             self._folder, self._items = source.name, [(key, None) for key in source.keys]
+            unusable, notes = getattr(source, "unusable", 0), getattr(source, "notes", [])
+        for note in notes if rank == 0 else ():
+            report(f"note: {note}.")
+        if unusable > max_skip_ratio * len(self._items or ()):
+            flag = getattr(source, "flag", "--train_shards_path_or_url")
+            raise DataError(
+                f"{flag}: {unusable} of {len(self._items)} samples cannot be used ({'; '.join(notes)}): correct that, "
+                "or raise --max_skip_ratio."
+            )
         names = [name for name, _ in self._items or ()]
         unsigned = [without_credentials(shard) if is_remote(shard) else shard for shard in self.shards]
-        listings = [json.dumps([shards, names]) for shards in (unsigned, self.shards)]  # the latter: of older versions
+        older = names if source is None else [f"{index:08d}" for index in range(len(names))]  # of older versions
+        listings = [json.dumps(listing) for listing in ([unsigned, names], [self.shards, older])]
         self._shards_hash, self._older_hash = [hashlib.sha256(text.encode()).hexdigest() for text in listings]
         self._start(num_lanes or 8 * world_size, 0, None)
 
@@ -326,7 +333,7 @@ class TrainingData:
         name, caption = self._items[index]
         if self._source is not None:
             return name, self._source.read(index)
-        return name, folder_sample(self._folder, name, caption)
+        return name, read_sample(self._folder, name, caption)
 
     def _make_item(self, j: int, lane: _Lane) -> dict:
         """Micro-batch j, with what the consumer needs to account for it."""

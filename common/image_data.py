@@ -1,22 +1,32 @@
 """Labelled images from the hub, from a local Hugging Face data set or from an image folder, for `data.TrainingData`.
 
-`datasets` reads the tables; images stay the bytes that they were stored as and go through the same decoder, order and
-counts as samples of tar shards. Nothing is downloaded that runs: data sets that are scripts are refused by `datasets`.
+`datasets` reads tables, `folders` lists image folders; images stay the bytes that they were stored as and go through
+the same decoder, order and counts as samples of tar shards. Nothing is downloaded that runs: data sets that are
+scripts are refused by `datasets`.
 """
 
+import contextlib
+import itertools
+import re
 from pathlib import Path
 
+from common import DataError, folders
+from common.folders import IMAGE_KEYS
+from common.images import decode_label
 from common.latents import read_manifest
-from common.shards import IMAGE_KEYS, DataError, expand_shards
+from common.shards import SampleError, expand_shards, is_remote, list_tars, open_shard, tar_samples
 
-MAGIC = {b"\x89PNG": "png", b"\xff\xd8": "jpg", b"RIFF": "webp"}
+MAX_LABELS = 10_000  # of a shard, that are looked at in advance
+DATA_FILES = frozenset("parquet arrow csv tsv json jsonl ndjson tar zip gz tgz zst lance h5 hdf5 py".split())
 
 
 class LabelledImages:
     """The rows of a data set: `keys`, `num_classes` (None without classes), and read(index) as TrainingData wants it.
 
     dataset: a datasets.Dataset. image_column: of feature Image. label_column: whole numbers, or None to leave classes
-    out; its feature may say how many. DataError names `flag` where a column is missing or of another kind.
+    out; its feature may say how many. classes: those that rows have. has_names: whether the data say what the classes
+    are. `notes` and `unusable` are those of `folders.Samples`. DataError names `flag` where a column is missing or of
+    another kind.
     """
 
     def __init__(self, dataset, name, flag, image_column="image", label_column=None):
@@ -37,13 +47,11 @@ class LabelledImages:
                 )
             feature = dataset.features[label_column]
             self._labels = dataset[label_column][:]
-            if not self._labels or any(type(label) is not int for label in self._labels):
-                raise DataError(f"{flag}: the column {label_column} must hold a whole number, the class, in each row")
-            if max(self._labels) < 0:
-                raise DataError(f"{flag}: no row has a class, the column {label_column} holds only negative numbers")
+            self.classes = class_numbers(flag, label_column, self._labels)
             names = getattr(feature, "names", None)
-            self.num_classes = len(names) if names else max(self._labels) + 1
-        self.name, self.flag, self.keys = name, flag, [f"{index:08d}" for index in range(len(dataset))]
+            self.has_names, self.num_classes = bool(names), len(names) if names else max(self.classes) + 1
+        self.name, self.flag, self.notes, self.unusable = name, flag, [], 0
+        self.keys = [f"{index:08d}" for index in range(len(dataset))]
 
     def read(self, index):
         """{extension: bytes} of a row; an image that cannot be read becomes an empty one, which no decoder takes."""
@@ -55,9 +63,89 @@ class LabelledImages:
             except OSError:
                 data = None
         data = data or b""
-        extension = next((ext for magic, ext in MAGIC.items() if data.startswith(magic)), IMAGE_KEYS[0])
         label = {} if self._labels is None else {"cls": str(self._labels[index]).encode()}
-        return {extension: data} | label
+        return {IMAGE_KEYS[0]: data} | label
+
+
+class LabelledFolder:
+    """The images of a folder, a `folders.Listing`, as LabelledImages.
+
+    label_column: None to leave classes out. Else they are whole numbers in a column of the folder's metadata, which is
+    called so or `label`, or the subfolders in alphabetic order. DataError names `flag`.
+    """
+
+    def __init__(self, listing, flag, label_column=None):
+        self.name, self.flag, self.num_classes, self.has_names = listing.folder, flag, None, False
+        self.notes, self.unusable = list(listing.notes), 0
+        try:
+            rows, missing = folders.metadata_rows(listing, (), self.notes) if label_column else ([], 0)
+            column = next((name for name in (label_column, "label") for _, _, row in rows if name in row), None)
+            if column is not None:
+                self._read_rows(listing, rows, missing, column)
+            else:
+                self._items = [(image, None) for image in folders.reference_images(listing)]
+            if not self._items:
+                raise DataError(f"it holds no images ({', '.join(IMAGE_KEYS)}){'; '.join(['', *self.notes])}")
+            if label_column and column is None:
+                names, classes = folders.class_folders(listing)
+                self._items = list(zip(listing.files, classes, strict=True))
+                self.num_classes, self.classes, self.has_names = len(names), set(classes), True
+        except DataError as error:
+            raise DataError(f"{flag}: {error}") from None
+        self.keys = [image for image, _ in self._items]
+
+    def _read_rows(self, listing, rows, missing, column):
+        labels = []
+        for _, place, row in rows:
+            value = row.get(column)
+            with contextlib.suppress(ValueError):  # a csv has texts
+                value = int(value) if isinstance(value, str) else value
+            if type(value) is not int:
+                raise DataError(f"{place} has the {column} {str(row.get(column))[:40]!r}, which is no whole number")
+            labels.append(value)
+        self.classes = class_numbers(f"the metadata of {self.name}", column, labels)
+        self.num_classes = max(self.classes) + 1
+        self._items = [(image, label) for (image, _, _), label in zip(rows, labels, strict=True)]
+        named = {image for image, _ in self._items}
+        bare = [image for image in listing.files if image not in named]
+        if bare:
+            count = folders.count(len(bare), "image")
+            self.notes.append(f"{listing.folder}: {count} without a row in the metadata, the first is {bare[0]!r}")
+        self._items = sorted([*self._items, *((image, None) for image in bare)], key=lambda item: item[0])
+        self.unusable = missing + len(bare)
+
+    def read(self, index):
+        """{extension: bytes} of an image; one that cannot be read becomes an empty one."""
+        image, label = self._items[index]
+        raw = folders.read_sample(self.name, image, "")
+        return {folders.image_key(image): raw[folders.image_key(image)]} | (
+            {} if label is None else {"cls": str(label).encode()}
+        )
+
+
+def class_numbers(flag, column, labels):
+    """The set of classes of a column; DataError unless it has whole numbers and at least one class."""
+    if not labels or any(type(label) is not int for label in labels):
+        raise DataError(f"{flag}: the column {column} must hold a whole number, the class, in each row")
+    classes = {label for label in labels if label >= 0}
+    if not classes:
+        raise DataError(f"{flag}: no row has a class, the column {column} holds only negative numbers")
+    return classes
+
+
+def list_image_folder(folder):
+    """The `folders.Listing` of a folder of image files; None for one of tables or archives, which `datasets` reads."""
+    if not Path(folder).is_dir():
+        return None
+    card = Path(folder, "README.md")
+    if card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+        return None  # its card says what to read
+    listing = folders.list_images(folder)
+    stems = {file.rpartition(".")[0] for file in listing.files}
+    tables = (path for path in Path(folder).rglob("*") if path.suffix[1:].lower() in DATA_FILES)
+    tables = (path for path in tables if path.name not in folders.METADATA)
+    others = sum(path.relative_to(folder).as_posix().rpartition(".")[0] not in stems for path in tables)
+    return listing if len(listing.files) > others else None
 
 
 def load_labelled_images(
@@ -65,29 +153,35 @@ def load_labelled_images(
 ):
     """The training split of a data set of the hub or a folder (`dataset_name`), or an image folder (`train_data_dir`).
 
-    A local folder is what `Dataset.save_to_disk` wrote, or files that `datasets.load_dataset` reads (parquet, csv with
-    image paths, ...). In an image folder each subfolder is a class; metadata.csv or .jsonl may give a `label` instead.
-    Raises DataError when nothing is found or it is not as described.
+    A local folder is what `Dataset.save_to_disk` wrote, an image folder, or files that `datasets.load_dataset` reads
+    (parquet, csv with image paths, ...). Raises DataError when nothing is found or it is not as described.
     """
+    flag = f"--train_data_dir={train_data_dir}" if dataset_name is None else f"--dataset_name={dataset_name}"
+    is_saved = dataset_name and any(Path(dataset_name, f).is_file() for f in ("state.json", "dataset_dict.json"))
+    if dataset_name is None and not Path(train_data_dir).is_dir():
+        raise DataError(f"{flag}: there is no such folder")
+    if is_saved and dataset_config_name:
+        raise DataError(f"--dataset_config_name: {flag} was saved to disk without configurations; drop it")
+    try:
+        if dataset_name is None:
+            listing = folders.list_images(train_data_dir)
+        else:
+            listing = None if is_saved or dataset_config_name else list_image_folder(dataset_name)
+    except DataError as error:
+        raise DataError(f"{flag}: {error}") from None
+    if listing is not None:
+        return LabelledFolder(listing, flag, label_column)
+
     import datasets
 
     datasets.disable_progress_bars()
-    if dataset_name is None:
-        flag = f"--train_data_dir={train_data_dir}"
-        if not Path(train_data_dir).is_dir():
-            raise DataError(f"{flag}: there is no such folder")
-        options = {"path": "imagefolder", "data_dir": str(train_data_dir)}
-    else:
-        flag = f"--dataset_name={dataset_name}"
-        options = {"path": dataset_name, "name": dataset_config_name, "revision": revision}
-    is_saved = dataset_name and any(Path(dataset_name, f).is_file() for f in ("state.json", "dataset_dict.json"))
-    if is_saved and dataset_config_name:
-        raise DataError(f"--dataset_config_name: {flag} was saved to disk without configurations; drop it")
     try:
         if is_saved:
             dataset = datasets.load_from_disk(dataset_name)
         else:
-            dataset = datasets.load_dataset(**options, cache_dir=cache_dir)
+            dataset = datasets.load_dataset(
+                path=dataset_name, name=dataset_config_name, revision=revision, cache_dir=cache_dir
+            )
     except Exception as error:  # of the hub, of parquet, of Arrow, of the file system: each has its own
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{flag} cannot be loaded ({type(error).__name__}: {reason}); check the name") from None
@@ -97,12 +191,19 @@ def load_labelled_images(
         dataset = dataset["train"]
     if len(dataset) == 0:
         raise DataError(f"{flag} holds no images")
-    if dataset_name is None and label_column not in (None, "label") and "label" in dataset.column_names:
-        dataset = dataset.rename_column("label", label_column) if label_column not in dataset.column_names else dataset
-    if dataset_name is None and image_column not in dataset.column_names and "image" in dataset.column_names:
-        dataset = dataset.rename_column("image", image_column)
-    name = str(dataset_name or train_data_dir)
-    return LabelledImages(dataset, name, flag, image_column, label_column)
+    return LabelledImages(dataset, str(dataset_name), flag, image_column, label_column)
+
+
+def check_shard_classes(shards, num_classes, label_name):
+    """DataError, as of `decode_label`, where the first or the last local shard shows that a class is out of range by
+    one. Remote shards are not looked at: the stream meets it. Their images are not read."""
+    for shard in dict.fromkeys((shards[0], shards[-1])):
+        if is_remote(shard):
+            continue
+        with contextlib.suppress(SampleError), open_shard(shard, 0) as file:
+            for _, _, raw in itertools.islice(tar_samples(file, [("cls", "json")]), MAX_LABELS):
+                with contextlib.suppress(SampleError):
+                    decode_label(raw, label_name, num_classes)
 
 
 def open_images(
@@ -126,7 +227,7 @@ def open_images(
         )
         return [source.name], source
     folder = Path(str(shards))
-    if folder.is_dir() and not any(folder.glob("*.tar")) and not any(folder.glob("*.tar.gz")):
+    if folder.is_dir() and not list_tars(str(folder)):
         raise DataError(
             f"--train_shards_path_or_url={shards} is a folder without *.tar shards; pass images as --train_data_dir"
         )

@@ -1,17 +1,23 @@
-"""Decoding a sample: from the bytes of its members to a square uint8 image and a caption or a class, without
-torchvision. Left out: video, audio, ICC profiles."""
+"""Decoding: from the bytes of an image to upright RGB, for everything that opens images, and from a sample's members
+to a square uint8 image and a caption or a class, without torchvision.
 
+Left out: video, audio, ICC profiles, all but the first of several frames or pages."""
+
+import contextlib
 import io
 import json
+import math
 import random
 import warnings
 
-from common.shards import IMAGE_KEYS, TEXT_KEYS, DataError, SampleError
+from common import DataError, tables
+from common.folders import IMAGE_KEYS, TEXT_KEYS
+from common.shards import SampleError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 INTERPOLATION_TYPES = {
     "bilinear": {"mode": "bilinear", "antialias": True},
@@ -20,6 +26,9 @@ INTERPOLATION_TYPES = {
     "nearest": {"mode": "nearest"},
     "nearest-exact": {"mode": "nearest-exact"},
 }
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # of the extensions in `folders.IMAGE_KEYS`
+MAX_IMAGE_PIXELS = 178956970 // 2
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_TILE = 258, 262, (322, 323)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,7 +45,7 @@ def decode_image_text(
     random_flip: bool = False,
     proportion_empty_prompts: float = 0.0,
     min_image_size: int = 0,
-    max_image_pixels: int = 178956970 // 2,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict:
     """Decode one image and its caption; the image's shorter side becomes R = `resolution`, then an R x R crop is cut.
 
@@ -73,27 +82,35 @@ def decode_image_label(
     center_crop: bool = False,
     random_flip: bool = False,
     min_image_size: int = 0,
-    max_image_pixels: int = 178956970 // 2,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict:
     """Decode one image as `decode_image_text` does, and with `num_classes` its class instead of a caption.
 
     The class is a whole number in the member `cls`, or under `label_name` in the member `json`. Returns `images` uint8
     (3, R, R) and, with `num_classes`, `class_labels` int64 (), from 0 to num_classes - 1. Draws from `rng` in a fixed
     order: flip, top, left. Raises SampleError: "decode" (also for a class that is missing or out of range),
-    "too_small", "too_big".
+    "too_small", "too_big"; DataError as `decode_label` does.
     """
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
-    label = {} if num_classes is None else {"class_labels": torch.tensor(_decode_label(raw, label_name, num_classes))}
+    label = {} if num_classes is None else {"class_labels": torch.tensor(decode_label(raw, label_name, num_classes))}
     limits = (min_image_size, max_image_pixels)
     image, _, _ = _decode_square(raw, resolution, interpolation_type, center_crop, flip, top, left, *limits)
     return {"images": image} | label
 
 
-def _decode_label(raw, label_name, num_classes):
+def decode_label(raw: dict[str, bytes], label_name: str, num_classes: int) -> int:
+    """The class of a raw sample, as in `decode_image_label`. Raises SampleError "decode", and DataError for the class
+    `num_classes`, one more than the last: the classes count from 1, or there are more, and one would never be trained.
+    """
     try:
         label = int(raw["cls"].decode("utf-8-sig")) if "cls" in raw else json.loads(raw["json"])[label_name]
     except (ValueError, KeyError, TypeError) as error:
         raise SampleError("decode", f"no class, neither in cls nor as {label_name} in json: {error}") from error
+    if type(label) is int and label == num_classes:
+        raise DataError(
+            f"--num_classes={num_classes}: a sample has the class {label}, and classes count from 0 to {label - 1}; "
+            f"if these run from 1 to {label}, subtract one from each, else pass --num_classes={label + 1} or more"
+        )
     if type(label) is not int or not 0 <= label < num_classes:
         raise SampleError("decode", f"the class is {label!r}, not a whole number below --num_classes={num_classes}")
     return label
@@ -106,18 +123,9 @@ def _decode_square(
     if interpolation_type not in INTERPOLATION_TYPES:
         raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
     antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
-    image_bytes = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
-    if image_bytes is None:
-        raise SampleError("decode", "no image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of files that it repairs; what it cannot repair it raises
-            image, original_size = _decode_image(image_bytes, resolution, antialias, min_image_size, max_image_pixels)
-    except SampleError:
-        raise
-    except Exception as error:  # hostile bytes make Pillow raise nearly anything
-        raise SampleError("decode", f"{type(error).__name__}: {error}") from error
-
+    image_bytes = image_member(raw)
+    with _sample_errors():
+        image, original_size = _decode_image(image_bytes, resolution, antialias, min_image_size, max_image_pixels)
     image = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w)
     height, width = _resized_size(*original_size, resolution)
     if (height, width) != tuple(image.shape[2:]):
@@ -129,6 +137,14 @@ def _decode_square(
     column = width - resolution - left if flip else left  # (top, left) is a place in the flipped image
     image = image[0, :, top : top + resolution, column : column + resolution]  # (3, R, R)
     return image.flip(2) if flip else image, original_size, (top, left)
+
+
+def image_member(raw: dict[str, bytes]) -> bytes:
+    """The bytes of the image of a raw sample; SampleError "decode" where it has none."""
+    data = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
+    if data is None:
+        raise SampleError("decode", "no image")
+    return data
 
 
 def decode_caption(raw: dict[str, bytes]) -> str:
@@ -150,37 +166,89 @@ def _resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:
 
 
 def _decode_image(data: bytes, resolution: int, may_shrink: bool, min_image_size: int, max_image_pixels: int):
-    """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both after the EXIF orientation.
+    """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both as they are meant to be seen.
 
     Where `may_shrink`, a JPEG of twice the resolution or more is decoded at 1/2, 1/4 or 1/8 of its size.
     """
-    Image.MAX_IMAGE_PIXELS = max_image_pixels
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except Image.DecompressionBombError as error:
-        raise SampleError("too_big", str(error)) from error
+    image = _open(io.BytesIO(data), max_image_pixels)
     width, height = image.size
     resized_height, resized_width = _resized_size(height, width, resolution)
-    if max(width * height, resized_height * resized_width) > max_image_pixels:
+    if resized_height * resized_width > max_image_pixels:
         raise SampleError("too_big", f"{width} x {height} pixels")
     if min(width, height) < min_image_size:
         raise SampleError("too_small", f"{width} x {height} pixels")
     if may_shrink and min(width, height) >= 2 * resolution:
         image.draft(None, (resolution, resolution))  # never below the resolution; other formats ignore it
+    image, is_quarter_turn = _load(image)
+    return np.array(image), (width, height) if is_quarter_turn else (height, width)
+
+
+def read_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """The RGB image that these bytes are, whole and as it is meant to be seen, as training sees it.
+
+    Upright by EXIF, transparency on white, 16 bits scaled to 8, of several frames the first. Raises SampleError
+    "decode" or "too_big".
+    """
+    with _sample_errors():
+        return _load(_open(io.BytesIO(data), max_image_pixels))[0]
+
+
+def image_size(path) -> tuple[int, int]:
+    """(height, width) of a file's `read_image`, from its header. Raises SampleError "decode" or "too_big"."""
+    with _sample_errors(), open(path, "rb") as file:
+        image = _open(file, MAX_IMAGE_PIXELS)
+        turn = ORIENTATIONS.get(Image.Image.getexif(image).get(0x0112))  # PNG's own decodes the pixels
+        is_quarter_turn = turn in QUARTER_TURNS and image.format != "TIFF"  # whose size is that of the turned image
+        return image.size if is_quarter_turn else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _sample_errors():
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of files that it repairs; what it cannot repair it raises
+            yield
+    except SampleError:
+        raise
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything
+        raise SampleError("decode", f"{type(error).__name__}: {error}") from error
+
+
+def _open(file, max_image_pixels):
+    """The image by its first bytes, whatever it is called; its pixels are not decoded yet."""
+    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise SampleError("too_big", str(error)) from error
+    except UnidentifiedImageError:
+        file.seek(0)
+        found = tables.what_is(file.read(512)) or "no image"
+        raise SampleError("decode", f"{found}, not a whole {', '.join(FORMATS)}") from None
+    width, height = image.size
+    tile = [image.tag_v2.get(tag, 1) for tag in TIFF_TILE] if image.format == "TIFF" else [1]
+    if max(width * height, math.prod(tile)) > max_image_pixels:
+        raise SampleError("too_big", f"{width} x {height} pixels")
+    return image
+
+
+def _load(image):
+    """(RGB image, upright, whether that swapped height and width)"""
     image.load()
-    turn = ORIENTATIONS.get(image.getexif().get(0x0112))
+    turn = ORIENTATIONS.get(image.getexif().get(0x0112))  # of a TIFF it is done by now
     image = _to_rgb(image)
-    if turn is not None:
-        image = image.transpose(turn)
-        if turn in QUARTER_TURNS:
-            height, width = width, height
-    return np.array(image), (height, width)
+    return (image if turn is None else image.transpose(turn)), turn in QUARTER_TURNS
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode that JPEG, PNG and WEBP have: transparency on white, 16 bits scaled to 8."""
+    """RGB from any mode that FORMATS have: transparency on white, 16 bits scaled to 8."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = tags.get(TIFF_BITS, (16,))[0]
+    if image.mode == "F" or image.mode.startswith("I") and (bits != 16 or tags and image.mode == "I"):
+        raise SampleError("decode", f"{bits} bits in one channel, of which it is not known what is white")
     if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)  # (h, w)
+        values = 65535 - values if tags.get(TIFF_PHOTOMETRIC) == 0 else values  # 0 is white there
         grey = ((values + 128) // 257).astype(np.uint8)
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = 255

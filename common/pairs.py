@@ -19,6 +19,8 @@ from pathlib import Path
 
 from common import UserError, lock, tables
 from common.data import keyed_seed
+from common.folders import list_images, name_hint
+from common.images import image_size, read_image
 from common.latents import manifest_digest, noise_seed
 from common.pipelines import decode
 from common.probes import noise_sha256
@@ -304,6 +306,14 @@ class PairImages:
                 f"{flag}: num_inference_steps and cfg_scale are the student's: one number of steps, and cfg_scale 1"
             )
         self.prompts, self.files = [row["prompt"] for row in rows], [row["image"] for row in rows]
+        if missing := [file for file in self.files if not os.path.isfile(self.base / file)]:
+            files = []
+            with contextlib.suppress(UserError):
+                files = list_images(self.base).files
+            raise UserError(
+                f"{flag}: {len(missing)} of {len(self.files)} rows name no file, the first is {missing[0]!r}; "
+                f"{name_hint(files, missing[0], f'--dataset_base_path={self.base}')}"
+            )
         self.sizes = [self._size(file, height, width, max_pixels) for file in self.files]
         if not max_pixels and len(set(self.sizes)) > 1:
             raise UserError(
@@ -313,10 +323,9 @@ class PairImages:
 
     def _size(self, file, height, width, max_pixels):
         try:
-            with Image.open(self.base / file) as image:
-                size = image.size[1], image.size[0]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--dataset_base_path={self.base}: {file} cannot be read ({error})") from None
+            size = image_size(self.base / file)
+        except SampleError as error:
+            raise UserError(f"--dataset_base_path={self.base}: {file} cannot be read ({error.detail})") from None
         if height and size != (height, width):
             raise UserError(
                 f"--height={height} --width={width}: {file} has {size[0]} x {size[1]} pixels; resizing would part it "
@@ -337,13 +346,14 @@ class PairImages:
         """(B, 3, H, W) in -1..1"""
         pixels = []
         for index in indices:
+            path = self.base / self.files[index]
             try:
-                with Image.open(self.base / self.files[index]) as image:
-                    array = np.asarray(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError) as error:
-                path = self.base / self.files[index]
-                raise unreadable(f"--dataset_base_path: {path} cannot be read ({error}); make it again") from None
-            pixels.append(torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 127.5 - 1.0)
+                array = np.array(read_image(path.read_bytes()))
+            except (OSError, SampleError) as error:
+                raise unreadable(
+                    f"--dataset_base_path: {path} cannot be read ({getattr(error, 'detail', error)}); make it again"
+                ) from None
+            pixels.append(torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1.0)
         return torch.stack(pixels)
 
     def call_kwargs(self, indices):

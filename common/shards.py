@@ -1,4 +1,4 @@
-"""Where training samples come from: listing, opening and reading tar shards and image folders.
+"""Where training samples come from: listing, opening and reading tar shards; folders of images are in `folders`.
 
 A raw sample is {member extension: bytes}. Nothing is unpickled, and members that nobody asked for are never read.
 Remote shards are fetched whole into a temporary file (TMPDIR) before they are read, so a failed transfer is an error
@@ -23,9 +23,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import UserError, tables
+from common import DataError as DataError
+from common import tables
 from common.addresses import mask_credentials as mask_credentials
 from common.addresses import quote_address
+from common.folders import IMAGE_KEYS as IMAGE_KEYS
+from common.folders import TEXT_KEYS as TEXT_KEYS
+from common.folders import is_hidden, is_image, read_samples, walk
 from common.paths import literal_folder
 from common.paths import path as expand_home
 
@@ -34,18 +38,12 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
-IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")
-TEXT_KEYS = ("text", "txt", "caption")
 SKIP_CLASSES = ("shard_open", "shard_read", "decode", "missing_caption", "too_small", "too_big", "filtered")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # in any case
 HELD_OUT = ("test", "val", "valid", "validation", "eval", "dev")  # folders that are not for training, beside others
 MAX_MEMBER_BYTES = 1 << 28  # larger members of a tar are not read: their sample is too_big
 DOWNLOAD_TRIES, DOWNLOAD_BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
 SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
-
-
-class DataError(UserError):
-    """One sentence for the user, naming the flag and the way out."""
 
 
 class SampleError(Exception):
@@ -132,9 +130,12 @@ def _expand_fsspec(address: str) -> list[str]:
 
 
 def _expand_folder(folder: str) -> list[str]:
-    tars = list_tars(folder)
+    try:
+        tars = list_tars(folder)
+    except DataError as error:
+        raise DataError(f"--train_shards_path_or_url: {error}") from None
     if not tars:
-        folder_items(folder)
+        read_samples(folder)
         return [folder]
     tops = sorted(
         {os.path.relpath(tar, folder).partition(os.sep)[0] for tar in tars if os.path.dirname(tar) != folder}
@@ -158,71 +159,12 @@ def list_tars(folder: str) -> list[str]:
 
     A folder that holds images and has tars in subfolders alone is a folder of images: [].
     """
-    tars, seen, images = [], set(), False
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            tars += [os.path.join(parent, name) for name in names if tar_suffix(name) and not name.startswith(".")]
-            images = images or any(name.lower().endswith(tuple("." + key for key in IMAGE_KEYS)) for name in names)
-        seen.add(real)
-    in_subfolders = not any(os.path.dirname(tar) == folder.rstrip(os.sep) for tar in tars)
-    return [] if images and in_subfolders else sorted(tars)
-
-
-def folder_items(folder: str) -> list[tuple[str, str | None]]:
-    """(path below the folder, caption or None where a .txt of the same name is to be read), sorted by path."""
-    images = {
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(tuple("." + key for key in IMAGE_KEYS)) and not name.startswith(".")
-    }
-    captions = _folder_metadata(folder)
-    if not images:
-        raise DataError(
-            f"--train_shards_path_or_url: the folder {folder!r} holds neither *.tar shards nor images "
-            f"({', '.join('*.' + key for key in IMAGE_KEYS)}, also in its subfolders)."
-        )
-    if captions is None:
-        if not any(os.path.exists(os.path.join(folder, os.path.splitext(image)[0] + ".txt")) for image in images):
-            raise DataError(
-                f"--train_shards_path_or_url: the images in {folder!r} have no captions: add metadata.csv or "
-                "metadata.jsonl with the columns file_name and text, or a .txt of the same name beside each image."
-            )
-        return [(image, None) for image in sorted(images)]
-    # An image without a row counts as missing_caption, a row without its file as decode: neither is dropped unseen.
-    return [(image, captions.get(image, "")) for image in sorted(images | captions.keys())]
-
-
-def folder_sample(folder: str, name: str, caption: str | None) -> dict[str, bytes]:
-    """The raw sample of one of `folder_items`; a file that cannot be read becomes an empty one."""
-    path = os.path.join(folder, name)
-    stem, extension = os.path.splitext(path)
-    raw = {extension[1:].lower(): b""}
-    with contextlib.suppress(OSError):
-        raw[extension[1:].lower()] = Path(path).read_bytes()
-    with contextlib.suppress(OSError):
-        raw["txt"] = Path(stem + ".txt").read_bytes() if caption is None else caption.encode()
-    return raw
-
-
-def _folder_metadata(folder: str) -> dict[str, str] | None:
-    """Captions by file name from metadata.csv or metadata.jsonl; None when the folder has neither."""
-    csv_path, jsonl_path = os.path.join(folder, "metadata.csv"), os.path.join(folder, "metadata.jsonl")
-    path = next((p for p in (csv_path, jsonl_path) if os.path.exists(p)), None)
-    if path is None:
-        return None
-    try:
-        rows = tables.read_table(path, columns=("file_name", "text"))
-    except UserError as error:
-        raise DataError(str(error)) from None
-    captions = {}
-    for place, row in rows:
-        if not isinstance(row["file_name"], str) or not isinstance(row["text"], str | None):
-            raise DataError(f"{path}: the file_name or text of {place} is no text.")
-        captions[os.path.normpath(row["file_name"])] = row["text"] or ""
-    return captions
+    files = [path for path, _ in walk(folder)]
+    tars = [path for path in files if tar_suffix(path)]
+    if all("/" in tar for tar in tars) and any(is_image(path) for path in files):
+        return []
+    tars = sorted(os.path.join(folder, tar) for tar in tars)
+    return sorted({os.path.realpath(tar): tar for tar in reversed(tars)}.values())  # each once, by its first name
 
 
 def count_samples(shards: list[str]) -> int | None:
@@ -236,7 +178,7 @@ def count_samples(shards: list[str]) -> int | None:
     total = 0
     for shard in tqdm(shards, desc="Counting samples", unit="shard", delay=5, leave=False):
         if os.path.isdir(shard):
-            total += len(folder_items(shard))
+            total += len(read_samples(shard).items)
             continue
         stats = Path(shard[: -len(tar_suffix(shard)) or None] + "_stats.json")
         try:
@@ -352,8 +294,14 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.
             raise tarfile.ReadError("a header points backwards")
         offset = tar.offset
         prefix, extension = base_plus_ext(member.name)
-        hidden = prefix is None or prefix.endswith("/")  # no name before the first dot, or no extension
-        if hidden or not member.isreg() or member.issparse() or re.match(r"__[^/]*__($|/)", member.name):
+        nameless = prefix is None or prefix.endswith("/")  # no name before the first dot, or no extension
+        if (
+            nameless
+            or is_hidden(member.name)
+            or not member.isreg()
+            or member.issparse()
+            or re.match(r"__[^/]*__($|/)", member.name)
+        ):
             continue
         extension = extension.lower()
         if prefix != key or extension in extensions:

@@ -22,7 +22,7 @@ import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
 from common import checkpointing, lock, models, pipelines, unet2d
 from common.data import TrainingData
-from common.images import decode_image_text
+from common.images import FORMATS, decode_image_text
 from common.shards import SKIP_CLASSES
 from common.tools import digits
 from tests.cases import CASES, command
@@ -214,7 +214,7 @@ STABLE_DIFFUSION = {
     ),
     "captions that are numbers": (
         lambda w: w.images("metadata.jsonl", b'{"file_name": "0.png", "text": 7}\n'),
-        "metadata.jsonl: the file_name or text of row 1 is no text",
+        "metadata.jsonl: row 1 has a text that is no text but '7'",
     ),
 }
 LORA = {
@@ -370,10 +370,33 @@ CONSISTENCY = {
         lambda w: {"dataset_name": None, "train_data_dir": "/nope"},
         "--train_data_dir=/nope: there is no such folder",
     ),
-    "a folder of no images": (lambda w: w.image_folder(), "folder cannot be loaded"),
+    "a folder of no images": (lambda w: w.image_folder(a_heic=b""), "it holds no images (jpg, png"),
+    "classes of metadata from 1": (
+        lambda w: (
+            w.image_folder(
+                a_png=b"",
+                b_png=b"",
+                metadata_jsonl=b'{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": 2}',
+            )
+            | {"num_classes": 2}
+        ),
+        "its classes run from 1 to 2, and classes count from 0; subtract 1 from each, or pass --num_classes=3",
+    ),
+    "classes of a data set from 1": (
+        lambda w: w.new_data_set(img=[random_image(0)] * 2, label=[1, 2]) | {"num_classes": None},
+        "its classes run from 1 to 2",
+    ),
+    "rows that name no file": (
+        lambda w: w.image_folder(a__0_png=b"", metadata_csv=b"file_name,label\na\\0.png,0\nb.png,1\n"),
+        "2 of 2 rows name no file, the first is 'a\\\\0.png'; write / instead of each \\: 'a/0.png' is there",
+    ),
     "images without classes": (
         lambda w: w.image_folder(a_png=encode(random_image(0)), b_png=encode(random_image(1))),
-        "has no column label",
+        "it has no classes: its images lie in 0 subfolders",
+    ),
+    "images beside classes": (
+        lambda w: w.image_folder(a__0_png=b"", b__0_png=b"", c_png=b""),
+        "it has 1 image beside its 2 subfolders of classes, the first is 'c.png'",
     ),
     "images that are all broken": (
         lambda w: w.image_folder(a__1_png=b"no image", b__2_png=b"none") | {"data_lanes": 1, "train_batch_size": 1},
@@ -385,8 +408,12 @@ CONSISTENCY = {
     ),
     "a tar without classes": (lambda w: w.tar([("a.png", encode(random_image(0)))]), "found no usable sample"),
     "classes beyond the last": (
-        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"10")]),
+        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"11")]),
         "found no usable sample",
+    ),
+    "classes of a tar from 1": (
+        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"1"), ("b.json", b'{"label": 10}')]),
+        "--num_classes=10: a sample has the class 10, and classes count from 0 to 9; if these run from 1 to 10",
     ),
     "classes that are words": (
         lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"cat")]),
@@ -829,7 +856,7 @@ def test_bad_samples_are_skipped_and_counted(tmp_path, flags, script):
     assert sum(counters[name] for name in SKIP_CLASSES) == len(found) >= 8
 
 
-SOURCES = [encode(random_image(1, 24, 20), kind) for kind in ("PNG", "JPEG", "WEBP")]
+SOURCES = [encode(random_image(1, 24, 20), kind) for kind in FORMATS]
 edits = st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=8)
 
 

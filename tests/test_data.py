@@ -603,10 +603,10 @@ LAYOUTS = {
     ),
     "no captions": ([(f"{n}.{e}", PNG) for n in range(4) for e in ("png", "xmp")], "the tar's members are png, xmp"),
     "an image format": (
-        [(f"{n}.{e}", PNG) for n in range(4) for e in ("tif", "txt")],
-        "the tar's members are tif, txt",
+        [(f"{n}.{e}", PNG) for n in range(4) for e in ("heic", "txt")],
+        "the tar's members are heic, txt",
     ),
-    "a later one": (members(0, 3) + [("x.txt", CAPTION)], "no member jpg, png, jpeg, webp (only x.txt)"),
+    "a later one": (members(0, 3) + [("x.txt", CAPTION)], f"no member {', '.join(IMAGE_KEYS)} (only x.txt)"),
 }
 
 
@@ -1146,11 +1146,10 @@ def test_exif_orientation(orientation):
         (encode(Image.new("L", (5, 40))), "too_small"),
         (encode(random_image(0), "JPEG")[:-300], "decode"),
         (encode(random_image(0))[:-200], "decode"),
-        (encode(random_image(0), "GIF"), "decode"),
-        (encode(random_image(0), "TIFF"), "decode"),
+        (encode(random_image(0), "PPM"), "decode"),
         (b"", "decode"),
     ],
-    ids=["200 Mpx", "90 Mpx", "no pixels", "long", "small", "cut jpeg", "cut png", "gif", "tiff", "empty"],
+    ids=["200 Mpx", "90 Mpx", "no pixels", "long", "small", "cut jpeg", "cut png", "ppm", "empty"],
 )
 def test_images_that_are_refused(image_bytes, reason, recwarn):
     with pytest.raises(SampleError) as caught:

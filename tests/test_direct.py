@@ -694,12 +694,16 @@ def test_encoded_images_are_the_latents_but_for_what_the_decoder_lost(table, pic
 @pytest.mark.parametrize(
     ("edit", "changes", "sentence"),
     [
-        (lambda rows: [r[:2] for r in rows], {}, "has no column or no row of seed"),
+        (lambda rows: [r[:2] for r in rows], {}, "has no column seed"),
         (lambda rows: [[*r[:3], "cuda", *r[4:]] if i else r for i, r in enumerate(rows)], {}, "rand_device is cuda"),
         (lambda rows: [[*r[:5], 4] if i else r for i, r in enumerate(rows)], {}, "cfg_scale 1"),
-        (lambda rows: [["no.png", *r[1:]] if i else r for i, r in enumerate(rows)], {}, "no.png cannot be read"),
+        (
+            lambda rows: [["no.png", *r[1:]] if i else r for i, r in enumerate(rows)],
+            {},
+            "8 of 8 rows name no file, the first is 'no.png'",
+        ),
         (lambda rows: [[*r[:2], 2**64, *r[3:]] if i else r for i, r in enumerate(rows)], {}, "has more than 64 bits"),
-        (lambda rows: rows[:1], {}, "no column or no row"),
+        (lambda rows: rows[:1], {}, "holds no row below its first"),
         (lambda rows: rows, {"height": 32, "width": 32}, "--height=32 --width=32: 000000000.png has 16 x 16 pixels"),
         (lambda rows: rows, {"max_pixels": 255, "train_batch_size": 1}, "--max_pixels=255"),
         (lambda rows: rows, {"max_pixels": 256}, "--train_batch_size=1"),

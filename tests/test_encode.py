@@ -301,6 +301,19 @@ def test_a_folder_of_images(tmp_path, teacher):
     assert json.loads((tmp_path / "out" / "00001_stats.json").read_text())["skipped"] == {"missing_caption": 1}
 
 
+def test_rows_of_one_image_are_samples_with_keys_of_their_own(tmp_path):
+    for name in ("a.png", "b.bmp"):
+        (tmp_path / name).write_bytes(encode(random_image(0)))
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,one\nb.bmp,two\na.png,three\n")
+    (tmp_path / "a.json").write_text('{"seed": 7}')
+    args = encode_shards.parse_args([str(tmp_path), "out", "--pretrained_teacher_model=x"])
+    samples = [
+        sample for unit in encode_shards.list_units(args) for sample in encode_shards.raw_samples(unit, args, {})
+    ]
+    assert [(key, raw["txt"]) for key, raw in samples] == [("a", b"one"), ("a_row1", b"three"), ("b", b"two")]
+    assert [encode_shards.source_seed(raw) for _, raw in samples] == [7, 7, None]
+
+
 # --- what cannot be used
 
 

@@ -408,8 +408,11 @@ def test_format_table():
         (["--unet", "{root}/pipeline"], "--unet"),
         (["--reference", "{root}/images"], "--feature_network"),
         (["--feature_network", "{root}/classifier"], "measures nothing alone"),
-        (["--feature_network", "{root}/classifier", "--reference", "{root}/unet"], "holds no png"),
-        (["--feature_network", "{root}/classifier", "--reference", "{root}/{{0..1}}.tar"], "0.tar is missing"),
+        (["--feature_network", "{root}/classifier", "--reference", "{root}/unet"], "holds neither images (jpg, png"),
+        (
+            ["--feature_network", "{root}/classifier", "--reference", "{root}/{{0..1}}.tar"],
+            "--reference: 2 of 2 paths match no file",
+        ),
         (["--feature_network", "{root}/classifier", "--prompt_accuracy", "--prompts", "seven"], "'seven' names none"),
         (["--feature_network", "{root}/clip", "--prompt_accuracy"], "needs an image classifier"),
         (["--num_reference_images", "9"], "--num_reference_images: there are no reference images; add --reference"),

@@ -25,20 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, latents, lock, models
+from common import DataError, UserError, latents, lock, models
 from common import args as cli
 from common.data import keyed_seed
 from common.export import versions
+from common.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
 from common.images import decode_image_text
 from common.shards import (
-    IMAGE_KEYS,
-    TEXT_KEYS,
-    DataError,
     SampleError,
     check_members,
     expand_shards,
-    folder_items,
-    folder_sample,
     is_remote,
     mask_credentials,
     open_shard,
@@ -60,7 +56,7 @@ class Unit(NamedTuple):
 
     name: str  # of the output, without .tar
     shard: str  # a tar, or a folder of images
-    items: list | None  # of the folder, as from `folder_items`
+    items: list | None  # of the folder, as from `folders.read_samples`
 
 
 def parse_args(argv=None):
@@ -167,7 +163,13 @@ def list_units(args):
         folders = [shard for shard in shards if os.path.isdir(shard)]
         if folders and len(shards) > 1:
             raise DataError(f"--train_shards_path_or_url: {folders[0]} is a folder of images and goes with no shards")
-        items = folder_items(folders[0]) if folders else None
+        items, unusable, notes = read_samples(folders[0]) if folders else ([], 0, [])
+        for note in notes:
+            print(f"note: {note}.", flush=True)
+        if folders and unusable == len(items):
+            raise DataError(
+                f"--train_shards_path_or_url: none of its {unusable} samples can be used: {'; '.join(notes)}"
+            )
         if args.samples_per_shard and not folders:
             raise DataError("--samples_per_shard: IN are shards, which stay what they are; drop it")
     except DataError as error:
@@ -244,11 +246,14 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
 def raw_samples(unit, args, account):
     """(key, raw) of a shard's or a folder's samples, in order; of a damaged tar those before the damage."""
     if unit.items is not None:
+        rows = Counter()  # of an image that has several
         for file, caption in unit.items:
-            stem, raw = os.path.splitext(file)[0], folder_sample(unit.shard, file, caption)
+            stem, raw = os.path.splitext(file)[0], read_sample(unit.shard, file, caption)
             with contextlib.suppress(OSError):
                 raw["json"] = Path(unit.shard, f"{stem}.json").read_bytes()
-            yield stem.replace(".", "_"), raw  # a key ends at its first dot
+            row = f"_row{rows[file]}" if rows[file] else ""
+            rows[file] += 1
+            yield stem.lstrip("/").replace(".", "_") + row, raw  # a key ends at its first dot
         return
     with open_shard(unit.shard, args.data_timeout) as file:
         try:

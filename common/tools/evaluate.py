@@ -24,6 +24,8 @@ from pathlib import Path
 
 from common import UserError, lock, tables
 from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, tool_errors
+from common.folders import IMAGE_KEYS, list_images, reference_images
+from common.images import read_image
 from common.metrics import (
     clip_score,
     frechet_distance,
@@ -34,12 +36,12 @@ from common.metrics import (
     prompt_accuracy,
     prompt_labels,
 )
-from common.paths import labelled_path, literal_folder, prompt
+from common.paths import labelled_path, prompt
 from common.paths import path as path_type
 from common.probes import CALL_ERRORS
+from common.shards import SampleError, expand_shards, is_remote, list_tars, mask_credentials, tar_samples
 from common.work import DTYPES, find_device
 
-import braceexpand
 import numpy as np
 import PIL
 import torch
@@ -47,7 +49,6 @@ from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GRID_COLUMNS = 8
 COLUMNS = {
     "model": "model",
@@ -256,20 +257,35 @@ def reference_files(reference):
     if path.suffix == ".npz":
         return "npz", [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        tars = sorted(p for p in path.iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
-        return ("folder", files) if files else ("tar", tars)
-    folder, rest = literal_folder(reference)
-    return "tar", [path] if path.is_file() else [Path(folder + one) for one in braceexpand.braceexpand(rest)]
+        tars = [Path(tar) for tar in list_tars(str(path))]
+        return ("tar", tars) if tars else ("folder", reference_folder(path)[0])
+    try:
+        shards = expand_shards(reference)
+    except UserError as error:
+        raise UserError(str(error).replace("--train_shards_path_or_url", "--reference")) from None
+    if remote := next(filter(is_remote, shards), None):
+        raise UserError(f"--reference: {mask_credentials(remote)} is no local file, and only those are read: copy it")
+    return "tar", [Path(shard) for shard in shards]
+
+
+def reference_folder(folder):
+    """(paths of the images that training would list in a folder, what is to be said of it)"""
+    try:
+        listing = list_images(folder)
+        return [Path(folder, image) for image in reference_images(listing)], listing.notes
+    except UserError as error:
+        raise UserError(f"--reference: {error}") from None
 
 
 def check_reference(reference):
     kind, files = reference_files(reference)
     if not files:
-        raise UserError(f"--reference {reference} holds no png, jpg, webp or tar: name a folder that does")
+        raise UserError(
+            f"--reference {reference} holds neither images ({', '.join(IMAGE_KEYS)}) nor *.tar: name another"
+        )
     for file in files:
         if not file.is_file():
-            raise UserError(f"--reference: {file} is missing: check the path (only local files are read)")
+            raise UserError(f"--reference: {file} is no file: check the path")
         if kind == "tar" and not tarfile.is_tarfile(file):
             raise UserError(f"--reference: {file} is neither a folder, a tar nor an .npz")
     if kind == "npz" and not zipfile.is_zipfile(files[0]):
@@ -290,20 +306,23 @@ def npz_names(reference):
 def iterate_images(reference, height, width):
     """Reference images one by one: uint8 (3, height, width).
 
-    Each is scaled until it covers height x width (bicubic, antialiased) and the middle is kept. Tar members other than
-    png, jpg and webp are passed over. An .npz holds `images` or `arr_0`: uint8 (N, H, W, 3).
+    Images of folders and tars are those that training would take and look as they do there. Each is scaled until it
+    covers height x width (bicubic, antialiased) and the middle is kept. An .npz holds `images` or `arr_0`: uint8
+    (N, H, W, 3).
     """
     kind, files = reference_files(reference)
     if kind == "folder":
+        for note in reference_folder(reference)[1]:
+            print(f"--reference: {note}.", flush=True)
         for file in files:
             yield to_tensor(file, file, height, width)
     elif kind == "tar":
         for file in files:
-            with tarfile.open(file) as tar:
-                for member in tar:
-                    if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                        data = io.BytesIO(tar.extractfile(member).read())
-                        yield to_tensor(data, f"{member.name} in {file}", height, width)
+            with open(file, "rb") as opened:
+                for _, key, raw in tar_samples(opened, (IMAGE_KEYS,)):
+                    if image_key := next((extension for extension in IMAGE_KEYS if extension in raw), None):
+                        data = io.BytesIO(raw[image_key] or b"")  # None: too big to be read
+                        yield to_tensor(data, f"{key}.{image_key} in {file}", height, width)
     else:
         with np.load(files[0], allow_pickle=False) as arrays:
             images = arrays["images" if "images" in arrays.files else "arr_0"]
@@ -314,11 +333,14 @@ def iterate_images(reference, height, width):
 
 
 def to_tensor(file, name, height, width):
+    """An image as training sees it, fitted: uint8 (3, height, width). file: a path, or an open binary file."""
     try:
-        with Image.open(file) as image:
-            return fit(image.convert("RGB"), height, width)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"--reference: {name} is no readable image ({error}): remove it") from error
+        data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+        return fit(read_image(data), height, width)
+    except (OSError, SampleError) as error:
+        raise UserError(
+            f"--reference: {name} is no readable image ({getattr(error, 'detail', error)}): remove it"
+        ) from error
 
 
 def fit(image, height, width):
@@ -366,7 +388,7 @@ def reference_features(reference, network, height, width, batch_size=64, limit=N
 def read_batch(images, batch_size, reference):
     try:
         return list(itertools.islice(images, batch_size))
-    except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except (SampleError, tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
         raise UserError(f"--reference {reference} is damaged or no file of images ({error}): make it anew") from None
 
 
