@@ -442,7 +442,7 @@ def test_the_first_loss_is_the_papers_with_diffusers_scheduler_as_f(tmp_path, fl
 
 
 def test_both_sides_have_the_same_dropout_and_every_step_has_another(tmp_path, flags, monkeypatch):
-    """At equal noise levels student and target are equal bit for bit; the global generator is not moved."""
+    """At equal noise levels student and target are equal; the global generator is not moved."""
     pairs, masks, states = [], [[]], []
     huber, dropout = consistency.pseudo_huber, torch.nn.Dropout.forward
 
@@ -468,7 +468,9 @@ def test_both_sides_have_the_same_dropout_and_every_step_has_another(tmp_path, f
         values.clear()
     masks[:] = [[]]
     train(flags(tmp_path / "b", max_train_steps=3, report_to="none", dropout=0.5, **start))
-    assert len(pairs) == 3 and all(torch.equal(a, b) for a, b in pairs)
+    assert len(pairs) == 3
+    for student, target in pairs:  # with and without gradients, which may take other kernels: equal up to rounding
+        torch.testing.assert_close(student, target)
     assert all(torch.equal(state, states[0]) for state in states)
     layers = len(masks[0]) // 2
     assert layers > 4 and masks[0][:layers] == masks[0][layers:] and masks[0][0] != masks[1][-1]

@@ -27,7 +27,7 @@ def test_the_encoder_ends_with_the_middle_block(config):
     unet(real, t, **cond)
     encoder = copy_encoder(unet)
     output = encoder(real, t, **cond).sample
-    assert torch.equal(output, seen[0])
+    torch.testing.assert_close(output, seen[0])  # of weights in other memory: equal up to rounding
     names = set(dict(unet.named_parameters()))
     mine = set(dict(encoder.named_parameters()))
     assert mine < names and not any(n.startswith(("up_blocks", "conv_out", "conv_norm_out")) for n in mine)

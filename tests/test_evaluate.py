@@ -204,8 +204,10 @@ def test_lora_and_unet_change_the_images(root, tmp_path):
         pictures.append(generate_images(pipeline, ["one"], 2, 1.0, 0, 1)[0])
     file = root / "lora" / "pytorch_lora_weights.safetensors"
     again = generate_images(load_pipeline(str(root / "pipeline"), lora=file), ["one"], 2, 1.0, 0, 1)[0]
-    assert not torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
-    assert torch.equal(pictures[1], again)
+    # pipelines of their own, in different memory: equal up to the rounding of a pixel
+    plain, with_lora, with_unet, again = (picture.int() for picture in (*pictures, again))
+    assert (plain - with_lora).abs().max() > 1 and (plain - with_unet).abs().max() > 1
+    assert (with_lora - again).abs().max() <= 1
     main(parse_args(flags(root, tmp_path / "out", "--lora", root / "lora")))
     assert (tmp_path / "out" / "grid.png").is_file()
 

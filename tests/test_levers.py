@@ -23,6 +23,7 @@ from tests.test_ct import data_set, no_cache_at_home  # noqa: F401
 from tests.test_direct import direct_teacher, made, prompts_file  # noqa: F401
 from tests.test_scripts import digests, fingerprint, flags, scalars, train  # noqa: F401
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
@@ -117,8 +118,9 @@ def test_recomputing_changes_no_gradient_and_selective_keeps_less(kind):
         results[which] = backward(network)
     loss, gradients, plain = results["none"]
     for which in ("selective", "full"):
-        assert results[which][0] == loss
-        assert all(torch.equal(gradients[name], results[which][1][name]) for name in gradients)
+        # of networks in different memory: equal up to rounding
+        assert results[which][0] == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(results[which][1], gradients, rtol=1e-4, atol=1e-6)
     assert results["full"][2] < 0.9 * results["selective"][2] and results["selective"][2] < 0.9 * plain
 
 
@@ -225,7 +227,10 @@ def check_compiled(tmp_path, command, monkeypatch, name):
     shutil.copy(tmp_path / "a" / checkpointing.CONFIG, tmp_path / "c")
     train(command(name, tmp_path / "c", **changes, resume_from_checkpoint="latest"), SCRIPTS[name])
     a, b, c = (state_of(tmp_path / x / "checkpoint-4") for x in "abc")
-    assert a == b and b == c
+    assert a.keys() == b.keys() == c.keys()
+    for key in b:  # traced and not: up to rounding, and what Adam makes of it
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-3, atol=2e-5)
+        np.testing.assert_allclose(c[key], b[key], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["SD3", "Flux"])
@@ -241,7 +246,8 @@ def test_transformers_compile_for_once(compiles_at_once, name):
         output = rollout(["a", "b"], [0, 1])
         output.float().square().mean().backward()
         results.append(output.detach())
-    assert torch.equal(*results) and counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    torch.testing.assert_close(*results)  # of two pipelines, in different memory: equal up to rounding
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     try:
         torch.compiler.set_stance("fail_on_recompile")
         rollout(["c", "d"], [2, 3]).float().sum().backward()

@@ -119,6 +119,12 @@ def largest_difference(a, b):
     return (a - b).abs().max().item()
 
 
+def assert_same(one, other):
+    """Outputs of two networks with the same weights in different memory, whose kernels may add in another order: some
+    roundings of the dtype, 6.6e-7 in float32 on an Intel Xeon."""
+    assert largest_difference(one, other) <= 40 * torch.finfo(one.dtype).eps * other.abs().max()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which modules
 
@@ -177,7 +183,7 @@ def test_adapters_off_is_the_base_and_every_adapter_trains_afterwards(dtype):
     with torch.no_grad():
         with lora.adapters_off(student):
             teacher_output = run(student)
-        assert torch.equal(teacher_output, run(base))
+        assert_same(teacher_output, run(base))
         assert largest_difference(run(student), teacher_output) > 0.01
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output = run(student)
@@ -225,7 +231,7 @@ def test_distributed_training_through_both_networks(tmp_path):
         for _ in range(2):
             with torch.no_grad(), lora.adapters_off(wrapped):
                 target = run(wrapped)
-            assert torch.equal(target, run(base))
+            assert_same(target, run(base))
             (run(wrapped) - target).square().mean().backward()
             assert all(parameter.grad.abs().max() > 0 for parameter in lora.lora_parameters(wrapped))
             wrapped.zero_grad(set_to_none=True)
@@ -245,7 +251,7 @@ def base(request):
 @pytest.mark.parametrize("target_modules", [lora.TARGET_MODULES, ATTENTION], ids=["all", "attention"])
 @pytest.mark.parametrize("alpha", [4, 10.5])
 def test_a_stock_pipeline_with_either_file_is_the_student(tmp_path, base, alpha, target_modules):
-    """Equal to the bit; once fused, up to rounding, which float64 tells from an error: 1e-6 of float32 is 1e-15."""
+    """Up to rounding, which float64 tells from an error: 1e-6 of float32 is 1e-15."""
     student = make_student(base, 4, alpha, target_modules)
     expected, base_output = run(student), run(base)
     assert largest_difference(expected, base_output) > 0.01
@@ -256,9 +262,9 @@ def test_a_stock_pipeline_with_either_file_is_the_student(tmp_path, base, alpha,
         pipe = make_pipeline(base)
         pipe.load_lora_weights(str(tmp_path), **options)
         assert adapted(pipe.unet) == adapted(student)
-        assert torch.equal(run(pipe.unet), expected)
+        assert_same(run(pipe.unet), expected)
         pipe.disable_lora()
-        assert torch.equal(run(pipe.unet), base_output)
+        assert_same(run(pipe.unet), base_output)
         pipe.enable_lora()
         pipe.fuse_lora()
         fused = run(pipe.unet)
@@ -410,7 +416,7 @@ def test_an_earlier_run_in_either_format_is_the_start(tmp_path, base, alpha):
         unet = copy.deepcopy(base)
         lora.add_lora(unet, 4, alpha, init_lora=str(source))
         with torch.no_grad():
-            assert torch.equal(run(unet), run(student))
+            assert_same(run(unet), run(student))
         assert all(p.requires_grad and p.dtype == torch.float32 for p in lora.lora_parameters(unet))
 
 
@@ -426,7 +432,7 @@ def test_diffusers_names_of_sdxl_are_read_too(tmp_path):
         tensors[f"{stem}.alpha"] = torch.tensor(2.0)
     save_file(tensors, tmp_path / "other.safetensors")
     lora.add_lora(base, 4, 2, init_lora=str(tmp_path / "other.safetensors"))
-    assert torch.equal(run(base), run(student))
+    assert_same(run(base), run(student))
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,8 @@ def test_student_equals_the_teacher_at_step_0_for_every_w(teacher, prediction_ty
     z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, unet.config.cross_attention_dim)
     cond = torch.randn(2, 256)
     with torch.no_grad():
-        assert torch.equal(student(z, T, text, timestep_cond=cond).sample, unet(z, T, text).sample)
+        expected = unet(z, T, text).sample  # of weights in other memory: equal up to rounding
+        torch.testing.assert_close(student(z, T, text, timestep_cond=cond).sample, expected)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
     assert not any(p.requires_grad for p in unet.parameters())
 
@@ -211,8 +212,8 @@ def test_sdxl_student_equals_the_teacher_at_step_0_and_samples(sdxl, tmp_path):
     cond = models.conditioning(pipeline, ["a handwritten four", "zero"], time_ids)
     z = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
-        expected = pipeline.unet(z, T, **cond).sample
-        assert torch.equal(student(z, T, timestep_cond=torch.randn(2, 256), **cond).sample, expected)
+        expected = pipeline.unet(z, T, **cond).sample  # of weights in other memory: equal up to rounding
+        torch.testing.assert_close(student(z, T, timestep_cond=torch.randn(2, 256), **cond).sample, expected)
     student.train()(z, T, timestep_cond=torch.randn(2, 256), **cond).sample.square().mean().backward()
     assert student.time_embedding.cond_proj.weight.grad.abs().max() > 0
 
@@ -308,8 +309,10 @@ def test_conditioning_of_sdxl_is_the_pipelines(sdxl, force_zeros):
     time_ids = torch.arange(18).view(3, 6)
     cond, uncond = models.conditioning(pipeline, captions, time_ids), models.uncond_conditioning(pipeline)
     assert embeds.shape == (3, 77, 64) and pooled.shape == (3, 32) and (empty.abs().max() == 0) == force_zeros
-    assert torch.equal(cond["encoder_hidden_states"], embeds) and cond["encoder_hidden_states"][1].abs().max() > 0
-    assert torch.equal(cond["added_cond_kwargs"]["text_embeds"], pooled)
+    # encoders of two pipelines, in different memory: equal up to rounding
+    torch.testing.assert_close(cond["encoder_hidden_states"], embeds)
+    torch.testing.assert_close(cond["added_cond_kwargs"]["text_embeds"], pooled)
+    assert cond["encoder_hidden_states"][1].abs().max() > 0.1
     assert torch.equal(cond["added_cond_kwargs"]["time_ids"], time_ids)
     torch.testing.assert_close(uncond["encoder_hidden_states"], empty[:1])
     torch.testing.assert_close(uncond["added_cond_kwargs"]["text_embeds"], empty_pooled[:1])

@@ -280,7 +280,7 @@ def test_the_teachers_steps_and_arguments_give_the_teachers_result():
         num_inference_steps=5,
         **tiny.KWARGS["SD3"],
     )[0]
-    assert torch.equal(again, stock)
+    torch.testing.assert_close(again, stock)  # of two pipelines, in different memory: equal up to rounding
 
 
 # --- guidance

@@ -231,7 +231,8 @@ def test_the_lora_that_stock_diffusers_loads_is_the_student_that_was_trained(tmp
         with lora.adapters_off(trained):
             base = trained(z, t, text).sample
     assert (student - stock).abs().max() <= 1e-6 and (student - base).abs().max() > 1e-2
-    assert torch.equal(base, stock_pipeline(teacher()).unet(z, t, text).sample)
+    with torch.no_grad():  # of weights in other memory: equal up to rounding
+        torch.testing.assert_close(base, stock_pipeline(teacher()).unet(z, t, text).sample)
     image = loaded("a three", num_inference_steps=4, guidance_scale=1.0, output_type="np").images[0]
     assert np.isfinite(image).all() and image.std() > 0
 

@@ -61,12 +61,13 @@ def test_every_stage_leaves_a_model_for_its_number_of_steps(tmp_path, flags, tea
         assert f"num_inference_steps={k}, guidance_scale=1, eta=0.0" in card and f"samples in {k} step" in card
         assert ('subfolder="stage-' in card or f"{name}/unet" in card) == (name != ".")
     # each stage trained on, and the last one is the result
-    assert not np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[1], seen[2])
-    assert np.array_equal(seen[2], seen[3])
+    # pipelines of their own, in different memory: equal up to rounding
+    assert np.abs(seen[0] - seen[1]).max() > 1e-2 and np.abs(seen[1] - seen[2]).max() > 1e-2
+    assert np.abs(seen[2] - seen[3]).max() <= 1e-4
     if script is tscd:
         whole = DiffusionPipeline.from_pretrained(out)
         again = whole("a three", **options, generator=torch.manual_seed(0)).images[0]
-        assert np.array_equal(again, seen[3]) and (out / "unet_target" / "config.json").is_file()
+        assert np.abs(again - seen[3]).max() <= 1e-4 and (out / "unet_target" / "config.json").is_file()
 
 
 def test_the_lora_of_the_last_stage_is_the_student_and_the_base_is_the_teacher(tmp_path, flags, teacher):
@@ -81,9 +82,9 @@ def test_the_lora_of_the_last_stage_is_the_student_and_the_base_is_the_teacher(t
     with torch.no_grad():
         base = pipeline.unet(z, t, text).sample
         with lora.adapters_off(trained):
-            assert torch.equal(trained(z, t, text).sample, base)
+            torch.testing.assert_close(trained(z, t, text).sample, base)  # in different memory: up to rounding
         pipeline.load_lora_weights(out / "stage-1-k1")
-        assert torch.equal(pipeline.unet(z, t, text).sample, trained(z, t, text).sample)
+        torch.testing.assert_close(pipeline.unet(z, t, text).sample, trained(z, t, text).sample)
     assert (trained(z, t, text).sample - base).abs().max() > 1e-2
 
 
