@@ -66,8 +66,8 @@ def parse_args(argv=None):
     return args
 
 
-def resolve_defaults(args, is_sdxl):
-    cli.resolve_teacher_defaults(args, is_sdxl)
+def resolve_defaults(args, config):
+    cli.resolve_teacher_defaults(args, config)
     if args.w_min > args.w_max:
         raise UserError(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
 
@@ -82,10 +82,10 @@ def main(args):
     teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
     teacher_options["revision"] = args.teacher_revision or args.revision
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
-    resolve_defaults(args, config["is_sdxl"])
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:
         config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
+    resolve_defaults(args, config)
     models.check_resolution(config, args.resolution)
     target_modules = lora.parse_target_modules(args.lora_target_modules)
     lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora

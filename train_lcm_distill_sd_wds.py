@@ -66,8 +66,8 @@ def parse_args(argv=None):
     return args
 
 
-def resolve_defaults(args, is_sdxl):
-    cli.resolve_teacher_defaults(args, is_sdxl, {"w_min": 3.0 if is_sdxl else 5.0})
+def resolve_defaults(args, config):
+    cli.resolve_teacher_defaults(args, config, {"w_min": 3.0 if config["is_sdxl"] else 5.0})
     if args.w_min > args.w_max:
         raise UserError(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.validation_guidance_scale is None:
@@ -85,10 +85,10 @@ def main(args):
     teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
     teacher_options["revision"] = args.teacher_revision or args.revision
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
-    resolve_defaults(args, config["is_sdxl"])
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:
         config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
+    resolve_defaults(args, config)
     models.check_resolution(config, args.resolution)
     if args.init_unet:
         models.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)

@@ -28,7 +28,7 @@ from common.preemption import Stopper
 from common.schedules import alpha_sigma, append_dims, draw_segment, segment_nodes
 from common.shards import expand_shards
 from common.solvers import TrajectorySolver
-from common.stages import stage_at
+from common.stages import stage_at, steps_note
 
 import torch
 from accelerate.utils import gather_object
@@ -87,10 +87,10 @@ def main(args):
     teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
     teacher_options["revision"] = args.teacher_revision or args.revision
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
-    cli.resolve_teacher_defaults(args, config["is_sdxl"])
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:
         config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
+    cli.resolve_teacher_defaults(args, config)
     models.check_resolution(config, args.resolution)
     target_modules = lora.parse_target_modules(args.lora_target_modules)
     lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora
@@ -355,7 +355,7 @@ image = pipe("a prompt", num_inference_steps={k}, guidance_scale=1, eta=0.0).ima
         snippet=snippet,
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",
-            f"For `num_inference_steps={k}` and `eta=0`; with other numbers of steps, try `eta=0.2` to `0.5`.",
+            steps_note(k, args.boundary_prob),
             "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
             f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "
             "`pytorch_lora_weights_kohya.safetensors` for ComfyUI and A1111.",

@@ -224,7 +224,7 @@ def add_teacher_arguments(parser):
 
 def add_image_arguments(add):
     """How images are read; cached latents were made with these and are checked against them."""
-    add("--resolution", type=positive_int, help="side of the square training images, in pixels; SD: 512, SDXL: 1024")
+    add("--resolution", type=positive_int, help="side of the square training images, in pixels; the teacher's own")
     add("--interpolation_type", default="bilinear", choices=INTERPOLATION_TYPES, help="how images are resized")
     add("--center_crop", action="store_true", help="crop the middle instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
@@ -398,13 +398,15 @@ def resolve_stages(args, resumed):
     return stages.plan_stages(args.stage_segments, *lists, args.loss_type, resumed.get("stage_edges"))
 
 
-def resolve_teacher_defaults(args, is_sdxl, method_defaults=None):
-    """Fill in the flags whose default depends on the teacher: SDXL's images and latents are larger."""
-    defaults = {"resolution": 1024 if is_sdxl else 512, "vae_encode_batch_size": VAE_ENCODE_BATCH_SIZE[is_sdxl]}
-    for name, value in (defaults | (method_defaults or {})).items():
+def resolve_teacher_defaults(args, config, method_defaults=None):
+    """Fill in the flags whose default depends on the teacher, of `config` as from `models.read_teacher_config`."""
+    defaults = {"vae_encode_batch_size": VAE_ENCODE_BATCH_SIZE[config["is_sdxl"]]} | (method_defaults or {})
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.use_fix_crop_and_size and not is_sdxl:
+    if args.resolution is None:
+        args.resolution = models.default_resolution(config)
+    if args.use_fix_crop_and_size and not config["is_sdxl"]:
         raise UserError("--use_fix_crop_and_size is for SDXL teachers and this is none; drop it")
 
 

@@ -18,13 +18,17 @@ from diffusers import (
     TCDScheduler,
     UNet2DConditionModel,
 )
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # SDXL: all
 NOT_TRAINED = ("safety_checker", "feature_extractor", "image_encoder")  # neither loaded nor copied into outputs
 REFINER = "the SDXL refiner, which starts from a finished image; use an SDXL base model"
 LOAD_ERRORS = (OSError, ValueError, IndexError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError)
+PLAIN = {False: StableDiffusionPipeline, True: StableDiffusionXLPipeline}  # text-to-image, by whether it is an SDXL
+DEFAULT_RESOLUTION = {False: 512, True: 1024}  # where the U-Net's sample_size does not say it
 NUM_TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
 
@@ -49,8 +53,8 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     if not isinstance(index, dict):
         raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
     sdxl = _check_kind(flag, index)
-    for part in [key for key, value in index.items() if isinstance(value, list) and value[0] is not None]:
-        if folder.is_dir() and part not in NOT_TRAINED:
+    for part in PARTS[: len(PARTS) if sdxl else -2]:  # a ControlNet or an adapter beside them is not loaded
+        if folder.is_dir():
             check_part(flag, folder / part, variant)
     try:
         configs = {
@@ -138,7 +142,7 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
 
 def _check_kind(flag, index):
     """Whether model_index.json is SDXL's; UserError unless it names what a teacher of its kind consists of."""
-    parts = {part: value[1] for part, value in index.items() if isinstance(value, list)}
+    parts = {part: index[part][1] for part in PARTS if isinstance(index.get(part), list) and len(index[part]) == 2}
     sdxl = parts.get("text_encoder_2") is not None or parts.get("tokenizer_2") is not None
     if sdxl and (parts.get("text_encoder") is None or index.get("requires_aesthetics_score")):
         raise UserError(f"{flag}: {REFINER}")
@@ -261,13 +265,20 @@ def lcm_scheduler(scheduler_config, num_ddim_timesteps, timestep_scaling):
 
 
 def _scheduler_like(scheduler_class, scheduler_config, **trained):
+    # By DDPMScheduler, as in training: the classes do not agree on what a configuration that lacks a key means.
+    trained_by = DDPMScheduler.from_config(scheduler_config)
     known = inspect.signature(scheduler_class.__init__).parameters.keys()
-    taken = {name: value for name, value in scheduler_config.items() if name in known}
-    return scheduler_class(**taken | trained | {"clip_sample": False, "thresholding": False})
+    taken = {name: value for name, value in trained_by.config.items() if name in known}
+    taken |= trained | {"clip_sample": False, "thresholding": False}
+    try:
+        return scheduler_class(**taken)
+    except NotImplementedError:  # DDPMScheduler knows more kinds of betas
+        return scheduler_class(**taken | {"trained_betas": trained_by.betas.tolist(), "rescale_betas_zero_snr": False})
 
 
 def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None, **replaced):
-    """The teacher as a diffusers pipeline: every weight float32 on the CPU, frozen, in eval mode.
+    """The teacher as the plain text-to-image pipeline, whatever class it was saved by: every weight float32 on the
+    CPU, frozen, in eval mode.
 
     name: folder, hub repository, or one `.safetensors` file. vae: folder or hub name of another VAE, or None.
     replaced: parts that are there already and are not loaded (unet, scheduler). Weights are safetensors, and no code
@@ -284,17 +295,17 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
     options = {"cache_dir": cache_dir, "dtype": torch.float32}
     parts = options | replaced
     if Path(name).suffix == ".safetensors":
-        if _single_file_kind(name) == "sdxl":
-            pipeline = StableDiffusionXLPipeline.from_single_file(name, **parts)
-        else:
-            pipeline = StableDiffusionPipeline.from_single_file(name, safety_checker=None, **parts)
+        plain = PLAIN[_single_file_kind(name) == "sdxl"]
+        parts |= {"safety_checker": None} if plain is StableDiffusionPipeline else {}
+        pipeline = plain.from_single_file(name, **parts)
     else:
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
-        skipped = {part: None for part in NOT_TRAINED if part in index}
-        if "safety_checker" in index:
-            skipped["requires_safety_checker"] = False
-        parts |= skipped | {"use_safetensors": True, "trust_remote_code": False}
-        pipeline = DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **parts)
+        plain = PLAIN[_check_kind(name, index)]
+        takes = inspect.signature(plain.__init__).parameters
+        parts |= {part: None for part in NOT_TRAINED if part in takes}
+        parts |= {"requires_safety_checker": False} if "safety_checker" in takes else {}
+        parts |= {"use_safetensors": True, "trust_remote_code": False}
+        pipeline = plain.from_pretrained(name, revision=revision, variant=variant, **parts)
     if vae is not None:
         place = {"subfolder": _vae_subfolder(vae), "revision": vae_revision}
         pipeline.vae = AutoencoderKL.from_pretrained(vae, **place, **options, use_safetensors=True)
@@ -479,6 +490,36 @@ def _shift_and_scale(vae):
         shift, std = (torch.tensor(x, device=vae.device).view(1, -1, 1, 1) for x in (mean, std))
         scale = scale / std
     return shift, scale
+
+
+def native_size(config):
+    """(height, width) in pixels of the images that the teacher's U-Net was made for, None where it does not say."""
+    unet = config["unet"]
+    size, factor = unet.get("sample_size"), vae_scale_factor(config["vae"])
+    if size is None:
+        return None
+    if isinstance(size, int) and not config["is_sdxl"] and "_diffusers_version" in unet:
+        # the first releases wrote 32 for 64, which StableDiffusionPipeline puts right
+        size = max(size, 64) if Version(Version(unet["_diffusers_version"]).base_version) < Version("0.9.0") else size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height * factor, width * factor
+
+
+def default_resolution(config):
+    """The side of the square images that the teacher was made for, in pixels; UserError where they are not square."""
+    height, width = native_size(config) or (DEFAULT_RESOLUTION[config["is_sdxl"]],) * 2
+    if height != width:
+        raise UserError(
+            f"--resolution: the teacher's own images are {height} x {width} pixels and those trained on are square; "
+            "pass their side"
+        )
+    return height
+
+
+def samples_by_default_at(config, resolution):
+    """Whether the stock pipeline makes square images of this side where a call names no size."""
+    is_one = isinstance(config["unet"].get("sample_size"), int) or not config["is_sdxl"]  # SDXL's takes no list
+    return is_one and native_size(config) == (resolution, resolution)
 
 
 def check_resolution(config, resolution):

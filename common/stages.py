@@ -80,3 +80,12 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
 def stage_at(stages, global_step):
     """The stage of the update that follows `global_step` ones; past the last edge, the last stage goes on."""
     return next((stage for stage in stages if global_step < stage.end), stages[-1])
+
+
+def steps_note(num_segments, boundary_prob):
+    """What a card says of numbers of steps and of eta: a student of one segment alone can take more steps."""
+    if num_segments > 1:
+        k = num_segments
+        return f"For exactly `num_inference_steps={k}` and `eta=0`, one step per segment; never fewer, nor more."
+    eta = "`eta=1`" if boundary_prob == 1 else "`eta=0.2` to `0.5`"  # with random ends it has learnt shorter jumps too
+    return f"For `num_inference_steps=1`; with more steps pass {eta}, with `eta=0` they do harm."

@@ -189,10 +189,15 @@ def test_the_guide_of_direct_distillation_parses():
     assert full.learning_rate == 1e-5 and full.train_batch_size * full.gradient_accumulation_steps == 32
 
 
+def teacher_config(is_sdxl=False):
+    unet, vae = {"sample_size": 128 if is_sdxl else 64}, {"block_out_channels": [128, 256, 512, 512]}
+    return {"is_sdxl": is_sdxl, "unet": unet, "vae": vae}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_public_flag_is_there_with_its_default(name):
     args = script(name).parse_args(REQUIRED)
-    getattr(script(name), "resolve_defaults", cli.resolve_teacher_defaults)(args, is_sdxl=False)
+    getattr(script(name), "resolve_defaults", cli.resolve_teacher_defaults)(args, teacher_config())
     args, expected = vars(args), dict(PUBLIC_FLAGS)
     if "lora" in name:
         for flag in ("ema_decay", "unet_time_cond_proj_dim"):
@@ -382,16 +387,16 @@ def test_prompts_are_repeatable_and_read_from_files(tmp_path):
 @pytest.mark.parametrize(("flags", "scale"), [([], 8), (["--w_min=0", "--w_max=2"], 2), (["--w_min=9"], 13)])
 def test_default_guidance_of_samples_lies_in_the_trained_range(flags, scale):
     args = script(SCRIPTS[0]).parse_args(REQUIRED + flags)
-    script(SCRIPTS[0]).resolve_defaults(args, is_sdxl=False)
+    script(SCRIPTS[0]).resolve_defaults(args, teacher_config())
     assert args.validation_guidance_scale == scale
 
 
 def test_defaults_for_sdxl_are_its_own():
     args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--use_fix_crop_and_size"])
-    script(SCRIPTS[0]).resolve_defaults(args, is_sdxl=True)
+    script(SCRIPTS[0]).resolve_defaults(args, teacher_config(is_sdxl=True))
     assert (args.resolution, args.vae_encode_batch_size, args.w_min, args.w_max) == (1024, 8, 3.0, 15.0)
     with pytest.raises(cli.UserError, match="--use_fix_crop_and_size is for SDXL"):
-        script(SCRIPTS[0]).resolve_defaults(args, is_sdxl=False)
+        script(SCRIPTS[0]).resolve_defaults(args, teacher_config())
 
 
 def test_steps_follow_from_epochs(shards):

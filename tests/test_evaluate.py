@@ -227,6 +227,17 @@ def test_a_lora_is_sampled_with_the_scheduler_in_its_folder(root, tmp_path):
     assert isinstance(chosen, diffusers.DDIMScheduler) and chosen.timesteps.tolist() == [999, 749, 499, 249]
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "lcm", "tcd"])
+def test_another_scheduler_keeps_the_betas_of_one_whose_configuration_lacks_them(root, tmp_path, scheduler):
+    folder = Path(shutil.copytree(root / "pipeline", tmp_path / "pipeline"))
+    lacking = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(lacking))
+    index = json.loads((folder / "model_index.json").read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    made = load_pipeline(str(folder), scheduler=scheduler).scheduler
+    assert torch.equal(made.alphas_cumprod, diffusers.PNDMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+
+
 def test_a_lora_of_another_model_is_refused(root, tmp_path, capsys):
     from safetensors.torch import save_file
 

@@ -1,3 +1,5 @@
+import contextlib
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 from common import UserError, models
 from common.tools import digits
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -489,3 +492,103 @@ def test_parameters_and_flops_of_sdxl_are_the_known_ones():
     assert counts["unet_forward_flops"] == pytest.approx(6761e9, rel=0.02)
     assert counts["vae_encode_flops"] == pytest.approx(4879e9, rel=0.02)
     assert counts["text_encode_flops"] == pytest.approx(111e9, rel=0.02)
+
+
+# --- the class of the pipeline, its own size, the schedulers of exports
+
+
+SAVED_BY = {
+    "StableDiffusionImg2ImgPipeline": {},
+    "StableDiffusionInpaintPipeline": {},
+    "StableDiffusionControlNetPipeline": {"controlnet": 1},
+    "StableDiffusionControlNetInpaintPipeline": {"controlnet": 2},
+    "StableDiffusionPAGPipeline": {"pag_applied_layers": "mid"},
+    "StableDiffusionSAGPipeline": {},
+    "StableDiffusionXLImg2ImgPipeline": {},
+    "StableDiffusionXLInpaintPipeline": {},
+    "StableDiffusionXLControlNetPipeline": {"controlnet": 1},
+    "StableDiffusionXLPAGPipeline": {"pag_applied_layers": ["mid"]},
+}
+
+
+@pytest.mark.parametrize("name", SAVED_BY)
+def test_a_teacher_of_any_class_is_the_plain_text_to_image_pipeline(teacher, sdxl, tmp_path, name):
+    """Saved as that class, read without any of its further parts, and what it samples is what the plain class does."""
+    is_sdxl, extra = "XL" in name, dict(SAVED_BY[name])
+    plain = models.load_teacher(sdxl if is_sdxl else teacher())
+    if count := extra.pop("controlnet", 0):
+        controlnets = [diffusers.ControlNetModel.from_unet(plain.unet) for _ in range(count)]
+        extra["controlnet"] = controlnets if count > 1 else controlnets[0]
+    safe = {} if is_sdxl else {"requires_safety_checker": False}
+    takes = inspect.signature(getattr(diffusers, name).__init__).parameters
+    parts = {part: value for part, value in plain.components.items() if part in takes}
+    getattr(diffusers, name)(**parts, **safe, **extra).save_pretrained(tmp_path)
+    for folder in tmp_path.glob("controlnet*"):
+        shutil.rmtree(folder)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == name
+    assert models.read_teacher_config(str(tmp_path))["is_sdxl"] is is_sdxl
+    loaded = models.load_teacher(str(tmp_path))
+    assert type(loaded) is (StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent", "return_dict": False}
+    both = [p("a three", generator=torch.Generator().manual_seed(1), **options)[0] for p in (plain, loaded)]
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)  # the same weights in other memory
+    loaded.save_pretrained(tmp_path / "again")
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")) is type(plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unet", "size"),
+    [
+        ("epsilon", {}, (16, 16)),
+        ("epsilon", {"sample_size": 96}, (192, 192)),  # with this VAE's factor of 2; of 8, SD 2.1's 768
+        ("epsilon", {"sample_size": [12, 12]}, (24, 24)),
+        ("epsilon", {"sample_size": [12, 8]}, (24, 16)),
+        ("epsilon", {"sample_size": 32, "_diffusers_version": "0.8.1"}, (128, 128)),
+        ("epsilon", {"sample_size": 32, "_diffusers_version": "0.9.0"}, (64, 64)),
+        ("epsilon", {"sample_size": None}, None),
+        ("sdxl", {}, (16, 16)),
+        ("sdxl", {"sample_size": 12, "_diffusers_version": "0.8.1"}, (24, 24)),
+        ("sdxl", {"sample_size": [12, 12]}, (24, 24)),
+        ("sdxl", {"sample_size": None}, None),
+    ],
+)
+def test_the_default_resolution_is_what_the_stock_pipeline_samples_at(teacher, tmp_path, kind, unet, size):
+    folder = Path(shutil.copytree(teacher(kind), tmp_path / "teacher"))
+    edit_json(folder / "unet" / "config.json", **unet)
+    config = models.read_teacher_config(str(folder))
+    assert models.native_size(config) == size
+    square = size is None or size[0] == size[1]
+    if square:
+        side = size[0] if size else 1024 if kind == "sdxl" else 512
+        assert models.default_resolution(config) == side
+    else:
+        side = size[0]
+        with pytest.raises(UserError, match="--resolution: the teacher's own images are 24 x 16 pixels"):
+            models.default_resolution(config)
+    made, pipeline = [], diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+
+    def prepare_latents(batch_size, channels, height, width, *args):
+        made.append((height, width))
+        raise StopIteration
+
+    pipeline.prepare_latents = prepare_latents
+    with contextlib.suppress(StopIteration, TypeError, ValueError):  # what it has no size for
+        pipeline("a three", num_inference_steps=1)
+    assert models.samples_by_default_at(config, side) == (made == [(side, side)])
+    assert not models.samples_by_default_at(config, side + 8)
+
+
+@pytest.mark.parametrize("lacks", ["beta_start beta_end", "num_train_timesteps beta_end", ""])
+@pytest.mark.parametrize("kind", ["scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_exported_schedulers_have_the_betas_of_the_training(lacks, kind, rescaled):
+    config = dict(diffusers.DDPMScheduler(beta_start=0.001, beta_end=0.03).config)
+    config |= {"_class_name": "PNDMScheduler", "beta_schedule": kind, "set_alpha_to_one": False}
+    config |= {"rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
+    config = {name: value for name, value in config.items() if name not in ("_use_default_values", *lacks.split())}
+    trained = diffusers.DDPMScheduler.from_config(config).alphas_cumprod
+    for made in (models.lcm_scheduler(config, 50, 10.0), models.tcd_scheduler(config, 40)):
+        again = type(made).from_config(json.loads(made.to_json_string()))  # as a user loads it
+        assert torch.equal(made.alphas_cumprod, trained)
+        torch.testing.assert_close(again.alphas_cumprod, trained, rtol=0, atol=1e-6)  # betas in decimal digits
+        assert again.config.prediction_type == "v_prediction" and not again.config.set_alpha_to_one

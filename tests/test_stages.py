@@ -1,5 +1,5 @@
 from common import UserError
-from common.stages import plan_stages, stage_at
+from common.stages import plan_stages, stage_at, steps_note
 
 import pytest
 
@@ -71,3 +71,17 @@ def test_a_stage_without_any_weight_is_refused():
 
 def test_always_conditional_is_always_conditional():
     assert plan([100], 400)[3].is_conditional(10_000, 1.0) and not plan([100], 400)[3].is_conditional(10_000, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("k", "boundary_prob", "says", "not_a_word_of"),
+    [
+        (8, 1.0, ["exactly `num_inference_steps=8`", "`eta=0`", "never fewer"], ["0.2", "eta=1"]),
+        (2, 0.0, ["exactly `num_inference_steps=2`", "`eta=0`", "never fewer"], ["0.2", "eta=1"]),
+        (1, 1.0, ["`num_inference_steps=1`", "with more steps pass `eta=1`"], ["0.2"]),
+        (1, 0.0, ["`num_inference_steps=1`", "with more steps pass `eta=0.2` to `0.5`"], ["eta=1"]),
+    ],
+)
+def test_what_a_card_says_of_other_numbers_of_steps(k, boundary_prob, says, not_a_word_of):
+    note = steps_note(k, boundary_prob)
+    assert all(words in note for words in says) and not any(words in note for words in not_a_word_of)

@@ -98,10 +98,10 @@ def main(args):
     teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
     teacher_options["revision"] = args.teacher_revision or args.revision
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
-    cli.resolve_teacher_defaults(args, config["is_sdxl"])
     other_vae = args.pretrained_vae_model_name_or_path
     if other_vae:
         config = models.read_vae_config(other_vae, config, revision=args.revision, cache_dir=args.cache_dir)
+    cli.resolve_teacher_defaults(args, config)
     models.check_resolution(config, args.resolution)
     dtype = models.vae_dtype(config, dtype, other_vae)
     manifest = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}

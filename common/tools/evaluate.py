@@ -454,9 +454,10 @@ def load_pipeline(
         cls = {"ddim": diffusers.DDIMScheduler, "lcm": diffusers.LCMScheduler, "tcd": diffusers.TCDScheduler}[
             scheduler
         ]
-        clip_sample = pipeline.scheduler.config.get("clip_sample", False)
+        # Its defaults too, which from_config leaves to the new class: LCM's and TCD's betas are others.
+        config = {k: v for k, v in pipeline.scheduler.config.items() if k != "_use_default_values"}
         spacing = {"timestep_spacing": "trailing"} if scheduler == "ddim" else {}
-        pipeline.scheduler = cls.from_config(pipeline.scheduler.config, clip_sample=clip_sample, **spacing)
+        pipeline.scheduler = cls.from_config({"clip_sample": False} | config | spacing)
     if lora:
         load_lora(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
