@@ -20,7 +20,7 @@ from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from common import args as cli
-from common import checkpointing, consistency, ct_args, ct_card, export, image_data, unet2d
+from common import checkpointing, consistency, ct_args, ct_card, export, image_data, unet2d, validation
 from common import consistency_sampling as sampling
 from common.consistency_scheduler import make_scheduler, save_result
 from common.data import TrainingData, keyed_generator, keyed_seed
@@ -297,10 +297,11 @@ def main(args):
             cli.log_progress(accelerator, progress, logs, global_step)
         saves = global_step % args.checkpointing_steps == 0 or is_last
         if args.eval_steps and (global_step % args.eval_steps == 0 or is_last and not stopper.stops):
-            rows = evaluate(unets, scheduler, timesteps)
-            if is_main:
-                sampling.record(args.output_dir, global_step, rows, f"checkpoint-{global_step}" if saves else None)
-                accelerator.log(sampling.flatten(rows), step=global_step)
+            with validation.going_on(accelerator, global_step):
+                rows = evaluate(unets, scheduler, timesteps)
+                if is_main:
+                    sampling.record(args.output_dir, global_step, rows, f"checkpoint-{global_step}" if saves else None)
+                    accelerator.log(sampling.flatten(rows), step=global_step)
         if saves:
             state = {"args": cli.public_args(args), "run_id": run_id, "tuning_steps": tuning_steps}
             state["updates_skipped"] = guard.count()
@@ -309,20 +310,22 @@ def main(args):
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            grid(step=global_step)
+            with validation.going_on(accelerator, global_step):
+                grid(step=global_step)
 
-    # 8. Export: a pipeline that samples with the network's average, its card, an upload.
+    # 8. Export: a pipeline that samples with the network's average, then what may fail: card, samples, upload.
     progress.close()
     if is_main and not stopper.stops:
-        images = grid(step=global_step)
         start_share = ema_start_share(global_step, **ema_options) if ema_unet else 1.0
         chosen = "ema" if start_share <= MOST_OF_START else "raw"
         save_result(args.output_dir, unets[chosen].eval(), scheduler)
         for name in unets.keys() - {chosen}:
             unets[name].eval().save_pretrained(Path(args.output_dir, f"unet_{name}"))
-        export.save_grid(args.output_dir, images, ["" if label is None else str(label) for label in grid_labels])
-        result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
-        ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)
+        with export.after_weights(args.output_dir, global_step):
+            result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
+            ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)
+            columns = ["" if label is None else str(label) for label in grid_labels]
+            export.save_grid(args.output_dir, grid(step=global_step), columns)
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock

@@ -289,25 +289,30 @@ def main(args):
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with exchanged(weights if args.ema_decay else [], ema_weights):
+            with (
+                validation.going_on(accelerator, global_step),
+                exchanged(weights if args.ema_decay else [], ema_weights),
+            ):
                 sample(step=global_step)
 
-    # 8. Export: a pipeline with its scheduler, or a LoRA with it; card, upload.
+    # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
     progress.close()
     if is_main and not stopper.stops:
         with exchanged(weights if args.ema_decay else [], ema_weights):
-            images, relative_mse = sample(step=global_step)
             if args.lora_rank:
                 files = pipelines.save_lora(args.output_dir, pipeline)
-                pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
             else:
-                files = []
-                whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))
-                whole.save_pretrained(args.output_dir)
-        result = {"held_out_pairs": len(held_out), "relative_mse": relative_mse, "untrained": untrained[0]}
-        Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
-        export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
-        write_card(args, pipeline, kwargs, files, global_step, total_batch_size, result)
+                files = pipelines.save_denoisers(args.output_dir, pipeline)
+            pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
+            with export.after_weights(args.output_dir, global_step):
+                if not args.lora_rank:
+                    whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))
+                    export.save_rest(whole, args.output_dir, written=(*files, "scheduler"))
+                images, relative_mse = sample(step=global_step)
+                result = {"held_out_pairs": len(held_out), "relative_mse": relative_mse, "untrained": untrained[0]}
+                Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
+                write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result)
+                export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     rollout, optimizer = accelerator.free_memory(
@@ -338,25 +343,26 @@ def sample_and_measure(accelerator, student, data, measured, untrained, batch_si
     return images, relative_mse
 
 
-def write_card(args, pipeline, kwargs, files, global_step, total_batch_size, result):
-    model, scheduler = args.hub_model_id or args.output_dir, type(pipeline.scheduler).__name__
+def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result):
+    model, scheduler = export.model_code(args.output_dir, args.hub_model_id), type(pipeline.scheduler).__name__
     parts = [name for name in pipelines.denoisers(pipeline) if args.lora_rank and name in files]  # merged denoisers
-    base = args.pretrained_teacher_model if args.lora_rank else model
-    lines = [
-        f"from diffusers import {', '.join(sorted({'DiffusionPipeline', *([scheduler] if args.lora_rank else [])}))}"
-    ]
-    lines = ["import torch", *lines, ""]
-    for name in parts:
-        part = type(getattr(pipeline, name)).__name__
-        lines.insert(2, f"from diffusers import {part}")
-        lines.append(f'{name} = {part}.from_pretrained("{model}", subfolder="{name}", dtype=torch.bfloat16)')
-    given = "".join(f"{name}={name}, " for name in parts)
-    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{base}", {given}dtype=torch.bfloat16).to("cuda")')
+    part_classes = {name: type(getattr(pipeline, name)).__name__ for name in parts}
+    names = {"DiffusionPipeline", *([scheduler] if args.lora_rank else []), *part_classes.values()}
+    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
+    for name, part in part_classes.items():
+        lines.append(f'{name} = {part}.from_pretrained({model}, subfolder="{name}", dtype=torch.bfloat16)')
+    more = "".join(f", {name}={name}" for name in parts) + ", dtype=torch.bfloat16"
+    load = f"DiffusionPipeline.from_pretrained({model}{more})"
     if args.lora_rank:
-        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained("{model}", subfolder="scheduler")')
+        options = {"revision": args.revision, "variant": args.variant}
+        load = export.load_code("DiffusionPipeline", args.pretrained_teacher_model, more, **options)
+    lines.append(f'pipe = {load}.to("cuda")')
+    if args.lora_rank:
+        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({model}, subfolder="scheduler")')
     for file, extra in pipelines.lora_load_calls(pipeline, files):
-        lines.append(f'pipe.load_lora_weights("{model}", weight_name="{file}"{extra})')
-    lines.append(f'images = pipe("a prompt", {pipelines.public_kwargs(kwargs)})[0]')
+        lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{extra})')
+    size = data.call_kwargs([0]) if len(set(data.sizes)) == 1 else {}
+    lines.append(f'images = pipe("a prompt", {pipelines.public_kwargs(kwargs | size)})[0]')
     number = result["held_out_pairs"]
     where = f"{number} held-out pairs" if number else "pairs that it was trained on"
     error = f"On {where} its squared error is {result['relative_mse']:.3f} of the variance of the teacher's latents, "

@@ -258,16 +258,17 @@ def main(args):
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            sample(step=global_step)
+            with validation.going_on(accelerator, global_step):
+                sample(step=global_step)
 
-    # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, its scheduler and card, an upload.
+    # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     progress.close()
     if is_main and not stopper.stops:
-        images = sample(step=global_step)
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
-        export.save_grid(args.output_dir, images, prompts)
-        write_card(args, len(shards), global_step, total_batch_size)
+        with export.after_weights(args.output_dir, global_step):
+            write_card(args, config, teacher_options, len(shards), global_step, total_batch_size)
+            export.save_grid(args.output_dir, sample(step=global_step), prompts)
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
@@ -276,17 +277,15 @@ def main(args):
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
-def write_card(args, num_shards, global_step, total_batch_size):
+def write_card(args, config, teacher_options, num_shards, global_step, total_batch_size):
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
-    model = args.hub_model_id or args.output_dir
+    model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
+    classes = ["LCMScheduler"]
     snippet = f"""
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler
-
-pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model}", dtype=torch.float16).to("cuda")
-pipe.scheduler = LCMScheduler.from_pretrained("{model}", subfolder="scheduler")
-pipe.load_lora_weights("{model}")
-image = pipe("a prompt", num_inference_steps=4, guidance_scale=1).images[0]
+{export.teacher_code(args.pretrained_teacher_model, config["is_sdxl"], classes, **teacher_options)}
+pipe.scheduler = LCMScheduler.from_pretrained({model}, subfolder="scheduler")
+pipe.load_lora_weights({model}, weight_name="{lora.WEIGHTS}")
+image = pipe("a prompt", num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1{size}).images[0]
 """
     export.write_model_card(
         args.output_dir,

@@ -258,20 +258,22 @@ def main(args):
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            sample(step=global_step)
+            with validation.going_on(accelerator, global_step):
+                sample(step=global_step)
 
-    # 8. Export: a pipeline that samples with the student, its card, an upload.
+    # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
     progress.close()
     if is_main and not stopper.stops:
         student = accelerator.unwrap_model(unet).eval()
-        images = sample(step=global_step)
-        pipeline = models.load_teacher(
-            args.pretrained_teacher_model, unet=student, scheduler=sampler, **teacher_options
-        )
-        pipeline.save_pretrained(args.output_dir)
-        target_unet.save_pretrained(Path(args.output_dir, "unet_target"))
-        export.save_grid(args.output_dir, images, prompts)
-        write_card(args, len(shards), global_step, total_batch_size)
+        for name, network in {"unet": student, "unet_target": target_unet}.items():
+            network.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
+        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
+        with export.after_weights(args.output_dir, global_step):
+            teacher_options |= {"unet": student, "scheduler": sampler}
+            pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+            export.save_rest(pipeline, args.output_dir, written=("unet", "scheduler"))
+            write_card(args, config, len(shards), global_step, total_batch_size)
+            export.save_grid(args.output_dir, sample(step=global_step), prompts)
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
@@ -280,16 +282,17 @@ def main(args):
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
-def write_card(args, num_shards, global_step, total_batch_size):
+def write_card(args, config, num_shards, global_step, total_batch_size):
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     low, high = args.w_min + 1, args.w_max + 1
-    model = args.hub_model_id or args.output_dir
+    model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
+    steps, scale = min(4, args.num_ddim_timesteps), args.validation_guidance_scale
     snippet = f"""
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{model}", dtype=torch.float16).to("cuda")
-image = pipe("a prompt", num_inference_steps=4, guidance_scale={args.validation_guidance_scale:g}).images[0]
+pipe = DiffusionPipeline.from_pretrained({model}, dtype=torch.float16).to("cuda")
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={scale:g}{size}).images[0]
 """
     export.write_model_card(
         args.output_dir,

@@ -302,9 +302,10 @@ def main(args):
             folder = Path(args.output_dir, stage.name)
             lora.save_lora(folder, unet)
             sampler.save_pretrained(folder / "scheduler")
-            grid = sample(stage, global_step)
-            export.save_grid(folder, grid, prompts)
-            write_card(args, stage, folder, len(shards), global_step, total_batch_size)
+            with validation.going_on(accelerator, global_step):
+                write_card(args, config, teacher_options, stage, folder, len(shards), global_step, total_batch_size)
+                grid = sample(stage, global_step)
+                export.save_grid(folder, grid, prompts)
         if global_step % args.checkpointing_steps == 0 or global_step == stage.end or is_last:
             state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             state["stage_edges"] = [0, *(each.end for each in stages)]
@@ -312,16 +313,20 @@ def main(args):
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         at_step = args.validation_steps and global_step % args.validation_steps == 0
         if is_main and at_step and global_step != stage.end and not is_last:
-            sample(stage, global_step)
+            with validation.going_on(accelerator, global_step):
+                sample(stage, global_step)
 
-    # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, its scheduler and card, an upload.
+    # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     progress.close()
     if is_main and not stopper.stops:
         stage = stage_at(stages, global_step - 1)
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
-        export.save_grid(args.output_dir, grid or sample(stage, global_step), prompts)
-        write_card(args, stage, None, len(shards), global_step, total_batch_size)
+        with export.after_weights(args.output_dir, global_step):
+            write_card(args, config, teacher_options, stage, None, len(shards), global_step, total_batch_size)
+            grid = grid or sample(stage, global_step)
+            for folder in (args.output_dir, Path(args.output_dir, stage.name)):
+                export.save_grid(folder, grid, prompts)
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
@@ -330,20 +335,18 @@ def main(args):
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
-def write_card(args, stage, stage_folder, num_shards, global_step, total_batch_size):
+def write_card(args, config, teacher_options, stage, stage_folder, num_shards, global_step, total_batch_size):
     """README.md of the LoRA in --output_dir, or of one stage's in its folder there."""
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
-    model, k = args.hub_model_id or args.output_dir, stage.num_segments
+    model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
     prefix = f"{stage.name}/" if stage_folder else ""
     weight_name = f"{prefix}{lora.WEIGHTS}"  # not subfolder=: a file of that name above it would be loaded instead
+    k, classes = stage.num_segments, ["TCDScheduler"]
     snippet = f"""
-import torch
-from diffusers import DiffusionPipeline, TCDScheduler
-
-pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model}", dtype=torch.float16).to("cuda")
-pipe.scheduler = TCDScheduler.from_pretrained("{model}", subfolder="{prefix}scheduler")
-pipe.load_lora_weights("{model}", weight_name="{weight_name}")
-image = pipe("a prompt", num_inference_steps={k}, guidance_scale=1, eta=0.0).images[0]
+{export.teacher_code(args.pretrained_teacher_model, config["is_sdxl"], classes, **teacher_options)}
+pipe.scheduler = TCDScheduler.from_pretrained({model}, subfolder="{prefix}scheduler")
+pipe.load_lora_weights({model}, weight_name="{weight_name}")
+image = pipe("a prompt", num_inference_steps={k}, guidance_scale=1, eta=0.0{size}).images[0]
 """
     folder = stage_folder or args.output_dir
     export.write_model_card(

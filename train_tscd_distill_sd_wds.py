@@ -300,9 +300,10 @@ def main(args):
             folder = Path(args.output_dir, stage.name)
             shown["student"].save_pretrained(folder / "unet", max_shard_size="100GB")
             sampler.save_pretrained(folder / "scheduler")
-            grid = sample(stage, global_step)
-            export.save_grid(folder, grid, prompts)
-            write_card(args, stage, folder, len(shards), global_step, total_batch_size)
+            with validation.going_on(accelerator, global_step):
+                write_card(args, config, teacher_options, stage, folder, len(shards), global_step, total_batch_size)
+                grid = sample(stage, global_step)
+                export.save_grid(folder, grid, prompts)
         if global_step % args.checkpointing_steps == 0 or global_step == stage.end or is_last:
             state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             state["stage_edges"] = [0, *(each.end for each in stages)]
@@ -310,18 +311,24 @@ def main(args):
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         at_step = args.validation_steps and global_step % args.validation_steps == 0
         if is_main and at_step and global_step != stage.end and not is_last:
-            sample(stage, global_step)
+            with validation.going_on(accelerator, global_step):
+                sample(stage, global_step)
 
-    # 8. Export: a pipeline that samples with the student, its card, an upload.
+    # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
     progress.close()
     if is_main and not stopper.stops:
         stage = stage_at(stages, global_step - 1)
-        teacher_options |= {"unet": shown["student"].eval(), "scheduler": sampler}
-        pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
-        pipeline.save_pretrained(args.output_dir, max_shard_size="100GB")
-        target_unet.save_pretrained(Path(args.output_dir, "unet_target"), max_shard_size="100GB")
-        export.save_grid(args.output_dir, grid or sample(stage, global_step), prompts)
-        write_card(args, stage, None, len(shards), global_step, total_batch_size)
+        for name, network in {"unet": shown["student"].eval(), "unet_target": target_unet}.items():
+            network.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
+        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
+        with export.after_weights(args.output_dir, global_step):
+            parts = {"unet": shown["student"], "scheduler": sampler}
+            pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
+            export.save_rest(pipeline, args.output_dir, written=parts)
+            write_card(args, config, teacher_options, stage, None, len(shards), global_step, total_batch_size)
+            grid = grid or sample(stage, global_step)
+            for folder in (args.output_dir, Path(args.output_dir, stage.name)):
+                export.save_grid(folder, grid, prompts)
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
@@ -330,7 +337,7 @@ def main(args):
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
-def write_card(args, stage, stage_folder, num_shards, global_step, total_batch_size):
+def write_card(args, config, teacher_options, stage, stage_folder, num_shards, global_step, total_batch_size):
     """README.md of the pipeline in --output_dir, or of one stage's U-Net in its folder there."""
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     guidance = "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice."
@@ -338,19 +345,24 @@ def write_card(args, stage, stage_folder, num_shards, global_step, total_batch_s
     if args.unet_time_cond_proj_dim:
         guidance = f"`guidance_scale` is w + 1: {args.w_min + 1:g} to {args.w_max + 1:g}, an input of the network."
         guidance_scale = (args.w_min + args.w_max) / 2 + 1.0
-    model, k, load = args.hub_model_id or args.output_dir, stage.num_segments, ""
-    if stage_folder:
-        load = f"""
-unet, scheduler = "{stage.name}/unet", "{stage.name}/scheduler"
-pipe.unet = UNet2DConditionModel.from_pretrained("{model}", subfolder=unet, dtype=torch.float16).to("cuda")
-pipe.scheduler = TCDScheduler.from_pretrained("{model}", subfolder=scheduler)"""
-    snippet = f"""
+    model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
+    k, load = (
+        stage.num_segments,
+        f"""
 import torch
-from diffusers import DiffusionPipeline{", TCDScheduler, UNet2DConditionModel" if stage_folder else ""}
+from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{args.pretrained_teacher_model if load else model}", dtype=torch.float16)
-pipe = pipe.to("cuda"){load}
-image = pipe("a prompt", num_inference_steps={k}, guidance_scale={guidance_scale:g}, eta=0.0).images[0]
+pipe = DiffusionPipeline.from_pretrained({model}, dtype=torch.float16).to("cuda")""",
+    )
+    if stage_folder:
+        classes = ["TCDScheduler", "UNet2DConditionModel"]
+        load = f"""
+{export.teacher_code(args.pretrained_teacher_model, config["is_sdxl"], classes, **teacher_options)}
+unet, scheduler = "{stage.name}/unet", "{stage.name}/scheduler"
+pipe.unet = UNet2DConditionModel.from_pretrained({model}, subfolder=unet, dtype=torch.float16).to("cuda")
+pipe.scheduler = TCDScheduler.from_pretrained({model}, subfolder=scheduler)"""
+    snippet = f"""{load}
+image = pipe("a prompt", num_inference_steps={k}, guidance_scale={guidance_scale:g}, eta=0.0{size}).images[0]
 """
     folder = stage_folder or args.output_dir
     export.write_model_card(

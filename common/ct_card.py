@@ -22,7 +22,8 @@ def write_card(output_dir, flags, command, global_step, total_batch_size, chosen
         f"Two steps: `timesteps={two}` starts the second at sigma {flags['mid_sigma']:g}; `num_inference_steps=2` "
         f"would start it at {karras_sigmas(num_sigmas, *sigma_range).flip(0)[num_sigmas // 2]:.3g}.",
     ]
-    if flags["class_conditional"]:
+    classes = flags["num_classes"] if flags["class_conditional"] else None
+    if classes:
         notes.append(f"`class_labels`: whole numbers from 0 to {flags['num_classes'] - 1}, one per image.")
     other = {"ema": "raw", "raw": "ema"}[chosen]
     if flags["use_ema"]:
@@ -37,7 +38,7 @@ def write_card(output_dir, flags, command, global_step, total_batch_size, chosen
         + {"ict": "(iCT, arXiv 2310.14189).", "ect": "(ECT, arXiv 2406.14548)."}[flags["objective"]],
         data=f"`{flags['dataset_name'] or flags['train_data_dir'] or flags['train_shards_path_or_url']}`",
         command=command,
-        snippet=usage(flags["hub_model_id"] or output_dir, two, flags["class_conditional"], stock),
+        snippet=usage(export.model_code(output_dir, flags["hub_model_id"]), two, classes, stock),
         notes=[WARN + warning for warning in warnings] + notes,
         tags=["consistency-model", "image-generation", "diffusers"],
         pipeline_tag="unconditional-image-generation",
@@ -66,18 +67,18 @@ def list_warnings(flags, global_step, chosen, start_share, stock):
     return warnings
 
 
-def usage(model, two_steps, class_conditional, stock):
-    """Python that samples one and two steps from `model`."""
-    labels = ", class_labels=list(range(8))" if class_conditional else ""
+def usage(model, two_steps, num_classes, stock):
+    """Python that samples one and two steps from `model`, a literal of Python; num_classes: None without classes."""
+    labels = f", class_labels={[i % num_classes for i in range(8)]}" if num_classes else ""
     load = f"""from diffusers import ConsistencyModelPipeline
 
-pipe = ConsistencyModelPipeline.from_pretrained("{model}")"""
+pipe = ConsistencyModelPipeline.from_pretrained({model})"""
     if not stock:
         load = f"""from common.consistency_scheduler import PreconditionedConsistencyScheduler
 from diffusers import ConsistencyModelPipeline, UNet2DModel
 
-scheduler = PreconditionedConsistencyScheduler.from_pretrained("{model}", subfolder="scheduler")
-pipe = ConsistencyModelPipeline(UNet2DModel.from_pretrained("{model}", subfolder="unet"), scheduler)"""
+scheduler = PreconditionedConsistencyScheduler.from_pretrained({model}, subfolder="scheduler")
+pipe = ConsistencyModelPipeline(UNet2DModel.from_pretrained({model}, subfolder="unet"), scheduler)"""
     return f"""
 {load}
 pipe.to("cuda")

@@ -1,11 +1,13 @@
 """What a run leaves for others: a pipeline that stock diffusers loads, a model card, an upload."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
+import traceback
 from pathlib import Path
 
-from common import UserError
+from common import UserError, models
 from common.checkpointing import CONFIG
 from common.metrics import image_grid
 
@@ -14,7 +16,9 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-DENOISERS_AND_SCHEDULER = ("unet", "transformer", "prior", "scheduler")  # folders that stand without a whole pipeline
+DENOISERS = ("unet", "transformer", "prior")  # what names of their folders begin with
+DENOISERS_AND_SCHEDULER = (*DENOISERS, "scheduler")  # folders that stand without a whole pipeline
+FAILURE = "export_failed.txt"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset")
 
 
@@ -27,6 +31,43 @@ def write_config(output_dir, flags, derived):
     """Write training_config.json: the run's flags, what follows from them, the versions of what it runs on."""
     config = {"flags": flags, "derived": derived, "versions": versions()}
     Path(output_dir, CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def after_weights(output_dir, global_step, is_main=True):
+    """What follows once a finished run has written its weights. Whatever fails inside ends in one UserError that says
+    what is safe; how it came about is written to FAILURE."""
+    output_dir = Path(output_dir)
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            (output_dir / FAILURE).write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+        found = [path for path in output_dir.iterdir() if path.is_dir() and path.name.startswith(DENOISERS)]
+        names = ", ".join(sorted(path.name for path in [*found, *output_dir.glob("*.safetensors")]))
+        failure = UserError(
+            f"--output_dir={output_dir}: training is done and its weights are safe there ({names}), what follows them "
+            f"failed: {first_line(error)} ({FAILURE} says where); --resume_from_checkpoint=latest begins at step "
+            f"{global_step} and writes the rest"
+        )
+        failure.on_one_rank = is_main
+        raise failure from error
+    if is_main:
+        (output_dir / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
+
+
+def first_line(error):
+    """An exception in one line."""
+    lines = str(error).strip().split("\n")
+    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def save_rest(pipeline, output_dir, written):
+    """Write a pipeline but for its parts of the names `written`, which are in their folders already."""
+    for name, part in pipeline.components.items():
+        if part is not None and name not in written:
+            part.save_pretrained(Path(output_dir, name))
+    pipeline.save_config(output_dir)  # model_index.json, last: the folder loads once it is there
 
 
 def teacher_license(name, token=None):
@@ -46,6 +87,51 @@ def save_grid(output_dir, images, prompts):
     labels = [tag.removeprefix("validation/").replace("_", " ") for tag in images]
     scale = max(1, 96 // rows[0].shape[-1])
     image_grid(rows, labels, prompts, scale=scale).save(Path(output_dir, "sample_grid.png"))
+
+
+def quoted(text):
+    """Any text as a literal of Python, in double quotes where that shows it as it is."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
+
+
+def model_code(output_dir, hub_model_id=None):
+    """What a card loads a run's result from, as Python: the repository, or the folder's whole path."""
+    return quoted(hub_model_id or str(Path(output_dir).absolute()))
+
+
+def load_code(class_name, name, more="", **options):
+    """Python that loads `name`: a folder (by its whole path), a hub repository, or one `.safetensors` file.
+
+    options: keyword arguments of the call that are text, None for one that is left out; more: others, as Python.
+    """
+    is_here, is_file = Path(name).exists(), Path(name).suffix == ".safetensors"
+    dropped = {"revision": is_here, "variant": is_file}  # what such a call has no use for
+    given = [f", {key}={quoted(value)}" for key, value in options.items() if value and not dropped.get(key)]
+    call = "from_single_file" if is_file else "from_pretrained"
+    return f"{class_name}.{call}({quoted(str(Path(name).absolute()) if is_here else name)}{''.join(given)}{more})"
+
+
+def teacher_code(name, is_sdxl, classes, *, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None):
+    """Python that loads the teacher as the plain pipeline `pipe`, as the run did, under imports of this and
+    `classes` from diffusers.
+
+    name and the keywords: as for `models.load_teacher`; where downloads are kept is the matter of this machine alone.
+    """
+    plain, more = models.PLAIN[is_sdxl].__name__, ", dtype=torch.float16"
+    names = sorted({plain, *classes, *(["AutoencoderKL"] if vae else [])})
+    lines = ["import torch", f"from diffusers import {', '.join(names)}", ""]
+    if vae:
+        place = {"subfolder": models.vae_subfolder(vae), "revision": vae_revision}
+        lines.append(f"vae = {load_code('AutoencoderKL', vae, more, **place)}")
+        more = f", vae=vae{more}"
+    call = load_code(plain, name, more, revision=revision, variant=variant)
+    return "\n".join([*lines, f'pipe = {call}.to("cuda")'])
+
+
+def size_code(config, resolution):
+    """The size in a call of a student's pipeline, as Python: nothing where it is the pipeline's own."""
+    is_own = models.samples_by_default_at(config, resolution)
+    return "" if is_own else f", height={resolution}, width={resolution}"
 
 
 def write_model_card(
@@ -84,7 +170,8 @@ def write_model_card(
     lines += ["![samples](sample_grid.png)", ""]
     lines += ["## How it was made", "", "```bash", command, "```", ""]
     lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
-    Path(output_dir, "README.md").write_text("\n".join(lines), encoding="utf-8")
+    text = "\n".join(lines)
+    Path(output_dir, "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_message="Add the trained model"):
@@ -107,6 +194,9 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_mess
     options = {"allow_patterns": wanted, "commit_message": commit_message}
     try:
         repo = api.create_repo(repo_id or output_dir.resolve().name, private=private, exist_ok=True)
+        for card in [*output_dir.glob("README.md"), *output_dir.glob("stage-*/README.md")]:  # of where others find it
+            text = card.read_text(encoding="utf-8")
+            card.write_text(text.replace(model_code(output_dir, repo_id), quoted(repo.repo_id)), encoding="utf-8")
         api.upload_folder(repo_id=repo.repo_id, folder_path=str(output_dir), **options)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0][:200]

@@ -103,7 +103,7 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
     Needs no weights. Raises UserError when that VAE is missing, partial, or has other latents than the teacher's.
     """
     flag = f"--pretrained_vae_model_name_or_path={name}"
-    subfolder = _vae_subfolder(name)
+    subfolder = vae_subfolder(name)
     if Path(name).is_dir():
         check_part(flag, Path(name, subfolder or ""), None)
     try:
@@ -115,7 +115,8 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
     return _checked_config(flag, config | {"vae": vae, "is_other_vae": True})
 
 
-def _vae_subfolder(name):
+def vae_subfolder(name):
+    """Where a VAE lies in its folder: in `vae` of a whole pipeline's, else None."""
     return "vae" if Path(name, "vae", "config.json").is_file() else None
 
 
@@ -157,6 +158,14 @@ def _check_kind(flag, index):
         if parts.get(part) not in classes:
             raise UserError(f"{flag}: not {kind} teacher, its {part} is {parts.get(part)}")
     return sdxl
+
+
+def plain_class(index):
+    """The plain text-to-image class of what model_index.json describes, None where that is no Stable Diffusion."""
+    try:
+        return PLAIN[_check_kind("", index)]
+    except UserError:
+        return None
 
 
 def _checked_config(flag, config):
@@ -307,7 +316,7 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
         parts |= {"use_safetensors": True, "trust_remote_code": False}
         pipeline = plain.from_pretrained(name, revision=revision, variant=variant, **parts)
     if vae is not None:
-        place = {"subfolder": _vae_subfolder(vae), "revision": vae_revision}
+        place = {"subfolder": vae_subfolder(vae), "revision": vae_revision}
         pipeline.vae = AutoencoderKL.from_pretrained(vae, **place, **options, use_safetensors=True)
     return frozen(pipeline)
 

@@ -339,6 +339,13 @@ def save_lora(output_dir, pipeline):
     return written
 
 
+def save_denoisers(output_dir, pipeline):
+    """Write the denoisers, each into its folder; returns their names."""
+    for name, module in denoisers(pipeline).items():
+        module.save_pretrained(Path(output_dir, name))
+    return list(denoisers(pipeline))
+
+
 def lora_load_calls(pipeline, written):
     """(file, further arguments as text) of each load_lora_weights that loads what `save_lora` has written."""
     files = lora_files(type(pipeline), denoisers(pipeline)) or {}

@@ -271,7 +271,8 @@ def guidance_off(pipeline, prompts, kwargs):
     if "guidance_scale" in arguments:
         candidates += [{"guidance_scale": 1.0} | second, {"guidance_scale": 0.0} | second]
     options = {name: value for name, value in kwargs.items() if name not in SCHEDULE_ARGUMENTS}
-    for candidate in candidates:
+    attention = {name: 0.0 for name in ("pag_scale", "sag_scale") if name in arguments}
+    for candidate in [candidate | attention for candidate in candidates]:
         seen = observe(pipeline, prompts, **options | candidate | {"num_inference_steps": 2})
         if not guides(seen, len(prompts)):
             return candidate

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from common import models
+from common import export, models
 
 import torch
 
@@ -52,6 +52,18 @@ def eval_mode(*modules):
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
+
+
+@contextlib.contextmanager
+def going_on(accelerator, step):
+    """Samples during training: whatever fails inside is said, and training goes on, with its weights as they are."""
+    try:
+        yield
+    except Exception as error:
+        accelerator.print(
+            f"\nWARNING: sampling or measuring failed at step {step} ({export.first_line(error)}); training goes on "
+            "with the weights that it has"
+        )
 
 
 def sample_grid(

@@ -22,8 +22,9 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import UserError, lock, tables
+from common import UserError, lock, models, tables
 from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, tool_errors
+from common.checkpointing import CONFIG
 from common.folders import IMAGE_KEYS, list_images, reference_images
 from common.images import read_image
 from common.metrics import (
@@ -85,8 +86,8 @@ def parse_args(argv=None):
         default="keep",
         help="replaces the pipeline's; ddim is trailing",
     )
-    add("--height", type=positive_int, help="of the images, in pixels; without it, the pipeline's default")
-    add("--width", type=positive_int, help="of the images, in pixels; without it, the pipeline's default")
+    add("--height", type=positive_int, help="of the images, in pixels; without it, as trained, or the pipeline's")
+    add("--width", type=positive_int, help="of the images, in pixels; without it, as trained, or the pipeline's")
     add("--num_images", type=positive_int, help="images per step count; without it, one per prompt")
     add("--seed", type=non_negative_int, default=0, help="image i starts from seed + i")
     add("--batch_size", type=positive_int, default=8, help="images that are made or measured together")
@@ -440,9 +441,8 @@ def load_pipeline(
             parts |= {"safety_checker": None, "requires_safety_checker": False}
         if unet:
             parts["unet"] = load_unet(index, unet, dtype)
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            path, dtype=dtype, variant=variant, use_safetensors=True, **where, **parts
-        )
+        cls = pipeline_class(path, index, is_student=bool(unet or lora), **where)
+        pipeline = cls.from_pretrained(path, dtype=dtype, variant=variant, use_safetensors=True, **where, **parts)
     except (OSError, ValueError) as error:
         raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
     if scheduler == "keep" and (lora or unet):
@@ -462,6 +462,33 @@ def load_pipeline(
         load_lora(pipeline, lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def pipeline_class(path, index, is_student, **where):
+    """What `path` is loaded as: the class that saved it; plain text-to-image where that one starts from an image, or
+    guides in ways of its own (PAG), which a student of training has not seen."""
+    import diffusers
+
+    saved, plain = getattr(diffusers, str(index.get("_class_name")), None), models.plain_class(index)
+    if plain in (None, saved):
+        return diffusers.DiffusionPipeline
+    unet = diffusers.UNet2DConditionModel.load_config(path, subfolder="unet", **where)
+    takes = inspect.signature(saved.__call__).parameters if saved else {"image"}
+    if unet["in_channels"] != unet["out_channels"] or not (is_student or {"image", "control_image"} & set(takes)):
+        return diffusers.DiffusionPipeline
+    print(f"{path}: saved by {index.get('_class_name')}, measured as {plain.__name__}", flush=True)
+    return plain
+
+
+def trained_size(path, unet=None, lora=None):
+    """{"height", "width"} that a student of ours was trained at, in pixels, by the training_config.json of its run; {}
+    where there is none."""
+    folder = Path(lora or unet or path)
+    for place in (folder, *(folder.absolute().parents[:2] if lora or unet else ())):
+        if (place / CONFIG).is_file():
+            side = json.loads((place / CONFIG).read_text(encoding="utf-8"))["flags"].get("resolution")
+            return {"height": side, "width": side} if side else {}
+    return {}
 
 
 def scheduler_beside(folder):
@@ -607,10 +634,12 @@ def main(args):
             path, args.unet, args.lora, args.scheduler, DTYPES[args.dtype], args.device, args.revision, args.variant,
             args.cache_dir,
         )  # fmt: skip
+        own = trained_size(path, args.unet, args.lora) if args.height is None else {}
+        own = own if "height" in inspect.signature(pipeline.__call__).parameters else {}
         for steps in args.num_inference_steps:
             try:
                 images, seconds = generate_images(
-                    pipeline, prompts, steps, args.guidance_scale, args.seed, args.batch_size, **options
+                    pipeline, prompts, steps, args.guidance_scale, args.seed, args.batch_size, **options, **own
                 )
             except CALL_ERRORS as error:
                 raise UserError(f"--pretrained_model {path} at {steps} steps: {error}") from error
