@@ -326,7 +326,8 @@ def test_stored_features_stand_for_the_images_of_one_network_and_size(root, tmp_
     stored = tmp_path / "first" / "reference_features.npz"
     second = main(parse_args(flags(root, tmp_path / "second", *more, stored)))
     for one, two in zip(first["rows"], second["rows"], strict=True):
-        assert one["frechet_distance"] == two["frechet_distance"]
+        # the networks are loaded anew, into other memory
+        assert one["frechet_distance"] == pytest.approx(two["frechet_distance"], rel=1e-3, abs=1e-6)
     assert not (tmp_path / "second" / "reference_features.npz").exists()
     for i, wrong in enumerate([["--height", 24, "--width", 24], ["--feature_network", root / "clip"]]):
         with pytest.raises(SystemExit):
@@ -389,7 +390,8 @@ def test_measure_returns_what_was_asked_for(root):
     features = image_features(network, images)
     result = measure(images, ["one"] * 6, features, network, labels=[1] * 6)
     assert result["frechet_distance"] == pytest.approx(0.0, abs=1e-6)
-    assert result["kernel_distance"] == kernel_distance(features, features)
+    # features that were computed again, in other memory
+    assert result["kernel_distance"] == pytest.approx(kernel_distance(features, features), rel=1e-3, abs=1e-6)
     assert result["accuracy"] == prompt_accuracy(network, images, [1] * 6) and "clip_score" not in result
 
 
