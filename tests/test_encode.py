@@ -430,9 +430,9 @@ def test_a_name_for_every_kind_of_address():
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_run_on_latents_differs_by_the_rounding_alone(tmp_path, flags, cached, monkeypatch, script):
-    """From images whose posterior is rounded to float16 the losses are the same: the posterior's noise, dropped captions
-    and all other draws are. The VAE encodes one image at a time in both, in different memory: a latent may be rounded
-    the other way, which another draw would exceed by far."""
+    """From images whose posterior is rounded to float16 the losses are the same: the posterior's noise, dropped
+    captions and all other draws are. The VAE encodes one image at a time in both, but in different memory: a latent
+    may be rounded the other way, which changes a loss by far less than another draw would."""
     options = {"center_crop": True, "proportion_empty_prompts": 0.3, "train_batch_size": 8, "max_train_steps": 2}
     train(flags(tmp_path / "b", script, **options, train_shards_path_or_url=tars(cached())), script)
     posterior = models.posterior
