@@ -181,11 +181,9 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, variant=args.variant, **place)
     cached_pairs.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
-    pipeline = load(weight_dtype if args.lora_rank else torch.float32, scheduler=scheduler)
+    dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
+    pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler).to(device)
     probes.check_same_weights(pipeline, pairs_config, args.pairs_dir)
-    for name, module in pipeline.components.items():
-        if isinstance(module, torch.nn.Module):
-            module.to(device, torch.float32 if name in pipelines.DENOISERS and not args.lora_rank else weight_dtype)
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
     own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()

@@ -135,7 +135,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    teacher.vae.to(device, models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path))
+    teacher.vae.to(device, models.vae_dtype(config, weight_dtype))
     for text_encoder in models.text_encoders(teacher):
         text_encoder.to(device, weight_dtype)
     uncond = models.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample

@@ -485,7 +485,7 @@ def text_image_data(args, accelerator, shards, config, weight_dtype):
     manifest, decode, required = latents.read_manifest(shards), decode_image_text, (IMAGE_KEYS, TEXT_KEYS)
     options = image_options(args)
     if manifest is not None:
-        dtype = models.vae_dtype(config, weight_dtype, args.pretrained_vae_model_name_or_path)
+        dtype = models.vae_dtype(config, weight_dtype)
         latents.check_manifest(manifest, models.latent_shape(config["vae"], args.resolution), dtype, options)
         if args.vae_encode_batch_size != VAE_ENCODE_BATCH_SIZE[config["is_sdxl"]]:
             raise UserError("--vae_encode_batch_size: nothing is encoded where latents are cached; drop the flag")

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from common import UserError
+from common.weights import check_name
 
 import torch
 from accelerate.utils import DistributedType
@@ -270,6 +271,7 @@ def _read_lora(unet, source, rank, alpha):
     flag = f"--init_lora={source}"
     files = [Path(source)] if Path(source).is_file() else [Path(source, name) for name in (WEIGHTS, KOHYA_WEIGHTS)]
     file = next((file for file in files if file.is_file()), None)
+    check_name(flag, source)
     if file is None:
         raise UserError(f"{flag}: neither a LoRA file nor a folder with {WEIGHTS} or {KOHYA_WEIGHTS}")
     try:

@@ -1,10 +1,12 @@
 """Teachers (Stable Diffusion and SDXL layout), students and what they are conditioned on."""
 
+import functools
 import inspect
 import math
+import types
 from pathlib import Path
 
-from common import UserError
+from common import UserError, weights
 from common.schedules import PREDICTION_TYPES
 
 import torch
@@ -41,6 +43,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     """
     flag = f"--pretrained_teacher_model={name}"
     folder = Path(name)
+    weights.check_name(flag, name)
     if folder.suffix == ".safetensors":
         return _read_single_file(flag, name, cache_dir)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -53,9 +56,8 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     if not isinstance(index, dict):
         raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
     sdxl = _check_kind(flag, index)
-    for part in PARTS[: len(PARTS) if sdxl else -2]:  # a ControlNet or an adapter beside them is not loaded
-        if folder.is_dir():
-            check_part(flag, folder / part, variant)
+    parts = {part: index[part] for part in PARTS[: len(PARTS) if sdxl else -2] if part in index}
+    weights.check_parts(flag, name, parts)  # a ControlNet or an adapter beside them is not loaded
     try:
         configs = {
             "unet": UNet2DConditionModel.load_config(name, subfolder="unet", **options),
@@ -66,7 +68,9 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
             configs[part] = CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{flag}: a part of the teacher is missing or unreadable ({_line(error)})") from None
-    return _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
+    config = _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
+    weights.check_pipeline(flag, name, parts, variant, **options)
+    return config
 
 
 def _read_single_file(flag, name, cache_dir):
@@ -103,16 +107,23 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
     Needs no weights. Raises UserError when that VAE is missing, partial, or has other latents than the teacher's.
     """
     flag = f"--pretrained_vae_model_name_or_path={name}"
-    subfolder = vae_subfolder(name)
-    if Path(name).is_dir():
-        check_part(flag, Path(name, subfolder or ""), None)
+    weights.check_name(flag, name)
+    subfolder, options = vae_subfolder(name), {"revision": revision, "cache_dir": cache_dir}
     try:
-        vae = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
+        vae = AutoencoderKL.load_config(name, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: neither a VAE's folder nor a model that the hub gives ({_line(error)})") from None
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != config["unet"]["in_channels"]:
         raise UserError(f"{flag}: not an AutoencoderKL with {config['unet']['in_channels']} latent channels")
-    return _checked_config(flag, config | {"vae": vae, "is_other_vae": True})
+    _check_alone(flag, name, AutoencoderKL, subfolder, **options)
+    return _checked_config(flag, config | {"vae": vae})
+
+
+def _check_alone(flag, name, cls, subfolder, **options):
+    """UserError unless a network that is no part of the teacher has its weights; of the hub's those in the cache."""
+    folder = weights.local_folder(name, "/".join(filter(None, (subfolder, "config.json"))), **options)
+    if folder is not None and (Path(name).is_dir() or any(folder.glob("*.safetensors"))):
+        weights.check_network(flag, folder, cls, has_variant_flag=False)
 
 
 def vae_subfolder(name):
@@ -123,11 +134,11 @@ def vae_subfolder(name):
 def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=None):
     """UserError unless the U-Net of --init_unet has the teacher's shape and this embedding of w; needs no weights."""
     flag = f"--init_unet={name}"
+    weights.check_name(flag, name)
     subfolder = "unet" if Path(name, "unet").is_dir() else None
-    if Path(name).is_dir():
-        check_part(flag, Path(name, subfolder or ""), None)
+    options = {"revision": revision, "cache_dir": cache_dir}
     try:
-        unet = UNet2DConditionModel.load_config(name, subfolder=subfolder, revision=revision, cache_dir=cache_dir)
+        unet = UNet2DConditionModel.load_config(name, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{flag}: neither a U-Net's folder nor a model that the hub gives ({_line(error)})") from None
     if unet.get("time_cond_proj_dim") != time_cond_proj_dim:
@@ -139,6 +150,7 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     for key in (*shape, "down_block_types", "up_block_types", "addition_embed_type", "attention_head_dim"):
         if unet.get(key) != config["unet"].get(key):
             raise UserError(f"{flag}: it is no student of this teacher, its {key} is {unet.get(key)}")
+    _check_alone(flag, name, UNet2DConditionModel, subfolder, **options)
 
 
 def _check_kind(flag, index):
@@ -181,38 +193,6 @@ def _checked_config(flag, config):
 
 def _line(error):
     return str(error).strip().split("\n")[0]
-
-
-def check_part(flag, folder, variant):
-    """UserError unless the folder of a pipeline's part is there, with whole safetensors where it has weights."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not names:
-        raise UserError(f"{flag}: it is partial, its folder {folder.name}/ is missing or empty")
-    if "config.json" not in names:  # a tokenizer or a scheduler
-        return
-    weights = [n for n in sorted(names) if n.endswith(".safetensors")]
-    pickled = [n for n in sorted(names) if n.endswith((".bin", ".pt", ".ckpt"))]
-    if pickled and not weights:
-        raise UserError(
-            f"{flag}: its folder {folder.name}/ has its weights only as {pickled[0]}, a pickle, which could run code; "
-            "convert them to .safetensors"
-        )
-    wanted = [n for n in weights if (f".{variant}." in n if variant else n.count(".") == 1)]
-    if not wanted:
-        what = "weights"
-        if weights:
-            what = (
-                f"weights of the variant {variant!r} (drop --variant)"
-                if variant
-                else f"plain weights, only {weights[0]}"
-            )
-            what += "" if variant else " (pass its --variant)"
-        raise UserError(f"{flag}: it is partial, its folder {folder.name}/ has no {what}")
-    for name in wanted:
-        try:
-            safe_open(folder / name, framework="pt").__enter__()  # reads the header and checks the length
-        except SafetensorError as error:
-            raise UserError(f"{flag}: its file {folder.name}/{name} is damaged ({_line(error)})") from None
 
 
 def check_unet(flag, unet, vae, text_encoder_2=None):
@@ -307,27 +287,67 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
         plain = PLAIN[_single_file_kind(name) == "sdxl"]
         parts |= {"safety_checker": None} if plain is StableDiffusionPipeline else {}
         pipeline = plain.from_single_file(name, **parts)
+        weights.check_made(f"--pretrained_teacher_model={name}", pipeline)
     else:
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
         plain = PLAIN[_check_kind(name, index)]
         takes = inspect.signature(plain.__init__).parameters
         parts |= {part: None for part in NOT_TRAINED if part in takes}
         parts |= {"requires_safety_checker": False} if "safety_checker" in takes else {}
-        parts |= {"use_safetensors": True, "trust_remote_code": False}
-        pipeline = plain.from_pretrained(name, revision=revision, variant=variant, **parts)
+        parts |= {"variant": variant, "revision": revision, "cls": plain}
+        pipeline = load_checked(f"--pretrained_teacher_model={name}", name, index, **parts)
     if vae is not None:
-        place = {"subfolder": vae_subfolder(vae), "revision": vae_revision}
-        pipeline.vae = AutoencoderKL.from_pretrained(vae, **place, **options, use_safetensors=True)
+        place = {"subfolder": vae_subfolder(vae), "revision": vae_revision} | options
+        flag = f"--pretrained_vae_model_name_or_path={vae}"
+        pipeline.vae = load_network(flag, AutoencoderKL, vae, **place)
     return frozen(pipeline)
 
 
+def load_checked(flag, name, index, cls=DiffusionPipeline, dtype=torch.float32, **options):
+    """`cls.from_pretrained` of safetensors, without a repository's code, after a check of the weights.
+
+    index: its model_index.json. dtype: as there. options: variant, revision, cache_dir, and parts that are not loaded.
+    """
+    options |= {"use_safetensors": True, "trust_remote_code": False}
+    if not Path(name).is_dir():  # a folder's were checked before
+        cls.download(name, **options)
+        place = {key: options.get(key) for key in ("variant", "revision", "cache_dir")}
+        if cls is not DiffusionPipeline:  # which takes what the index names
+            index = {part: index[part] for part in inspect.signature(cls.__init__).parameters if part in index}
+        weights.check_pipeline(flag, name, index, **place, skip=(*NOT_TRAINED, *options), downloaded=True)
+    return cls.from_pretrained(name, dtype=dtype, **options)
+
+
+def load_network(flag, cls, name, **options):
+    """`cls.from_pretrained` of safetensors, by default in float32; UserError where tensors lack or are left over."""
+    options = {"dtype": torch.float32} | options
+    network, info = cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
+    weights.check_loaded(flag, cls, info)
+    return network
+
+
 def frozen(pipeline):
-    """The pipeline, every network frozen and in eval mode, without a progress bar."""
-    for module in pipeline.components.values():
+    """The pipeline, every network frozen and in eval mode, without a progress bar. Text encoders compute in the dtype
+    that they are in also under autocast, which would cast again what T5 keeps in float32."""
+    for name, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
+            if name.startswith("text_encoder"):
+                without_autocast(module)
+    weights.fit_tokenizers(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def without_autocast(module):
+    """Let the module compute in its own dtype also under autocast, in place."""
+
+    @functools.wraps(type(module).forward)
+    def forward(self, *args, **kwargs):
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return type(self).forward(self, *args, **kwargs)
+
+    module.forward = types.MethodType(forward, module)  # of a copy, copy.deepcopy makes the copy's own
 
 
 def is_sdxl(pipeline):
@@ -339,12 +359,13 @@ def text_encoders(pipeline):
     return [pipeline.text_encoder, pipeline.text_encoder_2] if is_sdxl(pipeline) else [pipeline.text_encoder]
 
 
-def vae_dtype(config, weight_dtype, other_vae=None):
-    """The dtype that the VAE computes in: `weight_dtype`, but float32 for SDXL's own VAE, which overflows in float16.
+def vae_dtype(config, weight_dtype):
+    """The dtype that the VAE computes in: `weight_dtype`, but float32 for a VAE of SDXL that overflows in float16, as
+    its `force_upcast` says. The Stable Diffusion pipeline does not ask for that, whose VAEs do not overflow.
 
-    config: as from `read_teacher_config`. other_vae: the name of a VAE that replaces the teacher's, or None.
+    config: as from `read_teacher_config`, of the VAE that is used.
     """
-    return torch.float32 if config["is_sdxl"] and other_vae is None else weight_dtype
+    return torch.float32 if config["is_sdxl"] and config["vae"].get("force_upcast", True) else weight_dtype
 
 
 def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None, cache_dir=None):
@@ -357,7 +378,7 @@ def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None
     if init_unet is not None:
         subfolder = "unet" if Path(init_unet, "unet").is_dir() else None
         place = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir}
-        unet = UNet2DConditionModel.from_pretrained(init_unet, dtype=torch.float32, use_safetensors=True, **place)
+        unet = load_network(f"--init_unet={init_unet}", UNet2DConditionModel, init_unet, **place)
         assert unet.config.time_cond_proj_dim == time_cond_proj_dim, "check_init_unet comes first"
         return unet.train()
     assert teacher_unet.dtype == torch.float32, "a student of rounded weights is not the teacher"
@@ -576,11 +597,12 @@ def count_parameters_and_flops(config, resolution, **student_overrides):
         with FlopCounterMode(display=False) as text_flops:
             for encoder in encoders:
                 encoder(torch.empty(1, 77, dtype=torch.long))
+    kind = {"is_sdxl": "text_encoder_2" in config}
     return {
         "unet_parameters": sum(p.numel() for p in unet.parameters()),
         "unet_sizes": [p.numel() for p in unet.parameters()],
         "vae_parameters": sum(p.numel() for p in vae.parameters()),
-        "vae_keeps_float32": "text_encoder_2" in config and not config.get("is_other_vae"),  # as `vae_dtype` has it
+        "vae_keeps_float32": vae_dtype(kind | config, torch.float16) == torch.float32,
         "text_encoder_parameters": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
         "unet_forward_flops": unet_flops.get_total_flops(),
         "vae_encode_flops": vae_flops.get_total_flops(),

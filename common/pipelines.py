@@ -9,7 +9,7 @@ import inspect
 import json
 from pathlib import Path
 
-from common import UserError
+from common import UserError, weights
 from common import models as sd_models
 from common.lora import ADAPTER, WEIGHTS, check_rank, lora_layers
 
@@ -38,6 +38,7 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
     """
     flag = f"--pretrained_teacher_model={name}"
     options = {"revision": revision, "cache_dir": cache_dir}
+    weights.check_name(flag, name)
     if Path(name).exists() and not Path(name, "model_index.json").is_file():
         raise UserError(f"{flag}: no model_index.json in it, so it is not a pipeline in diffusers layout")
     try:
@@ -64,28 +65,40 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
     for part, (_, values) in {**configs, "scheduler": scheduler}.items():
         if not isinstance(values, dict):
             raise UserError(f"{flag}: the configuration of its {part} is no JSON object")
-    for part in found if Path(name).is_dir() else ():
-        sd_models.check_part(flag, Path(name, part), variant)
+    weights.check_parts(flag, name, index, sd_models.NOT_TRAINED)
+    weights.check_pipeline(flag, name, index, variant, **options, skip=sd_models.NOT_TRAINED)
     return {"class": pipeline_class, "denoisers": configs, "scheduler": scheduler}
 
 
 def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_dir=None, **replaced):
     """The pipeline on the CPU in `dtype`, every weight frozen and in eval mode, without safety checkers.
 
-    name: folder or hub repository in diffusers layout. replaced: parts that are there already and are not loaded.
+    name: folder or hub repository in diffusers layout. dtype: of all, or {part or "default": dtype}; what a network
+    keeps in float32 stays there, so it is moved to its device by `.to(device)` alone. replaced: parts that are there
+    already and are not loaded.
     """
     index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
     skipped = {part: None for part in sd_models.NOT_TRAINED if part in index}
     if "safety_checker" in index:
         skipped["requires_safety_checker"] = False
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
-    options |= {"use_safetensors": True, "trust_remote_code": False}
+    flag = f"--pretrained_teacher_model={name}"
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, **options, **skipped | replaced)
-    except (OSError, ValueError, ImportError) as error:
+        pipeline = sd_models.load_checked(flag, name, index, **options, **skipped | replaced)
+    except (*sd_models.LOAD_ERRORS, ImportError) as error:
         line = str(error).strip().split("\n")[0]
-        raise UserError(f"--pretrained_teacher_model={name} cannot be loaded: {line}") from None
+        raise UserError(f"{flag} cannot be loaded: {line}") from None
+    for network in denoisers(pipeline).values():
+        keep_float32(network)
     return sd_models.frozen(pipeline)
+
+
+def keep_float32(network):
+    """Let layers that the library keeps in float32 compute in it also under autocast, in place: so does the card."""
+    kept = set(network._keep_in_fp32_modules or ())
+    for path, module in network.named_modules():
+        if kept & set(path.split(".")) and hasattr(module, "weight") and not list(module.children()):
+            sd_models.without_autocast(module)
 
 
 def load_vae(name, revision=None, variant=None, cache_dir=None):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from common import UserError, models, tables
+from common import UserError, models, tables, weights
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, UNet2DModel
@@ -67,11 +67,14 @@ def read_unet_config(
             )
         config = dict(DEFAULT_CONFIGS[resolution])
     else:
+        weights.check_name(flag, name)
         config = _load_config(flag, name, revision, cache_dir)
     if pretrained:
-        if Path(name).is_dir():
-            models.check_part(flag, Path(name, _subfolder(name) or ""), variant)
         _check_pretrained(flag, name, config, resolution, num_classes, stock_scheduler, revision, cache_dir)
+        place = {"revision": revision, "cache_dir": cache_dir}
+        folder = weights.local_folder(name, "/".join(filter(None, (_subfolder(name), "config.json"))), **place)
+        if folder is not None and (Path(name).is_dir() or any(folder.glob("*.safetensors"))):
+            weights.check_network(flag, folder, UNet2DModel, variant)
     config |= {"sample_size": resolution, "num_class_embeds": num_classes}
     if class_embed_type is not None or num_classes is None:
         config["class_embed_type"] = class_embed_type
@@ -158,23 +161,16 @@ def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_d
         torch.nn.init.zeros_(unet.conv_out.weight)
         torch.nn.init.zeros_(unet.conv_out.bias)
         return unet
+    flag = f"--pretrained_model_name_or_path={pretrained_name}"
     changes = {key: config[key] for key in ("dropout", "sample_size") if key in config}
     try:
-        return UNet2DModel.from_pretrained(
-            pretrained_name,
-            subfolder=_subfolder(pretrained_name),
-            revision=revision,
-            variant=variant,
-            cache_dir=cache_dir,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            **changes,
-        ).train()  # from_pretrained leaves it in eval mode, without dropout
+        place = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+        place["subfolder"] = _subfolder(pretrained_name)
+        unet = models.load_network(flag, UNet2DModel, pretrained_name, **place, **changes)
+        return unet.train()  # from_pretrained leaves it in eval mode, without dropout
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--pretrained_model_name_or_path={pretrained_name}: its weights cannot be loaded ({reason})"
-        ) from None
+        raise UserError(f"{flag}: its weights cannot be loaded ({reason})") from None
 
 
 def count_parameters_and_flops(config):

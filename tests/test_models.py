@@ -384,11 +384,19 @@ def test_time_ids_are_the_pipelines(sdxl):
     assert sizes.tolist() == [[400, 300], [1200, 1601]]  # the batch is as it was
 
 
-def test_the_vae_of_sdxl_computes_in_float32_unless_it_is_replaced():
-    half, single = torch.float16, torch.float32
-    assert models.vae_dtype({"is_sdxl": True}, half) == single
-    assert models.vae_dtype({"is_sdxl": True}, half, "madebyollin/sdxl-vae-fp16-fix") == half
-    assert models.vae_dtype({"is_sdxl": False}, half) == models.vae_dtype({"is_sdxl": False}, half, "x") == half
+@pytest.mark.parametrize(
+    ("is_sdxl", "vae", "expected"),
+    [
+        (True, {"force_upcast": True}, torch.float32),
+        (True, {}, torch.float32),  # diffusers' default
+        (True, {"force_upcast": False}, torch.float16),  # sdxl-vae-fp16-fix, beside the teacher or in it
+        (False, {}, torch.float16),
+        (False, {"force_upcast": True}, torch.float16),  # the Stable Diffusion pipeline does not ask
+    ],
+)
+def test_the_vae_of_sdxl_computes_in_float32_where_its_configuration_says_so(is_sdxl, vae, expected):
+    assert models.vae_dtype({"is_sdxl": is_sdxl, "vae": vae}, torch.float16) == expected
+    assert models.vae_dtype({"is_sdxl": is_sdxl, "vae": vae}, torch.float32) == torch.float32
 
 
 def test_latents_are_the_vaes_and_do_not_depend_on_the_chunks(teacher):

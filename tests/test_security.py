@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common import UserError, checkpointing, models, pipelines
 from common.image_data import open_images
+from common.tools import evaluate
 from tests.test_checkpointing import save, setup_run
 from tests.test_data import pickle_members, write_tar
 from tests.test_models import edit_json
@@ -126,8 +127,9 @@ def test_pickled_weights_are_refused(tmp_path, teacher):
     weights, trap = folder / "text_encoder" / "model.safetensors", tmp_path / "ran"
     weights.unlink()
     torch.save({"a": Evil(str(trap))}, weights.with_name("pytorch_model.bin"))
-    with pytest.raises(UserError, match="text_encoder/ has its weights only as pytorch_model.bin, a pickle"):
-        models.read_teacher_config(str(folder))
+    for read in (models.read_teacher_config, pipelines.read_pipeline_config, evaluate.check_weights):
+        with pytest.raises(UserError, match="text_encoder/ has its weights only as pytorch_model.bin, a pickle"):
+            read(str(folder))
     with pytest.raises(UserError, match="cannot be loaded"):  # as a hub name, whose files are not looked at before
         models.load_teacher(str(folder))
     assert not trap.exists()

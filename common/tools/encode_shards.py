@@ -103,7 +103,7 @@ def main(args):
         config = models.read_vae_config(other_vae, config, revision=args.revision, cache_dir=args.cache_dir)
     cli.resolve_teacher_defaults(args, config)
     models.check_resolution(config, args.resolution)
-    dtype = models.vae_dtype(config, dtype, other_vae)
+    dtype = models.vae_dtype(config, dtype)
     manifest = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
     manifest |= {
         "format": latents.FORMAT,

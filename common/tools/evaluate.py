@@ -22,7 +22,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import UserError, lock, models, tables
+from common import UserError, lock, models, tables, weights
 from common.args import ArgumentParser, int_list, non_negative_float, non_negative_int, positive_int, tool_errors
 from common.checkpointing import CONFIG
 from common.folders import IMAGE_KEYS, list_images, reference_images
@@ -158,13 +158,10 @@ def check_paths(args):
     """The folders and files that the flags name."""
     for path in args.models.values():
         check_model(path, "--pretrained_model", "model_index.json", args.revision, args.cache_dir)
+        check_weights(path, args.unet, args.variant, args.revision, args.cache_dir)
     for flag, path in [("--feature_network", args.feature_network), ("--clip_model", args.clip_model)]:
         if path:
             check_model(path, flag, "config.json", cache_dir=args.cache_dir)
-    if args.unet and not (Path(args.unet) / "config.json").is_file():
-        raise UserError(
-            f"--unet {args.unet} has no config.json: name the U-Net's own folder, such as {args.unet}/unet"
-        )
     if args.lora:
         lora_file(args.lora)
     if args.reference:
@@ -186,6 +183,7 @@ def named_model(value):
 
 def check_model(path, flag, file_name, revision=None, cache_dir=None):
     """A folder, or else a hub name, must hold file_name; of the hub only that file is read."""
+    weights.check_name(f"{flag} {path}", path)
     if Path(path).is_dir():
         if not (Path(path) / file_name).is_file():
             raise UserError(f"{flag} {path} has no {file_name}: name the folder that save_pretrained wrote")
@@ -194,6 +192,43 @@ def check_model(path, flag, file_name, revision=None, cache_dir=None):
         hf_hub_download(path, file_name, revision=revision, cache_dir=cache_dir)
     except (OSError, ValueError) as error:  # no such repository or file, no connection, no valid name
         raise UserError(f"{flag} {path} is neither a folder nor a hub name that can be read: check it") from error
+
+
+def check_weights(path, unet=None, variant=None, revision=None, cache_dir=None):
+    """A pipeline, and the U-Net instead of its own, must have all tensors; no weight is loaded."""
+    where, flag = {"revision": revision, "cache_dir": cache_dir}, f"--pretrained_model {path}"
+    index = load_index(path, where)
+    skip = (*models.NOT_TRAINED, *(["unet"] if unet else []))
+    weights.check_parts(flag, path, index, skip)
+    weights.check_pipeline(flag, path, index, variant, **where, skip=skip)
+    if unet:
+        cls = unet_class(index)
+        weights.check_name(f"--unet {unet}", unet)
+        if not (Path(unet) / "config.json").is_file():
+            raise UserError(f"--unet {unet} has no config.json: name the U-Net's own folder, such as {unet}/unet")
+        weights.check_network(f"--unet {unet}", Path(unet), cls, has_variant_flag=False)
+
+
+def load_index(path, where):
+    """A pipeline's model_index.json."""
+    import diffusers
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(path, **where)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
+    if not isinstance(index, dict):
+        raise UserError(f"--pretrained_model {path}: its model_index.json holds no names of parts")
+    return index
+
+
+def unet_class(index):
+    """The class of a pipeline's U-Net."""
+    import diffusers
+
+    if "unet" not in index:
+        raise UserError(f"--unet: a {index.get('_class_name')} has no U-Net: drop the flag")
+    return getattr(diffusers, index["unet"][1])
 
 
 def read_prompts(values):
@@ -435,16 +470,18 @@ def load_pipeline(
 
     where = {"revision": revision, "cache_dir": cache_dir}
     parts = {}
+    index = load_index(path, where)
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    if unet:
+        parts["unet"] = load_unet(index, unet, dtype)
+    flag = f"--pretrained_model {path}"
     try:
-        index = diffusers.DiffusionPipeline.load_config(path, **where)
-        if "safety_checker" in index:
-            parts |= {"safety_checker": None, "requires_safety_checker": False}
-        if unet:
-            parts["unet"] = load_unet(index, unet, dtype)
         cls = pipeline_class(path, index, is_student=bool(unet or lora), **where)
-        pipeline = cls.from_pretrained(path, dtype=dtype, variant=variant, use_safetensors=True, **where, **parts)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--pretrained_model {path} cannot be loaded: {error}") from error
+        pipeline = models.load_checked(flag, path, index, cls, dtype, variant=variant, **where, **parts)
+    except models.LOAD_ERRORS as error:
+        raise UserError(f"{flag} cannot be loaded: {error}") from error
+    weights.fit_tokenizers(pipeline)
     if scheduler == "keep" and (lora or unet):
         pipeline.scheduler = scheduler_beside(lora or Path(unet).parent) or pipeline.scheduler
     if scheduler != "keep":
@@ -504,12 +541,8 @@ def scheduler_beside(folder):
 
 def load_unet(index, unet, dtype):
     """The U-Net of a folder, in the class that the pipeline's index names."""
-    import diffusers
-
-    if "unet" not in index:
-        raise UserError(f"--unet: a {index.get('_class_name')} has no U-Net: drop the flag")
     try:
-        return getattr(diffusers, index["unet"][1]).from_pretrained(unet, dtype=dtype, use_safetensors=True)
+        return models.load_network(f"--unet {unet}", unet_class(index), unet, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"--unet {unet} cannot be loaded: {error}") from error
 
