@@ -202,7 +202,8 @@ def main(args):
     run_id = cli.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    guard = UpdateGuard(accelerator, args.output_dir, *limits)
+    networks = {"the student": accelerator.unwrap_model(unet)} | ({"its average": ema_unet} if ema_unet else {})
+    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     unets = {"raw": accelerator.unwrap_model(unet)} | ({"ema": ema_unet} if ema_unet else {})
     grid_labels = [i % args.num_classes if args.num_classes else None for i in range(args.eval_batch_size)]
     grid = functools.partial(sampling.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
@@ -259,14 +260,14 @@ def main(args):
                 torch.manual_seed(dropout_seed)
                 model_pred = f(unet, noisy_images, sigma, class_labels)
 
-            # 7.5 Target: the same weights and masks without gradients; the data where the lower level is (almost) 0.
-            is_data = append_dims(target_sigma < args.sigma_min, 4)
+            # 7.5 Target: the same weights and masks without gradients. Up to sigma_min f is the identity: there, the
+            #     target is x + r z itself; the data where r = 0.
             target = images
             if step >= 0:
                 with torch.no_grad(), target_autocast(), torch.random.fork_rng(dropout_devices):
                     torch.manual_seed(dropout_seed)
                     lower = target_sigma.clamp(min=args.sigma_min)
-                    target = torch.where(is_data, images, f(target_unet, target_noisy_images, lower, class_labels))
+                    target = f(target_unet, target_noisy_images, lower, class_labels)
 
             # 7.6 Loss, backward, update: one norm per sample. Before that, diffusion training: squared, EDM's weights.
             if step < 0:
@@ -309,7 +310,7 @@ def main(args):
             state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
             with validation.going_on(accelerator, global_step):
                 grid(step=global_step)
 
@@ -321,11 +322,16 @@ def main(args):
         save_result(args.output_dir, unets[chosen].eval(), scheduler)
         for name in unets.keys() - {chosen}:
             unets[name].eval().save_pretrained(Path(args.output_dir, f"unet_{name}"))
-        with export.after_weights(args.output_dir, global_step):
-            result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
-            ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)
-            columns = ["" if label is None else str(label) for label in grid_labels]
-            export.save_grid(args.output_dir, grid(step=global_step), columns)
+    if not stopper.stops:
+        with export.after_weights(args.output_dir, global_step, is_main):
+            if is_main:
+                result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
+                ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)
+            images = grid(step=global_step)  # by every process
+            if is_main:
+                columns = ["" if label is None else str(label) for label in grid_labels]
+                export.save_grid(args.output_dir, images, columns)
+    if is_main and not stopper.stops:
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock

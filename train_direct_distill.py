@@ -18,13 +18,25 @@ import functools
 import json
 from pathlib import Path
 
-from common import UserError, cached_pairs, checkpointing, export, levers, lora, pairs, pipelines, probes, validation
+from common import (
+    UserError,
+    cached_pairs,
+    checkpointing,
+    export,
+    levers,
+    lora,
+    pairs,
+    pipelines,
+    probes,
+    validation,
+)
 from common import args as cli
 from common.ema import ema_update, exchanged
 from common.losses import LOSS_TYPES, RunningMeans, distance
-from common.nonfinite import UpdateGuard
+from common.nonfinite import UpdateGuard, check_weights, networks_of
 from common.preemption import Stopper, job_deadline
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -186,6 +198,8 @@ def main(args):
     probes.check_same_weights(pipeline, pairs_config, args.pairs_dir)
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
+    networks = networks_of(pipeline)
+    check_weights(networks)  # before what is made with them is blamed on the pairs
     own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()
     with accelerator.autocast():
         teacher_kwargs = pairs_config["kwargs"] if pairs_config else {}
@@ -205,12 +219,14 @@ def main(args):
     cli.apply_levers(args, list(pipelines.denoisers(pipeline).values()), [])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
+    shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
     with accelerator.autocast(), validation.eval_mode(rollout):
         if pairs_config is None:
             pairs.check_encoding(rollout, data, measured[:1])
         probes.check_noise(data, data.latents(measured[:1]), measured[0])
         probes.check_pairing(rollout, data, measured[:16], args.train_batch_size)
-        untrained = probes.measure(rollout, data, measured, args.train_batch_size)
+        share = functools.partial(validation.share, accelerator)
+        untrained = probes.measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
         unused = probes.freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
@@ -237,9 +253,9 @@ def main(args):
     run_id = cli.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    guard = UpdateGuard(accelerator, args.output_dir, *limits)
+    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     sample = functools.partial(
-        sample_and_measure, accelerator, student, data, measured, untrained, args.train_batch_size
+        sample_and_measure, accelerator, student, data, measured, shown, untrained, args.train_batch_size
     )
 
     # 7. The loop.
@@ -286,7 +302,7 @@ def main(args):
             state |= {"pairs_sha256": pairs.fingerprint(data)}
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
             with (
                 validation.going_on(accelerator, global_step),
                 exchanged(weights if args.ema_decay else [], ema_weights),
@@ -295,22 +311,25 @@ def main(args):
 
     # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
     progress.close()
-    if is_main and not stopper.stops:
-        with exchanged(weights if args.ema_decay else [], ema_weights):
+    with exchanged(weights if args.ema_decay else [], ema_weights):
+        if is_main and not stopper.stops:
             if args.lora_rank:
                 files = pipelines.save_lora(args.output_dir, pipeline)
             else:
                 files = pipelines.save_denoisers(args.output_dir, pipeline)
             pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
-            with export.after_weights(args.output_dir, global_step):
-                if not args.lora_rank:
+        if not stopper.stops:
+            with export.after_weights(args.output_dir, global_step, is_main):
+                if is_main and not args.lora_rank:
                     whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))
                     export.save_rest(whole, args.output_dir, written=(*files, "scheduler"))
-                images, relative_mse = sample(step=global_step)
+                images, relative_mse = sample(step=global_step)  # by every process
                 result = {"held_out_pairs": len(held_out), "relative_mse": relative_mse, "untrained": untrained[0]}
-                Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
-                write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result)
-                export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
+                if is_main:
+                    Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
+                    write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result)
+                    export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
+    if is_main and not stopper.stops:
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     rollout, optimizer = accelerator.free_memory(
@@ -321,23 +340,31 @@ def main(args):
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
-def sample_and_measure(accelerator, student, data, measured, untrained, batch_size, step):
-    """Measure and show pairs `measured` and log both: ({tag: uint8 (N, H, W, 3)}, relative MSE). Main process.
+def sample_and_measure(accelerator, student, data, measured, shown, untrained, batch_size, step):
+    """Measure and show pairs `measured` and log both: ({tag: uint8 (N, H, W, 3)}, relative MSE).
 
-    untrained: (relative MSE, latents) of the student before training; rows: teacher, student, untrained.
+    Called by every process, which share the work. shown: the pairs of the pictures. untrained: (relative MSE, {pair:
+    latents}) of the student before training. Rows: teacher, student, untrained.
     """
-    shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
+    share = functools.partial(validation.share, accelerator)
     with accelerator.autocast(), validation.eval_mode(student):
-        relative_mse, latents = probes.measure(student, data, measured, batch_size)
-        rows = {"teacher": [data.latents([i])[0] for i in shown]}
-        rows["student"] = [latents[measured.index(i)] for i in shown]
-        rows["untrained"] = [untrained[1][measured.index(i)] for i in shown]
-        images = {f"validation/{name}": probes.pictures(student, data, shown, z) for name, z in rows.items()}
-    images = {tag: batch for tag, batch in images.items() if batch is not None}
+        relative_mse, latents = probes.measure(student, data, measured, batch_size, kept=shown, share=share)
+        rows = {"teacher": None, "student": latents, "untrained": untrained[1]}
+
+        def picture(job):
+            row, i = job
+            return probes.pictures(student, data, [i], [row[i] if row else data.latents([i])[0]])
+
+        pictures = share([(row, i) for row in rows.values() for i in shown], picture)
+    images = {}
+    for i, name in enumerate(rows):
+        batch = pictures[i * len(shown) : (i + 1) * len(shown)]
+        if not any(picture is None for picture in batch):
+            images[f"validation/{name}"] = np.concatenate(batch)
     validation.log_images(accelerator.trackers, images, step)
     values = {"held_out/relative_mse": relative_mse, "held_out/relative_mse_untrained": untrained[0]}
     accelerator.log(values, step=step)
-    print("\n" + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
+    accelerator.print("\n" + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
     return images, relative_mse
 
 

@@ -21,7 +21,7 @@ from common import args as cli
 from common.data import keyed_generator
 from common.latents import use_cached
 from common.losses import LOSS_TYPES, RunningMeans, distance
-from common.nonfinite import UpdateGuard
+from common.nonfinite import UpdateGuard, networks_of
 from common.preemption import Stopper
 from common.schedules import (
     alpha_sigma,
@@ -159,7 +159,7 @@ def main(args):
     run_id = cli.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    guard = UpdateGuard(accelerator, args.output_dir, *limits)
+    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks_of(teacher))
     sample = functools.partial(
         validation.sample_grid,
         accelerator,
@@ -257,7 +257,7 @@ def main(args):
             state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
             with validation.going_on(accelerator, global_step):
                 sample(step=global_step)
 
@@ -266,9 +266,14 @@ def main(args):
     if is_main and not stopper.stops:
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
-        with export.after_weights(args.output_dir, global_step):
-            write_card(args, config, teacher_options, len(shards), global_step, total_batch_size)
-            export.save_grid(args.output_dir, sample(step=global_step), prompts)
+    if not stopper.stops:
+        with export.after_weights(args.output_dir, global_step, is_main):
+            if is_main:
+                write_card(args, config, teacher_options, len(shards), global_step, total_batch_size)
+            images = sample(step=global_step)  # by every process
+            if is_main:
+                export.save_grid(args.output_dir, images, prompts)
+    if is_main and not stopper.stops:
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock

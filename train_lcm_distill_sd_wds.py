@@ -23,7 +23,7 @@ from common.data import keyed_generator
 from common.ema import ema_update
 from common.latents import use_cached
 from common.losses import LOSS_TYPES, RunningMeans, distance
-from common.nonfinite import UpdateGuard
+from common.nonfinite import UpdateGuard, networks_of
 from common.preemption import Stopper
 from common.schedules import (
     alpha_sigma,
@@ -158,7 +158,8 @@ def main(args):
     run_id = cli.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    guard = UpdateGuard(accelerator, args.output_dir, *limits)
+    networks = networks_of(teacher) | {"the student": accelerator.unwrap_model(unet), "the target": target_unet}
+    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     sample = functools.partial(
         validation.sample_grid,
         accelerator,
@@ -257,7 +258,7 @@ def main(args):
             state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if is_main and args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
+        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
             with validation.going_on(accelerator, global_step):
                 sample(step=global_step)
 
@@ -268,12 +269,17 @@ def main(args):
         for name, network in {"unet": student, "unet_target": target_unet}.items():
             network.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
-        with export.after_weights(args.output_dir, global_step):
-            teacher_options |= {"unet": student, "scheduler": sampler}
-            pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
-            export.save_rest(pipeline, args.output_dir, written=("unet", "scheduler"))
-            write_card(args, config, len(shards), global_step, total_batch_size)
-            export.save_grid(args.output_dir, sample(step=global_step), prompts)
+    if not stopper.stops:
+        with export.after_weights(args.output_dir, global_step, is_main):
+            if is_main:
+                teacher_options |= {"unet": student, "scheduler": sampler}
+                pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+                export.save_rest(pipeline, args.output_dir, written=("unet", "scheduler"))
+                write_card(args, config, len(shards), global_step, total_batch_size)
+            images = sample(step=global_step)  # by every process
+            if is_main:
+                export.save_grid(args.output_dir, images, prompts)
+    if is_main and not stopper.stops:
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock

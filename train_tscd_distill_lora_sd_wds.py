@@ -23,9 +23,9 @@ from common import checkpointing, export, lora, losses, models, validation
 from common.data import keyed_generator, keyed_seed
 from common.discriminator import Discriminator, discriminator_step, discriminator_summary
 from common.latents import use_cached
-from common.nonfinite import UpdateGuard
+from common.nonfinite import UpdateGuard, networks_of
 from common.preemption import Stopper
-from common.schedules import alpha_sigma, append_dims, draw_segment, segment_nodes
+from common.schedules import alpha_sigma, append_dims, bottom_probability, draw_segment, segment_nodes
 from common.shards import expand_shards
 from common.solvers import TrajectorySolver
 from common.stages import stage_at, steps_note
@@ -176,7 +176,8 @@ def main(args):
     run_id = cli.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    guard = UpdateGuard(accelerator, args.output_dir, *limits)
+    networks = networks_of(teacher) | {f"the {name}": module for name, module in modules.items()}
+    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     shown = {"student": accelerator.unwrap_model(unet)}
 
     def sample(stage, step):
@@ -209,6 +210,7 @@ def main(args):
             drawn = draw_segment(stage.num_segments, *options)
             start_timesteps, timesteps, end_timesteps, top_timesteps = (nodes[index] for index in drawn)  # (B,) each
             is_whole = drawn[3] - drawn[2] == args.num_ddim_timesteps // stage.num_segments  # s: the segment's end
+            share_whole = bottom_probability(stage.num_segments, args.num_ddim_timesteps, args.boundary_prob)
 
             # 7.3 No boundary scalings: the jump is the identity at s = t.
 
@@ -261,8 +263,9 @@ def main(args):
                 mse_pred.retain_grad(), adv_pred.retain_grad()
                 with accelerator.autocast():
                     (fake_logits,) = discriminator([q * adv_pred + adv_noise], *context)
-                adv_logged["loss_adv"] = losses.generator_loss(fake_logits, is_whole)
-                loss = loss + stage.adv_weight * adv_logged["loss_adv"]
+                adv_losses = losses.generator_loss(fake_logits)  # (B,)
+                loss = loss + stage.adv_weight * losses.masked_mean(adv_losses, is_whole, batch_size * share_whole)
+                adv_logged["loss_adv"] = losses.masked_mean(adv_losses, is_whole)
             accelerator.backward(loss)
             guard.step(optimizer, lora.lora_parameters(unet), args.max_grad_norm, loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
@@ -275,15 +278,16 @@ def main(args):
                 with discriminator.trainable():
                     with accelerator.autocast():
                         real_logits, fake_logits = discriminator(samples, *context)
-                    adv_logged["loss_discriminator"] = losses.discriminator_loss(real_logits, fake_logits, is_whole)
-                    loss_per_update = adv_logged["loss_discriminator"] / args.gradient_accumulation_steps
-                    d_scaler.scale(loss_per_update).backward()
+                    d_losses = losses.discriminator_loss(real_logits, fake_logits)  # (B,)
+                    loss_discriminator = losses.masked_mean(d_losses, is_whole, batch_size * share_whole)
+                    d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
                     guard.watch(discriminator_step(d_optimizer, d_scaler, world_size))
+                adv_logged["loss_discriminator"] = losses.masked_mean(d_losses, is_whole)
                 adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
                 adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
         means.add({"loss": loss, "loss_mse": loss_mse})
-        means.add(adv_logged, weight=is_whole.any())
+        means.add(adv_logged, weight=is_whole.sum())
         if not accelerator.sync_gradients:
             continue
 
@@ -298,35 +302,44 @@ def main(args):
             logs |= cli.sum_counters(gather_object([train_data.counters]))
             cli.log_progress(accelerator, progress, logs, global_step)
         ends_stage = global_step == stage.end or global_step == args.max_train_steps
-        if is_main and ends_stage:  # before the checkpoint: a resumed run goes on after it
-            folder = Path(args.output_dir, stage.name)
-            lora.save_lora(folder, unet)
-            sampler.save_pretrained(folder / "scheduler")
+        if ends_stage:  # before the checkpoint: a resumed run goes on after it
+            folder, grid = Path(args.output_dir, stage.name), None
+            about = args, config, teacher_options, stage, folder, len(shards), global_step, total_batch_size
+            if is_main:
+                lora.save_lora(folder, unet)
+                sampler.save_pretrained(folder / "scheduler")
+                with validation.going_on(accelerator, global_step):
+                    write_card(*about)
             with validation.going_on(accelerator, global_step):
-                write_card(args, config, teacher_options, stage, folder, len(shards), global_step, total_batch_size)
-                grid = sample(stage, global_step)
-                export.save_grid(folder, grid, prompts)
+                grid = sample(stage, global_step)  # by every process
+                if is_main:
+                    export.save_grid(folder, grid, prompts)
         if global_step % args.checkpointing_steps == 0 or global_step == stage.end or is_last:
             state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             state["stage_edges"] = [0, *(each.end for each in stages)]
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         at_step = args.validation_steps and global_step % args.validation_steps == 0
-        if is_main and at_step and global_step != stage.end and not is_last:
+        if at_step and global_step != stage.end and not is_last:
             with validation.going_on(accelerator, global_step):
                 sample(stage, global_step)
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     progress.close()
+    stage = stage_at(stages, global_step - 1)
     if is_main and not stopper.stops:
-        stage = stage_at(stages, global_step - 1)
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
-        with export.after_weights(args.output_dir, global_step):
-            write_card(args, config, teacher_options, stage, None, len(shards), global_step, total_batch_size)
-            grid = grid or sample(stage, global_step)
-            for folder in (args.output_dir, Path(args.output_dir, stage.name)):
-                export.save_grid(folder, grid, prompts)
+    if not stopper.stops:
+        with export.after_weights(args.output_dir, global_step, is_main):
+            if is_main:
+                write_card(args, config, teacher_options, stage, None, len(shards), global_step, total_batch_size)
+            if not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
+                grid = sample(stage, global_step)  # by every process
+            if is_main:
+                for folder in (args.output_dir, Path(args.output_dir, stage.name)):
+                    export.save_grid(folder, grid, prompts)
+    if is_main and not stopper.stops:
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock

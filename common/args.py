@@ -5,6 +5,7 @@ Only this module and the scripts see the argparse Namespace; everything below th
 
 import argparse
 import contextlib
+import datetime
 import functools
 import importlib.util
 import math
@@ -26,7 +27,7 @@ from common.zero import ZeroAccelerator, take_settings
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
@@ -36,6 +37,8 @@ from safetensors import SafetensorError
 SECRET_FLAGS = ("hub_token",)
 DISK_ERRORS = "No space left on device|Disk quota exceeded|File too large|Read-only file system"
 VAE_ENCODE_BATCH_SIZE = {False: 32, True: 8}  # by whether the teacher is an SDXL
+# Processes wait so long for each other, while the first one writes tens of GB or uploads them; torch: 10 minutes.
+PROCESS_TIMEOUT = datetime.timedelta(hours=3)
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -287,7 +290,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     )
     add("--compile", action="store_true", help="torch.compile of the denoisers' blocks; takes minutes at the start")
     add("--channels_last", action="store_true", help="convolutions' layout in memory; faster with --compile, on GPUs")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's attention")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's, where it runs")
     add("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
     add("--dry_run", action="store_true", help="check everything, print the derived configuration, write nothing")
 
@@ -335,11 +338,6 @@ def check_training_arguments(parser, args):
         )
     if mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision=fp16 needs a GPU (on a CPU it would silently run in fp32); use bf16 or no")
-    if args.enable_xformers_memory_efficient_attention:
-        if importlib.util.find_spec("xformers") is None:
-            parser.error("--enable_xformers_memory_efficient_attention: xformers is not installed; drop the flag")
-        if not torch.cuda.is_available():
-            parser.error("--enable_xformers_memory_efficient_attention needs a GPU, xformers has no CPU kernels")
     if args.compile and (missing := levers.missing_to_compile()):
         parser.error(f"--compile: torch.compile needs {missing}, and there is none; install one, or drop the flag")
     if args.channels_last and args.use_8bit_adam and not getattr(args, "lora_rank", 0):
@@ -518,7 +516,10 @@ def make_accelerator(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.dry_run else args.report_to or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+        ],
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
@@ -533,6 +534,15 @@ def make_accelerator(args):
             "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
         )
     args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
+    if args.enable_xformers_memory_efficient_attention:
+        fails = levers.xformers_failure(accelerator.device, args.mixed_precision)
+        fails = next(filter(None, gather_object([fails])), None)  # one process decides for all
+        if fails:
+            args.enable_xformers_memory_efficient_attention = False
+            accelerator.print(
+                f"--enable_xformers_memory_efficient_attention: xformers' kernels do not run here ({fails}); torch's "
+                "attention is taken instead, which does not need more memory"
+            )
     return accelerator
 
 
@@ -713,8 +723,22 @@ def announce(args, derived, is_main):
         return
     echo("Flags", public_args(args))
     echo("What follows from them", derived)
+    if warning := warmup_warning(args):
+        print(warning, flush=True)
     if not args.dry_run:
         export.write_config(args.output_dir, public_args(args), derived)
+
+
+def warmup_warning(args):
+    """A sentence where the learning rate warms up for half of the run or more, as by the default in a short one."""
+    steps, updates = args.lr_warmup_steps, args.max_train_steps
+    if args.lr_scheduler == "constant" or 2 * steps < updates or not steps:
+        return None
+    reached = f"it never reaches --learning_rate, but {updates / steps:.0%} of it" if steps >= updates else ""
+    return (
+        f"Warning: --lr_warmup_steps={steps} is {steps / updates:.0%} of the run's {updates} updates, in which the "
+        f"learning rate rises{reached and ': '}{reached}; pass less, such as --lr_warmup_steps={updates // 10}"
+    )
 
 
 def adam_state_bytes(sizes, use_8bit_adam):

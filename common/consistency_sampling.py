@@ -1,5 +1,6 @@
 """Samples of consistency models during training: grids for people, distances to the training data for the record."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,6 @@ from common.checkpointing import BEST
 from common.data import keyed_seed
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import ConsistencyModelPipeline
 from tqdm import tqdm
 
@@ -42,14 +42,18 @@ def sample(unet, scheduler, labels, timesteps, seed, autocast):
 def sample_grid(accelerator, unets, scheduler, labels, timesteps, seed, step):
     """Sample {name: U-Net} at {number of steps: timesteps}, from one noise, and send the images to every tracker.
 
-    Main process. Returns {tag: uint8 (N, H, W, 3)} with the tags `validation/NAME_K_steps`.
+    Called by every process, which share the networks and numbers of steps. Returns {tag: uint8 (N, H, W, 3)} with the
+    tags `validation/NAME_K_steps`.
     """
-    images = {
-        f"validation/{name}_{k}_steps": sample(unet, scheduler, labels, ts, seed, accelerator.autocast)
-        for name, unet in unets.items()
-        for k, ts in timesteps.items()
-    }
-    images = {tag: batch.permute(0, 2, 3, 1).numpy() for tag, batch in images.items()}
+
+    def grid(job):
+        name, k = job
+        batch = sample(unets[name], scheduler, labels, timesteps[k], seed, accelerator.autocast)
+        return batch.permute(0, 2, 3, 1).numpy()
+
+    jobs = list(itertools.product(unets, timesteps))
+    tags = [f"validation/{name}_{k}_steps" for name, k in jobs]
+    images = dict(zip(tags, validation.share(accelerator, jobs, grid), strict=True))
     validation.log_images(accelerator.trackers, images, step)
     return images
 
@@ -96,17 +100,17 @@ class Evaluation:
         return rows
 
     def _measure(self, unet, scheduler, timesteps):
-        parts = []
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        starts = range(0, len(self.labels), self.batch_size)
-        for index, start in list(enumerate(starts))[rank::world_size]:
+        def measure(job):
+            index, start = job
             labels = self.labels[start : start + self.batch_size]
             seed = keyed_seed(self.seed, "evaluation", index)
             images = sample(unet, scheduler, labels, timesteps, seed, self.accelerator.autocast)
             hits = metrics.prompt_accuracy(self.network, images, labels) * len(labels) if self.class_accuracy else 0.0
-            parts.append((index, metrics.image_features(self.network, images).numpy(), hits))
-        parts = sorted(gather_object(parts), key=lambda part: part[0])  # the same for any number of processes
-        features = torch.cat([torch.from_numpy(part) for _, part, _ in parts])
+            return metrics.image_features(self.network, images).numpy(), hits
+
+        batches = list(enumerate(range(0, len(self.labels), self.batch_size)))
+        parts = validation.share(self.accelerator, batches, measure)
+        features = torch.cat([torch.from_numpy(part) for part, _ in parts])
         if not torch.isfinite(features).all():
             return {"frechet_distance": None, "kernel_distance": None}  # weights that have diverged
         values = {
@@ -114,7 +118,7 @@ class Evaluation:
             "kernel_distance": metrics.kernel_distance(features, self.reference_features),
         }
         if self.class_accuracy:
-            values["class_accuracy"] = sum(hits for _, _, hits in parts) / len(features)
+            values["class_accuracy"] = sum(hits for _, hits in parts) / len(features)
         return values
 
 

@@ -140,7 +140,7 @@ def discriminator_step(optimizer, scaler, world_size):
 
     optimizer, scaler: not prepared by accelerate, whose clip_grad_norm_ would unscale them with the student's. Returns
     a 0-dim bool tensor: false where the gradients were not finite and the step was skipped. Under a scaler that is in
-    use it is true: skipping belongs to how that one finds its scale.
+    use it is true while its scale can fall: skipping belongs to how that one finds its scale.
     """
     if world_size > 1:
         for group in optimizer.param_groups:
@@ -149,9 +149,9 @@ def discriminator_step(optimizer, scaler, world_size):
                 parameter.grad /= world_size
     finite = total_norm([p for group in optimizer.param_groups for p in group["params"]]).isfinite()
     if scaler.is_enabled():
+        finite = finite | (scaler._get_scale_async() >= 1.0)
         scaler.step(optimizer)
         scaler.update()
-        finite = torch.ones_like(finite)
     else:
         step_if(finite, optimizer)
     optimizer.zero_grad(set_to_none=True)

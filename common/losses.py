@@ -39,20 +39,23 @@ def draw_renoising(alpha, end_timesteps, top_timesteps, shape, generator):
     return timesteps, q, (1.0 - q**2).sqrt() * noise
 
 
-def discriminator_loss(real_logits, fake_logits, mask):
-    """L_D = softplus(-l_real) + softplus(l_fake), the mean over the samples of `mask`; all (B,); float32 scalar."""
-    losses = functional.softplus(-real_logits.float()) + functional.softplus(fake_logits.float())
-    return masked_mean(losses, mask)
+def discriminator_loss(real_logits, fake_logits):
+    """L_D = softplus(-l_real) + softplus(l_fake) of each sample; all (B,); float32."""
+    return functional.softplus(-real_logits.float()) + functional.softplus(fake_logits.float())
 
 
-def generator_loss(fake_logits, mask):
-    """L_G = softplus(-l_fake), the non-saturating loss (1406.2661, Section 3), the mean over the samples of `mask`."""
-    return masked_mean(functional.softplus(-fake_logits.float()), mask)
+def generator_loss(fake_logits):
+    """L_G = softplus(-l_fake) of each sample, the non-saturating loss (1406.2661, Section 3); (B,), float32."""
+    return functional.softplus(-fake_logits.float())
 
 
-def masked_mean(values, mask):
-    """The mean of values (B,) where mask (B,) is true; 0 where it is true nowhere. float32 scalar, no host sync."""
-    return (values.float() * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(values, mask, count=None):
+    """The sum of values (B,) where mask (B,) is true, over `count`. float32 scalar, no host sync.
+
+    count: how often mask is expected to be true. Then the mean over micro-batches and processes is unbiased, and does
+    not depend on how an update is split into them. None: how often it is true; a mean for people, 0 of nothing.
+    """
+    return (values.float() * mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
 
 
 class RunningMeans:
@@ -65,7 +68,8 @@ class RunningMeans:
     def add(self, values, weight=None):
         """Add {name: scalar tensor} of a micro-batch, detached; those that are not finite are left out.
 
-        weight: a scalar tensor, 0 where the values mean nothing; else 1. Without it, the call counts as a micro-batch.
+        weight: a scalar tensor, the number of samples that the values are means of; 0: they mean nothing. Without it,
+        the call counts as a micro-batch.
         """
         self.num_batches += weight is None
         for name, value in values.items():

@@ -17,6 +17,11 @@ from torch.distributed.tensor import DTensor
 LOG = "nonfinite_updates.jsonl"
 MAX_PENDING = 1_000  # updates after which the host asks in any case
 MAX_KEYS = 64  # sample keys in the sentence that ends a run
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REPAIR = (
+    "take other weights or another --mixed_precision; if training made them so, resume from an earlier checkpoint "
+    "with a lower --learning_rate"
+)
 
 
 def total_norm(parameters):
@@ -44,13 +49,37 @@ def step_if(finite, optimizer):
         optimizer.step()
 
 
+def networks_of(pipeline):
+    """{"the teacher's NAME": module} of all that a pipeline computes with."""
+    parts = pipeline.components.items()
+    return {f"the teacher's {name}": part for name, part in parts if isinstance(part, torch.nn.Module)}
+
+
+def broken_weights(networks):
+    """The first tensor of {name: module} that holds NaN or infinity, in words, or None. Waits for the device."""
+    for name, network in networks.items():
+        for key, tensor in network.state_dict().items():
+            if tensor.dtype in FLOATS and not tensor.is_meta and not tensor.isfinite().all():
+                count, dtype = (~tensor.isfinite()).sum().item(), str(tensor.dtype).removeprefix("torch.")
+                return f"{name} holds NaN or infinity in {key}, {count} of {tensor.numel()} values ({dtype})"
+    return None
+
+
+def check_weights(networks):
+    """UserError where a tensor of {name: module} holds NaN or infinity: no sample is to blame for what it computes."""
+    if broken := broken_weights(networks):
+        raise UserError(f"{broken}; {REPAIR}")
+
+
 class UpdateGuard:
     """Clips and updates, skips what is not finite, and knows the samples that it came from.
 
     limit: skipped updates in a row at which the run ends. global_step and num_skipped: those before this start.
+    networks: {name: module} of all that a loss depends on, whose weights are looked at before samples are blamed.
     """
 
-    def __init__(self, accelerator, output_dir, limit, global_step=0, num_skipped=0):
+    def __init__(self, accelerator, output_dir, limit, global_step=0, num_skipped=0, networks=None):
+        self.networks = networks or {}
         self.accelerator, self.log, self.limit = accelerator, Path(output_dir, LOG), limit
         self.global_step, self.num_skipped, self.in_a_row = global_step, num_skipped, 0
         self.keys, self.losses_finite = [], True  # of the micro-batches of the next update
@@ -63,6 +92,8 @@ class UpdateGuard:
         where the update was skipped; None between updates. With a GradScaler, that one decides, and what it skips for
         the size of its scale alone does not count.
         """
+        if len(self.pending) >= MAX_PENDING:  # not at the end of a step: `watch` speaks of the latest update
+            self.count()
         self.keys += keys
         self.losses_finite = loss.detach().isfinite() & self.losses_finite
         if not self.accelerator.sync_gradients:
@@ -73,8 +104,6 @@ class UpdateGuard:
             finite, counts_as_finite = self._clip_and_step(optimizer, list(parameters), max_grad_norm)
         self.pending.append((self.keys, counts_as_finite))
         self.keys, self.losses_finite = [], True
-        if len(self.pending) >= MAX_PENDING:
-            self.count()
         return finite
 
     def _clip_and_step(self, optimizer, parameters, max_grad_norm):
@@ -101,7 +130,8 @@ class UpdateGuard:
     def count(self):
         """How many updates were skipped, over all starts of the run; called by all processes at the same step.
 
-        Lists the samples of new ones in nonfinite_updates.jsonl. Raises UserError with `limit` of them in a row.
+        Lists the samples of new ones in nonfinite_updates.jsonl. Raises UserError with `limit` of them in a row, and
+        with the first one where weights are not finite: no other update can be.
         """
         if not self.pending:
             return self.num_skipped
@@ -115,8 +145,15 @@ class UpdateGuard:
                 continue
             self.num_skipped += 1
             self.in_a_row += 1
+            if self.in_a_row == 1:
+                self._check_weights()
             self._report(gather_object(list(keys)))
         return self.num_skipped
+
+    def _check_weights(self):
+        found = next(filter(None, gather_object([broken_weights(self.networks)])), None)  # one may have met it alone
+        if found:
+            raise UserError(f"step {self.global_step} has no finite loss or gradient: {found}; {REPAIR}")
 
     def _report(self, keys):
         if self.accelerator.is_main_process:

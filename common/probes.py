@@ -407,17 +407,22 @@ def roll_out(rollout, data, indices, shift=0, **kwargs):
 
 
 @torch.no_grad()
-def measure(rollout, data, indices, batch_size, shift=0):
-    """(mean squared error over the variance of the teacher's latents, [student's latents of each pair])."""
-    error = total = squares = count = 0.0
-    made = []
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
+def measure(rollout, data, indices, batch_size, shift=0, kept=(), share=None):
+    """(mean squared error over the variance of the teacher's latents, {index: student's latents} of pairs `kept`).
+
+    share: `validation.share` with its accelerator, where every process calls this and does a part of it.
+    """
+
+    def of_batch(batch):
         target, student = data.latents(batch).float().cpu(), roll_out(rollout, data, batch, shift).cpu()
-        error += (student - target).double().square().sum().item()
-        total, squares = total + target.double().sum().item(), squares + target.double().square().sum().item()
-        count += target.numel()
-        made += list(student)
+        error = (student - target).double().square().sum().item()
+        sums = error, target.double().sum().item(), target.double().square().sum().item(), target.numel()
+        return sums, {i: latents.clone() for i, latents in zip(batch, student, strict=True) if i in kept}
+
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    results = share(batches, of_batch) if share else list(map(of_batch, batches))
+    error, total, squares, count = (sum(values) for values in zip(*(sums for sums, _ in results), strict=True))
+    made = {i: latents for _, part in results for i, latents in part.items()}
     return error / (squares - total**2 / count), made
 
 

@@ -82,6 +82,12 @@ def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, ge
     return previous + 1, previous, torch.where(at_bottom, bottom, anywhere), bottom + length
 
 
+def bottom_probability(num_segments, num_ddim_timesteps, boundary_prob):
+    """P(m = b) of a jump of `draw_segment`: p + (1 - p) (1 + 1/2 + ... + 1/L) / L, with p = boundary_prob."""
+    length = num_ddim_timesteps // num_segments
+    return boundary_prob + (1 - boundary_prob) * sum(1 / i for i in range(1, length + 1)) / length
+
+
 def boundary_scalings(timesteps, timestep_scaling=10.0, sigma_data=0.5):
     """c_skip and c_out of latent consistency models (2310.04378, Appendix B), float32, shaped like `timesteps`.
 

@@ -1,10 +1,35 @@
 """Samples during training, from the modules at hand, to every tracker."""
 
 import contextlib
+import itertools
 
-from common import export, models
+from common import UserError, export, models
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
+
+
+def share(accelerator, jobs, work):
+    """[work(job) for job in jobs], on every process: process r of n does jobs r, r + n, and so on.
+
+    Called by every process; networks must be equal on all. work returns what can be pickled. An error on one process
+    ends all: itself there, UserError on the others, which would wait for it in the next collective call.
+    """
+    rank, done, error = accelerator.process_index, {}, None
+    try:
+        for i in range(rank, len(jobs), accelerator.num_processes):
+            done[i] = work(jobs[i])
+    except Exception as raised:
+        error = raised
+    gathered = gather_object([(rank, done, error and f"{type(error).__name__}: {error}")])
+    if error:
+        raise error
+    for other, _, failure in gathered:
+        if failure:
+            raise UserError(f"process {other} of {accelerator.num_processes} failed: {failure}")
+    results = {i: result for _, done, _ in gathered for i, result in done.items()}
+    return [results[i] for i in range(len(jobs))]
 
 
 def make_pipeline(teacher, unet, scheduler):
@@ -69,19 +94,25 @@ def going_on(accelerator, step):
 def sample_grid(
     accelerator, teacher, unets, scheduler, prompts, num_inference_steps, seed, resolution, step, **kwargs
 ):
-    """Sample every U-Net at every step count and send the images to every tracker. Main process.
+    """Sample every U-Net at every step count and send the images to every tracker.
 
-    unets: {name: module}; num_inference_steps: list of int; step: the global step that the trackers show; kwargs: for
-    the pipeline. Returns {tag: uint8 (N, H, W, 3)} with the tags `validation/NAME_K_steps`.
+    Called by every process, which share the images; each is the same for any number of processes. unets: {name:
+    module}; num_inference_steps: list of int; step: the global step that the trackers show; kwargs: for the pipeline.
+    Returns {tag: uint8 (N, H, W, 3)} with the tags `validation/NAME_K_steps`.
     """
+    pipelines = {name: make_pipeline(teacher, unet, scheduler) for name, unet in unets.items()}
+
+    def sample(job):
+        name, steps, i = job
+        options = steps, seed + i, resolution, accelerator.autocast
+        return sample_images(pipelines[name], [prompts[i]], *options, **kwargs)[0]
+
+    jobs = list(itertools.product(unets, num_inference_steps, range(len(prompts))))
     images = {}
     with eval_mode(*unets.values()):
-        for name, unet in unets.items():
-            pipeline = make_pipeline(teacher, unet, scheduler)
-            for steps in num_inference_steps:
-                images[f"validation/{name}_{steps}_steps"] = sample_images(
-                    pipeline, prompts, steps, seed, resolution, accelerator.autocast, **kwargs
-                )
+        for (name, steps, _), image in zip(jobs, share(accelerator, jobs, sample), strict=True):
+            images.setdefault(f"validation/{name}_{steps}_steps", []).append(image)
+    images = {tag: np.stack(batch) for tag, batch in images.items()}
     log_images(accelerator.trackers, images, step)
     return images
 

@@ -1,6 +1,7 @@
 """Flags: the guides' commands as they stand, every public flag, and mistakes that end in one sentence."""
 
 import argparse
+import datetime
 import importlib
 import re
 import shlex
@@ -250,7 +251,6 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         (["--huber_c=0"], "--huber_c: must be a positive number"),
         (["--lr_scheduler=magic"], "--lr_scheduler: invalid choice: 'magic'"),
         (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
-        (["--enable_xformers_memory_efficient_attention"], "needs a GPU, xformers has no CPU kernels"),
         (["--report_to=nothing"], "--report_to=nothing: no such tracker"),
         (["--report_to=wandb"], "--report_to=wandb: wandb is not installed"),
         (["--push_to_hub"], "--push_to_hub: not logged in to the hub"),
@@ -470,3 +470,33 @@ def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
     assert project == "project" and config == {"a": "None", "b": "[1]", "c": 2.0}
     assert options["wandb"]["id"] == options["comet_ml"]["experiment_key"] == "0123abcd"
     assert options["wandb"]["resume"] == "allow" and options["wandb"]["dir"] == accelerator.logging_dir
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warmup", "updates", "sentence"),
+    [
+        ("cosine", None, 400, "--lr_warmup_steps=500 is 125% of the run's 400 updates.*never reaches.*80% of it"),
+        (
+            "linear",
+            None,
+            1000,
+            "--lr_warmup_steps=500 is 50% of .* 1000 .*such as --lr_warmup_steps=100$",
+        ),
+        ("constant_with_warmup", 30, 30, "--lr_warmup_steps=30 is 100% .*never reaches"),
+        ("cosine", None, 1001, None),
+        ("cosine", 0, 10, None),
+        ("constant", None, 10, None),
+    ],
+)
+def test_a_warmup_of_half_the_run_is_said(scheduler, warmup, updates, sentence, capsys):
+    words = [*REQUIRED, f"--lr_scheduler={scheduler}", f"--max_train_steps={updates}", "--dry_run"]
+    args = script(SCRIPTS[0]).parse_args([*words, *([] if warmup is None else [f"--lr_warmup_steps={warmup}"])])
+    cli.announce(args, {"updates": str(updates)}, is_main=True)
+    out = capsys.readouterr().out
+    assert re.search(f"(?m)^Warning: {sentence}", out) if sentence else "Warning" not in out
+    assert args.lr_warmup_steps == (500 if warmup is None else warmup)
+
+
+def test_processes_wait_for_hours(tmp_path):
+    args = script(SCRIPTS[0]).parse_args([*REQUIRED, f"--output_dir={tmp_path}"])
+    assert cli.make_accelerator(args).init_handler.timeout == datetime.timedelta(hours=3)

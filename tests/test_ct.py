@@ -10,7 +10,7 @@ import tarfile
 
 import train_cm_ct_unconditional as ct
 from common import args as cli
-from common import checkpointing, consistency, ct_args, latents, unet2d
+from common import checkpointing, consistency, ct_args, latents, levers, unet2d
 from common.consistency_scheduler import PreconditionedConsistencyScheduler
 from common.data import TrainingData, keyed_generator
 from common.image_data import open_images
@@ -277,7 +277,6 @@ def test_help_runs_and_every_flag_is_read_somewhere(capsys):
         (["--discretization_s_1=5"], "--discretization_s_1=5 is less than --discretization_s_0"),
         (["--skip_steps=11"], "--skip_steps=11: at most --discretization_s_0=10"),
         (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
-        (["--enable_xformers_memory_efficient_attention"], "needs a GPU, xformers has no CPU kernels"),
         (["--prediction_type=epsilon"], "--prediction_type: invalid choice"),
     ],
 )
@@ -390,7 +389,7 @@ def first_batch(data_set, seed=1):
     return next(iter(TrainingData(shards, decode, required=(IMAGE_KEYS, ("cls", "json")), **options)))
 
 
-@pytest.mark.parametrize("objective", ["ict", "ict, skipping", "ect", "pretraining"])
+@pytest.mark.parametrize("objective", ["ict", "ict, skipping", "ect", "ect at sigma_min", "pretraining"])
 def test_the_first_loss_is_the_papers_with_diffusers_scheduler_as_f(tmp_path, flags, data_set, objective):
     """Everything of step 7 again, f by CMStochasticIterativeScheduler.step, the rest by the formulas."""
     torch.manual_seed(0)
@@ -400,6 +399,7 @@ def test_the_first_loss_is_the_papers_with_diffusers_scheduler_as_f(tmp_path, fl
         "ict": {},
         "ict, skipping": {"skip_steps": 3},
         "ect": {"objective": "ect", "ect_q": 4.0, "ect_stages": 2},
+        "ect at sigma_min": {"objective": "ect", "ect_q": 256.0, "ect_stages": 1, "p_mean": -20.0},
         "pretraining": {"pretrain_steps": 1},
     }[objective]
     extra |= {"model_config_name_or_path": None, "pretrained_model_name_or_path": tmp_path / "start"}
@@ -414,9 +414,9 @@ def test_the_first_loss_is_the_papers_with_diffusers_scheduler_as_f(tmp_path, fl
         index = torch.multinomial(consistency.sigma_probabilities(grid, skip_steps=skip), 4, True, generator=draw)
         t, r = grid[index + skip].float().double(), grid[index].float().double()
     else:
-        mean, std = (-1.2, 1.2) if objective == "pretraining" else (-1.1, 2.0)
+        mean, std = (-1.2, 1.2) if objective == "pretraining" else (extra.get("p_mean", -1.1), 2.0)
         t = torch.exp(mean + std * torch.randn(4, generator=draw)).clamp(0.002, 80).double()
-        r = (t * (1 - (1 + 8 / (1 + torch.exp(t))) / 4)).clamp(min=0)
+        r = (t * (1 - (1 + 8 / (1 + torch.exp(t))) / extra.get("ect_q", 4.0))).clamp(min=0)
     z = torch.randn(x.shape, generator=draw).double()
     unet = start.eval().double()
 
@@ -435,10 +435,13 @@ def test_the_first_loss_is_the_papers_with_diffusers_scheduler_as_f(tmp_path, fl
         if objective == "pretraining":
             losses.append((student - x[i : i + 1]).square().mean() * (t[i] ** 2 + 0.25) / (0.5 * t[i]) ** 2)
             continue
-        target = f(x[i : i + 1] + r[i] * z[i : i + 1], r[i], label) if r[i] >= 0.002 else x[i : i + 1]
+        x_r = x[i : i + 1] + r[i] * z[i : i + 1]
+        target = f(x_r, r[i], label) if r[i] >= 0.002 else x_r  # the identity up to sigma_min; r = 0: the data
         c = 0.00054 * (3 * 8 * 8) ** 0.5 if objective.startswith("ict") else 0.0
         losses.append((((student - target) ** 2).sum() + c**2).sqrt().sub(c) / (t[i] - r[i]))
     assert logged == pytest.approx(torch.stack(losses).mean().item(), rel=2e-4)
+    if objective == "ect at sigma_min":  # f(x_t) - x_r = (t - r) z, whatever the weights are
+        assert logged == pytest.approx(z.flatten(1).norm(dim=1).mean().item(), rel=2e-4)
 
 
 def test_both_sides_have_the_same_dropout_and_every_step_has_another(tmp_path, flags, monkeypatch):
@@ -860,15 +863,8 @@ def test_levers_change_no_result(tmp_path, flags):
 def test_average_and_xformers_go_together(tmp_path, flags, monkeypatch):
     asked = []
     monkeypatch.setattr(UNet2DModel, "enable_xformers_memory_efficient_attention", lambda self: asked.append(self))
-    parse = ct.parse_args
-
-    def with_xformers(words):
-        args = parse(words)
-        args.enable_xformers_memory_efficient_attention = True
-        return args
-
-    monkeypatch.setattr(ct, "parse_args", with_xformers)
-    train(flags(tmp_path / "out", max_train_steps=3))
+    monkeypatch.setattr(levers, "xformers_failure", lambda *_: None)
+    train(flags(tmp_path / "out", max_train_steps=3, enable_xformers_memory_efficient_attention=True))
     assert len(asked) == 2
 
 

@@ -1,8 +1,9 @@
 from common import losses
 from common.discriminator import Discriminator, copy_encoder, discriminator_step, make_head
-from common.schedules import alpha_sigma
+from common.schedules import alpha_sigma, bottom_probability, draw_segment
 from tests.test_lora import SD, SDXL, make_unet
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -72,12 +73,12 @@ def test_no_gradient_crosses_between_the_two_phases(frozen_dtype):
     optimizer, scaler = discriminator.make_optimizer(1e-3, 1e-2, use_scaler=False)
     real, fake, noisy, adv_t, t, cond = inputs()
     fake.requires_grad_()
-    context, mask = (adv_t, cond, noisy, t, True), torch.tensor([True, True, True])
+    context = adv_t, cond, noisy, t, True
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=frozen_dtype is not None)
 
     with autocast:
         (logits,) = discriminator([fake], *context)
-    losses.generator_loss(logits, mask).backward()
+    losses.generator_loss(logits).sum().backward()
     assert fake.grad.norm() > 0
     assert all(p.grad is None for p in discriminator.parameters())
     fake.grad = None
@@ -85,7 +86,7 @@ def test_no_gradient_crosses_between_the_two_phases(frozen_dtype):
     with discriminator.trainable():
         with autocast:
             real_logits, fake_logits = discriminator([real, fake.detach()], *context)
-        losses.discriminator_loss(real_logits, fake_logits, mask).backward()
+        losses.discriminator_loss(real_logits, fake_logits).sum().backward()
     assert fake.grad is None and not any(p.requires_grad for p in discriminator.parameters())
     trained = {name for name, p in discriminator.named_parameters() if p.grad is not None and p.grad.norm() > 0}
     encoder = {name for name in trained if name.startswith("encoder")}
@@ -110,13 +111,13 @@ def test_it_learns_to_tell_two_kinds_apart():
     discriminator.reset(0)
     optimizer, scaler = discriminator.make_optimizer(1e-3, 3e-3, use_scaler=False)
     _, _, noisy, adv_t, t, cond = inputs()
-    mask, history = torch.ones(3, dtype=torch.bool), []
+    history = []
     for i in range(40):
         real, fake = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(i))
         real = torch.nn.functional.avg_pool2d(real, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
         with discriminator.trainable():
             real_logits, fake_logits = discriminator([real, fake], adv_t, cond, noisy, t, True)
-            loss = losses.discriminator_loss(real_logits, fake_logits, mask)
+            loss = losses.discriminator_loss(real_logits, fake_logits).mean()
             loss.backward()
         discriminator_step(optimizer, scaler, world_size=1)
         history.append(loss.item())
@@ -187,9 +188,30 @@ def test_the_losses_are_those_of_a_binary_classifier():
     mask = torch.arange(50) % 3 == 0
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     expected = bce(real[mask], torch.ones(17)) + bce(fake[mask], torch.zeros(17))
-    torch.testing.assert_close(losses.discriminator_loss(real, fake, mask), expected)
-    torch.testing.assert_close(losses.generator_loss(fake, mask), bce(fake[mask], torch.ones(17)))
-    assert losses.generator_loss(fake, torch.zeros(50, dtype=torch.bool)) == 0
+    torch.testing.assert_close(losses.masked_mean(losses.discriminator_loss(real, fake), mask), expected)
+    g_losses = losses.generator_loss(fake)
+    torch.testing.assert_close(losses.masked_mean(g_losses, mask), bce(fake[mask], torch.ones(17)))
+    assert losses.masked_mean(g_losses, torch.zeros(50, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("boundary_prob", [0.0, 0.5, 1.0])
+def test_the_adversarial_mean_does_not_depend_on_how_an_update_is_split(k, boundary_prob):
+    """A loss of 1 for every jump is 1 on average, for micro-batches of 1, 2 and all; values split as they add up."""
+    count, generator = 2**18, torch.Generator().manual_seed(k)
+    _, _, m, top = draw_segment(k, 40, boundary_prob, count, generator)
+    mask, length = top - m == 40 // k, 40 // k
+    # In closed form: a start at place i of its segment ends at the bottom in 1 of i + 1 draws.
+    share = boundary_prob + (1 - boundary_prob) * np.mean(1 / np.arange(1, length + 1))
+    assert bottom_probability(k, 40, boundary_prob) == pytest.approx(share, rel=1e-12)
+    spread = ((1 - share) / share / count) ** 0.5  # of the mean of so many draws
+    assert losses.masked_mean(torch.ones(count), mask, count * share) == pytest.approx(1, abs=4 * spread + 1e-5)
+
+    values, mask, means = torch.rand(256, generator=generator), mask[:256], []
+    for size in (256, 2, 1):  # one process, more of them, accumulation: the mean over the parts
+        parts = zip(values.split(size), mask.split(size), strict=True)
+        means.append(np.mean([losses.masked_mean(v, w, size * share).item() for v, w in parts]))
+    assert means == pytest.approx([means[0]] * 3, rel=1e-5)  # float32 sums in another order
 
 
 def test_running_means_leave_out_what_means_nothing():
@@ -199,8 +221,9 @@ def test_running_means_leave_out_what_means_nothing():
     means.add({"a": torch.tensor(3.0, requires_grad=True)})
     means.add({"c": torch.tensor(8.0), "d": torch.tensor(0.0)}, weight=no)
     means.add({"c": torch.tensor(2.0)}, weight=yes)
+    means.add({"c": torch.tensor(4.0)}, weight=torch.tensor(3))  # a mean of three
     means = means.take(accelerator, 4)
-    assert means.pop("samples_per_second") > 0 and means == {"a": 2.0, "b": 4.0, "c": 2.0}
+    assert means.pop("samples_per_second") > 0 and means == {"a": 2.0, "b": 4.0, "c": 3.5}
 
 
 def test_no_generator_of_a_gpu_is_seeded(monkeypatch):

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import train_cm_ct_unconditional as ct
 import train_direct_distill as direct
@@ -345,6 +346,38 @@ def test_levers_that_cannot_work_are_refused(words, sentence, monkeypatch, capsy
     with pytest.raises(SystemExit):
         lcm.parse_args([*words, "--pretrained_teacher_model=t", "--train_shards_path_or_url=s"])
     assert sentence in capsys.readouterr().err
+
+
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize(
+    ("attention", "failure"),
+    [
+        (None, "xformers.ops"),
+        (NotImplementedError("No operator found for `forward` with inputs:\n   query"), "with inputs$"),
+        (OSError("libcudart.so.12: cannot open shared object file"), "^libcudart.so.12: cannot open"),
+        (RuntimeError(), "^RuntimeError$"),
+        (lambda q, k, v: ATTENTION(q, k, v.detach() if q.dtype == torch.float32 else 1 / (v - v)), "bfloat16"),
+        (ATTENTION, None),
+    ],
+    ids=["not installed", "no kernel", "another CUDA", "no words", "wrong in bf16", "works"],
+)
+def test_xformers_is_tried_before_anything_is_loaded(tmp_path, attention, failure, flags, capsys, monkeypatch):  # noqa: F811
+    def call(*args):
+        if isinstance(attention, Exception):
+            raise attention
+        return attention(*args)
+
+    monkeypatch.setitem(sys.modules, "xformers.ops", attention and SimpleNamespace(memory_efficient_attention=call))
+    found = levers.xformers_failure(torch.device("cpu"), "bf16")
+    assert re.search(failure, found) if failure else found is None
+    monkeypatch.setattr(cli.levers, "xformers_failure", lambda device, dtype: found)
+    args = lcm.parse_args(flags(tmp_path, enable_xformers_memory_efficient_attention=True))
+    cli.make_accelerator(args)
+    out = capsys.readouterr().out
+    assert args.enable_xformers_memory_efficient_attention == (failure is None)
+    assert ("do not run here" in out and "torch's attention" in out and out.count("\n") == 1) if failure else not out
 
 
 # --- nothing waits for the device

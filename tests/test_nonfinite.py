@@ -4,14 +4,17 @@ import json
 
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_sd_wds as tscd
-from common import UserError, checkpointing, models
+from common import UserError, checkpointing, models, nonfinite
 from common.data import TrainingData
 from common.discriminator import discriminator_step
 from common.ema import ema_update
 from common.images import decode_image_text
 from common.losses import RunningMeans
-from common.nonfinite import UpdateGuard, step_if
+from common.nonfinite import UpdateGuard, check_weights, step_if
 from common.shards import expand_shards
+from tests.test_ct import data_set, no_cache_at_home
+from tests.test_direct import direct_teacher, made, prompts_file
+from tests.test_levers import SCRIPTS, command, ct_flags, direct_flags
 from tests.test_scripts import digests, flags, scalars, train
 
 import pytest
@@ -19,7 +22,8 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.optim import AdamW8bit
 
-__all__ = ["flags"]
+__all__ = ["command", "ct_flags", "data_set", "direct_flags", "direct_teacher", "flags", "made", "no_cache_at_home"]
+__all__ += ["prompts_file"]
 NAN, INF = float("nan"), float("inf")
 OPTIMIZERS = {
     "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
@@ -102,6 +106,18 @@ def test_the_guard_counts_and_lists_the_samples(tmp_path, max_grad_norm):
     assert entry == {"step": 2, "keys": ["key 1.0", "key nan"]}
 
 
+def test_another_optimizer_may_speak_of_the_update_at_which_the_host_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "MAX_PENDING", 2)
+    guard, _, update = guarded(tmp_path, accumulation=2)
+    for i, finite in enumerate([True, False, True, False, True]):
+        update(1.0, float(i))
+        guard.watch(torch.tensor(finite))
+        assert len(guard.pending) <= 2
+    assert guard.count() == 2 and guard.global_step == 5
+    entries = list(map(json.loads, (tmp_path / "nonfinite_updates.jsonl").read_text().splitlines()))
+    assert entries == [{"step": 2, "keys": ["key 1.0"] * 2}, {"step": 4, "keys": ["key 1.0", "key 3.0"]}]
+
+
 def test_gradients_are_clipped(tmp_path):
     _, parameter, update = guarded(tmp_path)
     update(1.0, max_grad_norm=0.5)
@@ -163,6 +179,16 @@ def test_the_discriminator_holds_too(fused):
     assert discriminator_step(optimizer, scaler, world_size=1) and not torch.equal(parameter.data, torch.ones(3))
 
 
+def test_the_discriminators_gradscaler_is_counted_once_its_scale_cannot_fall():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([parameter]), torch.amp.GradScaler("cpu", init_scale=2.0)
+    finite = []
+    for _ in range(3):  # scales 2, 1, 1/2
+        scaler.scale((parameter * NAN).sum()).backward()
+        finite.append(bool(discriminator_step(optimizer, scaler, world_size=1)))
+    assert finite == [True, True, False] and torch.equal(parameter.data, torch.ones(3))
+
+
 def poison(monkeypatch, is_poisoned):
     """Latents become NaN, as those of a VAE that overflows in half precision, for images that `is_poisoned` says."""
     encode = models.encode_images
@@ -208,3 +234,42 @@ def test_a_run_of_nothing_else_ends_with_the_samples_keys(tmp_path, flags, monke
     assert "--max_nonfinite_steps=3" in err and all(key in err for key in entries[-1]["keys"])
     assert "Traceback" not in err
     assert checkpointing.completeness(tmp_path / "checkpoint-2") is None
+
+
+BROKEN = {  # one network of each script, and what its sentence calls it
+    "lcm": "the target",
+    "lcm_lora": "the teacher's text_encoder",
+    "tscd": "the student",
+    "tscd_lora": "the teacher's vae",
+    "ct": "the student",
+    "direct": "the teacher's unet",
+}
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "direct at its start"])
+def test_weights_that_are_not_finite_are_named_and_no_sample_is(tmp_path, command, monkeypatch, capsys, name):
+    name, at_start = name.split(" ")[0], " " in name
+    broken, poisoned = BROKEN[name], []
+
+    def poison(networks):
+        key, tensor = next((k, v) for k, v in networks[broken].state_dict().items() if v.is_floating_point())
+        tensor.fill_(INF)
+        poisoned.append(f"{key}, {tensor.numel()} of {tensor.numel()} values (float32)")
+
+    def guard_of_poisoned(*args, networks, **options):
+        poison(networks)
+        return UpdateGuard(*args, networks=networks, **options)
+
+    def check_poisoned(networks):
+        poison(networks)
+        check_weights(networks)
+
+    what, with_what = ("check_weights", check_poisoned) if at_start else ("UpdateGuard", guard_of_poisoned)
+    monkeypatch.setattr(SCRIPTS[name], what, with_what)
+    words = command(name, tmp_path / "out", max_train_steps=8 if name == "ct" else 4, report_to="none")
+    with pytest.raises(SystemExit) as stopped:
+        train([*words, "--logging_steps=1"], SCRIPTS[name])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"{broken} holds NaN or infinity in {poisoned[0]}; take other weights" in err
+    assert ("step 1 has" in err) != at_start and "samples" not in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "nonfinite_updates.jsonl").exists()

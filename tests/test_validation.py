@@ -1,9 +1,15 @@
-from common import models, validation
+import datetime
+import os
+import socket
+
+from common import UserError, models, validation
+from tests.forks import end_of, fork
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, LCMScheduler
 
 
@@ -82,3 +88,53 @@ def test_images_are_those_of_the_stock_pipeline(parts):
     expected = stock("b", num_inference_steps=2, guidance_scale=2.0, height=16, width=16,
                      generator=torch.Generator().manual_seed(6), output_type="np").images[0]  # fmt: skip
     assert np.abs(images[1] - expected * 255).max() <= 0.5 + 1e-4
+
+
+def two_processes(body):
+    """Fork two gloo processes that call body(accelerator): their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def start(rank):
+        os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+        AcceleratorState._reset_state(reset_partial_state=True)  # the parent's is of one process
+        options = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=20))  # of a process that would hang
+        body(Accelerator(cpu=True, kwargs_handlers=[options]))
+
+    return [end_of(process) for process in [fork(lambda rank=rank: start(rank)) for rank in range(2)]]
+
+
+def test_two_processes_share_the_images_that_one_makes(parts):
+    pipeline, unet, scheduler = parts
+    modules, calls = {"student": unet, "target": pipeline.unet}, []
+    expected = run(parts, [], **modules)
+    for module in modules.values():
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def body(accelerator):
+        options = scheduler, ["a", "b"], [1, 2], 5, 16, 7
+        images = validation.sample_grid(accelerator, pipeline, modules, *options, guidance_scale=2.0)
+        assert len(calls) == 2 * (1 + 2)  # half of 2 networks x 2 prompts x (1 + 2) steps
+        assert list(images) == list(expected)
+        assert all(np.array_equal(images[tag], expected[tag]) for tag in images)  # the same computations
+
+    assert two_processes(body) == [0, 0]
+
+
+def test_an_error_on_one_process_ends_both():
+    def body(accelerator):
+        def work(job):
+            if job == 3:
+                raise ValueError("bad job")
+            return job
+
+        assert validation.share(accelerator, [5, 6, 7], work) == [5, 6, 7]
+        assert validation.share(accelerator, [], work) == []
+        is_mine = accelerator.process_index == 1
+        kind, text = (ValueError, "^bad job$") if is_mine else (UserError, "process 1 of 2 .*ValueError: bad job")
+        with pytest.raises(kind, match=text):
+            validation.share(accelerator, [2, 3, 4], work)
+        assert validation.share(accelerator, [1], work) == [1]  # nobody is left behind
+
+    assert two_processes(body) == [0, 0]
