@@ -25,6 +25,7 @@ from common import (
     export,
     levers,
     lora,
+    pairing,
     pairs,
     pipelines,
     probes,
@@ -66,6 +67,7 @@ def parse_args(argv=None):
     add("--height", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
     add("--width", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
     add("--max_pixels", type=cli.positive_int, help="images of several sizes, none larger; --train_batch_size=1")
+    add("--skip_pairs_check", action="store_true", help="train even if the seeds do not seem to give the results")
     add("--num_held_out", type=cli.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
     add("--data_seed", type=cli.seed, help="seed of the order of the pairs; without it, --seed")
     cli.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
@@ -153,6 +155,8 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     config = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
+    for note in config["notes"]:
+        accelerator.print(note)
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
     levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     parameters, trained = pipelines.count_parameters(config, args.lora_rank, args.lora_alpha, target_names)
@@ -224,7 +228,8 @@ def main(args):
         if pairs_config is None:
             pairs.check_encoding(rollout, data, measured[:1])
         probes.check_noise(data, data.latents(measured[:1]), measured[0])
-        probes.check_pairing(rollout, data, measured[:16], args.train_batch_size)
+        if not args.skip_pairs_check:
+            accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
         share = functools.partial(validation.share, accelerator)
         untrained = probes.measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
         unused = probes.freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
@@ -371,16 +376,17 @@ def sample_and_measure(accelerator, student, data, measured, shown, untrained, b
 def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result):
     model, scheduler = export.model_code(args.output_dir, args.hub_model_id), type(pipeline.scheduler).__name__
     parts = [name for name in pipelines.denoisers(pipeline) if args.lora_rank and name in files]  # merged denoisers
+    loader = type(pipeline).__name__  # which another class may have saved
     part_classes = {name: type(getattr(pipeline, name)).__name__ for name in parts}
-    names = {"DiffusionPipeline", *([scheduler] if args.lora_rank else []), *part_classes.values()}
+    names = {loader, *([scheduler] if args.lora_rank else []), *part_classes.values()}
     lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
     for name, part in part_classes.items():
         lines.append(f'{name} = {part}.from_pretrained({model}, subfolder="{name}", dtype=torch.bfloat16)')
     more = "".join(f", {name}={name}" for name in parts) + ", dtype=torch.bfloat16"
-    load = f"DiffusionPipeline.from_pretrained({model}{more})"
+    load = f"{loader}.from_pretrained({model}{more})"
     if args.lora_rank:
         options = {"revision": args.revision, "variant": args.variant}
-        load = export.load_code("DiffusionPipeline", args.pretrained_teacher_model, more, **options)
+        load = export.load_code(loader, args.pretrained_teacher_model, more, **options)
     lines.append(f'pipe = {load}.to("cuda")')
     if args.lora_rank:
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({model}, subfolder="scheduler")')

@@ -37,7 +37,7 @@ MAY_CHANGE = frozenset(
     "eval_steps eval_nfe eval_num_samples eval_num_reference eval_batch_size feature_network eval_class_accuracy "
     "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
     "stop_margin max_nonfinite_steps gradient_checkpointing compile channels_last "
-    "enable_xformers_memory_efficient_attention "
+    "enable_xformers_memory_efficient_attention skip_pairs_check "
     "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes
 )
 

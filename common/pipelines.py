@@ -2,14 +2,15 @@
 
 diffusers runs `__call__` under `torch.no_grad`; the function that it decorates is the pipeline itself, and gradients
 go through all of its steps. So training and inference cannot differ. What a pipeline does is found out in `probes.py`.
-Left out: pipelines that start from an image, and guidance that is a component (`guider`) instead of an argument.
+Left out: pipelines that start from an image (`tasks.py`), and guidance that is a component (`guider`) instead of an
+argument.
 """
 
 import inspect
 import json
 from pathlib import Path
 
-from common import UserError, weights
+from common import UserError, tasks, weights
 from common import models as sd_models
 from common.lora import ADAPTER, WEIGHTS, check_rank, lora_layers
 
@@ -21,7 +22,6 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
-NEEDED_ARGUMENTS = ("prompt", "num_inference_steps", "generator", "output_type", "return_dict")
 SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call: teacher and student differ in them
 
 
@@ -31,7 +31,8 @@ SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call
 
 def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
     """What a pipeline consists of, without its weights: {"class", "denoisers": {name: (class, configuration)},
-    "scheduler": (class, configuration)}.
+    "scheduler": (class, configuration), "notes": [sentences]}. The class is that which makes images of text alone,
+    where another one has saved the same parts.
 
     name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when its
     weights are damaged or pickles, when diffusers has no such pipeline, or when its call cannot be distilled.
@@ -49,14 +50,14 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
         pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
         if pipeline_class is None:
             raise UserError(f"{flag}: diffusers {diffusers.__version__} has no {index.get('_class_name')}")
-        takes = arguments(pipeline_class)
-        missing = [argument for argument in NEEDED_ARGUMENTS if argument not in takes]
+        objection = tasks.objection(pipeline_class)
         found = {part: getattr(diffusers, parts[part][1], None) for part in DENOISERS if part in parts}
-        if missing or not found or None in found.values() or "scheduler" not in parts or "strength" in takes:
-            what = f"its call takes no {missing[0]}" if missing else "it has no denoiser and scheduler of diffusers"
-            what = "it starts from an image" if "strength" in takes and not missing else what
-            raise UserError(f"{flag}: a {pipeline_class.__name__} cannot be distilled by this script, {what}")
-        configs = {part: (cls, cls.load_config(name, subfolder=part, **options)) for part, cls in found.items()}
+        if not objection and (not found or None in found.values() or "scheduler" not in parts):
+            objection, found = "it has no denoiser and scheduler of diffusers", {}
+        configs = {part: (cls, cls.load_config(name, subfolder=part, **options)) for part, cls in found.items() if cls}
+        sibling = tasks.text_class(pipeline_class, parts, [config for _, config in configs.values()])
+        if objection and not (configs and sibling):
+            raise UserError(f"{flag}: a {pipeline_class.__name__} cannot be distilled by this script, {objection}")
         scheduler_class = getattr(diffusers, parts["scheduler"][1])
         scheduler = scheduler_class, scheduler_class.load_config(name, subfolder="scheduler", **options)
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
@@ -67,7 +68,10 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
             raise UserError(f"{flag}: the configuration of its {part} is no JSON object")
     weights.check_parts(flag, name, index, sd_models.NOT_TRAINED)
     weights.check_pipeline(flag, name, index, variant, **options, skip=sd_models.NOT_TRAINED)
-    return {"class": pipeline_class, "denoisers": configs, "scheduler": scheduler}
+    used = sibling or pipeline_class
+    change = f"{flag}: a {pipeline_class.__name__} saved it, a {used.__name__} samples it here, from text alone"
+    notes = [change] if sibling else []
+    return {"class": used, "denoisers": configs, "scheduler": scheduler, "notes": notes}
 
 
 def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_dir=None, **replaced):
@@ -166,11 +170,6 @@ def weights_sample(pipeline, num_tensors=32, num_values=4, encoder=False):
 def undecorated(pipeline_class):
     """`__call__` without torch.no_grad and whatever else wraps it."""
     return inspect.unwrap(pipeline_class.__call__)
-
-
-def arguments(pipeline_class):
-    """{name: inspect.Parameter} of the call."""
-    return inspect.signature(undecorated(pipeline_class)).parameters
 
 
 def generators(seeds):

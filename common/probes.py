@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 
-from common import UserError
+from common import UserError, pixels
 from common.pipelines import (
     SCHEDULE_ARGUMENTS,
     call,
@@ -17,7 +17,7 @@ from common.pipelines import (
     to_pixels,
     weights_sample,
 )
-from common.pipelines import arguments as call_arguments
+from common.tasks import arguments as call_arguments
 
 import diffusers
 import torch
@@ -265,6 +265,7 @@ def guidance_off(pipeline, prompts, kwargs):
     """
     arguments = call_arguments(type(pipeline))
     second = {"guidance_scale_2": 1.0} if "guidance_scale_2" in arguments and has_two(pipeline) else {}
+    second |= {name: 0.0 for name in ("pag_scale", "sag_scale") if name in arguments}  # of perturbed attention
     candidates = [{"true_cfg_scale": 1.0}] if "true_cfg_scale" in arguments else []
     if embeds_guidance(pipeline) or "guidance_scale" not in arguments:
         candidates.append({})
@@ -353,13 +354,15 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
     prompts, size = (data.prompts * 2)[:2], data.call_kwargs([0])
     dropped = (*SCHEDULE_ARGUMENTS, "negative_prompt", "negative_prompt_2", "negative_prompt_3")
     kwargs = {name: value for name, value in teacher_kwargs.items() if name not in dropped} | size | overrides
+    notes, sizes = [], {tuple(one) for one in getattr(data, "sizes", []) if one}
     try:
+        for height, width in sorted(sizes):
+            kwargs |= pixels.fit(pipeline, prompts[0], kwargs, {"height": height, "width": width}, notes)
         off = (
             {} if {"guidance_scale", "true_cfg_scale"} & overrides.keys() else guidance_off(pipeline, prompts, kwargs)
         )
         kwargs |= off | {"num_inference_steps": num_inference_steps}
         check_draws("--student_scheduler", pipeline, prompts, **kwargs)
-        notes = []
         before, after, change, added = repair_last_step(pipeline, prompts, kwargs) if repair else (0, 0, {}, {})
         kwargs |= added
         seen = observe(pipeline, prompts, **kwargs)
@@ -407,14 +410,14 @@ def roll_out(rollout, data, indices, shift=0, **kwargs):
 
 
 @torch.no_grad()
-def measure(rollout, data, indices, batch_size, shift=0, kept=(), share=None):
+def measure(rollout, data, indices, batch_size, kept=(), share=None):
     """(mean squared error over the variance of the teacher's latents, {index: student's latents} of pairs `kept`).
 
     share: `validation.share` with its accelerator, where every process calls this and does a part of it.
     """
 
     def of_batch(batch):
-        target, student = data.latents(batch).float().cpu(), roll_out(rollout, data, batch, shift).cpu()
+        target, student = data.latents(batch).float().cpu(), roll_out(rollout, data, batch).cpu()
         error = (student - target).double().square().sum().item()
         sums = error, target.double().sum().item(), target.double().square().sum().item(), target.numel()
         return sums, {i: latents.clone() for i, latents in zip(batch, student, strict=True) if i in kept}
@@ -434,22 +437,6 @@ def pictures(rollout, data, indices, latents):
         options = rollout.kwargs | data.call_kwargs([index])
         images.append(decode(rollout.pipeline, one.unsqueeze(0), [data.prompts[index]], **options))
     return None if None in images else to_pixels(torch.cat(images))
-
-
-def check_pairing(rollout, data, indices, batch_size, limit=0.7):
-    """UserError unless the untrained student comes nearer to the teacher's results from their seeds than from others.
-
-    Otherwise seeds and results do not belong together, and there is nothing to learn but a blur. Returns the ratio.
-    """
-    right, _ = measure(rollout, data, indices, batch_size)
-    wrong, _ = measure(rollout, data, indices, batch_size, shift=1_000_003)
-    if not right < limit * wrong:
-        raise UserError(
-            "--pairs_dir, --dataset_metadata_path: seeds and results do not belong together: the untrained student's "
-            f"error is {right:.2f} of the variance from the recorded seeds and {wrong:.2f} from others (another "
-            "teacher, size, guidance or noise?)"
-        )
-    return right / wrong
 
 
 def freeze_unused(rollout, data, indices):

@@ -58,7 +58,8 @@ def main(args):
         raise UserError(str(error).replace("--dataset_metadata_path", "METADATA")) from None
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
-
+    for note in teacher["notes"]:
+        print(note, flush=True)
     try:
         pairs.check_folder(args.output_dir)
     except UserError as error:

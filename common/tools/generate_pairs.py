@@ -12,7 +12,7 @@ interruption, and the bytes are the same for any number of processes. Left out: 
 import os
 from pathlib import Path
 
-from common import UserError, lock, pairs, pipelines, probes
+from common import UserError, lock, pairs, pipelines, pixels, probes, tasks
 from common import args as cli
 from common.export import versions
 from common.work import DTYPES, add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
@@ -81,6 +81,8 @@ def main(args):
     num_pairs = args.num_pairs or len(prompts)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
+    for note in teacher["notes"]:
+        print(note, flush=True)
     scheduler_class, scheduler_config = teacher["scheduler"]
     flag = "--scheduler" if args.scheduler else "--pretrained_teacher_model"
     if args.scheduler:
@@ -98,6 +100,10 @@ def main(args):
     pipeline.set_progress_bar_config(disable=True)
     kwargs = call_kwargs(args, pipeline)
     guided = check_teacher(pipeline, (prompts * 2)[:2], kwargs, flag)
+    notes = []
+    kwargs |= pixels.rounded(pipeline, prompts[0], kwargs, notes)
+    for note in notes:
+        print(note, flush=True)
     config = {
         "format": pairs.FORMAT,
         "model": args.pretrained_teacher_model,
@@ -135,7 +141,7 @@ def main(args):
 
 def call_kwargs(args, pipeline):
     """Everything that the teacher's call gets beside prompts and seeds; UserError for what it does not take."""
-    arguments = pipelines.arguments(type(pipeline))
+    arguments = tasks.arguments(type(pipeline))
     kwargs = {"num_inference_steps": args.num_inference_steps} | args.teacher_kwargs
     for name in ("height", "width", "negative_prompt"):
         if getattr(args, name) is not None:
