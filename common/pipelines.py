@@ -86,9 +86,10 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     if "safety_checker" in index:
         skipped["requires_safety_checker"] = False
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
-    flag = f"--pretrained_teacher_model={name}"
+    flag, parts = f"--pretrained_teacher_model={name}", [part for part, value in index.items() if isinstance(value, list)]
+    loader = tasks.text_class(getattr(diffusers, index["_class_name"]), parts) or DiffusionPipeline
     try:
-        pipeline = sd_models.load_checked(flag, name, index, **options, **skipped | replaced)
+        pipeline = sd_models.load_checked(flag, name, index, loader, **options, **skipped | replaced)
     except (*sd_models.LOAD_ERRORS, ImportError) as error:
         line = str(error).strip().split("\n")[0]
         raise UserError(f"{flag} cannot be loaded: {line}") from None

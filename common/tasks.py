@@ -50,7 +50,7 @@ def objection(pipeline_class):
     return None
 
 
-def text_class(pipeline_class, parts, configs):
+def text_class(pipeline_class, parts, configs=()):
     """The class that makes images or videos of text alone with the same parts as one that cannot, else None.
 
     parts: names of those that are there; configs: of the denoisers. A denoiser with more channels at its input than at

@@ -24,7 +24,7 @@ from tests.test_scripts import KILLED, NO_DDP_LEFT, fingerprint, scalars, train
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -512,6 +512,8 @@ def test_pairs_with_wrong_seeds_are_refused(tmp_path, flags, made, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(flags(tmp_path / "out", pairs_dir=folder))
     assert stopped.value.code == 2 and "seeds and results do not belong together" in capsys.readouterr().err
+    run(flags(tmp_path / "out", pairs_dir=folder, skip_pairs_check=True, max_train_steps=1))
+    assert json.loads((tmp_path / "out" / "training_config.json").read_text())["flags"]["skip_pairs_check"] is True
 
 
 def test_another_noise_is_refused(tmp_path, flags, capsys, monkeypatch):
@@ -580,19 +582,37 @@ def test_mistakes_are_found_before_any_weight_is_loaded(tmp_path, flags, capsys,
 @pytest.mark.parametrize(
     ("class_name", "sentence"),
     [
-        ("StableDiffusionImg2ImgPipeline", "it starts from an image"),
+        ("StableDiffusionDepth2ImgPipeline", "it starts from an image, a video or a sound, its image"),
+        ("FluxKontextPipeline", "it starts from an image, a video or a sound, its image"),
+        ("WanImageToVideoPipeline", "it starts from an image, a video or a sound, its image"),
+        ("CogView4ControlPipeline", "it follows a control image, by its control_image"),
         ("NoSuchPipeline", "has no NoSuchPipeline"),
         ("DDPMPipeline", "its call takes no prompt"),
     ],
 )
 def test_pipelines_that_cannot_be_distilled_are_refused(tmp_path, direct_teacher, class_name, sentence):
-    for part in Path(direct_teacher()).iterdir():
-        (tmp_path / part.name).symlink_to(part)
-    (tmp_path / "model_index.json").unlink()
-    index = json.loads(Path(direct_teacher(), "model_index.json").read_text()) | {"_class_name": class_name}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    saved_as(class_name, direct_teacher(), tmp_path)
     with pytest.raises(UserError, match=sentence):
         pipelines.read_pipeline_config(tmp_path)
+
+
+def saved_as(class_name, teacher, folder):
+    """The teacher, as if a pipeline of that class had saved it."""
+    for part in Path(teacher).iterdir():
+        (folder / part.name).symlink_to(part)
+    (folder / "model_index.json").unlink()
+    index = json.loads(Path(teacher, "model_index.json").read_text()) | {"_class_name": class_name}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("class_name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_what_another_task_saved_is_sampled_from_text(tmp_path, direct_teacher, class_name):
+    saved_as(class_name, direct_teacher(), tmp_path)
+    config = pipelines.read_pipeline_config(tmp_path)
+    pipeline = pipelines.load_pipeline(tmp_path, torch.bfloat16)
+    assert config["class"] is type(pipeline) is StableDiffusionPipeline and pipeline.unet.dtype == torch.bfloat16
+    assert f"a {class_name} saved it, a StableDiffusionPipeline samples it here" in config["notes"][0]
+    assert pipelines.read_pipeline_config(direct_teacher())["notes"] == []
 
 
 def test_incomplete_and_damaged_pairs_are_refused(tmp_path, made):

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from scipy.stats import kstest, permutation_test
 
 __all__ = ["direct_teacher", "prompts_file"]
-NUMBER = 48
+NUMBER = 32
 
 
 class Made:
@@ -35,7 +35,7 @@ class Made:
 def guide(direct_teacher, prompts_file):
     """{"latents", "png"}: the teacher's latents, and its images of 8 bits encoded again."""
     stock = DiffusionPipeline.from_pretrained(direct_teacher())
-    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)  # which clips, as stock diffusers does
     stock.set_progress_bar_config(disable=True)
     prompts = (pairs.read_prompts(prompts_file) * NUMBER)[:NUMBER]
     options = {"num_inference_steps": 40, "guidance_scale": 2.0, "generator": pipelines.generators(range(NUMBER))}
@@ -67,7 +67,7 @@ def check(student, made, steps=4):
 
 
 @pytest.mark.parametrize("kind", ["latents", "png"])
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [1, 4, 9])
 def test_pairs_of_the_guide_pass_whatever_the_number_of_steps(student, guide, kind, steps):
     assert check(student, Made(guide[kind][0], range(NUMBER), guide[kind][1]), steps).startswith("seeds and results")
     scheduler = student(steps)[0].pipeline.scheduler  # of the call with so many steps, as it was before
@@ -77,12 +77,11 @@ def test_pairs_of_the_guide_pass_whatever_the_number_of_steps(student, guide, ki
 MIXED = {
     "shuffled": lambda seeds: np.random.default_rng(0).permutation(seeds).tolist(),
     "off by one": lambda seeds: [seed + 1 for seed in seeds],
-    "another generator": lambda seeds: [seed + 2**40 for seed in seeds],
+    "of others": lambda seeds: [seed + 500 for seed in seeds],
 }
 
 
-@pytest.mark.parametrize("kind", ["latents", "png"])
-@pytest.mark.parametrize("number", [9, 24, NUMBER])
+@pytest.mark.parametrize(("kind", "number"), [("latents", 9), ("png", NUMBER)])
 @pytest.mark.parametrize("change", MIXED.values(), ids=MIXED)
 def test_seeds_of_other_results_are_refused(student, guide, kind, number, change):
     prompts, latents = guide[kind]
@@ -93,15 +92,14 @@ def test_seeds_of_other_results_are_refused(student, guide, kind, number, change
 
 def test_pairs_of_which_a_part_is_mixed_up_are_warned_of(student, guide):
     seeds = [i if i < NUMBER // 2 else i + 500 for i in range(NUMBER)]
-    for kind in ("latents", "png"):
-        assert check(student, Made(guide[kind][0], seeds, guide[kind][1])).startswith("WARNING: from the recorded")
+    said = check(student, Made(guide["latents"][0], seeds, guide["latents"][1]))
+    assert said.startswith("WARNING: from the recorded") and "a part of the pairs may have wrong seeds" in said
 
 
 def test_few_pairs_are_warned_of_and_not_refused(student, guide):
     prompts, latents = guide["png"]
-    for number in (1, 4, 8):
-        said = check(student, Made(prompts[:number], [i + 500 for i in range(number)], latents[:number]))
-        assert said.startswith("WARNING") and "too few pairs to tell" in said
+    said = check(student, Made(prompts[:3], [500, 501, 502], latents[:3]))
+    assert said.startswith("WARNING") and "too few pairs to tell" in said
 
 
 def test_a_poisoned_pair_does_not_count(student, guide):

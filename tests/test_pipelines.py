@@ -1,6 +1,8 @@
 """Any pipeline as a differentiable function: gradients, probes, adapters, one training step; on tiny networks."""
 
-from common import UserError, levers, pipelines, probes
+import types
+
+from common import UserError, levers, pipelines, pixels, probes
 from common.lora import lora_layers
 from common.losses import distance
 from tests import tiny_pipelines as tiny
@@ -299,6 +301,74 @@ def test_z_image_guides_at_a_scale_of_one():
     pipeline = tiny.make("Z-Image")
     seen = probes.observe(pipeline, PROMPTS, **tiny.SIZE, guidance_scale=1.0, num_inference_steps=2)
     assert probes.guides(seen, 2) and seen.rows == [4, 4]
+
+
+def test_perturbed_attention_is_switched_off_for_the_student():
+    plain = tiny.make("SD1.5")
+    pipeline = diffusers.StableDiffusionPAGPipeline(**plain.components, requires_safety_checker=False)
+    pipeline.encode_prompt = plain.encode_prompt
+    pipeline.set_progress_bar_config(disable=True)
+    assert probes.guides(probes.observe(pipeline, PROMPTS, **tiny.SIZE, guidance_scale=1.0, num_inference_steps=2), 2)
+    off = {"guidance_scale": 1.0, "pag_scale": 0.0}
+    assert probes.guidance_off(pipeline, PROMPTS, tiny.SIZE | {"pag_scale": 3.0}) == off
+    options = tiny.SIZE | {"guidance_scale": 1.0, "num_inference_steps": 2}
+    expected = probes.observe(plain, PROMPTS, **options).latents
+    assert torch.equal(probes.observe(pipeline, PROMPTS, **options, pag_scale=0.0).latents, expected)
+
+
+# --- sizes
+
+
+class Decoder(torch.nn.Module):
+    """A VAE of which the size of its images is all that is real."""
+
+    def __init__(self, factor, **config):
+        super().__init__()
+        self.factor, self.weight = factor, torch.nn.Parameter(torch.zeros(1))
+        self.config = types.SimpleNamespace(scaling_factor=1.0, shift_factor=0.0, **config)
+        self.config.get = vars(self.config).get
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def decode(self, latents, return_dict=True, **kwargs):
+        scale = self.factor if latents.ndim == 4 else (1, self.factor, self.factor)
+        pixels = torch.nn.functional.interpolate(latents[:, :1], scale_factor=scale).repeat_interleave(3, dim=1)
+        if latents.ndim == 5:
+            pixels = pixels.repeat_interleave(4, dim=2)[:, :, : 4 * latents.shape[2] - 3]
+        return (pixels,) if not return_dict else types.SimpleNamespace(sample=pixels)
+
+
+def sized(name, factor, **config):
+    pipeline = tiny.make(name)
+    pipeline.vae = Decoder(factor, **config)
+    return pipeline
+
+
+def test_sizes_that_a_pipeline_rounds_are_recorded_as_it_makes_them():
+    flux = sized("Flux", 8)
+    asked = tiny.KWARGS["Flux"] | {"height": 60, "width": 98}
+    notes = []
+    assert pixels.rounded(flux, "a", asked, notes) == {"height": 48, "width": 96}
+    assert notes == [
+        "WARNING: a FluxPipeline makes height=48, width=96 where it is asked for height=60, width=98; so are the pairs"
+    ]
+    assert pixels.rounded(flux, "a", asked | {"height": 48, "width": 96}, notes) == {} and len(notes) == 1
+    wan = sized("Wan", 8, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, z_dim=4)
+    assert pixels.rounded(wan, "a", tiny.KWARGS["Wan"] | {"num_frames": 7}, notes) == {"num_frames": 5}
+    assert pixels.rounded(tiny.make("SD3"), "a", tiny.KWARGS["SD3"], notes) == {}  # no VAE to ask
+    assert "decode" not in vars(flux.vae)
+
+
+def test_images_that_the_pipeline_would_resize_are_made_without_or_refused():
+    sana = sized("Sana", 32)
+    sana.transformer.register_to_config(sample_size=16)  # which has a list of sizes around 512
+    kwargs, notes = {"guidance_scale": 1.0}, []
+    size = {"height": 128, "width": 128}
+    assert pixels.made(sana, "a", kwargs | size) == {"height": 512, "width": 512}
+    assert pixels.fit(sana, "a", kwargs, size, notes) == {"use_resolution_binning": False}
+    assert "a SanaPipeline makes height=512, width=512 where it is asked for height=128, width=128" in notes[0]
+    assert pixels.fit(sana, "a", kwargs, {"height": 512, "width": 512}, notes) == {} and len(notes) == 1
+    with pytest.raises(UserError, match="a FluxPipeline makes height=48, width=96 where .* make them in a size"):
+        pixels.fit(sized("Flux", 8), "a", {}, {"height": 60, "width": 98}, notes)
 
 
 def test_guidance_that_the_user_leaves_on_is_refused():
