@@ -8,7 +8,6 @@ again, which loses what the decoder lost, and are never resized: that would part
 images that were encoded before, is in `cached_pairs.py`.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -35,7 +34,6 @@ from safetensors.torch import load, save
 CONFIG = "dataset_config.json"
 FORMAT = 1
 COLUMNS = ("image", "prompt", "seed")
-FREE_KEYS = ("model", "revision", "versions", "weights_sample")  # of CONFIG; told apart by weights_sample instead
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +369,7 @@ def encode(pipeline, pixels):
     vae = pipeline.vae
     of_video = any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
-    with torch.autocast(vae.device.type, enabled=False) if upcast else contextlib.nullcontext():
+    with torch.autocast(vae.device.type, enabled=False):  # as where the loop encodes
         pixels = pixels.to(vae.device, torch.float32 if upcast else vae.dtype)
         encoded = (vae.float() if upcast else vae).encode(pixels.unsqueeze(2) if of_video else pixels)
     if upcast:
