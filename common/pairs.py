@@ -8,6 +8,7 @@ again, which loses what the decoder lost, and are never resized: that would part
 images that were encoded before, is in `cached_pairs.py`.
 """
 
+import contextlib
 import hashlib
 import io
 import json
