@@ -86,7 +86,8 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     if "safety_checker" in index:
         skipped["requires_safety_checker"] = False
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
-    flag, parts = f"--pretrained_teacher_model={name}", [part for part, value in index.items() if isinstance(value, list)]
+    flag = f"--pretrained_teacher_model={name}"
+    parts = [part for part, value in index.items() if isinstance(value, list)]
     loader = tasks.text_class(getattr(diffusers, index["_class_name"]), parts) or DiffusionPipeline
     try:
         pipeline = sd_models.load_checked(flag, name, index, loader, **options, **skipped | replaced)
