@@ -77,7 +77,8 @@ def main(args):
         kwargs, _ = probes.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
         pairs.check_encoding(pipelines.Rollout(pipeline, **kwargs), data, [0])
     except UserError as error:
-        sentence = str(error).replace("--student_kwargs, --student_scheduler", "--dataset_metadata_path")
+        sentence = str(error).replace("--pairs_dir, ", "")
+        sentence = sentence.replace("--student_kwargs, --student_scheduler", "--dataset_metadata_path")
         raise UserError(sentence.replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
     pipeline.scheduler = own_scheduler
     config = {
