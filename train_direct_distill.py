@@ -375,25 +375,9 @@ def sample_and_measure(accelerator, student, data, measured, shown, untrained, b
 
 def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result):
     model, scheduler = export.model_code(args.output_dir, args.hub_model_id), type(pipeline.scheduler).__name__
-    parts = [name for name in pipelines.denoisers(pipeline) if args.lora_rank and name in files]  # merged denoisers
-    loader = type(pipeline).__name__  # which another class may have saved
-    part_classes = {name: type(getattr(pipeline, name)).__name__ for name in parts}
-    names = {loader, *([scheduler] if args.lora_rank else []), *part_classes.values()}
-    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
-    for name, part in part_classes.items():
-        lines.append(f'{name} = {part}.from_pretrained({model}, subfolder="{name}", dtype=torch.bfloat16)')
-    more = "".join(f", {name}={name}" for name in parts) + ", dtype=torch.bfloat16"
-    load = f"{loader}.from_pretrained({model}{more})"
-    if args.lora_rank:
-        options = {"revision": args.revision, "variant": args.variant}
-        load = export.load_code(loader, args.pretrained_teacher_model, more, **options)
-    lines.append(f'pipe = {load}.to("cuda")')
-    if args.lora_rank:
-        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({model}, subfolder="scheduler")')
-    for file, extra in pipelines.lora_load_calls(pipeline, files):
-        lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{extra})')
+    teacher = {"name": args.pretrained_teacher_model, "revision": args.revision, "variant": args.variant}
     size = data.call_kwargs([0]) if len(set(data.sizes)) == 1 else {}
-    lines.append(f'images = pipe("a prompt", {pipelines.public_kwargs(kwargs | size)})[0]')
+    snippet = pipelines.student_code(pipeline, model, kwargs | size, files, teacher if args.lora_rank else None)
     number = result["held_out_pairs"]
     where = f"{number} held-out pairs" if number else "pairs that it was trained on"
     error = f"On {where} its squared error is {result['relative_mse']:.3f} of the variance of the teacher's latents, "
@@ -407,7 +391,7 @@ def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_siz
         teacher=args.pretrained_teacher_model,
         data=f"`{args.pairs_dir or args.dataset_metadata_path}`, the teacher's own results",
         command=cli.command_line(),
-        snippet="\n".join(lines),
+        snippet=snippet,
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples.",
             error,

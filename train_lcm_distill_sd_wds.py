@@ -265,16 +265,14 @@ def main(args):
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
     progress.close()
     if is_main and not stopper.stops:
-        student = accelerator.unwrap_model(unet).eval()
-        for name, network in {"unet": student, "unet_target": target_unet}.items():
-            network.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
-        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
+        parts = {"unet": accelerator.unwrap_model(unet).eval(), "scheduler": sampler}
+        for name, part in (parts | {"unet_target": target_unet}).items():
+            part.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
     if not stopper.stops:
         with export.after_weights(args.output_dir, global_step, is_main):
             if is_main:
-                teacher_options |= {"unet": student, "scheduler": sampler}
-                pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
-                export.save_rest(pipeline, args.output_dir, written=("unet", "scheduler"))
+                pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
+                export.save_rest(pipeline, args.output_dir, written=parts)
                 write_card(args, config, len(shards), global_step, total_batch_size)
             images = sample(step=global_step)  # by every process
             if is_main:
@@ -293,11 +291,7 @@ def write_card(args, config, num_shards, global_step, total_batch_size):
     low, high = args.w_min + 1, args.w_max + 1
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
     steps, scale = min(4, args.num_ddim_timesteps), args.validation_guidance_scale
-    snippet = f"""
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({model}, dtype=torch.float16).to("cuda")
+    snippet = f"""{export.pipeline_code(model)}
 image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={scale:g}{size}).images[0]
 """
     export.write_model_card(

@@ -334,13 +334,12 @@ def main(args):
     progress.close()
     stage = stage_at(stages, global_step - 1)
     if is_main and not stopper.stops:
-        for name, network in {"unet": shown["student"].eval(), "unet_target": target_unet}.items():
-            network.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
-        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
+        parts = {"unet": shown["student"].eval(), "scheduler": sampler}
+        for name, part in (parts | {"unet_target": target_unet}).items():
+            part.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
     if not stopper.stops:
         with export.after_weights(args.output_dir, global_step, is_main):
             if is_main:
-                parts = {"unet": shown["student"], "scheduler": sampler}
                 pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
                 write_card(args, config, teacher_options, stage, None, len(shards), global_step, total_batch_size)
@@ -367,14 +366,7 @@ def write_card(args, config, teacher_options, stage, stage_folder, num_shards, g
         guidance = f"`guidance_scale` is w + 1: {args.w_min + 1:g} to {args.w_max + 1:g}, an input of the network."
         guidance_scale = (args.w_min + args.w_max) / 2 + 1.0
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
-    k, load = (
-        stage.num_segments,
-        f"""
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({model}, dtype=torch.float16).to("cuda")""",
-    )
+    k, load = stage.num_segments, export.pipeline_code(model)
     if stage_folder:
         classes = ["TCDScheduler", "UNet2DConditionModel"]
         load = f"""

@@ -128,6 +128,15 @@ def teacher_code(name, is_sdxl, classes, *, revision=None, variant=None, cache_d
     return "\n".join([*lines, f'pipe = {call}.to("cuda")'])
 
 
+def pipeline_code(model):
+    """Python that loads the whole pipeline of a run, `model` as from `model_code`, as `pipe`."""
+    return f"""
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({model}, dtype=torch.float16).to("cuda")"""
+
+
 def size_code(config, resolution):
     """The size in a call of a student's pipeline, as Python: nothing where it is the pipeline's own."""
     is_own = models.samples_by_default_at(config, resolution)

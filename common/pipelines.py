@@ -10,7 +10,7 @@ import inspect
 import json
 from pathlib import Path
 
-from common import UserError, tasks, weights
+from common import UserError, export, tasks, weights
 from common import models as sd_models
 from common.lora import ADAPTER, WEIGHTS, check_rank, lora_layers
 
@@ -368,6 +368,31 @@ def lora_load_calls(pipeline, written):
         for file, _, extra in files.values()
         if file in written
     ]
+
+
+def student_code(pipeline, model, kwargs, files=(), teacher=None):
+    """Python that makes images with a student, for its card.
+
+    model: where it is, as from `export.model_code`; kwargs: of the call. A LoRA needs teacher too, the arguments of
+    `export.load_code` that name it, and files, what `save_lora` has written.
+    """
+    loader, scheduler, parts = type(pipeline).__name__, type(pipeline.scheduler).__name__, {}
+    if teacher:  # of merged denoisers, each in its folder
+        parts = {name: type(part).__name__ for name, part in denoisers(pipeline).items() if name in files}
+    names = {loader, *([scheduler] if teacher else []), *parts.values()}
+    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
+    for name, part in parts.items():
+        lines.append(f'{name} = {part}.from_pretrained({model}, subfolder="{name}", dtype=torch.bfloat16)')
+    more = "".join(f", {name}={name}" for name in parts) + ", dtype=torch.bfloat16"
+    load = f"{loader}.from_pretrained({model}{more})"
+    if teacher:
+        load = export.load_code(loader, more=more, **teacher)
+    lines.append(f'pipe = {load}.to("cuda")')
+    if teacher:
+        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({model}, subfolder="scheduler")')
+    for file, extra in lora_load_calls(pipeline, files):
+        lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{extra})')
+    return "\n".join([*lines, f'images = pipe("a prompt", {public_kwargs(kwargs)})[0]'])
 
 
 @torch.no_grad()

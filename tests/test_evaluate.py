@@ -464,3 +464,25 @@ def test_overwrite_replaces_results_and_leaves_other_files(root, tmp_path):
     main(parse_args(flags(root, tmp_path, "--overwrite")))
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert json.loads((tmp_path / "metrics.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionPAGPipeline"])
+def test_a_teacher_that_another_class_saved_is_measured_as_text_to_image(root, tmp_path, capsys, name):
+    parts = diffusers.StableDiffusionPipeline.from_pretrained(root / "pipeline").components
+    getattr(diffusers, name)(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "saved")
+    is_pag = "PAG" in name
+    loaded = load_pipeline(str(tmp_path / "saved"))
+    assert type(loaded) is getattr(diffusers, name if is_pag else "StableDiffusionPipeline")
+    assert (f"saved by {name}, measured as StableDiffusionPipeline" in capsys.readouterr().out) is not is_pag
+    student = load_pipeline(str(tmp_path / "saved"), lora=root / "lora")  # which has not seen what PAG adds
+    assert type(student) is diffusers.StableDiffusionPipeline
+    assert len(generate_images(student, ["one"], 1, 1.0, 0, 1)[0]) == 1
+
+
+def test_a_student_is_measured_at_the_size_that_it_was_trained_at(root, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(root / "unet", run / "stage-0-k2" / "unet")
+    (run / "training_config.json").write_text(json.dumps({"flags": {"resolution": 2 * SIZE}}))
+    for more, side in ([], SIZE), (["--unet", run / "stage-0-k2" / "unet"], 2 * SIZE):
+        row = main(parse_args(flags(root, tmp_path / str(side), *more)))["rows"][0]
+        assert (row["height"], row["width"]) == (side, side)
