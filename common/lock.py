@@ -199,7 +199,6 @@ def _create(path, text):
         return False
     try:
         os.write(descriptor, text.encode())
-        os.fsync(descriptor)
     except OSError:
         path.unlink()  # rather than leave one without a name on a full disk
         raise

@@ -197,18 +197,18 @@ def test_kill_9_leaves_nothing_that_passes_for_complete(tmp_path, cached, shards
     process = in_a_child(command, dies_at_a_sync)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert {name for name in content(tmp_path / "out") if not name.endswith(".tmp")} == left
+    assert {name for name in content(tmp_path / "out") if not name.endswith(".tmp")} == left | {"RUNNING"}
     assert latents.shard_stats(tmp_path / "out" / "00000.tar") is None
     ask_with(command)
     assert content(tmp_path / "out") == expected  # the leftovers are gone too
 
 
-def test_two_processes_with_the_same_part_are_no_harm(tmp_path, cached, shards, teacher):
+def test_of_two_processes_with_the_same_part_one_is_refused(tmp_path, cached, shards, teacher):
     expected = content(cached())
     both = [in_a_child(words(shards, tmp_path / "out", teacher(), **FLAGS)) for _ in range(2)]
     for process in both:
         process.join(120)
-    assert [process.exitcode for process in both] == [0, 0] and content(tmp_path / "out") == expected
+    assert sorted(process.exitcode for process in both) == [0, 2] and content(tmp_path / "out") == expected
 
 
 def test_bytes_are_the_same_for_any_split_and_only_missing_shards_are_made(tmp_path, cached, shards, teacher, capsys):
