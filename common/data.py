@@ -175,10 +175,11 @@ class _Lane:
         empty = 0 if cursor["used"] else cursor["empty"] + 1
         if empty == MAX_EMPTY_EPOCHS:
             flag = getattr(data._source, "flag", "--train_shards_path_or_url")
+            last = _last_detail(tally.skipped or data._first_skip())
             raise DataError(
                 f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
                 f"({_listing(tally.counts)}): check {flag}, or pass fewer --data_lanes"
-                f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{_last_detail(tally.skipped)}."
+                f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{last}."
             )
         self.cursor = _new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
         self.reader = None
@@ -327,6 +328,21 @@ class TrainingData:
             except SampleError as error:
                 yield unit_index + 1, 0, shard, "", error
             position = 0
+
+    def _first_skip(self) -> list[dict]:
+        """What is wrong with the first sample of the first shard, where anything is: for a lane that has none."""
+        key = ""
+        if self._folder is None:
+            try:
+                with open_shard(self.shards[0], self.data_timeout) as file:
+                    _, key, raw = next(tar_samples(file, self.required), (0, "", None))
+                    if raw is None:
+                        raise SampleError("shard_read", "it holds no sample")
+                    check_members(raw, self.required)
+            except SampleError as error:
+                shard = self.shards[0]
+                return [{"key": key and f"{shard.rsplit('/', 1)[-1]}/{key}", "shard": shard, "detail": error.detail}]
+        return []
 
     def _folder_sample(self, index: int) -> tuple[str, dict]:
         """(key, raw)"""

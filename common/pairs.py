@@ -66,13 +66,17 @@ def _captions(spec):
         raise UserError(str(error).replace("--train_shards_path_or_url", "--prompts")) from None
     prompts = []
     for shard in shards:
+        if os.path.isdir(shard):
+            raise UserError(f"--prompts={spec}: a folder of images; give shards or {tables.FORMATS}")
         try:
-            if os.path.isdir(shard):
-                raise UserError(f"--prompts={spec}: a folder of images; give shards or {tables.FORMATS}")
             with open_shard(shard, 600) as file:
-                for _, _, raw in tar_samples(file, [TEXT_KEYS]):
-                    text = next((raw[key] for key in TEXT_KEYS if raw.get(key)), b"")
-                    prompts.append(text.decode("utf-8-sig", errors="replace"))
+                for _, key, raw in tar_samples(file, [TEXT_KEYS]):
+                    text = next((raw[name] for name in TEXT_KEYS if raw.get(name)), b"")
+                    try:
+                        prompts.append(text.decode("utf-8-sig"))
+                    except UnicodeDecodeError:
+                        sentence = f"--prompts={spec}: the caption of {key} in {shard} is not UTF-8 text"
+                        raise UserError(sentence) from None
         except SampleError as error:
             raise UserError(
                 f"--prompts={spec}: {shard} cannot be read ({error.detail}); give shards or {tables.FORMATS}"

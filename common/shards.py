@@ -137,14 +137,12 @@ def _expand_folder(folder: str) -> list[str]:
     if not tars:
         read_samples(folder)
         return [folder]
-    tops = sorted(
-        {os.path.relpath(tar, folder).partition(os.sep)[0] for tar in tars if os.path.dirname(tar) != folder}
-    )
-    held_out = [top for top in tops if top.lower() in HELD_OUT]
+    tops = {os.path.relpath(tar, folder).rpartition(os.sep)[0].partition(os.sep)[0] or "itself" for tar in tars}
+    held_out = sorted(top for top in tops if top.lower() in HELD_OUT)
     if held_out and len(tops) > 1:
         raise DataError(
-            f"--train_shards_path_or_url: the tars of {folder!r} lie in {', '.join(tops)}, and {held_out[0]} is not "
-            "for training by its name: pass one of these folders, or a pattern for all."
+            f"--train_shards_path_or_url: the tars of {folder!r} lie in {', '.join(sorted(tops))}, and {held_out[0]} "
+            "is not for training by its name: pass one of these folders, or a pattern for those that are meant."
         )
     return tars
 

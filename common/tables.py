@@ -163,7 +163,8 @@ def read_prompts(path, name=None, column=None) -> list[str]:
 
     column: of a table; default: the first of `prompt`, `text` and `caption`. Raises UserError as `read_table` does.
     """
-    name, suffix = name or str(path), Path(path).suffix.lower()
+    name, path = name or str(path), Path(path).expanduser()
+    suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows = _parquet(path, name, column)
     elif suffix in TABLES:

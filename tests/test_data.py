@@ -620,6 +620,9 @@ def test_what_is_wrong_with_the_layout_of_a_tar_is_said(tmp_path, layout, zipped
     with pytest.raises(DataError, match=re.escape(sentence)) as caught:
         count_after([str(tar)], 9, max_skip_ratio=0.01, required=(IMAGE_KEYS, TEXT_KEYS))
     assert "the last was: 0.tar/" in str(caught.value)
+    if layout != "a later one":
+        with pytest.raises(DataError, match=r"the last was: 0.tar/.*: no member .* \("):  # where a lane has no sample
+            count_after([str(tar)], 9, num_lanes=16)
     with open(tar, "rb") as file, tarfile.open(tar) as there:  # looking at the tar loses no sample and no byte
         found = [
             (f"{key}.{e}", data)

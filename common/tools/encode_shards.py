@@ -213,7 +213,7 @@ def check_sources(units, paths):
     """UserError where a shard that is there already was made of another source of the same name."""
     for unit in units:
         stats = latents.shard_stats(paths[unit.name])
-        if stats is not None and stats.get("source") != source(unit):
+        if stats is not None and mask_credentials(str(stats.get("source"))) != source(unit):
             raise UserError(
                 f"OUT: {paths[unit.name]} was made of a source of {stats.get('source')}, "
                 f"{mask_credentials(unit.shard)} is {source(unit)}; name a new folder, or delete what is old"
