@@ -878,9 +878,10 @@ def test_the_tars_of_a_folder(tmp_path):
         shutil.copy(shards[0], tmp_path / "split" / word / "0.tar")
     with pytest.raises(DataError, match="lie in Val, train, and Val is not for training by its name"):
         expand_shards(str(tmp_path / "split"))
-    assert (
-        len(expand_shards(str(tmp_path / "split/Val"))) == 1 and len(expand_shards(f"{tmp_path}/split/*/*.tar")) == 2
-    )
+    shutil.move(tmp_path / "split/train/0.tar", tmp_path / "split/1.tar")
+    with pytest.raises(DataError, match="lie in Val, itself, and Val is not"):
+        expand_shards(f"{tmp_path}/split/")
+    assert len(expand_shards(str(tmp_path / "split/Val"))) == len(expand_shards(f"{tmp_path}/split/*.tar")) == 1
 
     (tmp_path / "images/original").mkdir(parents=True)  # images, and what they were unpacked from
     shutil.copy(shards[0], tmp_path / "images/original/0.tar")
