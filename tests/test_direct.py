@@ -745,7 +745,7 @@ def test_a_table_in_every_format_is_the_same_pairs(tmp_path):
         (
             lambda rows: [["no.png", *r[1:]] if i else r for i, r in enumerate(rows)],
             {},
-            "8 of 8 rows name no file, the first is 'no.png'",
+            "24 of 24 rows name no file, the first is 'no.png'",
         ),
         (lambda rows: [[*r[:2], 2**64, *r[3:]] if i else r for i, r in enumerate(rows)], {}, "has more than 64 bits"),
         (lambda rows: rows[:1], {}, "holds no row below its first"),
