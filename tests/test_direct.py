@@ -171,7 +171,7 @@ def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
     done = subprocess.run([sys.executable, "-c", dying, *words], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     names = sorted(members(tmp_path / "killed"))
-    assert names == ["00000.tar", "00001.tar.tmp", "dataset_config.json"]
+    assert names == ["00000.tar", "00001.tar.tmp", "RUNNING", "dataset_config.json"]
     with pytest.raises(UserError, match="holds 1 of 3 shards; repeat the generate_pairs command"):
         pairs.PairShards(tmp_path / "killed")
     first = (tmp_path / "killed" / "00000.tar").stat().st_mtime_ns
