@@ -29,6 +29,7 @@ from common.images import decode_image_label
 from common.losses import RunningMeans
 from common.nonfinite import UpdateGuard
 from common.preemption import Stopper, job_deadline
+from common.run import simulation
 from common.schedules import append_dims
 from common.shards import IMAGE_KEYS, count_samples
 
@@ -141,8 +142,7 @@ def main(args):
     discretization_steps = functools.partial(
         consistency.discretization_steps, max_train_steps=tuning_steps, s_0=s_0, s_1=s_1
     )
-    counts = unet2d.count_parameters_and_flops(unet_config)
-    derived = ct_args.derived_configuration(args, counts, accelerator, total_batch_size, num_samples)
+    derived = ct_args.derived_configuration(args, world_size, total_batch_size, num_samples)
     sigma_range = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho}
     timesteps = {
         k: consistency.sampling_timesteps(k, args.mid_sigma, args.discretization_s_1 + 1, **sigma_range)
@@ -155,10 +155,12 @@ def main(args):
     cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
-    if args.dry_run:
+    if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         labels = f" Its classes: {first_batch['class_labels'].tolist()}." if args.class_conditional else ""
-        accelerator.print(f"The first batch was read.{labels} Dry run: nothing was written.")
-        return
+        accelerator.print(f"The first batch was read.{labels} Dry run: nothing is written.")
+        checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
+        if tuning_steps:  # updates with a target take more than those of diffusion training
+            resumed["global_step"] = max(resumed["global_step"], args.pretrain_steps)
 
     # 3. Parametrisation, and the scheduler that samples with it. Noise levels and loss are float32 everywhere.
     f = functools.partial(
@@ -214,7 +216,7 @@ def main(args):
         evaluate = sampling.Evaluation(accelerator, network, reference, **ct_args.evaluation_options(args))
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
     means = RunningMeans()
     batches = itertools.chain([first_batch], batches)
     num_levels = sigmas = probabilities = None

@@ -36,6 +36,7 @@ from common.ema import ema_update, exchanged
 from common.losses import LOSS_TYPES, RunningMeans, distance
 from common.nonfinite import UpdateGuard, check_weights, networks_of
 from common.preemption import Stopper, job_deadline
+from common.run import simulation
 
 import numpy as np
 import torch
@@ -131,18 +132,14 @@ def read_data(args):
     return data
 
 
-def derived_configuration(args, parameters, trained, accelerator, num_train, total_batch_size, compute_bytes):
-    """What follows from the flags: {name: text}. Memory is of the denoisers alone, without activations."""
-    memory = sum(trained) * (4 + (4 if args.ema_decay else 0)) + cli.update_bytes(args, accelerator, trained)
-    memory += parameters * compute_bytes if args.lora_rank else 0
+def derived_configuration(args, world_size, num_train, total_batch_size):
+    """What follows from the flags: {name: text}."""
     return {
-        "processes": str(accelerator.num_processes),
+        "processes": str(world_size),
         "samples per update": str(total_batch_size) + ("" if total_batch_size >= 32 else " (32 or more are better)"),
         "updates": str(args.max_train_steps),
         "pairs": f"{num_train} to train on, {args.num_held_out} held out",
         "epochs": f"{args.max_train_steps * total_batch_size / num_train:.2f}",
-        "parameters": f"{sum(trained) / 1e6:.2f} M trained, {parameters / 1e6:.2f} M in the denoiser",
-        "memory per process": f"{memory / 2**30:.3g} GiB for the denoiser without activations",
         "evaluations per sample": f"{args.num_inference_steps} with gradients",
     }
 
@@ -159,7 +156,8 @@ def main(args):
         accelerator.print(note)
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
     levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
-    parameters, trained = pipelines.count_parameters(config, args.lora_rank, args.lora_alpha, target_names)
+    if args.lora_rank:
+        pipelines.check_lora(config, args.lora_rank, target_names)
     checkpointing.open_output_dir(accelerator, args.output_dir, args.resume_from_checkpoint, args.dry_run)
     job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
@@ -185,25 +183,26 @@ def main(args):
     train_indices, held_out = pairs.split(len(data), args.num_held_out)
     order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
     total_batch_size = cli.resolve_steps(args, len(train_indices), world_size, resumed if checkpoint else None)
-    sizes = parameters, trained, accelerator, len(train_indices), total_batch_size, weight_dtype.itemsize
-    derived = derived_configuration(args, *sizes)
+    derived = derived_configuration(args, world_size, len(train_indices), total_batch_size)
     cli.announce(args, derived, is_main)
-    if args.dry_run:
-        accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing was written.")
-        return
+    if args.dry_run:  # what follows runs on tensors without memory, for two updates
+        accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing is written.")
+        checkpoint, _ = None, simulation.begin(args, accelerator)
 
     # 3. The teacher's pipeline with the student's scheduler, and what its call does; every change is reported.
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, variant=args.variant, **place)
-    cached_pairs.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
+    if not args.dry_run:
+        cached_pairs.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
     pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler).to(device)
-    probes.check_same_weights(pipeline, pairs_config, args.pairs_dir)
+    networks = networks_of(pipeline)
+    if not args.dry_run:
+        probes.check_same_weights(pipeline, pairs_config, args.pairs_dir)
+        check_weights(networks)  # before what is made with them is blamed on the pairs
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
-    networks = networks_of(pipeline)
-    check_weights(networks)  # before what is made with them is blamed on the pairs
     own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()
     with accelerator.autocast():
         teacher_kwargs = pairs_config["kwargs"] if pairs_config else {}
@@ -225,13 +224,15 @@ def main(args):
     measured = list(held_out) or list(train_indices)[:16]
     shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
     with accelerator.autocast(), validation.eval_mode(rollout):
-        if pairs_config is None:
+        if pairs_config is None and not args.dry_run:
             pairs.check_encoding(rollout, data, measured[:1])
         probes.check_noise(data, data.latents(measured[:1]), measured[0])
-        if not args.skip_pairs_check:
+        if not (args.skip_pairs_check or args.dry_run):
             accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
         share = functools.partial(validation.share, accelerator)
-        untrained = probes.measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
+        untrained = None
+        if not args.dry_run:
+            untrained = probes.measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
         unused = probes.freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
@@ -264,7 +265,7 @@ def main(args):
     )
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
     means = RunningMeans()
     rollout.train()
     while global_step < args.max_train_steps and not stopper.stops:

@@ -25,6 +25,7 @@ from common.latents import use_cached
 from common.losses import LOSS_TYPES, RunningMeans, distance
 from common.nonfinite import UpdateGuard, networks_of
 from common.preemption import Stopper
+from common.run import simulation
 from common.schedules import (
     alpha_sigma,
     append_dims,
@@ -103,24 +104,15 @@ def main(args):
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
     total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
-    derived = cli.derived_configuration(
-        models.count_parameters_and_flops(config, args.resolution, time_cond_proj_dim=args.unet_time_cond_proj_dim),
-        world_size=world_size,
-        total_batch_size=total_batch_size,
-        max_train_steps=args.max_train_steps,
-        num_samples=num_samples,
-        compute_bytes=weight_dtype.itemsize,
-        teacher_bytes=teacher_dtype.itemsize,
-        update_bytes=lambda sizes: cli.update_bytes(args, accelerator, sizes),
-        cached=train_data.cached,
-    )
+    sizes = world_size, total_batch_size, num_samples
+    derived = cli.derived_configuration(args, *sizes, cached=train_data.cached)
     cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
     prompts = cli.resolve_prompts(args, resumed, first_batch["captions"])
-    if args.dry_run:
-        accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
-        return
+    if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
+        accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
+        checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
@@ -174,7 +166,7 @@ def main(args):
     )
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
     means = RunningMeans()
     batches = itertools.chain([first_batch], batches)
     while global_step < args.max_train_steps and not stopper.stops:

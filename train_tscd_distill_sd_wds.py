@@ -21,11 +21,12 @@ from pathlib import Path
 from common import args as cli
 from common import checkpointing, export, losses, models, validation
 from common.data import keyed_generator, keyed_seed
-from common.discriminator import Discriminator, discriminator_step, discriminator_summary
+from common.discriminator import Discriminator, discriminator_step
 from common.ema import ema_update
 from common.latents import use_cached
 from common.nonfinite import UpdateGuard, networks_of
 from common.preemption import Stopper
+from common.run import simulation
 from common.schedules import (
     alpha_sigma,
     append_dims,
@@ -36,7 +37,7 @@ from common.schedules import (
 )
 from common.shards import expand_shards
 from common.solvers import TrajectorySolver
-from common.stages import stage_at, steps_note
+from common.stages import heaviest_update, stage_at, steps_note
 
 import torch
 from accelerate.utils import gather_object
@@ -112,27 +113,17 @@ def main(args):
     total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
     stages = cli.resolve_stages(args, resumed)
     adversarial = any(stage.adv_weight for stage in stages)
-    derived = cli.derived_configuration(
-        models.count_parameters_and_flops(config, args.resolution, time_cond_proj_dim=args.unet_time_cond_proj_dim),
-        world_size=world_size,
-        total_batch_size=total_batch_size,
-        max_train_steps=args.max_train_steps,
-        num_samples=num_samples,
-        compute_bytes=weight_dtype.itemsize,
-        teacher_bytes=teacher_dtype.itemsize,
-        update_bytes=lambda sizes: cli.update_bytes(args, accelerator, sizes),
-        cached=train_data.cached,
-    )
+    sizes = world_size, total_batch_size, num_samples
+    derived = cli.derived_configuration(args, *sizes, cached=train_data.cached)
     derived |= {stage.name: stage.summary for stage in stages}
-    if adversarial:
-        derived |= discriminator_summary(config, args.resolution, frozen_dtype)
     cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
     prompts = cli.resolve_prompts(args, resumed, first_batch["captions"])
-    if args.dry_run:
-        accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing was written.")
-        return
+    if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
+        accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
+        checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
+        stages, resumed["global_step"] = heaviest_update(stages)
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
@@ -189,7 +180,7 @@ def main(args):
         return validation.sample_grid(accelerator, teacher, shown, *place, guidance_scale=guidance_scale)
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main)
+    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
     means = losses.RunningMeans()
     batches, grid = itertools.chain([first_batch], batches), None
     while global_step < args.max_train_steps and not stopper.stops:

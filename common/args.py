@@ -21,6 +21,7 @@ from common import UserError, checkpointing, export, latents, levers, lock, mode
 from common.data import TrainingData
 from common.images import INTERPOLATION_TYPES, decode_image_text
 from common.paths import path, prompt
+from common.run import simulation
 from common.shards import IMAGE_KEYS, TEXT_KEYS, count_samples, mask_credentials
 from common.zero import ZeroAccelerator, take_settings
 
@@ -99,8 +100,12 @@ def user_errors(main, is_tool=False):
     @functools.wraps(main)
     def wrapped(args):
         try:
-            with lock.releasing_at_sigterm() if is_tool else lock.releasing(), signals():
+            with lock.releasing_at_sigterm() if is_tool else lock.releasing(), signals(), simulation.ending():
                 return main(args)
+        except simulation.Finished as finished:
+            if finished.result and finished.is_reported:
+                echo("One update, simulated on tensors without memory", finished.result.lines())
+            return finished.result
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
         except (OSError, SafetensorError) as error:
@@ -633,7 +638,7 @@ def make_optimizer(args, parameters, total_batch_size):
     elif getattr(args, "optimizer_type", "adamw") == "radam":
         optimizer_class, options = torch.optim.RAdam, {"decoupled_weight_decay": True}
     else:
-        optimizer_class, options = torch.optim.AdamW, {"fused": torch.cuda.is_available()}
+        optimizer_class, options = torch.optim.AdamW, {"fused": torch.cuda.is_available() or simulation.is_on()}
     return optimizer_class(
         parameters,
         lr=args.learning_rate * (total_batch_size if args.scale_lr else 1),
@@ -676,7 +681,7 @@ def resolve_prompts(args, resumed, captions):
 def start_run(args, accelerator, resumed, derived):
     """Start the trackers; called by every rank. Returns the run's id, that of the resumed run where there is one."""
     run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not args.dry_run:
         start_trackers(accelerator, args.tracker_project_name, public_args(args) | derived, run_id)
     return run_id
 
@@ -741,64 +746,28 @@ def warmup_warning(args):
     )
 
 
-def adam_state_bytes(sizes, use_8bit_adam):
-    """Bytes of Adam's two states for tensors of `sizes` values. bitsandbytes keeps those of less than 4,096 values in
-    float32, and for every 256 values of the others a scale."""
-    if not use_8bit_adam:
-        return 8 * sum(sizes)
-    return sum(8 * size if size < 4096 else 2 * size + 8 * math.ceil(size / 256) for size in sizes)
-
-
-def update_bytes(args, accelerator, sizes):
-    """Bytes that each process needs for the gradients and optimizer states of trained tensors of `sizes` values."""
-    if isinstance(accelerator, ZeroAccelerator):
-        return accelerator.update_bytes(sum(sizes))
-    return 4 * sum(sizes) + adam_state_bytes(sizes, args.use_8bit_adam)
-
-
-def derived_configuration(
-    counts,
-    *,
-    world_size,
-    total_batch_size,
-    max_train_steps,
-    num_samples,
-    compute_bytes,
-    teacher_bytes,
-    update_bytes,
-    trained_sizes=None,
-    cached=None,
-):
+def derived_configuration(args, world_size, total_batch_size, num_samples, cached=None):
     """What follows from the flags, for people to check before a long run: {name: text}.
 
-    counts: as from `models.count_parameters_and_flops`. trained_sizes: of a LoRA's tensors on the one U-Net; None: a
-    full student and its target beside the teacher. Memory is what weights, gradients and optimizer states take on each
-    process, the last two by `update_bytes` of the trained sizes; activations come on top. FLOPs count 2 per
-    multiply-add: student forward and backward (3 forwards; that a LoRA needs no gradients of the base's weights is
-    left out), target, teacher with and without the caption, VAE and text encoders. cached: the manifest of cached
-    latents, for which the VAE encodes nothing, or None.
+    num_samples: of an epoch, or None. cached: the manifest of cached latents, for which the VAE encodes nothing, or
+    None.
     """
-    unet, frozen = counts["unet_parameters"], counts["vae_parameters"] + counts["text_encoder_parameters"]
-    sizes = counts["unet_sizes"] if trained_sizes is None else trained_sizes
-    trained, target_bytes = sum(sizes), 4 if trained_sizes is None else 0
-    memory = trained * (4 + target_bytes) + update_bytes(sizes)
-    memory += unet * teacher_bytes + frozen * compute_bytes
-    memory += counts["vae_parameters"] * (4 - compute_bytes) if counts["vae_keeps_float32"] else 0
-    flops = 6 * counts["unet_forward_flops"] + counts["text_encode_flops"]
-    flops += counts["vae_encode_flops"] if cached is None else 0
     made = cached and f"cached, made by the VAE of {cached['vae']} in {cached['dtype']}"
+    return shared_configuration(args, world_size, total_batch_size, num_samples) | {
+        "latents": made or "encoded in each step",
+    }
+
+
+def shared_configuration(args, world_size, total_batch_size, num_samples):
+    """`derived_configuration` of every script that trains on samples."""
     known = num_samples is not None
     return {
         "processes": str(world_size),
         "samples per update": str(total_batch_size),
-        "updates": str(max_train_steps),
+        "updates": str(args.max_train_steps),
         "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
         "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
-        "epochs": f"{max_train_steps * total_batch_size / num_samples:.2f}" if num_samples else "not known",
-        "parameters": f"{trained / 1e6:.2f} M trained, {(unet + frozen) / 1e6:.2f} M frozen",
-        "memory per process": f"{memory / 2**30:.3g} GiB without activations",
-        "FLOPs per sample": f"{flops / 1e9:.2f} G",
-        "latents": made or "encoded in each step",
+        "epochs": f"{args.max_train_steps * total_batch_size / num_samples:.2f}" if num_samples else "not known",
     }
 
 

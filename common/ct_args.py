@@ -245,30 +245,12 @@ def evaluation_options(args):
     }
 
 
-def derived_configuration(args, counts, accelerator, total_batch_size, num_samples):
-    """What follows from the flags, for people to check before a long run: {name: text}.
-
-    counts: of `unet2d.count_parameters_and_flops`. Memory is what weights, their average, gradients and optimizer
-    states take on each process; activations come on top. FLOPs count 2 per multiply-add: student forward and backward
-    (3 forwards) and target.
-    """
-    parameters = counts["unet_parameters"]
-    memory = parameters * (4 + (4 if args.use_ema else 0))
-    memory += cli.update_bytes(args, accelerator, counts["unet_sizes"])
-    known = num_samples is not None
+def derived_configuration(args, world_size, total_batch_size, num_samples):
+    """`args.derived_configuration`, and how much of the average is its start."""
     average = {}
     if args.use_ema:
         share = ema_start_share(args.max_train_steps, **ema_options(args))
         average["average"] = f"{share:.0%} of it still its start at the end"
         if share > MOST_OF_START:
             average["average"] += ": too much, the result will be the last weights; lower --ema_max_decay"
-    return average | {
-        "processes": str(accelerator.num_processes),
-        "samples per update": str(total_batch_size),
-        "updates": str(args.max_train_steps),
-        "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
-        "epochs": f"{args.max_train_steps * total_batch_size / num_samples:.2f}" if num_samples else "not known",
-        "parameters": f"{parameters / 1e6:.2f} M",
-        "memory per process": f"{memory / 2**30:.3g} GiB without activations",
-        "FLOPs per sample": f"{4 * counts['unet_forward_flops'] / 1e9:.2f} G",
-    }
+    return average | cli.shared_configuration(args, world_size, total_batch_size, num_samples)

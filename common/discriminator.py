@@ -8,11 +8,10 @@ import contextlib
 import copy
 import math
 
-from common.models import vae_scale_factor
 from common.nonfinite import step_if, total_norm
+from common.run import simulation
 
 import torch
-from diffusers import UNet2DConditionModel
 
 
 class Discriminator(torch.nn.Module):
@@ -26,8 +25,7 @@ class Discriminator(torch.nn.Module):
     def __init__(self, unet, latent_size, frozen_dtype=None):
         super().__init__()
         self.encoder, self.freeze_encoder = copy_encoder(unet), frozen_dtype is not None
-        for parameter in self.encoder.parameters():  # .to() of a diffusers model warns of nothing at length
-            parameter.data = parameter.data.to(frozen_dtype or torch.float32)
+        torch.nn.Module.to(self.encoder, frozen_dtype or torch.float32)  # diffusers' own warns of nothing at length
         self.channels = unet.config.block_out_channels[-1]
         num_downsamplers = sum(block.downsamplers is not None for block in unet.down_blocks)
         self.feature_size = math.ceil(latent_size / 2**num_downsamplers)
@@ -35,6 +33,7 @@ class Discriminator(torch.nn.Module):
         self.initial_encoder = None
         if not self.freeze_encoder:  # stays in main memory; taken before a checkpoint is loaded into the encoder
             self.initial_encoder = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+            simulation.in_main_memory(self.initial_encoder.values())
         self.requires_grad_(False).train()
 
     def forward(self, samples, timesteps, cond, noisy_latents, start_timesteps, conditional):
@@ -82,7 +81,7 @@ class Discriminator(torch.nn.Module):
         groups = [] if self.freeze_encoder else [{"params": list(self.encoder.parameters()), "lr": learning_rate}]
         groups.append({"params": list(self.head.parameters()), "lr": head_learning_rate})
         device = next(self.head.parameters()).device.type
-        optimizer = torch.optim.AdamW(groups, betas=(0.0, 0.99), fused=device == "cuda")
+        optimizer = torch.optim.AdamW(groups, betas=(0.0, 0.99), fused=device == "cuda" or simulation.is_on())
         return optimizer, torch.amp.GradScaler(device, enabled=use_scaler)
 
     def reset(self, seed):
@@ -156,17 +155,3 @@ def discriminator_step(optimizer, scaler, world_size):
         step_if(finite, optimizer)
     optimizer.zero_grad(set_to_none=True)
     return finite
-
-
-def discriminator_summary(config, resolution, frozen_dtype=None):
-    """{name: text} of what a discriminator adds, for the derived configuration; on the meta device, without weights.
-
-    config: as from `models.read_teacher_config`. Memory is weights, gradients and AdamW's two states.
-    """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config["unet"])
-        discriminator = Discriminator(unet, resolution // vae_scale_factor(config["vae"]), frozen_dtype)
-    encoder, head = (sum(p.numel() for p in part.parameters()) for part in (discriminator.encoder, discriminator.head))
-    encoder_bytes = 16 if frozen_dtype is None else frozen_dtype.itemsize
-    gib = (encoder_bytes * encoder + 16 * head) / 2**30
-    return {"discriminator": f"{(encoder + head) / 1e6:.2f} M parameters, {gib:.3g} GiB more per process"}

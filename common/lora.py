@@ -89,17 +89,13 @@ def check_rank(rank, modules):
 
 
 def check_lora(unet_config, rank, alpha, target_modules, init_lora=None):
-    """The sizes of the tensors that a LoRA with these settings trains; needs no weights of the U-Net.
-
-    Raises UserError for modules that the U-Net does not have, for a rank that none of them can have, and unless the
-    LoRA of --init_lora can be the start.
-    """
+    """UserError for modules that the U-Net does not have, for a rank that none of them can have, and unless the LoRA
+    of --init_lora can be the start; needs no weights of the U-Net."""
     paths = check_target_modules(unet_config, target_modules)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
     check_rank(rank, [unet.get_submodule(path) for path in paths])
     add_lora(unet, rank, alpha, 0.0, target_modules, init_lora)
-    return [parameter.numel() for parameter in lora_parameters(unet)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from diffusers import (
     TCDScheduler,
     UNet2DConditionModel,
 )
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # SDXL: all
 NOT_TRAINED = ("safety_checker", "feature_extractor", "image_encoder")  # neither loaded nor copied into outputs
@@ -66,7 +66,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
         }
         for part in ("text_encoder", "text_encoder_2")[: 1 + sdxl]:
             configs[part] = CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{flag}: a part of the teacher is missing or unreadable ({_line(error)})") from None
     config = _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
     weights.check_pipeline(flag, name, parts, variant, **options)
@@ -568,43 +568,3 @@ def latent_shape(vae_config, resolution):
 def vae_scale_factor(vae_config):
     """How many pixels one latent is wide: 2 per level but the first."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def count_parameters_and_flops(config, resolution, **student_overrides):
-    """Numbers for one sample without any weights (meta device), 2 FLOPs per multiply-add, attention included.
-
-    config: as from `read_teacher_config`; resolution in pixels; student_overrides: what the student's U-Net
-    configuration adds. Returns {"unet_parameters", "unet_sizes" (of the single tensors), "vae_parameters",
-    "vae_keeps_float32", "text_encoder_parameters", "unet_forward_flops", "vae_encode_flops", "text_encode_flops"}.
-    """
-    with torch.device("meta"), torch.no_grad():
-        unet = UNet2DConditionModel.from_config(config["unet"], **student_overrides).eval()
-        vae = AutoencoderKL.from_config(config["vae"]).eval()
-        encoders = [CLIPTextModel(config["text_encoder"]).eval()]
-        size = resolution // vae_scale_factor(config["vae"])
-        latents = torch.empty(1, unet.config.in_channels, size, size)
-        cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim)}
-        if "text_encoder_2" in config:
-            encoders.append(CLIPTextModelWithProjection(config["text_encoder_2"]).eval())
-            pooled = torch.empty(1, config["text_encoder_2"].projection_dim)
-            cond["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, NUM_TIME_IDS)}
-        if unet.config.time_cond_proj_dim:
-            cond["timestep_cond"] = torch.empty(1, unet.config.time_cond_proj_dim)
-        with FlopCounterMode(display=False) as unet_flops:
-            unet(latents, torch.empty(1, dtype=torch.long), **cond)
-        with FlopCounterMode(display=False) as vae_flops:
-            vae.encode(torch.empty(1, vae.config.in_channels, resolution, resolution))
-        with FlopCounterMode(display=False) as text_flops:
-            for encoder in encoders:
-                encoder(torch.empty(1, 77, dtype=torch.long))
-    kind = {"is_sdxl": "text_encoder_2" in config}
-    return {
-        "unet_parameters": sum(p.numel() for p in unet.parameters()),
-        "unet_sizes": [p.numel() for p in unet.parameters()],
-        "vae_parameters": sum(p.numel() for p in vae.parameters()),
-        "vae_keeps_float32": vae_dtype(kind | config, torch.float16) == torch.float32,
-        "text_encoder_parameters": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
-        "unet_forward_flops": unet_flops.get_total_flops(),
-        "vae_encode_flops": vae_flops.get_total_flops(),
-        "text_encode_flops": text_flops.get_total_flops(),
-    }

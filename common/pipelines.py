@@ -129,24 +129,14 @@ def exempt_vae(pipeline):
     vae.decode = decode
 
 
-def count_parameters(config, rank=None, alpha=None, names=None):
-    """How many parameters the denoisers have, and the sizes of the tensors that train: the adapters', or all.
-
-    config: as from `read_pipeline_config`, without weights. UserError for --lora_target_modules or --lora_rank that do
-    not fit.
-    """
-    total, trained, adapted = 0, [], []
+def check_lora(config, rank, names=None):
+    """UserError for --lora_target_modules or --lora_rank that do not fit; config: as from `read_pipeline_config`."""
+    adapted = []
     for cls, values in config["denoisers"].values():
         with torch.device("meta"):
             module = cls.from_config(values)
-            total += sum(p.numel() for p in module.parameters())
-            if rank:
-                adapted += [module.get_submodule(path) for path in lora_targets(module, names)]
-                attach_lora(module, rank, alpha, 0.0, names)
-        trained += [p.numel() for p in module.parameters() if p.requires_grad]
-    if adapted:
-        check_rank(rank, adapted)
-    return total, trained
+        adapted += [module.get_submodule(path) for path in lora_targets(module, names)]
+    check_rank(rank, adapted)
 
 
 def denoisers(pipeline):

@@ -1,5 +1,6 @@
 """The progressive stages of trajectory segmented consistency distillation: a pure function of the global step."""
 
+import sys
 from typing import NamedTuple
 
 from common import UserError
@@ -75,6 +76,13 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
                 f"--mse_weights and --adv_weights are 0 in {stage.name}: it would train nothing; change one"
             )
     return stages
+
+
+def heaviest_update(stages):
+    """([a stage that does not end], an update in it) that takes as much as any of `stages`: past the warm-up, with a
+    discriminator that sees x_t too, where one has a discriminator."""
+    heaviest = max(stages, key=lambda stage: stage.adv_weight)
+    return [heaviest._replace(start=0, end=sys.maxsize)], MAX_WARMUP_STEPS
 
 
 def stage_at(stages, global_step):

@@ -7,7 +7,6 @@ from common import UserError, models, tables, weights
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, UNet2DModel
-from torch.utils.flop_counter import FlopCounterMode
 
 CONV_DOWN, ATTN_DOWN, CONV_UP, ATTN_UP = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
 # About the papers' sizes: 54 M parameters for CIFAR-10 (attention at 16 px), 296 M for ImageNet-64 (at 32, 16, 8 px).
@@ -171,19 +170,3 @@ def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_d
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}: its weights cannot be loaded ({reason})") from None
-
-
-def count_parameters_and_flops(config):
-    """Of one forward pass of one image, without any weights: {"unet_parameters", "unet_sizes", "unet_forward_flops"};
-    sizes are those of the single tensors."""
-    with torch.device("meta"), torch.no_grad():
-        unet = UNet2DModel.from_config(config).eval()
-        size = config["sample_size"]
-        labels = torch.zeros(1, dtype=torch.long) if config.get("num_class_embeds") else None
-        with FlopCounterMode(display=False) as flops:
-            unet(torch.empty(1, 3, size, size), torch.empty(1), labels)
-    return {
-        "unet_parameters": sum(p.numel() for p in unet.parameters()),
-        "unet_sizes": [p.numel() for p in unet.parameters()],
-        "unet_forward_flops": flops.get_total_flops(),
-    }

@@ -150,14 +150,6 @@ class ZeroAccelerator(Accelerator):
             "steps_per_print": 1 << 60,
         }
 
-    def update_bytes(self, num_trained):
-        """Bytes that each process needs for gradients, optimizer states and ZeRO's own copy of its part of the
-        weights, 16 a trained value over all processes, and for the bucket that gradients are reduced in, or the two
-        with `overlap_comm`."""
-        zero = self.zero_config["zero_optimization"]
-        buckets = 4 * int(zero[BUCKET]) * (2 if zero.get("overlap_comm") else 1)
-        return math.ceil(16 * num_trained / self.num_processes) + buckets
-
     def prepare(self, network, optimizer):
         """The student and its optimizer of one group, as an engine and what stands for its optimizer."""
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)

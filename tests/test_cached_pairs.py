@@ -19,7 +19,7 @@ from tests.test_scripts import scalars
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 
 __all__ = ["direct_teacher", "flags", "made", "pictured", "prompts_file", "table"]
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_other_pairs_are_refused(
 
 
 def test_dry_run_loads_and_writes_nothing(tmp_path, flags, cached, capsys, monkeypatch):
-    monkeypatch.setattr(pipelines, "load_pipeline", None)
+    monkeypatch.setattr(ModelMixin, "from_pretrained", None)
     for spec in (cached, f"{cached}/{{00000..00002}}.tar"):
         run(flags(tmp_path / "out", pairs_dir=spec, dry_run=True))
         out = capsys.readouterr().out

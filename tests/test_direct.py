@@ -24,7 +24,7 @@ from tests.test_scripts import KILLED, NO_DDP_LEFT, fingerprint, scalars, train
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -627,7 +627,7 @@ def test_incomplete_and_damaged_pairs_are_refused(tmp_path, made):
 
 def test_dry_run_loads_and_writes_nothing(tmp_path, flags, capsys, monkeypatch):
     command = flags(tmp_path / "out", dry_run=True, max_train_steps=None, num_train_epochs=2)
-    monkeypatch.setattr(pipelines, "load_pipeline", None)
+    monkeypatch.setattr(ModelMixin, "from_pretrained", None)
     run(command)
     out = capsys.readouterr().out
     assert (

@@ -31,9 +31,10 @@ import pytest
 import torch
 from accelerate import tracking
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, TCDScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, ModelMixin, TCDScheduler
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import PreTrainedModel
 
 ROOT = Path(lcm.__file__).parent
 SCRIPTS = {"lcm": lcm, "lcm_lora": lcm_lora, "tscd": tscd, "tscd_lora": tscd_lora}
@@ -624,17 +625,15 @@ def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, s
 
 def test_dry_run_checks_everything_and_writes_nothing(tmp_path, flags, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load_teacher", None)
-    train(flags(tmp_path / "out", dry_run=True, max_train_steps=None, num_train_epochs=2))
+    for owner in (ModelMixin, PreTrainedModel):  # what opens weights; a simulation has its own
+        monkeypatch.setattr(owner, "from_pretrained", None)
+    flags = flags(tmp_path / "out", dry_run=True, max_train_steps=None, num_train_epochs=2)
+    result = lcm.main(lcm.parse_args(flags))
     out = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    for words in (
-        "samples per epoch   1437",
-        "updates             720",
-        "FLOPs per sample",
-        "GiB without activations",
-    ):
+    for words in ("samples per epoch   1437", "updates             720", "smallest card that holds it", "12 GB"):
         assert words in out
+    assert result.updates == 720 and result.samples == 4 and not result.waits
 
 
 def test_default_epochs_decide_the_steps(tmp_path, flags):

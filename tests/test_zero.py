@@ -129,13 +129,6 @@ def test_a_configuration_file_with_what_the_flags_decide_is_refused(asked, tmp_p
         asked(environment={"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
 
 
-def test_each_process_needs_its_part_of_16_bytes_a_weight_and_the_buckets():
-    for overlap, buckets in ((False, 1), (True, 2)):
-        settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlap}
-        accelerator = zero.ZeroAccelerator(settings, None, batch_size=1, cpu=True)
-        assert accelerator.update_bytes(77) == 16 * 77 + buckets * 4 * 1000
-
-
 def test_a_missing_deepspeed_is_refused(tmp_path, flags, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     find = importlib.util.find_spec

@@ -7,6 +7,7 @@ so that the scripts load it as they load any other. Its tokenizer is the demo's,
 import dataclasses
 import json
 import math
+import struct
 import sys
 from pathlib import Path
 
@@ -117,6 +118,53 @@ def write_unet_config(path, shape):
 def write_teacher(folder, shape, device="cpu"):
     """A pipeline with random weights, seeded, in `folder`."""
     torch.manual_seed(0)
+    pipeline = build_teacher(shape, device)
+    pipeline.to(dtype=torch.float16 if shape.half else torch.float32).save_pretrained(folder)
+    _save_tokenizers(folder, pipeline)
+
+
+def write_configurations(folder, shape):
+    """What `write_teacher` writes, without a weight: what --dry_run needs of a teacher."""
+    pipeline = build_teacher(shape, "meta")
+    save_configurations(folder, pipeline)
+    _save_tokenizers(folder, pipeline)
+
+
+def save_configurations(folder, pipeline):
+    """`pipeline.save_pretrained` of networks without memory: their files have all names and shapes, and no block of
+    the disk."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        place = Path(folder, name)
+        if not isinstance(part, torch.nn.Module):
+            if part is not None:
+                part.save_pretrained(place)
+            continue
+        of_diffusers = hasattr(part, "save_config")
+        if of_diffusers:
+            part.save_config(place)
+        else:
+            part.config.architectures = [type(part).__name__]
+            part.config.save_pretrained(place)
+        file = "diffusion_pytorch_model.safetensors" if of_diffusers else "model.safetensors"
+        write_empty_weights(place / file, part)
+
+
+def write_empty_weights(path, network):
+    """A safetensors file of a network's tensors in bfloat16, a hole on the disk where their values would be."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    tied = getattr(network, "_tied_weights_keys", None) or ()
+    for name, tensor in network.state_dict().items():
+        if name not in tied:
+            start, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def build_teacher(shape, device="cpu"):
     parts = {"scheduler": digits.build_scheduler("epsilon", sdxl=len(shape.text) > 1)}
     with torch.device(device):
         sample_size = shape.resolution // models.vae_scale_factor(shape.vae)
@@ -128,13 +176,15 @@ def write_teacher(folder, shape, device="cpu"):
             parts["text_encoder" + suffix] = text_class(text_config(tokenizer, sizes))
             parts["tokenizer" + suffix] = tokenizer
     if len(shape.text) > 1:
-        pipeline = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
-    else:
-        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = diffusers.StableDiffusionPipeline(**parts, **nothing)
-    pipeline.to(dtype=torch.float16 if shape.half else torch.float32).save_pretrained(folder)
-    for name in ("tokenizer", "tokenizer_2")[: len(shape.text)]:
-        digits.save_tokenizer_files(parts[name], Path(folder, name))
+        return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline(**parts, **nothing)
+
+
+def _save_tokenizers(folder, pipeline):
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer"):
+            digits.save_tokenizer_files(part, Path(folder, name))
 
 
 def text_config(tokenizer, sizes):
@@ -177,15 +227,30 @@ def step_flops(folder, script, resolution, *, cached=False, lora_rank=64, steps=
         forward, both = unet2d_flops(unet2d.read_unet_config(resolution, str(folder)))
         return forward + both  # the target is the student without gradients
     config = models.read_teacher_config(str(folder))
-    counts = models.count_parameters_and_flops(config, resolution)
+    images, text = frozen_flops(config, resolution)
     rank = lora_rank if script.endswith("_lora") else None
     forward, both = unet_flops(config, resolution, rank)
     if script.startswith("direct"):
-        return steps * both + counts["text_encode_flops"]
-    without = counts["unet_forward_flops"]
+        return steps * both + text
+    without = unet_flops(config, resolution)[0] if rank else forward
     target = forward  # of a LoRA it is the student, without gradients
-    images = 0 if cached else counts["vae_encode_flops"]
-    return 2 * without + target + both + images + counts["text_encode_flops"]
+    return 2 * without + target + both + (0 if cached else images) + text
+
+
+def frozen_flops(config, resolution):
+    """(VAE's encoder, text encoders) for one sample. config: as from `models.read_teacher_config`."""
+    with torch.device("meta"), torch.no_grad():
+        vae = AutoencoderKL.from_config(config["vae"])
+        encoders = [CLIPTextModel(config["text_encoder"])]
+        if "text_encoder_2" in config:
+            encoders.append(CLIPTextModelWithProjection(config["text_encoder_2"]))
+        with FlopCounterMode(display=False) as flops:
+            vae.encode(torch.empty(1, vae.config.in_channels, resolution, resolution))
+        images = flops.get_total_flops()
+        with FlopCounterMode(display=False) as flops:
+            for encoder in encoders:
+                encoder(torch.empty(1, 77, dtype=torch.long))
+    return images, flops.get_total_flops()
 
 
 def unet_flops(config, resolution, lora_rank=None):

@@ -1,11 +1,8 @@
 """Levers where it takes longer: every script compiled, kernels of the real compiler, two processes."""
 
 from tests.test_levers import (  # noqa: F401
-    ESTIMATED,
-    QUICK,
     SCRIPTS,
     check_compiled,
-    check_estimate,
     command,
     compiles_at_once,
     ct_flags,
@@ -24,11 +21,6 @@ import pytest
 @pytest.mark.parametrize("name", ["lcm", "tscd", "tscd_lora", "direct"])
 def test_nothing_is_compiled_after_the_first_updates(tmp_path, command, monkeypatch, compiles_at_once, name):  # noqa: F811
     check_compiled(tmp_path, command, monkeypatch, name)
-
-
-@pytest.mark.parametrize("case", [case for case in ESTIMATED if case not in QUICK])
-def test_the_memory_estimate_is_what_is_used(tmp_path, command, teacher, monkeypatch, case):  # noqa: F811
-    check_estimate(tmp_path, command, teacher, monkeypatch, case)
 
 
 @pytest.mark.parametrize("name", ["lcm_lora", "direct"])

@@ -1,0 +1,511 @@
+"""Two updates of a training script on tensors that have a shape and no memory: what --dry_run goes on with.
+
+`begin` is called by a script's main() where its checks are over. From there on everything that main() does, it does
+simulated: networks are built from their configurations, no weight is opened, nothing is written, and after the second
+update `Finished` is raised, which `args.user_errors` turns into the report. So what is simulated is the script as it
+stands, an edited copy too. The parts of the report are named as main()'s variables are.
+
+Stated rules instead of a run: several processes have the buckets of DistributedDataParallel, in which gradients live;
+ZeRO-2 has this process's part of gradients, states and weights, and its buckets; 8-bit AdamW's states are those of
+bitsandbytes. Without a GPU the device is the CPU, with fused AdamW and with autocast's rules of a GPU.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+import math
+import os
+import sys
+import time
+from typing import NamedTuple
+
+from common import weights
+from common.preemption import Stopper
+from common.run.meter import FLOAT32_ON_GPUS, Meter, in_float32
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from huggingface_hub import snapshot_download
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from tqdm import tqdm
+
+UPDATES = 2  # the second one has the optimizer's states from its start on
+MICRO_BATCHES = 2  # of an update, at most; more of them take the same memory
+CARDS = (12, 16, 24, 40, 48, 80, 141)  # GB
+CONTEXT = 0.75 * 2**30  # bytes that CUDA, cuBLAS and cuDNN take, stated until a GPU has measured it
+FRAGMENTATION = 0.05  # of the peak, likewise
+CONFIGURATIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a repository of the hub; its weights stay there
+LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+NEVER = sys.maxsize
+
+
+class Finished(Exception):
+    """The simulated updates are over; `result` is their `Result`, None on processes other than the main one."""
+
+    def __init__(self, result, is_reported=True):
+        super().__init__("the simulated updates are over")
+        self.result, self.is_reported = result, is_reported
+
+
+class Result(NamedTuple):
+    """What a simulated update takes, on one process. Bytes, of storages rounded up to 512."""
+
+    peak: int
+    moment: str  # in which the peak is
+    moments: dict  # {moment: its peak}, in order
+    parts: dict  # {what: bytes} at the peak
+    between: int  # what is alive between two updates
+    flops: int  # of an update
+    waits: dict  # {line of code: how often an update waited there for a value of the device}
+    curve: list  # [(live bytes, moment)] over the update
+    trained: int  # parameters
+    frozen: int
+    samples: int  # of an update, on one process
+    updates: int  # of the run
+    processes: int
+    seconds: float  # that the simulation took
+
+    @property
+    def needed(self):
+        """Bytes of a card: the peak, and what a CUDA context and fragmentation add."""
+        return needed(self.peak)
+
+    @property
+    def card(self):
+        """GB of the smallest of CARDS that holds it, or None."""
+        return next((size for size in CARDS if self.needed <= size * 2**30), None)
+
+    def lines(self):
+        """{name: text} for people."""
+        lines = {name: _size(size) for name, size in self.parts.items()}
+        lines["peak of an update, the sum"] = f"{_size(self.peak)}, in: {self.moment}"
+        lines |= {f"- in: {name}": _size(size) for name, size in self.moments.items() if " the " not in name}
+        lines["- between two updates"] = _size(self.between)
+        allowance = f"{FRAGMENTATION:.0%} for fragmentation and {_size(CONTEXT)} for CUDA, not measured here"
+        lines["needed on each process"] = f"{_size(self.needed)}, with {allowance}"
+        largest = f"none of {', '.join(map(str, CARDS))} GB"
+        lines["smallest card that holds it"] = f"{self.card} GB" if self.card else largest
+        lines["parameters"] = f"{self.trained / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen"
+        per_sample = self.flops / self.samples
+        lines["FLOPs per update"] = f"{self.flops / 1e12:.4g} T on each process, {per_sample / 1e9:.5g} G a sample"
+        for line, times in self.waits.items():
+            mark = "" if line.endswith(")") and " (in " in line else "WARNING: "
+            lines[f"{mark}{times} times an update"] = f"the update waits for the device in line {line}"
+        return lines
+
+
+def needed(peak):
+    """Bytes of a card for a peak of live tensors."""
+    return peak * (1 + FRAGMENTATION) + CONTEXT
+
+
+def _size(size):
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a script, its libraries and `args.user_errors` call
+
+_active = []  # the one `_Simulation` of this process that runs
+_wishes = {"processes": None, "like_gpu": True, "fake": True, "report": True}
+
+
+def is_on():
+    return bool(_active)
+
+
+@contextlib.contextmanager
+def wishing(**wishes):
+    """Inside, simulations have other settings: processes, the number of them; like_gpu, False for the rules of a run
+    on the CPU; fake, False to run the real update under the same counter; report, False to print none."""
+    before = dict(_wishes)
+    _wishes.update(wishes)
+    try:
+        yield
+    finally:
+        _wishes.update(before)
+
+
+def begin(args, accelerator, batch=None):
+    """From here on, the calling main() is simulated. Returns an endless iterator over `batch`.
+
+    args: its flags, which are changed so that nothing is logged, saved, sampled or evaluated. Processes other than the
+    main one end here.
+    """
+    if not accelerator.is_main_process:
+        raise Finished(None)
+    simulation = _Simulation(args, accelerator, sys._getframe(1), **_wishes)
+    _active.append(simulation)
+    simulation.enter()
+    return itertools.repeat(batch)
+
+
+@contextlib.contextmanager
+def ending():
+    """Around main(): what `begin` has changed is undone."""
+    try:
+        yield
+    finally:
+        while _active:
+            simulation = _active.pop()
+            simulation.stack.close()
+            simulation.frame = None
+
+
+def in_main_memory(tensors):
+    """Tensors that stay in main memory do not count; nothing outside of a simulation."""
+    for simulation in _active:
+        for tensor in tensors:
+            simulation.meter.forget(tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Simulation:
+    def __init__(self, args, accelerator, frame, processes, like_gpu, fake, report):
+        self.args, self.accelerator, self.frame, self.fake = args, accelerator, frame, fake
+        self.processes = processes or accelerator.num_processes
+        self.like_gpu = like_gpu and fake
+        self.meter, self.stack, self.started = Meter(accelerator.device.type), contextlib.ExitStack(), time.time()
+        self.num_updates, self.num_micro_batches = 0, 0
+        self.owners, self.counts = {}, {True: 0, False: 0}  # {serial: what it is}; parameters, by whether they train
+        self.moments_of, self.in_backward = {}, False
+        self.report, self.progress = report, None
+        self.max_train_steps, self.accumulation = args.max_train_steps, args.gradient_accumulation_steps
+
+    # ----- what is changed for as long as it lasts
+
+    def enter(self):
+        args, accelerator, replace = self.args, self.accelerator, self._replace
+        for name in ("logging_steps", "checkpointing_steps", "max_train_steps"):
+            setattr(args, name, NEVER)
+        for name in ("validation_steps", "eval_steps"):
+            setattr(args, name, 0)
+        accelerator.gradient_accumulation_steps = min(MICRO_BATCHES, self.accumulation)
+        accelerate = accelerator.accumulate
+        accelerator.accumulate = lambda *models: self._micro_batch() or accelerate(*models)
+        replace(Stopper, "check", lambda stopper: self._update_is_over())
+        replace(torch.autograd, "backward", self._timed_backward(torch.autograd.backward))
+        hooks = [
+            register_optimizer_step_pre_hook(self._enter_step),
+            register_optimizer_step_post_hook(lambda *_: self._enter_moment("after the step")),
+            torch.nn.modules.module.register_module_forward_pre_hook(self._enter_module),
+        ]
+        for hook in hooks:
+            self.stack.callback(hook.remove)
+        if self.fake:
+            self._enter_fake()
+        self.stack.enter_context(self.meter)
+        self.progress = tqdm(total=None, desc="simulating: networks", disable=not self.report, leave=False)
+        self.stack.callback(self.progress.close)
+
+    def _enter_fake(self):
+        replace, accelerator = self._replace, self.accelerator
+        _leave_the_others(accelerator)
+        replace(accelerator, "prepare", self._prepare)
+        replace(accelerator, "backward", functools.partial(Accelerator.backward, accelerator))
+        replace(torch.distributed, "all_reduce", lambda *_, **__: None)
+        replace(torch.nn.Module, "_apply", _apply)
+        replace(FakeTensor, "__deepcopy__", _deepcopy)
+        replace(diffusers.ModelMixin, "from_pretrained", classmethod(_build_diffusers))
+        replace(transformers.PreTrainedModel, "from_pretrained", classmethod(_build_transformers))
+        replace(diffusers.DiffusionPipeline, "download", classmethod(_download))
+        replace(diffusers.DiffusionPipeline, "from_pretrained", classmethod(_configurations_only))
+        replace(weights, "check_pipeline", lambda *_, **__: None)  # main() has checked what there is to check
+        for pipeline in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
+            replace(pipeline, "from_single_file", _empty(pipeline.from_single_file))
+        if self.args.use_8bit_adam:
+            import bitsandbytes
+
+            replace(bitsandbytes.optim, "AdamW8bit", AdamW8bit)
+        if self.like_gpu and accelerator.device.type == "cpu":
+            for name in FLOAT32_ON_GPUS:
+                replace(torch.nn.functional, name, in_float32(getattr(torch.nn.functional, name)))
+        self.mode = self.stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+    def _replace(self, owner, name, value):
+        own = vars(owner).get(name, self)
+        setattr(owner, name, value)
+        undo = (delattr, owner, name) if own is self else (setattr, owner, name, own)
+        self.stack.callback(*undo)
+
+    def _prepare(self, network, optimizer):
+        """accelerate's, without processes; what several take is laid out by their rules."""
+        accelerator, zero = self.accelerator, getattr(self.accelerator, "zero_config", None)
+        network = accelerator.prepare_model(network, evaluation_mode=True)
+        network.train()
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        if zero is not None:
+            self._divide(parameters, zero["zero_optimization"])
+        elif self.processes > 1:
+            self._share_buckets(parameters)
+        return network, accelerator.prepare_optimizer(optimizer)
+
+    def _share_buckets(self, parameters):
+        """DistributedDataParallel keeps all gradients in buckets, from the start to the end."""
+        device = parameters[0].device
+        self.buckets = torch.empty(sum(p.numel() for p in parameters), device=device)
+        self._own([self.buckets], "gradients")
+        start = 0
+        for parameter in parameters:
+            view = self.buckets[start : start + parameter.numel()].view(parameter.shape)
+            start += parameter.numel()
+            parameter.register_post_accumulate_grad_hook(functools.partial(_put, view))
+
+    def _divide(self, parameters, zero):
+        """DeepSpeed's ZeRO-2: a part of gradients, of two states and of the weights, and what gradients pass through;
+        none of them is kept whole."""
+        part = math.ceil(sum(p.numel() for p in parameters) / self.processes)
+        buckets = [int(zero["reduce_bucket_size"])] * (2 if zero.get("overlap_comm") else 1)
+        self.buckets = [torch.empty(size, device=parameters[0].device) for size in [part] * 4 + buckets]
+        self._own(self.buckets, "ZeRO-2's part of gradients, states and weights, and buckets")
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(functools.partial(_put, None))
+
+    def _own(self, tensors, name):
+        for tensor in tensors:
+            self.owners[self.meter.add(tensor)] = name
+
+    # ----- where the program is
+
+    def _enter_moment(self, name):
+        if self.in_backward:
+            return
+        if self.progress is not None and name != self.meter.moment:
+            self.progress.set_description(f"simulating: update {self.num_updates + 1} of {UPDATES}, {name}")
+            self.progress.update()
+        self.meter.moment = name
+
+    def _enter_module(self, module, _):
+        name = self.moments_of.get(id(module))
+        if name is not None and not self.in_backward:
+            self._enter_moment(f"forward of {name}" if torch.is_grad_enabled() else f"{name}, without gradients")
+
+    def _enter_step(self, optimizer, *_):
+        self._enter_moment("optimizer step")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.owners.setdefault(self.meter.add(parameter.grad), "gradients")
+
+    def _timed_backward(self, backward):
+        @functools.wraps(backward)
+        def timed(*args, **kwargs):
+            if self.in_backward:  # a checkpoint's own
+                return backward(*args, **kwargs)
+            self._enter_moment("backward" if self.meter.moment != "after the step" else "backward, second")
+            self.in_backward = True
+            try:
+                return backward(*args, **kwargs)
+            finally:
+                self.in_backward = False
+                self._enter_moment("after the backward")
+
+        return timed
+
+    def _micro_batch(self):
+        if self.num_micro_batches == 0:
+            self._find_parts()
+        self.num_micro_batches += 1
+        self._enter_moment("start of a micro-batch")
+        if self.num_updates == UPDATES - 1 and not self.meter.records:
+            self.meter.start()
+
+    def _update_is_over(self):
+        """Stands for `Stopper.check`, which all scripts call after an update."""
+        self.num_updates += 1
+        if self.num_updates < UPDATES:
+            self.progress.total = UPDATES * self.progress.n
+            return False
+        raise Finished(self._result(), self.report)
+
+    def _find_parts(self):
+        """Weights by the names of main()'s variables; what is not a script's own is found in its pipelines."""
+        seen, trained = set(), {id(p) for o in self._optimizers() for g in o.param_groups for p in g["params"]}
+        for name, module in _networks(self.frame.f_locals):
+            for submodule in module.modules():
+                self.moments_of.setdefault(id(submodule), name)
+                for parameter in submodule._parameters.values():
+                    if parameter is not None and id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        self.counts[id(parameter) in trained] += parameter.numel()
+                for tensor in (*submodule._parameters.values(), *submodule._buffers.values()):
+                    serial = None if tensor is None else self.meter.add(tensor)
+                    if serial is not None:
+                        kind = "trained" if id(tensor) in trained else "frozen"
+                        self.owners.setdefault(serial, f"weights of {name}, {kind}")
+
+    def _own_states(self):
+        for state in (state for optimizer in self._optimizers() for state in optimizer.state.values()):
+            self._own([x for x in state.values() if isinstance(x, torch.Tensor)], "optimizer states")
+
+    def _optimizers(self):
+        found = (getattr(value, "optimizer", value) for value in self.frame.f_locals.values())
+        return [value for value in found if isinstance(value, torch.optim.Optimizer)]
+
+    # ----- the result
+
+    def _result(self):
+        meter = self.meter
+        self._own_states()
+        curve = meter.curve()
+        sizes = [size for size, _ in curve]
+        index = max(range(len(sizes)), key=sizes.__getitem__)
+        parts, moments = {}, {}
+        for serial, size in meter.alive_at(index + 1).items():
+            name = self.owners.get(serial, "activations and the rest")
+            parts[name] = parts.get(name, 0) + size
+        for size, moment in curve:
+            moments[moment] = max(moments.get(moment, 0), size)
+        scale = self.accumulation / self.accelerator.gradient_accumulation_steps
+        return Result(
+            peak=sizes[index],
+            moment=curve[index][1],
+            moments=moments,
+            parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
+            between=sum(meter.alive_at_start.values()),
+            flops=round(meter.flops * scale),
+            waits=meter.waits,
+            curve=curve,
+            trained=self.counts[True],
+            frozen=self.counts[False],
+            samples=self.args.train_batch_size * self.accumulation,
+            updates=self.max_train_steps,
+            processes=self.processes,
+            seconds=time.time() - self.started,
+        )
+
+
+def _networks(variables):
+    """(name, module) of main()'s variables, and of the parts of pipelines among them."""
+    for name, value in variables.items():
+        value = getattr(value, "pipeline", None) or value
+        if isinstance(value, diffusers.DiffusionPipeline):
+            for part, module in value.components.items():
+                if isinstance(module, torch.nn.Module):
+                    yield f"{name}.{part}", module
+        elif isinstance(value, torch.nn.Module):
+            yield name, value
+
+
+def _put(gradient, parameter):
+    parameter.grad = gradient
+
+
+def _leave_the_others(accelerator):
+    """The main process goes on alone: no collective call waits for the others, which have ended."""
+    if accelerator.num_processes > 1:
+        for state in (PartialState._shared_state, AcceleratorState._shared_state):
+            state |= {"num_processes": 1, "distributed_type": DistributedType.NO}
+
+
+def _apply(module, function, recurse=True):
+    """`torch.nn.Module._apply`, which cannot put another tensor into a parameter without memory: parameters are
+    replaced instead, ties among them kept."""
+    made = {}
+    for each in module.modules() if recurse else [module]:
+        for name, parameter in each._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                old = parameter.detach()
+                new = function(old)
+                same = new is old
+                made[id(parameter)] = parameter if same else torch.nn.Parameter(new.detach(), parameter.requires_grad)
+            each._parameters[name] = made[id(parameter)]
+        for name, buffer in each._buffers.items():
+            each._buffers[name] = None if buffer is None else function(buffer)
+    return module
+
+
+def _deepcopy(tensor, memo):
+    """torch's own makes a storage that no operation has made, and that is not the one of its views."""
+    if id(tensor) not in memo:
+        copy = tensor.detach().clone()
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+    return memo[id(tensor)]
+
+
+# ----- what opens weights builds networks from their configurations
+
+_PIPELINE_FROM_PRETRAINED = diffusers.DiffusionPipeline.__dict__["from_pretrained"].__func__
+
+
+def _download(cls, name, revision=None, cache_dir=None, **_):
+    place = {"revision": revision, "cache_dir": cache_dir}
+    return snapshot_download(name, allow_patterns=CONFIGURATIONS, ignore_patterns=["*.index.json"], **place)
+
+
+def _configurations_only(cls, name, **options):
+    place = {key: options.pop(key, None) for key in ("revision", "cache_dir")}
+    folder = name if os.path.isdir(name) else _download(cls, name, **place)
+    return _PIPELINE_FROM_PRETRAINED(cls, folder, **options)
+
+
+def _build_diffusers(cls, name, **options):
+    known = inspect.signature(cls.__init__).parameters
+    changes = {key: value for key, value in options.items() if key in known}
+    return _built(cls, name, options, lambda **place: cls.from_config(cls.load_config(name, **place), **changes))
+
+
+def _build_transformers(cls, name, *_, config=None, **options):
+    def build(**place):
+        is_given = isinstance(config, transformers.PretrainedConfig)
+        return cls._from_config(config if is_given else cls.config_class.from_pretrained(name, **place))
+
+    return _built(cls, name, options, build)
+
+
+def _built(cls, name, options, build):
+    place = {key: options[key] for key in ("subfolder", "revision", "cache_dir") if options.get(key) is not None}
+    try:
+        network = build(**place)
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        where = os.path.basename(name) if os.path.isdir(name) else place.get("subfolder", name)
+        raise ValueError(f"the configuration of its {where} describes no {cls.__name__} ({reason})") from None
+    network = network.to(options.get("dtype") or options.get("torch_dtype") or torch.float32).eval()
+    return (network, {name: [] for name in LOADING_INFO}) if options.get("output_loading_info") else network
+
+
+def _empty(load):
+    """One file holds no configuration: it is loaded, and its networks lose their values."""
+
+    @functools.wraps(load)
+    def loaded(*args, **options):
+        with unset_fake_temporarily():
+            pipeline = load(*args, **options)
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module._apply(torch.empty_like)
+        return pipeline
+
+    return staticmethod(loaded)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """The memory of bitsandbytes' optimizer: two states of 8 bits with a float32 scale for every 256 values; float32
+    states of tensors with less than 4,096."""
+
+    def __init__(self, parameters, lr, betas, weight_decay, eps):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state, size = self.state[parameter], parameter.numel()
+            if state:
+                continue
+            dtype = torch.float32 if size < 4096 else torch.uint8
+            for number in (1, 2):
+                state[f"state{number}"] = torch.zeros_like(parameter, dtype=dtype)
+                if dtype == torch.uint8:
+                    state[f"absmax{number}"] = torch.zeros(math.ceil(size / 256), device=parameter.device)

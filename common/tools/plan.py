@@ -1,0 +1,256 @@
+"""What of a training command fits a card, how long it takes, and the command to run: before it waits in a queue.
+
+    python -m common.tools.plan --gpu_memory 24 train_lcm_distill_sd_wds.py --pretrained_teacher_model=MODEL \\
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --max_train_steps=1000 --mixed_precision=bf16
+
+Updates of the script are simulated as --dry_run does it, at two batch sizes for each choice of recomputed activations;
+memory is a straight line in the batch size between and beyond them. The largest batch that fits, and divides the
+samples of an update, is what is offered; the samples of an update stay what the command says. The choice that is
+recommended is simulated at its batch size. A picture shows memory over its update.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError
+from common import args as cli
+from common.latents import read_manifest
+from common.run import simulation
+from common.shards import expand_shards
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+GIB = 2**30
+# Dense bfloat16 by data sheets, TFLOPS, of RTX 3060, RTX 4080, RTX 4090, A100, L40S, H100, H200, by their GB.
+TFLOPS = {12: 51, 16: 97, 24: 165, 40: 312, 48: 362, 80: 989, 141: 989}
+RECOMPUTED = ("none", "selective", "full")
+TRIED = (2, 4)  # samples; small enough for any data
+OFFERED = "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "use_8bit_adam"
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#999933", "#882255")
+
+
+class Choice(NamedTuple):
+    """One row of the table: the largest batch that fits, 0 where none does. needed: GiB at that batch, or at one
+    sample; flops: of a sample."""
+
+    recomputed: str
+    use_8bit_adam: bool
+    batch: int
+    needed: float
+    flops: float
+
+
+def parse_args(argv=None):
+    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--gpu_memory", type=cli.positive_int, default=24, help="of a card, GB")
+    add("--processes", type=cli.positive_int, default=1, help="cards that train together")
+    add("--mfu", type=cli.fraction, default=0.35, help="share of the card's peak that a run reaches")
+    add("--gpu_tflops", type=cli.positive_float, help=f"its peak in bfloat16; default by --gpu_memory: {TFLOPS}")
+    add("--picture", default="plan.png", help="where the picture of memory over the update goes")
+    add("script", metavar="SCRIPT", help="a training script, also an edited copy")
+    add("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as for the script")
+    args = parser.parse_args(argv)
+    if not Path(args.script).is_file():
+        parser.error(f"{args.script}: there is no such script; put it before its flags")
+    if args.mfu == 0:
+        parser.error("--mfu=0: a run reaches some share of the peak; give one above 0")
+    if args.gpu_tflops is None:
+        args.gpu_tflops = float(TFLOPS[min(TFLOPS, key=lambda size: abs(size - args.gpu_memory))])
+    if Path(args.picture).suffix != ".png" or not Path(args.picture).absolute().parent.is_dir():
+        parser.error(f"--picture={args.picture}: name a .png file in a folder that exists")
+    return args
+
+
+@cli.tool_errors
+def main(args):
+    script = load_script(args.script)
+    flags = without(args.flags, "dry_run", "report_to")
+    typed = script.parse_args([*flags, "--report_to=none"])
+    samples = typed.train_batch_size * typed.gradient_accumulation_steps  # of an update, on one process
+    if (
+        getattr(typed, "vae_encode_batch_size", 1) is None
+        and read_manifest(expand_shards(typed.train_shards_path_or_url)) is None
+    ):
+        flags += ["--vae_encode_batch_size=1"]  # a VAE in float32 can take more than all the rest
+    choices, refused = try_choices(args, script, flags, samples)
+    print_table(args, choices, refused)
+    chosen = recommend(choices, samples)
+    if chosen is None:
+        least = min(choices, key=lambda choice: choice.needed)
+        raise UserError(
+            f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for one "
+            "sample; use a LoRA script, a lower --resolution or a larger card"
+        )
+    words = [*without(flags, *OFFERED), *offered(chosen, samples)]
+    result = simulate(script, words, args.processes)
+    updates = result.updates if typed.max_train_steps else max(1, round(result.updates / args.processes))
+    hours = updates * args.processes * result.flops / (args.mfu * args.gpu_tflops * 1e12) / 3600
+    cli.echo("The recommended choice, simulated", result.lines())
+    print(
+        f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on {args.processes} "
+        f"card(s), at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
+    )
+    draw(result, args.gpu_memory, args.picture)
+    launch = ["accelerate", "launch", f"--num_processes={args.processes}", args.script]
+    print(
+        f"{args.picture} shows memory over the update. The command:\n\n{shlex.join([*launch, *words])}\n", flush=True
+    )
+    return chosen, result
+
+
+def load_script(path):
+    """The module of a training script."""
+    sys.path.insert(0, str(Path(path).absolute().parent))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "main") or not hasattr(module, "parse_args"):
+        raise UserError(f"{path} is no training script, it has no parse_args and main; name one of train_*.py")
+    return module
+
+
+def without(words, *names):
+    """A command line without these flags and their values."""
+    kept, drops = [], False
+    for word in words:
+        if word.startswith("--"):
+            drops = word[2:].split("=")[0] in names
+        if not drops:
+            kept.append(word)
+    return kept
+
+
+def offered(choice, samples):
+    words = [f"--train_batch_size={choice.batch}", f"--gradient_accumulation_steps={samples // choice.batch}"]
+    words += [f"--gradient_checkpointing={choice.recomputed}"] if choice.recomputed != "none" else []
+    return words + (["--use_8bit_adam"] if choice.use_8bit_adam else [])
+
+
+def simulate(script, words, processes):
+    """The result of a dry run, without a word of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with simulation.wishing(processes=processes, report=False), contextlib.redirect_stdout(io.StringIO()):
+        return script.main(script.parse_args([*words, "--report_to=none", "--dry_run"]))
+
+
+def try_choices(args, script, flags, samples):
+    """([Choice], {what was refused: why})"""
+    flags = without(flags, *OFFERED)
+    accumulates = min(2, samples)  # two micro-batches take what more of them do
+    choices, refused, saved = [], {}, None
+    with tqdm(total=2 * len(RECOMPUTED) + 1, desc="simulated updates") as bar:
+
+        def run(*changes):
+            errors = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(errors):
+                    return simulate(script, [*flags, *changes], args.processes)
+            except SystemExit:
+                refused[" ".join(changes[2:])] = errors.getvalue().strip().split("\n")[-1]
+                return None
+            finally:
+                bar.update()
+
+        for which in RECOMPUTED:
+            lever = [] if which == "none" else [f"--gradient_checkpointing={which}"]
+            sizes = [
+                run(f"--train_batch_size={size}", f"--gradient_accumulation_steps={accumulates}", *lever)
+                for size in TRIED
+            ]
+            if None in sizes:
+                if which == "none":
+                    raise UserError(refused.popitem()[1].split("error: ")[-1])
+                continue
+            if saved is None:
+                words = f"--train_batch_size={TRIED[0]}", f"--gradient_accumulation_steps={accumulates}"
+                eight = run(*words, "--use_8bit_adam")
+                states = [0 if result is None else result.between for result in (sizes[0], eight)]
+                saved = {False: 0} | ({} if eight is None else {True: states[0] - states[1]})
+            for use_8bit_adam, less in saved.items():
+                choices.append(choice_of(args, which, use_8bit_adam, sizes, less, samples))
+    return choices, refused
+
+
+def choice_of(args, which, use_8bit_adam, sizes, less, samples):
+    """The row of the table: of the batch sizes that divide the samples of an update, the largest that fits."""
+    small, large = sizes
+
+    def needed(batch):
+        peaks = []
+        for moment, size in large.moments.items():
+            slope = (size - small.moments.get(moment, size)) / (TRIED[1] - TRIED[0])
+            peaks.append(size + slope * (batch - TRIED[1]))
+        return simulation.needed(max(peaks) - less) / GIB
+
+    fitting = [n for n in range(1, samples + 1) if samples % n == 0 and needed(n) <= args.gpu_memory]
+    batch = max(fitting, default=0)
+    return Choice(which, use_8bit_adam, batch, needed(batch or 1), large.flops / large.samples)
+
+
+def print_table(args, choices, refused):
+    print(f"\nOf {args.gpu_memory} GB, on {args.processes} process(es):\n")
+    print("| recomputed | 8-bit Adam | largest batch | GiB needed | GFLOPs a sample |\n|---|---|---|---|---|")
+    for choice in choices:
+        batch = choice.batch or "none, for one:"
+        adam = "yes" if choice.use_8bit_adam else "no"
+        print(f"| {choice.recomputed} | {adam} | {batch} | {choice.needed:.1f} | {choice.flops / 1e9:.5g} |")
+    for what, why in refused.items():
+        print(f"\n{what} is refused: {why.split('error: ')[-1]}")
+    print(flush=True)
+
+
+def recommend(choices, samples):
+    """The choice with the least work a sample among those with a batch of 4 or more (all samples, if they are fewer),
+    else the one with the largest batch; AdamW before its 8-bit form. None where nothing fits."""
+    enough = [choice for choice in choices if choice.batch >= min(4, samples)]
+    if enough:
+        return min(enough, key=lambda choice: (choice.flops, choice.use_8bit_adam))
+    fitting = [choice for choice in choices if choice.batch]
+    return max(fitting, key=lambda choice: (choice.batch, -choice.flops, not choice.use_8bit_adam), default=None)
+
+
+def draw(result, gpu_memory, path, width=1200, height=520):
+    """A picture of live memory over the operations of an update, coloured by what it is doing, and the card's."""
+    left, right, top, bottom = 70, 300, 30, 40
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    most = max(result.peak, gpu_memory * GIB) * 1.05
+    columns, rows = width - left - right, height - top - bottom
+    names = list(dict.fromkeys(moment for _, moment in result.curve))
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+    def y(size):
+        return top + rows - round(rows * size / most)
+
+    for column in range(columns):
+        start = column * len(result.curve) // columns
+        part = result.curve[start : max(start + 1, (column + 1) * len(result.curve) // columns)]
+        size, moment = max(part)
+        pen.line([(left + column, top + rows), (left + column, y(size))], fill=colour[moment])
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if most / GIB / step <= 12)
+    for number in range(0, int(most / GIB) + 1, step):
+        pen.text((20, y(number * GIB) - 6), f"{number} GiB", fill="black")
+        pen.line([(left - 5, y(number * GIB)), (left, y(number * GIB))], fill="black")
+    pen.line([(left, y(gpu_memory * GIB)), (left + columns, y(gpu_memory * GIB))], fill="black", width=2)
+    pen.text((left + 5, y(gpu_memory * GIB) - 14), f"a card of {gpu_memory} GB", fill="black")
+    for i, name in enumerate(names):
+        pen.rectangle([(width - right + 15, top + 20 * i), (width - right + 27, top + 12 + 20 * i)], fill=colour[name])
+        pen.text((width - right + 33, top + 20 * i), f"{name}: {result.moments[name] / GIB:.2f} GiB", fill="black")
+    pen.text((left, height - 25), "operations of one update", fill="black")
+    image.save(path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(parse_args())

@@ -1,0 +1,202 @@
+"""Updates simulated on tensors without memory, against real ones under the same counter, and at real shapes."""
+
+import gc
+import importlib.util
+import json
+from pathlib import Path
+
+import train_lcm_distill_sd_wds as lcm
+from common import args as cli
+from common.run import simulation
+from tests.benchmarks import synthetic
+from tests.test_levers import (  # noqa: F401
+    SCRIPTS,
+    command,
+    ct_flags,
+    data_set,
+    direct_flags,
+    direct_teacher,
+    flags,
+    made,
+    prompts_file,
+)
+from tests.test_scripts import train
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+GIB = 2**30
+
+
+def simulate(words, script=lcm, **wishes):
+    """The result of a dry run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with simulation.wishing(**{"report": False} | wishes):
+        return script.main(script.parse_args(words))
+
+
+# --- against real memory
+
+
+LORA = {"lora_rank": 4}
+BF16 = {"mixed_precision": "bf16"}
+CASES = {
+    "lcm, accumulation, selective": (
+        "lcm",
+        BF16 | {"gradient_accumulation_steps": 2, "gradient_checkpointing": "selective"},
+    ),
+    "lcm, 8-bit, full": ("lcm", BF16 | {"use_8bit_adam": True, "gradient_checkpointing": True}),
+    "lcm LoRA, channels_last": ("lcm_lora", BF16 | {"channels_last": True}),
+    "tscd": ("tscd", {}),
+    "tscd LoRA, frozen discriminator": ("tscd_lora", BF16 | {"freeze_discriminator_backbone": True}),
+    "ct, 8-bit": ("ct", {"use_8bit_adam": True}),
+    "direct LoRA, full": ("direct", {"kind": "dit", "lora_rank": 8, "gradient_checkpointing": True, **BF16}),
+}
+MORE = {  # in tests/soak
+    "lcm": ("lcm", {}),
+    "lcm LoRA, SDXL, 8-bit": ("lcm_lora", BF16 | {"use_8bit_adam": True, "pretrained_teacher_model": "sdxl"}),
+    "tscd, no discriminator, accumulation": ("tscd", {"adv_weights": 0, "gradient_accumulation_steps": 3}),
+    "ct, ECT": ("ct", {"objective": "ect", "pretrain_steps": 1, "discretization_s_1": None}),
+    "direct, average": ("direct", {"ema_decay": 0.9, "gradient_accumulation_steps": 1}),
+}
+
+
+def check_case(tmp_path, command, teacher, case):  # noqa: F811
+    """The same update, real and simulated by the rules of a CPU: peak, operations and what is alive in between."""
+    name, changes = (CASES | MORE)[case]
+    if "pretrained_teacher_model" in changes:
+        changes = changes | {"pretrained_teacher_model": teacher(changes["pretrained_teacher_model"])}
+    words, results = command(name, tmp_path / "out", dry_run=True, report_to="none", **changes), []
+    for fake in (False, True):
+        gc.collect()
+        results.append(simulate(words, SCRIPTS[name], fake=fake, like_gpu=False))
+    real, simulated = results
+    assert simulated.peak == pytest.approx(real.peak, rel=0.01) and simulated.moment == real.moment
+    assert simulated.between == pytest.approx(real.between, rel=0.01)
+    assert simulated.flops == real.flops and sum(simulated.parts.values()) == simulated.peak
+    assert simulated.waits == real.waits and all("(in diffusers)" in line for line in simulated.waits)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, case):  # noqa: F811
+    check_case(tmp_path, command, teacher, case)
+
+
+# --- at real shapes
+
+
+def real_shape(folder, shards, shape, **changes):
+    synthetic.write_configurations(folder / shape, synthetic.SHAPES[shape])
+    values = {
+        "pretrained_teacher_model": folder / shape, "train_shards_path_or_url": shards, "output_dir": folder / "out",
+        "resolution": synthetic.SHAPES[shape].resolution, "mixed_precision": "bf16", "max_train_steps": 1000,
+        "report_to": "none", "dry_run": True,
+    } | changes  # fmt: skip
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()]
+
+
+def test_sd15_fits_24_gb_and_its_update_waits_for_nothing(tmp_path, shards):
+    """859,520,964 parameters, and the embedding of w; 5,947 G a sample, and what is recomputed, 23 % of 2,407 G."""
+    changes = {"gradient_checkpointing": "full", "use_8bit_adam": True, "train_batch_size": 12}
+    result = simulate(real_shape(tmp_path, shards, "sd15", **changes))
+    assert result.card == 24 and 14 * GIB < result.peak < 16 * GIB and not result.waits
+    assert result.trained == 859_520_964 + 320 * 256
+    assert result.flops / 12 == pytest.approx(5947e9 + 0.23 * 2407e9, rel=0.02)
+    assert result.parts["optimizer states"] == pytest.approx(2 * result.trained, rel=0.03)
+    assert result.between == pytest.approx(result.trained * 10 + 859_520_964 * 2 + 0.39 * GIB, rel=0.01)
+
+
+# --- what several processes take
+
+
+def test_gradients_of_several_processes_live_in_buckets(tmp_path, flags):  # noqa: F811
+    one, two = (simulate(flags(tmp_path / "out", dry_run=True), processes=n) for n in (1, 2))
+    trained = 4 * one.trained
+    assert two.between - one.between == pytest.approx(trained, rel=0.01)
+    assert two.parts["gradients"] == pytest.approx(trained, rel=0.01)
+    assert two.peak - one.peak < trained  # one process has gradients at its peak too
+
+
+def test_zero_keeps_a_part_of_16_bytes_a_weight_and_the_buckets(tmp_path, flags, monkeypatch):  # noqa: F811
+    plain = simulate(flags(tmp_path / "out", dry_run=True))
+    for overlap, buckets in ((False, 1), (True, 2)):
+        settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlap}
+        monkeypatch.setattr(cli, "take_settings", lambda args, settings=settings: settings)
+        result = simulate(flags(tmp_path / "out", dry_run=True), processes=4)
+        (name,) = (name for name in result.parts if name.startswith("ZeRO-2"))
+        assert result.parts[name] == pytest.approx(16 * plain.trained / 4 + buckets * 4 * 1000, rel=0.01)
+        assert "optimizer states" not in result.parts and result.between < plain.between
+
+
+# --- what it says
+
+
+def edited(tmp_path, old, new):
+    """A copy of the LCM script with a line changed, imported."""
+    text = Path(lcm.__file__).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    (tmp_path / "edited.py").write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LOSS = "            loss = distance(model_pred, target, args.loss_type, args.huber_c)\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "ends"),
+    [
+        ("assert loss.item() > 0", False),
+        ("loss = loss if loss > 0 else 0 * loss", False),
+        ("loss = loss + model_pred[model_pred > 0].sum()", True),
+    ],
+)
+def test_an_update_that_waits_for_the_device_is_said(tmp_path, flags, capsys, line, ends):  # noqa: F811
+    script = edited(tmp_path, LOSS, f"{LOSS}            {line}\n")
+    words = flags(tmp_path / "out", dry_run=True)
+    if ends:
+        with pytest.raises(SystemExit) as stopped:
+            train(words, script)
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and "--dry_run cannot go on at " in err and line in err
+    else:
+        train(words, script)
+        out = capsys.readouterr().out
+        assert "WARNING: 1 times an update" in out and f": {line}\n" in out
+        assert "the update waits for the device in line" in out
+    assert not simulation.is_on() and not (tmp_path / "out").exists()
+    assert torch.randn(2).tolist()  # tensors have values again
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("unet", {"block_out_channels": [30, 60]}, "(Must provide the same number of `block_out_channels`"),
+        ("unet", {"block_out_channels": ["wide"] * 4}, "unet/config.json describes no UNet2DConditionModel"),
+        ("text_encoder", {"hidden_size": 33}, "a part of the teacher is missing or unreadable"),
+    ],
+)
+def test_a_wrong_configuration_ends_in_one_sentence(tmp_path, flags, teacher, capsys, part, changes, words):  # noqa: F811
+    folder = tmp_path / "teacher"
+    synthetic.write_configurations(folder, synthetic.SHAPES["tiny"])
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(flags(tmp_path / "out", dry_run=True, pretrained_teacher_model=folder, resolution=128))
+    err = capsys.readouterr().err.split("\r")[-1]
+    assert stopped.value.code == 2 and "--pretrained_teacher_model=" in err and words in err, err
+
+
+def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys):  # noqa: F811
+    result = simulate(flags(tmp_path / "out", dry_run=True), report=True)
+    assert "simulating: update 2 of 2, backward" in capsys.readouterr().err
+    assert result.card == 12 and result._replace(peak=30 * GIB).card == 40
+    assert result._replace(peak=200 * GIB).card is None
+    assert "none of 12" in result._replace(peak=200 * GIB).lines()["smallest card that holds it"]
+    assert max(size for size, _ in result.curve) == result.peak
