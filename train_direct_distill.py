@@ -25,6 +25,7 @@ from common import (
     export,
     levers,
     lora,
+    measuring,
     pairing,
     pairs,
     pipelines,
@@ -38,7 +39,6 @@ from common.nonfinite import UpdateGuard, check_weights, networks_of
 from common.preemption import Stopper, job_deadline
 from common.run import simulation
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -224,15 +224,15 @@ def main(args):
     measured = list(held_out) or list(train_indices)[:16]
     shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
     with accelerator.autocast(), validation.eval_mode(rollout):
-        if pairs_config is None and not args.dry_run:
-            pairs.check_encoding(rollout, data, measured[:1])
         probes.check_noise(data, data.latents(measured[:1]), measured[0])
-        if not (args.skip_pairs_check or args.dry_run):
-            accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
-        share = functools.partial(validation.share, accelerator)
         untrained = None
-        if not args.dry_run:
-            untrained = probes.measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
+        if not args.dry_run:  # which has no values to look at
+            if pairs_config is None:
+                pairs.check_encoding(rollout, data, measured[:1])
+            if not args.skip_pairs_check:
+                accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
+            share = functools.partial(validation.share, accelerator)
+            untrained = measuring.measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
         unused = probes.freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
@@ -241,6 +241,7 @@ def main(args):
     weights = [parameter for parameter in rollout.parameters() if parameter.requires_grad]
     ema_weights = torch.nn.ParameterList([p.detach().clone() for p in weights] if args.ema_decay else [])
     ema_weights.requires_grad_(False)
+    averaged = functools.partial(exchanged, weights if args.ema_decay else [], ema_weights)
 
     # 5. Optimizer and learning rate.
     optimizer = cli.make_optimizer(args, weights, total_batch_size)
@@ -261,7 +262,7 @@ def main(args):
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
     guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     sample = functools.partial(
-        sample_and_measure, accelerator, student, data, measured, shown, untrained, args.train_batch_size
+        measuring.sample_and_measure, accelerator, student, data, measured, shown, untrained, args.train_batch_size
     )
 
     # 7. The loop.
@@ -309,20 +310,15 @@ def main(args):
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with (
-                validation.going_on(accelerator, global_step),
-                exchanged(weights if args.ema_decay else [], ema_weights),
-            ):
+            with validation.going_on(accelerator, global_step), averaged():
                 sample(step=global_step)
 
     # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
     progress.close()
-    with exchanged(weights if args.ema_decay else [], ema_weights):
+    with averaged():
         if is_main and not stopper.stops:
-            if args.lora_rank:
-                files = pipelines.save_lora(args.output_dir, pipeline)
-            else:
-                files = pipelines.save_denoisers(args.output_dir, pipeline)
+            save = pipelines.save_lora if args.lora_rank else pipelines.save_denoisers
+            files = save(args.output_dir, pipeline)
             pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
         if not stopper.stops:
             with export.after_weights(args.output_dir, global_step, is_main):
@@ -338,40 +334,11 @@ def main(args):
     if is_main and not stopper.stops:
         cli.upload(args, accelerator)
     accelerator.wait_for_everyone()
-    rollout, optimizer = accelerator.free_memory(
-        rollout, optimizer
-    )  # DDP that outlives its process group can deadlock
+    # DDP that outlives its process group can deadlock
+    rollout, optimizer = accelerator.free_memory(rollout, optimizer)
     accelerator.end_training()
     stopper.leave(global_step)
     accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
-
-
-def sample_and_measure(accelerator, student, data, measured, shown, untrained, batch_size, step):
-    """Measure and show pairs `measured` and log both: ({tag: uint8 (N, H, W, 3)}, relative MSE).
-
-    Called by every process, which share the work. shown: the pairs of the pictures. untrained: (relative MSE, {pair:
-    latents}) of the student before training. Rows: teacher, student, untrained.
-    """
-    share = functools.partial(validation.share, accelerator)
-    with accelerator.autocast(), validation.eval_mode(student):
-        relative_mse, latents = probes.measure(student, data, measured, batch_size, kept=shown, share=share)
-        rows = {"teacher": None, "student": latents, "untrained": untrained[1]}
-
-        def picture(job):
-            row, i = job
-            return probes.pictures(student, data, [i], [row[i] if row else data.latents([i])[0]])
-
-        pictures = share([(row, i) for row in rows.values() for i in shown], picture)
-    images = {}
-    for i, name in enumerate(rows):
-        batch = pictures[i * len(shown) : (i + 1) * len(shown)]
-        if not any(picture is None for picture in batch):
-            images[f"validation/{name}"] = np.concatenate(batch)
-    validation.log_images(accelerator.trackers, images, step)
-    values = {"held_out/relative_mse": relative_mse, "held_out/relative_mse_untrained": untrained[0]}
-    accelerator.log(values, step=step)
-    accelerator.print("\n" + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
-    return images, relative_mse
 
 
 def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result):
@@ -386,6 +353,7 @@ def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_siz
     if not result["relative_mse"] < result["untrained"]:
         error = f"Warning: training has not made it better. {error} Lower --learning_rate, or train longer."
         print(error, flush=True)
+    rank = [f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha:g}: {', '.join(files)}."]
     export.write_model_card(
         args.output_dir,
         method=f"A student by direct distillation: it samples in {args.num_inference_steps} steps, without guidance.",
@@ -398,11 +366,7 @@ def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_siz
             error,
             f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
             "guidance is distilled into the weights.",
-            *(
-                [f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha:g}: {', '.join(files)}."]
-                if args.lora_rank
-                else []
-            ),
+            *(rank if args.lora_rank else []),
         ],
         tags=["direct-distillation", *(["lora"] if args.lora_rank else []), "text-to-image", "diffusers"],
     )

@@ -15,7 +15,6 @@ To change the method, copy this file and edit step 7.
 import copy
 import functools
 import itertools
-from pathlib import Path
 
 from common import UserError, checkpointing, export, models, validation
 from common import args as cli
@@ -258,8 +257,7 @@ def main(args):
     progress.close()
     if is_main and not stopper.stops:
         parts = {"unet": accelerator.unwrap_model(unet).eval(), "scheduler": sampler}
-        for name, part in (parts | {"unet_target": target_unet}).items():
-            part.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
+        export.save_parts(args.output_dir, **parts, unet_target=target_unet)
     if not stopper.stops:
         with export.after_weights(args.output_dir, global_step, is_main):
             if is_main:

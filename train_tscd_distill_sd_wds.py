@@ -303,8 +303,7 @@ def main(args):
             folder, grid = Path(args.output_dir, stage.name), None
             about = args, config, teacher_options, stage, folder, len(shards), global_step, total_batch_size
             if is_main:
-                shown["student"].save_pretrained(folder / "unet", max_shard_size="100GB")
-                sampler.save_pretrained(folder / "scheduler")
+                export.save_parts(folder, unet=shown["student"], scheduler=sampler)
                 with validation.going_on(accelerator, global_step):
                     write_card(*about)
             with validation.going_on(accelerator, global_step):
@@ -326,8 +325,7 @@ def main(args):
     stage = stage_at(stages, global_step - 1)
     if is_main and not stopper.stops:
         parts = {"unet": shown["student"].eval(), "scheduler": sampler}
-        for name, part in (parts | {"unet_target": target_unet}).items():
-            part.save_pretrained(Path(args.output_dir, name), max_shard_size="100GB")
+        export.save_parts(args.output_dir, **parts, unet_target=target_unet)
     if not stopper.stops:
         with export.after_weights(args.output_dir, global_step, is_main):
             if is_main:
@@ -351,22 +349,17 @@ def main(args):
 def write_card(args, config, teacher_options, stage, stage_folder, num_shards, global_step, total_batch_size):
     """README.md of the pipeline in --output_dir, or of one stage's U-Net in its folder there."""
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
-    guidance = "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice."
-    guidance_scale = 1.0
+    guidance, scale = "Guidance is baked in: pass `guidance_scale=1`; the pipeline's default would guide twice.", 1.0
     if args.unet_time_cond_proj_dim:
         guidance = f"`guidance_scale` is w + 1: {args.w_min + 1:g} to {args.w_max + 1:g}, an input of the network."
-        guidance_scale = (args.w_min + args.w_max) / 2 + 1.0
+        scale = (args.w_min + args.w_max) / 2 + 1.0
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
     k, load = stage.num_segments, export.pipeline_code(model)
     if stage_folder:
-        classes = ["TCDScheduler", "UNet2DConditionModel"]
-        load = f"""
-{export.teacher_code(args.pretrained_teacher_model, config["is_sdxl"], classes, **teacher_options)}
-unet, scheduler = "{stage.name}/unet", "{stage.name}/scheduler"
-pipe.unet = UNet2DConditionModel.from_pretrained({model}, subfolder=unet, dtype=torch.float16).to("cuda")
-pipe.scheduler = TCDScheduler.from_pretrained({model}, subfolder=scheduler)"""
+        teacher = args.pretrained_teacher_model, config["is_sdxl"]
+        load = export.stage_code(*teacher, model=model, stage=stage.name, **teacher_options)
     snippet = f"""{load}
-image = pipe("a prompt", num_inference_steps={k}, guidance_scale={guidance_scale:g}, eta=0.0{size}).images[0]
+image = pipe("a prompt", num_inference_steps={k}, guidance_scale={scale:g}, eta=0.0{size}).images[0]
 """
     folder = stage_folder or args.output_dir
     export.write_model_card(

@@ -62,6 +62,12 @@ def first_line(error):
     return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0][:300]}"
 
 
+def save_parts(output_dir, **parts):
+    """Write parts of a pipeline into folders of their names, the weights of each as one file."""
+    for name, part in parts.items():
+        part.save_pretrained(Path(output_dir, name), max_shard_size="100GB")
+
+
 def save_rest(pipeline, output_dir, written):
     """Write a pipeline but for its parts of the names `written`, which are in their folders already."""
     for name, part in pipeline.components.items():
@@ -126,6 +132,15 @@ def teacher_code(name, is_sdxl, classes, *, revision=None, variant=None, cache_d
         more = f", vae=vae{more}"
     call = load_code(plain, name, more, revision=revision, variant=variant)
     return "\n".join([*lines, f'pipe = {call}.to("cuda")'])
+
+
+def stage_code(name, is_sdxl, *, model, stage, **teacher_options):
+    """Python that loads the teacher with the U-Net and the scheduler of one stage of the run `model` as `pipe`."""
+    return f"""
+{teacher_code(name, is_sdxl, ["TCDScheduler", "UNet2DConditionModel"], **teacher_options)}
+unet, scheduler = "{stage}/unet", "{stage}/scheduler"
+pipe.unet = UNet2DConditionModel.from_pretrained({model}, subfolder=unet, dtype=torch.float16).to("cuda")
+pipe.scheduler = TCDScheduler.from_pretrained({model}, subfolder=scheduler)"""
 
 
 def pipeline_code(model):

@@ -10,11 +10,9 @@ from common import UserError, pixels
 from common.pipelines import (
     SCHEDULE_ARGUMENTS,
     call,
-    decode,
     denoisers,
     generators,
     public_kwargs,
-    to_pixels,
     weights_sample,
 )
 from common.tasks import arguments as call_arguments
@@ -407,36 +405,6 @@ def roll_out(rollout, data, indices, shift=0, **kwargs):
     """The student's latents (B, ...) in float32 for pairs `indices`; shift: added to their seeds, of 64 bits."""
     prompts, seeds = [data.prompts[i] for i in indices], [(data.seeds[i] + shift) % 2**64 for i in indices]
     return rollout(prompts, seeds, **data.call_kwargs(indices) | kwargs).float()
-
-
-@torch.no_grad()
-def measure(rollout, data, indices, batch_size, kept=(), share=None):
-    """(mean squared error over the variance of the teacher's latents, {index: student's latents} of pairs `kept`).
-
-    share: `validation.share` with its accelerator, where every process calls this and does a part of it.
-    """
-
-    def of_batch(batch):
-        target, student = data.latents(batch).float().cpu(), roll_out(rollout, data, batch).cpu()
-        error = (student - target).double().square().sum().item()
-        sums = error, target.double().sum().item(), target.double().square().sum().item(), target.numel()
-        return sums, {i: latents.clone() for i, latents in zip(batch, student, strict=True) if i in kept}
-
-    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    results = share(batches, of_batch) if share else list(map(of_batch, batches))
-    error, total, squares, count = (sum(values) for values in zip(*(sums for sums, _ in results), strict=True))
-    made = {i: latents for _, part in results for i, latents in part.items()}
-    return error / (squares - total**2 / count), made
-
-
-def pictures(rollout, data, indices, latents):
-    """uint8 (N, H, W, 3) of latents, one (...) for each of these pairs, which have one size; None where latents cannot
-    be decoded apart from their call (see `pipelines.decode`)."""
-    images = []
-    for index, one in zip(indices, latents, strict=True):
-        options = rollout.kwargs | data.call_kwargs([index])
-        images.append(decode(rollout.pipeline, one.unsqueeze(0), [data.prompts[index]], **options))
-    return None if None in images else to_pixels(torch.cat(images))
 
 
 def freeze_unused(rollout, data, indices):

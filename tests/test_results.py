@@ -4,7 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
-from common import UserError, checkpointing, export, models, validation
+from common import UserError, checkpointing, export, measuring, models, validation
 from common import consistency_sampling as sampling
 from tests.cases import CASES, command
 from tests.test_bad_inputs import made_for_all
@@ -64,7 +64,7 @@ def test_sampling_that_fails_loses_nothing_and_the_code_of_every_card_runs(
         for module, function in (
             (validation, "sample_images"),
             (sampling, "sample"),
-            (case.script, "sample_and_measure"),
+            (measuring, "sample_and_measure"),
         ):
             broken.setattr(module, function, fail, raising=False)
         with pytest.raises(SystemExit) as stopped:
