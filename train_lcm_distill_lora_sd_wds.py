@@ -80,8 +80,7 @@ def main(args):
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
-    teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
-    teacher_options["revision"] = args.teacher_revision or args.revision
+    teacher_options = cli.teacher_options(args)
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:

@@ -55,14 +55,12 @@ def parse_args(argv=None):
     add("--num_ddim_timesteps", type=cli.positive_int, default=50, help="points of the DDIM grid")
     add("--loss_type", choices=LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
-    add("--unet_time_cond_proj_dim", type=cli.positive_int, default=256, help="width of the embedding of w")
+    add("--unet_time_cond_proj_dim", type=cli.embedding_width, default=256, help="width of the embedding of w")
     add("--timestep_scaling_factor", type=cli.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out")
     add("--ema_decay", type=cli.beta, default=0.95, help="of the target network")
     add("--validation_guidance_scale", type=cli.positive_float, help="default: 8, or the middle of the trained range")
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
-    if args.unet_time_cond_proj_dim < 4 or args.unet_time_cond_proj_dim % 2:
-        parser.error("--unet_time_cond_proj_dim must be an even number of at least 4")
     return args
 
 
@@ -82,8 +80,7 @@ def main(args):
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
-    teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
-    teacher_options["revision"] = args.teacher_revision or args.revision
+    teacher_options = cli.teacher_options(args)
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:

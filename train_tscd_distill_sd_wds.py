@@ -63,7 +63,7 @@ def parse_args(argv=None):
     add("--noise_offset", type=cli.non_negative_float, default=0.0, help="scale of noise that is constant per channel")
     add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
-    add("--unet_time_cond_proj_dim", type=cli.positive_int, help="embed w in so many numbers; default: w is not seen")
+    add("--unet_time_cond_proj_dim", type=cli.embedding_width, help="width of an embedding of w; default: none")
     add("--ema_decay", type=cli.beta, default=0.95, help="of the target network")
     add = parser.add_argument_group("adversarial distance").add_argument
     add("--mse_weights", type=cli.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
@@ -76,9 +76,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
     cli.check_stage_arguments(parser, args)
-    dim = args.unet_time_cond_proj_dim
-    if dim is not None and (dim < 4 or dim % 2):
-        parser.error("--unet_time_cond_proj_dim must be an even number of at least 4")
     return args
 
 
@@ -90,8 +87,7 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
     frozen_dtype = teacher_dtype if args.freeze_discriminator_backbone else None
-    teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
-    teacher_options["revision"] = args.teacher_revision or args.revision
+    teacher_options = cli.teacher_options(args)
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:
@@ -361,9 +357,8 @@ def write_card(args, config, teacher_options, stage, stage_folder, num_shards, g
     snippet = f"""{load}
 image = pipe("a prompt", num_inference_steps={k}, guidance_scale={scale:g}, eta=0.0{size}).images[0]
 """
-    folder = stage_folder or args.output_dir
     export.write_model_card(
-        folder,
+        stage_folder or args.output_dir,
         method=f"It samples in {k} step(s), by trajectory segmented consistency distillation (2404.13686).",
         teacher=args.pretrained_teacher_model,
         data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",

@@ -181,6 +181,14 @@ def beta(text):
     return value
 
 
+def embedding_width(text):
+    """Half of it are sines, half cosines, and two of each are needed."""
+    value = int(text)
+    if value < 4 or value % 2:
+        raise argparse.ArgumentTypeError(f"must be an even number of at least 4, not {value}")
+    return value
+
+
 def int_list(text):
     """`1,2,4` -> [1, 2, 4], at least one, all at least 1."""
     return _list(text, positive_int)
@@ -203,6 +211,7 @@ for _type, _name in [(positive_int, "positive whole number"), (non_negative_int,
 for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
     _type.__name__ = _name
 seed.__name__, beta.__name__, real.__name__ = "whole number", "fraction", "number"
+embedding_width.__name__ = "whole number"
 int_list.__name__, weight_list.__name__ = "list of whole numbers", "list of numbers"
 
 
@@ -399,6 +408,11 @@ def resolve_stages(args, resumed):
     """The list of `stages.Stage` that the flags ask for, with the edges of the resumed run."""
     lists = args.stage_steps, args.max_train_steps, args.mse_weights, args.adv_weights
     return stages.plan_stages(args.stage_segments, *lists, args.loss_type, resumed.get("stage_edges"))
+
+
+def teacher_options(args):
+    """Which files of the teacher are loaded."""
+    return {"variant": args.variant, "cache_dir": args.cache_dir, "revision": args.teacher_revision or args.revision}
 
 
 def resolve_teacher_defaults(args, config, method_defaults=None):

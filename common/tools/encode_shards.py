@@ -95,8 +95,7 @@ def main(args):
 
     # 2. Every check that needs no weights.
     dtype = DTYPES[args.mixed_precision]
-    teacher_options = {"variant": args.variant, "cache_dir": args.cache_dir}
-    teacher_options["revision"] = args.teacher_revision or args.revision
+    teacher_options = cli.teacher_options(args)
     config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     other_vae = args.pretrained_vae_model_name_or_path
     if other_vae:
