@@ -55,10 +55,10 @@ def sample_and_measure(accelerator, student, data, measured, shown, untrained, b
             row, i = job
             return pictures(student, data, [i], [row[i] if row else data.latents([i])[0]])
 
-        pictures = share([(row, i) for row in rows.values() for i in shown], picture)
+        shared = share([(row, i) for row in rows.values() for i in shown], picture)
     images = {}
     for i, name in enumerate(rows):
-        batch = pictures[i * len(shown) : (i + 1) * len(shown)]
+        batch = shared[i * len(shown) : (i + 1) * len(shown)]
         if not any(picture is None for picture in batch):
             images[f"validation/{name}"] = np.concatenate(batch)
     validation.log_images(accelerator.trackers, images, step)

@@ -329,11 +329,11 @@ def test_an_interrupt_ends_in_one_sentence(capsys):
     assert stopped.value.code == 130 and "--resume_from_checkpoint=latest" in capsys.readouterr().err
 
 
-def test_a_tool_ends_of_a_signal_and_a_script_notes_it():
-    """A tool that noted SIGTERM and went on would be killed at a job's end before the job file can requeue it."""
+def test_a_script_notes_a_signal():
+    """A tool ends of it instead, and lets its folder go: tests/test_lock.py."""
     before = signal.getsignal(signal.SIGTERM)
-    seen = [wrap(lambda args: signal.getsignal(signal.SIGTERM))(None) for wrap in (cli.tool_errors, cli.user_errors)]
-    assert seen[0] == before and seen[1] != before
+    assert cli.user_errors(lambda args: signal.getsignal(signal.SIGTERM))(None) != before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_full_disk_ends_in_one_sentence_and_other_errors_as_they_are(capsys):
