@@ -100,8 +100,7 @@ def main(args):
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
     total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
-    sizes = world_size, total_batch_size, num_samples
-    derived = cli.derived_configuration(args, *sizes, cached=train_data.cached)
+    derived = cli.derived_configuration(args, world_size, total_batch_size, num_samples, cached=train_data.cached)
     cli.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)

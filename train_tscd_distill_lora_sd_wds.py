@@ -108,8 +108,7 @@ def main(args):
     total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
     stages = cli.resolve_stages(args, resumed)
     adversarial = any(stage.adv_weight for stage in stages)
-    sizes = world_size, total_batch_size, num_samples
-    derived = cli.derived_configuration(args, *sizes, cached=train_data.cached)
+    derived = cli.derived_configuration(args, world_size, total_batch_size, num_samples, cached=train_data.cached)
     derived |= {stage.name: stage.summary for stage in stages}
     cli.announce(args, derived, is_main)
     batches = iter(train_data)
