@@ -182,8 +182,8 @@ def try_choices(args, script, flags, samples):
     return choices, refused
 
 
-def choice_of(args, which, use_8bit_adam, sizes, less, samples):
-    """The row of the table: of the batch sizes that divide the samples of an update, the largest that fits."""
+def needed_at(sizes, less=0):
+    """GiB of a card as a function of the batch size, from results at TRIED; less: bytes that are saved at each."""
     small, large = sizes
 
     def needed(batch):
@@ -193,9 +193,15 @@ def choice_of(args, which, use_8bit_adam, sizes, less, samples):
             peaks.append(size + slope * (batch - TRIED[1]))
         return simulation.needed(max(peaks) - less) / GIB
 
+    return needed
+
+
+def choice_of(args, which, use_8bit_adam, sizes, less, samples):
+    """The row of the table: of the batch sizes that divide the samples of an update, the largest that fits."""
+    needed = needed_at(sizes, less)
     fitting = [n for n in range(1, samples + 1) if samples % n == 0 and needed(n) <= args.gpu_memory]
     batch = max(fitting, default=0)
-    return Choice(which, use_8bit_adam, batch, needed(batch or 1), large.flops / large.samples)
+    return Choice(which, use_8bit_adam, batch, needed(batch or 1), sizes[1].flops / sizes[1].samples)
 
 
 def print_table(args, choices, refused):

@@ -1,0 +1,43 @@
+"""More updates simulated against real ones, and more real shapes."""
+
+import train_lcm_distill_lora_sd_wds as lcm_lora
+from tests.test_simulation import (  # noqa: F401
+    GIB,
+    MORE,
+    check_case,
+    command,
+    ct_flags,
+    data_set,
+    direct_flags,
+    direct_teacher,
+    flags,
+    made,
+    prompts_file,
+    real_shape,
+    simulate,
+)
+
+import pytest
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, case):  # noqa: F811
+    check_case(tmp_path, command, teacher, case)
+
+
+@pytest.mark.parametrize(
+    ("which", "cpu", "gpu"), [("none", 26.6, 30.1), ("selective", 22.4, 24.2), ("full", 19.05, 19.3)]
+)
+def test_sd15_takes_what_docs_performance_says(tmp_path, shards, which, cpu, gpu):
+    """Without VAE and text encoder, GiB, by the rules of autocast on a CPU and on a GPU."""
+    words = real_shape(tmp_path, shards, "sd15", gradient_checkpointing=which, train_batch_size=12)
+    for like_gpu, expected in ((False, cpu), (True, gpu)):
+        result = simulate(words, like_gpu=like_gpu)
+        others = sum(size for name, size in result.parts.items() if "vae" in name or "text_encoder" in name)
+        assert (result.peak - others) / GIB == pytest.approx(expected, rel=0.03)
+
+
+def test_an_sdxl_lora_fits_24_gb(tmp_path, shards):
+    changes = {"gradient_checkpointing": "full", "train_batch_size": 8, "vae_encode_batch_size": 1}
+    result = simulate(real_shape(tmp_path, shards, "sdxl", **changes), lcm_lora)
+    assert result.card == 24 and not result.waits
