@@ -117,6 +117,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if getattr(kwargs.get("device"), "type", None) == "cpu":  # of one of several processes it is cpu:0
+            kwargs = kwargs | {"device": torch.device("cpu")}
         packet = func._overloadpacket
         if self.records and packet in READS:
             self._note_wait()

@@ -417,7 +417,8 @@ def _apply(module, function, recurse=True):
             if id(parameter) not in made:
                 old = parameter.detach()
                 new = function(old)
-                same = new is old
+                kinds = [(x.dtype, x.device.type, x.stride()) for x in (old, new)]
+                same = new is old or isinstance(old, FakeTensor) and kinds[0] == kinds[1]
                 made[id(parameter)] = parameter if same else torch.nn.Parameter(new.detach(), parameter.requires_grad)
             each._parameters[name] = made[id(parameter)]
         for name, buffer in each._buffers.items():

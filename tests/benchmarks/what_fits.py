@@ -1,10 +1,12 @@
 """The table "What fits where" of docs/performance.md: the largest batch on cards of 24, 48 and 80 GB.
 
-    python -m tests.benchmarks.what_fits [sd15] [sdxl]
+    python -m tests.benchmarks.what_fits [sd15] [sdxl] [sd35m] [flux] [qwen]
 
 Teachers are the public configurations of Stable Diffusion 1.5 and SDXL, without weights (`synthetic.SHAPES`). Each
 method is simulated at two batch sizes with --gradient_checkpointing=full and bf16, images are encoded one by one, and
-memory is a straight line in the batch size.
+memory is a straight line in the batch size. Direct distillation of SD3.5-medium, Flux.1-dev and Qwen-Image: LoRA of
+rank 64, four steps, 1024 px, on 8 processes; denoiser and VAE from the public configurations, text encoders as their
+number of parameters in bf16, which stay on the card, and embeddings of a prompt by their shape.
 """
 
 import contextlib
@@ -12,12 +14,22 @@ import importlib
 import io
 import sys
 import tempfile
+import unittest.mock
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import train_direct_distill as direct
+from common import models
+from common.run import simulation
 from common.tools import digits
 from common.tools.plan import TRIED, needed_at, simulate
 from tests.benchmarks import synthetic
+
+import diffusers
+import numpy as np
+import torch
 
 METHODS = {
     "LCM": ("train_lcm_distill_sd_wds", []),
@@ -52,6 +64,129 @@ def rows(folder, shape):
             print(f"| {NAMES[shape]} | {method}{adam} | {needed(1):.1f} | {fits} | {gflops:,.0f} |", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Direct distillation
+
+
+HEADS = {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
+BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+BLOCKS |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+SD3_VAE = BLOCKS | {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX_VAE = BLOCKS | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+T5, CLIP_L, CLIP_G, QWEN_VL = 4_762_310_656, 123_060_480, 694_659_840, 8_292_166_656  # parameters
+
+
+class Teacher(NamedTuple):
+    """pipeline, denoiser, vae: classes and configurations. embed: what encode_prompt returns for B prompts."""
+
+    name: str
+    pipeline: type
+    denoiser: tuple
+    vae: tuple
+    scheduler: dict
+    text: int  # parameters of all text encoders
+    latents: tuple  # shape of a sample's
+    embed: Callable
+    without: tuple  # parts of the pipeline that only encode prompts
+
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+TEACHERS = {
+    "sd35m": Teacher(
+        "SD3.5-medium", diffusers.StableDiffusion3Pipeline,
+        (diffusers.SD3Transformer2DModel, {
+            "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+            "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
+        (diffusers.AutoencoderKL, SD3_VAE), {"shift": 3.0}, T5 + CLIP_L + CLIP_G, (16, 128, 128),
+        lambda b: (zeros(b, 333, 4096), zeros(b, 333, 4096), zeros(b, 2048), zeros(b, 2048)),
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+    ),
+    "flux": Teacher(
+        "Flux.1-dev", diffusers.FluxPipeline,
+        (diffusers.FluxTransformer2DModel, HEADS | {
+            "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
+            "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}),
+        (diffusers.AutoencoderKL, FLUX_VAE), {"shift": 3.0, "use_dynamic_shifting": True}, T5 + CLIP_L, (4096, 64),
+        lambda b: (zeros(b, 512, 4096), zeros(b, 768), torch.zeros(512, 3)),
+        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    ),
+    "qwen": Teacher(
+        "Qwen-Image", diffusers.QwenImagePipeline,
+        (diffusers.QwenImageTransformer2DModel, HEADS | {
+            "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "joint_attention_dim": 3584}),
+        (diffusers.AutoencoderKLQwenImage, {}),
+        {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
+         "max_image_seq_len": 8192, "shift_terminal": 0.02}, QWEN_VL, (4096, 64),
+        lambda b: (zeros(b, 128, 3584), torch.ones((b, 128), dtype=torch.long)), ("text_encoder", "tokenizer"),
+    ),
+}  # fmt: skip
+
+
+class Pairs:
+    """Pairs of no prompt, all of one size."""
+
+    config, hashes, sizes = None, None, [(1024, 1024)]
+    prompts, seeds = ["a prompt"] * 64, list(range(64))
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def latents(self, indices):
+        return torch.from_numpy(np.ones((len(indices), *self.shape), dtype=np.float32))  # with values, when simulated
+
+    def call_kwargs(self, indices):
+        return {"height": 1024, "width": 1024}
+
+
+def load(teacher, dtype, scheduler):
+    """The pipeline as `pipelines.load_pipeline` gives it, without text encoders: their weights are added later."""
+    denoiser, vae = (cls.from_config(values) for cls, values in (teacher.denoiser, teacher.vae))
+    denoiser.to(dtype.get("transformer", dtype["default"])), vae.to(dtype["default"])
+    pipeline = teacher.pipeline(transformer=denoiser, vae=vae, scheduler=scheduler, **dict.fromkeys(teacher.without))
+
+    def encode_prompt(*args, prompt=None, **kwargs):
+        prompt = prompt if prompt is not None else args[0]
+        return teacher.embed(1 if isinstance(prompt, str) else len(prompt))
+
+    pipeline.encode_prompt = encode_prompt
+    return models.frozen(pipeline)
+
+
+def direct_rows(kind):
+    teacher, scheduler = TEACHERS[kind], diffusers.FlowMatchEulerDiscreteScheduler
+    cls, values = teacher.denoiser
+    config = {"class": teacher.pipeline, "denoisers": {"transformer": (cls, values)}, "notes": []}
+    config["scheduler"] = scheduler, dict(scheduler(**teacher.scheduler).config)
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (direct.pipelines, "read_pipeline_config", lambda *_, **__: config),
+            (direct.pipelines, "load_pipeline", lambda name, dtype, scheduler, **_: load(teacher, dtype, scheduler)),
+            (direct, "read_data", lambda args: setattr(args, "num_held_out", 1) or setattr(
+                args, "num_inference_steps", 4) or Pairs(teacher.latents)),
+            (direct.cached_pairs, "check_vae", lambda *_, **__: None),
+        ):  # fmt: skip
+            stack.enter_context(unittest.mock.patch.object(owner, name, value))
+        words = ["--pretrained_teacher_model=teacher", "--pairs_dir=pairs", "--output_dir=no_such_folder", "--seed=1"]
+        words += ["--lora_rank=64", "--mixed_precision=bf16", "--gradient_checkpointing=full", "--max_train_steps=100"]
+        words += ["--gradient_accumulation_steps=1", "--num_inference_steps=4"]
+        sizes = [simulate(direct, [*words, f"--train_batch_size={size}"], 8) for size in TRIED]
+    needed = needed_at(sizes)
+    text = 2 * teacher.text / 2**30 * (1 + simulation.FRAGMENTATION)
+    fits = " | ".join(str(largest(lambda n: needed(n) + text, card) or "none") for card in CARDS)
+    gflops = sizes[1].flops / sizes[1].samples / 1e9
+    print(f"| {teacher.name}, 1024 px | direct LoRA | {needed(1) + text:.1f} | {fits} | {gflops:,.0f} |", flush=True)
+    for line in sizes[1].lines().items():
+        print(*line, file=sys.stderr)
+
+
 def main():
     warnings.filterwarnings("ignore")
     heads = " | ".join(f"{card} GB" for card in CARDS)
@@ -59,7 +194,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             digits.write_shards(Path(folder, "shards"))
-        for shape in sys.argv[1:] or NAMES:
+        for shape in sys.argv[1:] or (*NAMES, *TEACHERS):
+            if shape in TEACHERS:
+                direct_rows(shape)
+                continue
             synthetic.write_configurations(Path(folder, shape), synthetic.SHAPES[shape])
             rows(Path(folder), shape)
 

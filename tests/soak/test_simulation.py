@@ -1,6 +1,8 @@
 """More updates simulated against real ones, and more real shapes."""
 
 import train_lcm_distill_lora_sd_wds as lcm_lora
+import train_tscd_distill_sd_wds as tscd
+from tests.test_scripts import launch
 from tests.test_simulation import (  # noqa: F401
     GIB,
     MORE,
@@ -41,3 +43,11 @@ def test_an_sdxl_lora_fits_24_gb(tmp_path, shards):
     changes = {"gradient_checkpointing": "full", "train_batch_size": 8, "vae_encode_batch_size": 1}
     result = simulate(real_shape(tmp_path, shards, "sdxl", **changes), lcm_lora)
     assert result.card == 24 and not result.waits
+
+
+def test_several_processes_simulate_one_of_them(tmp_path, flags):  # noqa: F811
+    """The main process goes on alone and waits for none; it says what the buckets of gradients add."""
+    result = launch(flags(tmp_path / "out", tscd, dry_run=True), num_processes=2, script=tscd)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("One update, simulated") == 1 and "  gradients  " in result.stdout
+    assert not (tmp_path / "out").exists()
