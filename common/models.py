@@ -319,10 +319,10 @@ def load_checked(flag, name, index, cls=DiffusionPipeline, dtype=torch.float32, 
 
 
 def load_network(flag, cls, name, **options):
-    """`cls.from_pretrained` of safetensors, by default in float32; UserError where tensors lack or are left over."""
+    """`cls.from_pretrained` of safetensors, in float32; UserError where tensors lack or show another network."""
     options = {"dtype": torch.float32} | options
     network, info = cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    weights.check_loaded(flag, cls, info)
+    weights.check_loaded(flag, network, info)
     return network
 
 

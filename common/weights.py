@@ -5,7 +5,9 @@ tie and ignore is accepted here too. Left out: quantized networks, whose tensors
 """
 
 import contextlib
+import inspect
 import json
+import os
 import re
 from pathlib import Path
 
@@ -22,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_NAMES = (".lora_", "lora_A.", "lora_B.", ".base_layer.")
+SAID = set()  # notes that were printed
 STEMS = {diffusers.ModelMixin: "diffusion_pytorch_model", transformers.PreTrainedModel: "model"}
 FUSE = (
     "save it again from the pipeline that has the LoRA, after pipe.fuse_lora() and pipe.unload_lora_weights(), or "
     "name the model without it"
 )
+BUFFERS = (".position_ids", ".num_batches_tracked", ".inv_freq")  # that old releases saved; nothing was learnt in them
 COMPARED = {}  # networks that are alike, such as the two of Wan 2.2, are compared once
 SAVE_AGAIN = "save or download this part again, with the config.json that belongs to it"
 
@@ -114,12 +118,13 @@ def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant
     _refuse(f"{flag}: its file {where}{named}", cls, missing, unexpected, mismatched)
 
 
-def check_loaded(flag, cls, info):
+def check_loaded(flag, network, info):
     """The same from what a library's `output_loading_info=True` says, where the files were not there before."""
     adapters = [key for key in info["unexpected_keys"] if any(name in f".{key}" for name in ADAPTER_NAMES)]
     if adapters:
         raise UserError(f"{flag}: it was saved with a LoRA on it ({adapters[0]}); {FUSE}")
-    _refuse(flag, cls, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), [])
+    unexpected = _unexpected(type(network), network.state_dict(), info["unexpected_keys"])
+    _refuse(flag, type(network), sorted(info["missing_keys"]), unexpected, [])
 
 
 def check_made(flag, pipeline):
@@ -241,7 +246,7 @@ def _of(config, name):
 
 
 def _compare(cls, config, shapes, sharded):
-    """Lists of the missing and the unexpected names, and of the (name, shape, right shape) that differ."""
+    """Lists of missing names, of the others as from `_unexpected`, and of (name, shape, right shape) that differ."""
     compare = _compare_transformers if issubclass(cls, transformers.PreTrainedModel) else _compare_diffusers
     key = cls, repr(config), sharded, tuple(sorted(shapes.items()))
     if key not in COMPARED:
@@ -253,9 +258,10 @@ def _compare_transformers(cls, config, shapes, sharded):
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": {"": "meta"}}
     with _quiet_transformers():
-        info = cls.from_pretrained(None, config=config, state_dict=state, **options)[1]
+        network, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
     mismatched = [(name, tuple(there), tuple(right)) for name, there, right in info["mismatched_keys"]]
-    return sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), sorted(mismatched)
+    unexpected = _unexpected(cls, network.state_dict(), info["unexpected_keys"])
+    return sorted(info["missing_keys"]), unexpected, sorted(mismatched)
 
 
 @contextlib.contextmanager
@@ -285,8 +291,9 @@ def _compare_diffusers(cls, config, shapes, sharded):
     modules = dict(network.named_modules())
     made = {name for name, _ in network.named_buffers() if not _is_learnt(modules[name.rpartition(".")[0]])}
     ignored = cls._keys_to_ignore_on_load_unexpected or ()
-    unexpected = [n for n in sorted(there.keys() - needed.keys()) if not any(re.search(p, n) for p in ignored)]
+    unexpected = [n for n in there.keys() - needed.keys() if not any(re.search(p, n) for p in ignored)]
     wrong = [(n, there[n], tuple(needed[n].shape)) for n in sorted(there.keys() & needed.keys())]
+    unexpected = _unexpected(cls, needed, unexpected)
     return sorted(needed.keys() - there.keys() - made), unexpected, [row for row in wrong if row[1] != row[2]]
 
 
@@ -295,8 +302,24 @@ def _is_learnt(module):
     return isinstance(module, torch.nn.modules.batchnorm._NormBase)
 
 
+def _unexpected(cls, needed, names):
+    """(names of tensors that a `cls` of another configuration has, names of what merely lies beside it in the file).
+
+    The first are those in modules that this network has, or that its class can have: it is deeper, say, or has another
+    kind of block. The second are another model's or were never learnt, as CLIP's vision tower beside its text encoder.
+    """
+    own, source = {name.partition(".")[0] for name in needed}, inspect.getsource(cls)
+
+    def is_own(name):
+        top = name.partition(".")[0]
+        return not name.endswith(BUFFERS) and (top in own or re.search(rf"\bself\.{re.escape(top)}\b", source))
+
+    return [n for n in sorted(names) if is_own(n)], [n for n in sorted(names) if not is_own(n)]
+
+
 def _refuse(what, cls, missing, unexpected, mismatched):
-    said = []
+    """UserError for tensors that lack or show another network; what is left over beside them is said, once."""
+    said, (unexpected, beside) = [], unexpected
     if missing:
         said.append(f"lacks {len(missing)} tensors, which would be random ({_first(missing)})")
     if mismatched:
@@ -307,6 +330,10 @@ def _refuse(what, cls, missing, unexpected, mismatched):
         said[-1] += f" ({_first(unexpected)})"
     if said:
         raise UserError(f"{what} {' and '.join(said)}; {SAVE_AGAIN}")
+    note = f"{what} has {len(beside)} tensors more, which no {cls.__name__} uses ({_first(beside)})"
+    if beside and note not in SAID and os.environ.get("RANK", "0") == "0":
+        SAID.add(note)
+        print(f"{note}: they are not loaded", flush=True)
 
 
 def _first(names):

@@ -35,6 +35,14 @@ def more(file, name, shape=(1,)):
     return lambda folder: rewrite(folder / file, lambda s: s | {name: torch.zeros(shape)})
 
 
+def what_no_network_uses(folder):
+    """What public checkpoints carry beside their networks: the rest of CLIP, a discriminator, an EMA, buffers."""
+    for name in ("text_projection.weight", "vision_model.encoder.layers.0.mlp.fc1.weight", "logit_scale"):
+        more(TEXT, name)(folder)
+    for file, name in ((VAE, "loss.logvar"), (VAE, "encoder.norm.num_batches_tracked"), (UNET, "model_ema.conv_in")):
+        more(file, name)(folder)
+
+
 def renamed(file, rename):
     def change(tensors):
         assert any(rename(name) != name for name in tensors)
@@ -117,14 +125,18 @@ LOADS = {  # what stock diffusers loads: (how it is made, variant)
     "both, the variant": (as_variant(UNET, TEXT, keep=True), "fp16"),
     "old names of the VAE's attention": (renamed(VAE, old_name), None),
     "position_ids": (more(TEXT, "text_model.embeddings.position_ids", (1, 77)), None),
+    "tensors that no network uses": (what_no_network_uses, None),
     "a text encoder with another prefix": (renamed(TEXT, with_or_without_prefix), None),
 }
 REFUSED = {  # (how it is spoiled, variant, sentence)
     "a text encoder that lacks tensors": (without(TEXT, "mlp.fc1"), None, "text_encoder/model.safetensors lacks"),
     "a U-Net that lacks tensors": (without(UNET, "to_q"), None, f"file {UNET} lacks"),
     "a VAE that lacks tensors": (without(VAE, "quant_conv"), None, f"file {VAE} lacks"),
-    "tensors too many": (more(UNET, "more.weight"), None, "has 1 tensors that no UNet2DConditionModel of this"),
-    "text tensors too many": (more(TEXT, "more.weight"), None, "has 1 tensors that no CLIPTextModel of this"),
+    "another block": (more(UNET, "mid_block.more.weight"), None, "has 1 tensors that no UNet2D"),
+    "another embedding": (more(UNET, "add_embedding.linear_1.bias"), None, "has 1 tensors that no UNet2D"),
+    "a deeper text encoder": (
+        more(TEXT, "text_model.encoder.layers.2.mlp.fc1.weight"), None, "has 1 tensors that no CLIPTextModel of this"
+    ),
     "a tensor of another shape": (
         more(UNET, "conv_in.bias", (3,)), None, r"has 1 tensors of another shape \(conv_in.bias is \(3,\), not"
     ),
@@ -167,11 +179,13 @@ def copy(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("row", LOADS)
-def test_what_diffusers_loads_is_accepted_and_loaded_alike(copy, row):
+def test_what_diffusers_loads_is_accepted_and_loaded_alike(copy, row, capsys):
     change, variant = LOADS[row]
     folder = copy(change)
     stock = DiffusionPipeline.from_pretrained(folder, variant=variant)
     models.read_teacher_config(str(folder), variant=variant)
+    said = capsys.readouterr().out.count("which no ")
+    assert said == (3 if row == "tensors that no network uses" else 0)  # one line for each file
     pipelines.read_pipeline_config(str(folder), variant=variant)
     evaluate.check_weights(str(folder), variant=variant)
     ours = models.load_teacher(str(folder), variant=variant)
@@ -197,7 +211,10 @@ def test_what_lacks_something_is_refused_in_one_sentence_before_it_is_loaded(cop
 FILE = "diffusion_pytorch_model.safetensors"
 ALONE = {  # of a network that is no part of the teacher: (how it is spoiled, sentence)
     "tensors are missing": (without(FILE, "mid_block"), f"{FILE} lacks"),
-    "tensors are too many": (more(FILE, "more.weight"), "that no .* of this configuration has"),
+    "another block": (
+        lambda f: [more(FILE, f"{part}mid_block.more.weight")(f) for part in ("", "encoder.")],
+        "that no .* of this configuration has",
+    ),
     "a variant": (as_variant(FILE), "has no plain weights, only diffusion_pytorch_model.fp16.safetensors"),
     "a LoRA": (more(FILE, "a.lora_A.weight"), "was saved with a LoRA on it"),
 }
