@@ -474,7 +474,7 @@ DIRECT = {
     ),
     "a pipeline for images": (
         lambda w: w.spoiled_teacher(
-            lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
+            lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionInstructPix2PixPipeline")
         ),
         "it starts from an image",
     ),
@@ -586,7 +586,10 @@ DIRECT = {
         lambda w: w.table("0.png,a,1,cuda", header="image,prompt,seed,rand_device"),
         "only noise of the cpu",
     ),
-    "an image that is not there": (lambda w: w.table("0.png,a,1", "2.png,b,2"), "2.png cannot be read"),
+    "an image that is not there": (
+        lambda w: w.table("0.png,a,1", "2.png,b,2"),
+        "1 of 2 rows name no file, the first is '2.png'",
+    ),
     "an image that is none": (
         lambda w: w.table("0.png,a,1", "1.png,b,2", image=b"no image"),
         "1.png cannot be read",

@@ -374,8 +374,12 @@ def test_a_teacher_with_another_kind_of_vae_is_refused(tmp_path, flags, cached, 
     teacher = Path(shutil.copytree(direct_teacher(), tmp_path / "teacher"))
     edit_json(teacher / "vae" / "config.json", **config) if config else shutil.rmtree(teacher / "vae")
     said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=cached, pretrained_teacher_model=teacher))
-    what = config["_class_name"] if config else "none of diffusers"
-    assert f"--pretrained_teacher_model={teacher} is {what}; make pairs with generate_pairs" in said
+    what = (
+        " is AutoencoderDC; make pairs with generate_pairs"
+        if config
+        else ": it is partial, its folder vae/ is missing"
+    )
+    assert f"--pretrained_teacher_model={teacher}{what}" in said
 
 
 @pytest.mark.parametrize(
@@ -387,7 +391,7 @@ def test_another_encoder_is_refused_before_the_rest_is_loaded(
     teacher = other_vae(direct_teacher(), tmp_path / "teacher")
     (teacher / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
     words = flags(tmp_path / "run", pairs_dir=cached, pretrained_teacher_model=teacher, **options)
-    monkeypatch.setattr("common.models.check_part", lambda *args: None)
+    monkeypatch.setattr("common.weights.check_pipeline", lambda *args, **options: None)
     said = sentence(capsys, run, words)
     assert (
         f"--pairs_dir={cached}: the VAE of " in said and "this run's VAE has other weights; encode the images" in said

@@ -288,7 +288,10 @@ def test_flags_that_would_do_nothing_are_refused(words, sentence, capsys):
 
 def test_a_demo_that_is_damaged_or_cannot_be_written_is_one_sentence(tmp_path, capsys):
     (tmp_path / "demo.json").write_text("[]")
-    for folder, sentence in ((tmp_path, "demo.json cannot be read; add --rebuild"), ("/proc/x", "cannot be made")):
+    for folder, sentence in (
+        (tmp_path, "demo.json cannot be read; add --rebuild"),
+        ("/proc/x", "cannot be written to"),
+    ):
         with pytest.raises(SystemExit) as stop:
             demo.main(demo.parse_args([f"--output_dir={folder}", "--teacher_only"]))
         err = capsys.readouterr().err

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from common import weights
+from common import latents, weights
 from common.preemption import Stopper
 from common.run.meter import FLOAT32_ON_GPUS, Meter, in_float32
 
@@ -218,7 +218,8 @@ class _Simulation:
         replace(transformers.PreTrainedModel, "from_pretrained", classmethod(_build_transformers))
         replace(diffusers.DiffusionPipeline, "download", classmethod(_download))
         replace(diffusers.DiffusionPipeline, "from_pretrained", classmethod(_configurations_only))
-        replace(weights, "check_pipeline", lambda *_, **__: None)  # main() has checked what there is to check
+        for module, check in ((weights, "check_pipeline"), (latents, "check_encoder")):
+            replace(module, check, lambda *_, **__: None)  # the headers were checked before, values are not there
         for pipeline in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
             replace(pipeline, "from_single_file", _empty(pipeline.from_single_file))
         if self.args.use_8bit_adam:
