@@ -17,6 +17,7 @@ import copy
 import functools
 import itertools
 from argparse import BooleanOptionalAction
+from collections import Counter
 from pathlib import Path
 
 from common import args as cli
@@ -125,7 +126,7 @@ def main(args):
         decode_image_label, num_classes=args.num_classes, label_name=args.dataset_class_label_column_name
     )
     options = {"source": source, "required": ((IMAGE_KEYS, ("cls", "json")) if args.num_classes else (IMAGE_KEYS,))}
-    augmented = functools.partial(decode, **cli.image_options(args))
+    augmented = functools.partial(decode, **cli.image_options(args), seen=Counter())
     train_data = TrainingData(shards, augmented, **cli.data_options(args, accelerator), **options)
     if checkpoint:
         train_data.load_state_dict(resumed["data"])

@@ -10,6 +10,7 @@ from common import args as cli
 from common.ema import MOST_OF_START, ema_start_share
 
 import torch
+from accelerate import PartialState
 
 REFUSED = {  # flags of the public script that it never reads
     "ddpm_num_steps": "a consistency model has no DDPM schedule, --discretization_s_1 is the number of noise levels",
@@ -153,7 +154,9 @@ def resolve_num_classes(args, shards, source):
     if not args.class_conditional:
         return
     if source is None:
-        image_data.check_shard_classes(shards, args.num_classes, args.dataset_class_label_column_name)
+        warning = image_data.check_shard_classes(shards, args.num_classes, args.dataset_class_label_column_name)
+        if warning and PartialState().is_main_process:
+            print(f"WARNING: --num_classes={args.num_classes}: {warning}.", flush=True)
         return
     first, last = min(source.classes), source.num_classes - 1
     if first and not source.has_names and args.num_classes in (None, last):
@@ -214,6 +217,7 @@ def image_options(args):
         "dataset_config_name": args.dataset_config_name,
         "image_column": args.dataset_image_column_name,
         "label_column": args.dataset_class_label_column_name if args.class_conditional else None,
+        "num_classes": args.num_classes,
         "cache_dir": args.cache_dir,
         "revision": args.revision,
     }

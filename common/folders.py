@@ -21,7 +21,9 @@ OTHER_IMAGES = frozenset(  # by name images, and never read
     "ai apng arw cr2 cr3 dds dib dng eps exr hdr heic heif icns ico j2c j2k jp2 jpc jpf jpx jxl mpo nef orf pbm pcx "
     "pfm pgm pnm ppm psd qoi raf raw rw2 sgi svg tga xbm xpm".split()
 )
-SYSTEM_NAMES = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"))
+SYSTEM_NAMES = frozenset(
+    ("__MACOSX", "@eaDir", "@tmp", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found")
+)
 METADATA = ("metadata.csv", "metadata.jsonl")
 TRAIN_WORDS = frozenset(("train", "training"))
 SPLIT_WORDS = TRAIN_WORDS | {"test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}
@@ -139,11 +141,12 @@ def _training_split(folder, files, notes):
     return split
 
 
-def class_folders(listing: Listing) -> tuple[list[str], list[int]]:
-    """(class names, the class of each of `files`): the classes are the folders that the images lie in, by name.
+def class_folders(listing: Listing, num_classes: int | None = None) -> tuple[list[str], list[int]]:
+    """(class names, the class of each of `files`): the classes are the subfolders, by name.
 
-    Folders that hold nothing but one folder are passed through. Raises DataError where there are fewer than two
-    classes, or images beside them.
+    Folders that hold nothing but one folder are passed through. Where subfolders have subfolders of several names, the
+    number of classes says which of both are meant: `animals/cat`, or `cat/part1`. Raises DataError where it does not,
+    where there are fewer than two classes, or images beside them.
     """
     parts = [file.split("/") for file in listing.files]
     depth = 1 if listing.split else 0
@@ -161,8 +164,26 @@ def class_folders(listing: Listing) -> tuple[list[str], list[int]]:
             f"it has {count(len(beside), 'image')} beside its {len(names)} subfolders of classes, the first is "
             f"{beside[0]!r}; move them into one"
         )
+    classes = [part[depth] for part in parts]
+    lowest = [part[-2] for part in parts]
+    low_names = sorted(set(lowest))
+    if len(low_names) > 1 and len(set(zip(classes, lowest, strict=True))) > len(names):
+        readings = {len(names): classes, len(low_names): lowest} if len(names) != len(low_names) else {}
+        if num_classes not in readings:
+            way_out = f"pass --num_classes={len(names)} or {len(low_names)}"
+            raise DataError(
+                f"its subfolders have subfolders, and the classes may be the {len(names)} upper ones ({_some(names)}) "
+                f"or the {len(low_names)} lowest ({_some(low_names)}); "
+                + (way_out if readings else "say it in a metadata.csv with the columns file_name and label")
+            )
+        classes = readings[num_classes]
+        names = sorted(set(classes))
     numbers = {name: number for number, name in enumerate(names)}
-    return names, [numbers[part[depth]] for part in parts]
+    return names, [numbers[name] for name in classes]
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

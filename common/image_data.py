@@ -6,17 +6,19 @@ scripts are refused by `datasets`.
 """
 
 import contextlib
+import io
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 
 from common import DataError, folders
 from common.folders import IMAGE_KEYS
-from common.images import decode_label
+from common.images import check_classes, decode_label
 from common.latents import read_manifest
-from common.shards import SampleError, expand_shards, is_remote, list_tars, open_shard, tar_samples
+from common.shards import SampleError, expand_shards, is_remote, list_tars, open_shard, read_head, tar_samples
 
-MAX_LABELS = 10_000  # of a shard, that are looked at in advance
+MAX_SHARDS, MAX_LABELS, HEAD_BYTES = 16, 20_000, 1 << 20  # that are looked at in advance
 DATA_FILES = frozenset("parquet arrow csv tsv json jsonl ndjson tar zip gz tgz zst lance h5 hdf5 py".split())
 
 
@@ -71,10 +73,11 @@ class LabelledFolder:
     """The images of a folder, a `folders.Listing`, as LabelledImages.
 
     label_column: None to leave classes out. Else they are whole numbers in a column of the folder's metadata, which is
-    called so or `label`, or the subfolders in alphabetic order. DataError names `flag`.
+    called so or `label`, or the subfolders as of `folders.class_folders`. Samples are in the order of the
+    metadata, else sorted by path. DataError names `flag`.
     """
 
-    def __init__(self, listing, flag, label_column=None):
+    def __init__(self, listing, flag, label_column=None, num_classes=None):
         self.name, self.flag, self.num_classes, self.has_names = listing.folder, flag, None, False
         self.notes, self.unusable = list(listing.notes), 0
         try:
@@ -87,7 +90,7 @@ class LabelledFolder:
             if not self._items:
                 raise DataError(f"it holds no images ({', '.join(IMAGE_KEYS)}){'; '.join(['', *self.notes])}")
             if label_column and column is None:
-                names, classes = folders.class_folders(listing)
+                names, classes = folders.class_folders(listing, num_classes)
                 self._items = list(zip(listing.files, classes, strict=True))
                 self.num_classes, self.classes, self.has_names = len(names), set(classes), True
         except DataError as error:
@@ -111,7 +114,7 @@ class LabelledFolder:
         if bare:
             count = folders.count(len(bare), "image")
             self.notes.append(f"{listing.folder}: {count} without a row in the metadata, the first is {bare[0]!r}")
-        self._items = sorted([*self._items, *((image, None) for image in bare)], key=lambda item: item[0])
+        self._items += [(image, None) for image in bare]
         self.unusable = missing + len(bare)
 
     def read(self, index):
@@ -149,7 +152,7 @@ def list_image_folder(folder):
 
 
 def load_labelled_images(
-    dataset_name, train_data_dir, dataset_config_name, image_column, label_column, cache_dir, revision
+    dataset_name, train_data_dir, dataset_config_name, image_column, label_column, num_classes, cache_dir, revision
 ):
     """The training split of a data set of the hub or a folder (`dataset_name`), or an image folder (`train_data_dir`).
 
@@ -170,7 +173,7 @@ def load_labelled_images(
     except DataError as error:
         raise DataError(f"{flag}: {error}") from None
     if listing is not None:
-        return LabelledFolder(listing, flag, label_column)
+        return LabelledFolder(listing, flag, label_column, num_classes)
 
     import datasets
 
@@ -195,15 +198,27 @@ def load_labelled_images(
 
 
 def check_shard_classes(shards, num_classes, label_name):
-    """DataError, as of `decode_label`, where the first or the last local shard shows that a class is out of range by
-    one. Remote shards are not looked at: the stream meets it. Their images are not read."""
-    for shard in dict.fromkeys((shards[0], shards[-1])):
-        if is_remote(shard):
+    """A warning, or "", on the classes of some shards. Only the heads of remote ones are read, and no images.
+
+    DataError where the classes seem to count from 1, see `images.check_classes`.
+    """
+    seen, most = Counter(), min(len(shards), MAX_SHARDS)
+    for shard in {shards[i * (len(shards) - 1) // max(1, most - 1)] for i in range(most)}:
+        if is_remote(shard) and shard not in (shards[0], shards[-1]):
             continue
-        with contextlib.suppress(SampleError), open_shard(shard, 0) as file:
-            for _, _, raw in itertools.islice(tar_samples(file, [("cls", "json")]), MAX_LABELS):
-                with contextlib.suppress(SampleError):
-                    decode_label(raw, label_name, num_classes)
+        with contextlib.suppress(SampleError):  # damage is reported where the stream comes to it
+            with io.BytesIO(read_head(shard, HEAD_BYTES)) if is_remote(shard) else open_shard(shard, 0) as file:
+                for _, _, raw in itertools.islice(tar_samples(file, [("cls", "json")]), MAX_LABELS // most):
+                    with contextlib.suppress(SampleError):
+                        decode_label(raw, label_name, num_classes, seen)
+    check_classes(seen, num_classes, least=1)
+    if num_classes > 2 and not seen[0] and set(range(1, num_classes)) <= seen.keys():
+        return (
+            f"no sample of class 0 among the {seen.total()} that were looked at, and some of each other class: "
+            "classes count from 0; if these count from 1, subtract one from each and pass "
+            f"--num_classes={num_classes - 1}"
+        )
+    return ""
 
 
 def open_images(
@@ -213,17 +228,26 @@ def open_images(
     dataset_config_name=None,
     image_column="image",
     label_column=None,
+    num_classes=None,
     cache_dir=None,
     revision=None,
 ):
     """What TrainingData is to read: its list of shards, and the source beside it, None for shards.
 
     One of `shards` (--train_shards_path_or_url), `dataset_name` and `train_data_dir` is given. label_column: None
-    where classes are not wanted. DataError as from `expand_shards` and `load_labelled_images`.
+    where classes are not wanted. num_classes: as far as the user said.
+    DataError as from `expand_shards` and `load_labelled_images`.
     """
     if not shards:
         source = load_labelled_images(
-            dataset_name, train_data_dir, dataset_config_name, image_column, label_column, cache_dir, revision
+            dataset_name=dataset_name,
+            train_data_dir=train_data_dir,
+            dataset_config_name=dataset_config_name,
+            image_column=image_column,
+            label_column=label_column,
+            num_classes=num_classes,
+            cache_dir=cache_dir,
+            revision=revision,
         )
         return [source.name], source
     folder = Path(str(shards))

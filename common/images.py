@@ -9,6 +9,7 @@ import json
 import math
 import random
 import warnings
+from collections import Counter
 
 from common import DataError, tables
 from common.folders import IMAGE_KEYS, TEXT_KEYS
@@ -83,37 +84,52 @@ def decode_image_label(
     random_flip: bool = False,
     min_image_size: int = 0,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    seen: Counter | None = None,
 ) -> dict:
     """Decode one image as `decode_image_text` does, and with `num_classes` its class instead of a caption.
 
     The class is a whole number in the member `cls`, or under `label_name` in the member `json`. Returns `images` uint8
     (3, R, R) and, with `num_classes`, `class_labels` int64 (), from 0 to num_classes - 1. Draws from `rng` in a fixed
     order: flip, top, left. Raises SampleError: "decode" (also for a class that is missing or out of range),
-    "too_small", "too_big"; DataError as `decode_label` does.
+    "too_small", "too_big"; DataError as `check_classes` does, where `seen` counts the classes of this process.
     """
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
-    label = {} if num_classes is None else {"class_labels": torch.tensor(decode_label(raw, label_name, num_classes))}
+    label = (
+        {} if num_classes is None else {"class_labels": torch.tensor(decode_label(raw, label_name, num_classes, seen))}
+    )
     limits = (min_image_size, max_image_pixels)
     image, _, _ = _decode_square(raw, resolution, interpolation_type, center_crop, flip, top, left, *limits)
     return {"images": image} | label
 
 
-def decode_label(raw: dict[str, bytes], label_name: str, num_classes: int) -> int:
-    """The class of a raw sample, as in `decode_image_label`. Raises SampleError "decode", and DataError for the class
-    `num_classes`, one more than the last: the classes count from 1, or there are more, and one would never be trained.
+def decode_label(raw: dict[str, bytes], label_name: str, num_classes: int, seen: Counter | None = None) -> int:
+    """The class of a raw sample, as in `decode_image_label`. Raises SampleError "decode".
+
+    seen: counts it, and is checked: DataError.
     """
     try:
         label = int(raw["cls"].decode("utf-8-sig")) if "cls" in raw else json.loads(raw["json"])[label_name]
     except (ValueError, KeyError, TypeError) as error:
         raise SampleError("decode", f"no class, neither in cls nor as {label_name} in json: {error}") from error
-    if type(label) is int and label == num_classes:
-        raise DataError(
-            f"--num_classes={num_classes}: a sample has the class {label}, and classes count from 0 to {label - 1}; "
-            f"if these run from 1 to {label}, subtract one from each, else pass --num_classes={label + 1} or more"
-        )
+    if seen is not None and type(label) is int:
+        seen[label] += 1
+        if label == num_classes:
+            check_classes(seen, num_classes, least=5)
     if type(label) is not int or not 0 <= label < num_classes:
         raise SampleError("decode", f"the class is {label!r}, not a whole number below --num_classes={num_classes}")
     return label
+
+
+def check_classes(seen: Counter, num_classes: int, least: int) -> None:
+    """DataError where `seen`, {class: samples}, shows that the class `num_classes`, one too many, is no stray: it has
+    `least` samples, or 5 where there are some of class 0, and at least a tenth of what a class has on average."""
+    beyond = seen[num_classes]
+    if beyond >= (5 if seen[0] else least) and 10 * beyond * len(seen) >= seen.total():
+        raise DataError(
+            f"--num_classes={num_classes}: samples have the class {num_classes}, and classes count from 0 to "
+            f"{num_classes - 1}; if these run from 1 to {num_classes}, subtract one from each, else pass "
+            f"--num_classes={num_classes + 1} or more"
+        )
 
 
 def _decode_square(

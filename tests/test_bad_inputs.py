@@ -412,7 +412,7 @@ CONSISTENCY = {
     ),
     "classes of a tar from 1": (
         lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"1"), ("b.json", b'{"label": 10}')]),
-        "--num_classes=10: a sample has the class 10, and classes count from 0 to 9; if these run from 1 to 10",
+        "--num_classes=10: samples have the class 10, and classes count from 0 to 9; if these run from 1 to 10",
     ),
     "classes that are words": (
         lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"cat")]),
@@ -789,7 +789,7 @@ def test_bad_samples_of_consistency_training_are_skipped_and_counted(tmp_path, m
         name = name.replace(" ", "_")
         members = {"png": image, "cls": label, "json": record}
         contents += [(f"{name}.{extension}", data) for extension, data in members.items() if data is not None]
-        contents += [(f"good{i}.png", encode(random_image(i, 20, 20))), (f"good{i}.cls", b"3\n")]
+        contents += [(f"good{i}.png", encode(random_image(i, 20, 20))), (f"good{i}.cls", b"%d\n" % (i % 10))]
     world, out = World(tmp_path, made_for_all, monkeypatch, "ct"), tmp_path / "out"
     options = world.tar(contents) | {"max_train_steps": 5, "checkpointing_steps": 5, "discretization_s_1": 10}
     options |= {"min_image_size": 6, "max_skip_ratio": 1}

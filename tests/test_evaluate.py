@@ -374,7 +374,7 @@ def test_a_damaged_reference_is_named(root, tmp_path, capsys, name):
     ("more", "sentence"),
     [
         (["--scheduler", "tcd", "--eta", "2"], "at 1 steps: gamma must be less than or equal to 1.0"),
-        (["--output_dir", "/proc/x"], "--output_dir /proc/x cannot be made"),
+        (["--output_dir", "/proc/x"], "--output_dir=/proc/x cannot be written to"),
     ],
 )
 def test_what_the_run_meets_ends_in_one_sentence(root, tmp_path, capsys, more, sentence):

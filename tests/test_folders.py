@@ -6,12 +6,14 @@ import io
 import json
 import os
 import random
+import re
 import tarfile
+from collections import Counter
 
 from common import DataError, pairs
 from common.data import TrainingData
 from common.folders import class_folders, list_images, read_sample, read_samples
-from common.image_data import load_labelled_images, open_images
+from common.image_data import check_shard_classes, load_labelled_images, open_images
 from common.images import FORMATS, decode_image_label, decode_image_text, image_size, read_image
 from common.shards import SampleError, expand_shards
 from common.tools.evaluate import iterate_images, reference_files, to_tensor
@@ -60,7 +62,7 @@ def test_every_reader_lists_the_same(tmp_path, names, links, expected, said):
     assert listing.files == expected
     assert len(listing.notes) == len(said) and all(a in b for a, b in zip(said, listing.notes, strict=True))
     assert [os.path.relpath(file, folder) for file in reference_files(folder)[1]] == expected
-    (source, of_name) = (load_labelled_images(*where, None, "image", None, None, None) for where in
+    (source, of_name) = (load_labelled_images(*where, None, "image", None, None, None, None) for where in
                          ((None, folder), (folder, None)))  # fmt: skip
     assert source.keys == of_name.keys == expected and source.notes == listing.notes
     if "metadata.csv" not in names:
@@ -174,6 +176,15 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
         (["train/a/1.png", "train/b/1.png", "test/c/1.png"], ["a", "b"]),
         (["images/a/1.png", "images/b/x/1.png"], ["a", "b"]),
         (["a/x/1.png", "b/y/1.png", ".git/z/1.png", "empty/notes.md"], ["a", "b"]),
+        (["n01/images/1.png", "n02/images/1.png"], ["n01", "n02"]),
+        (
+            ["a/cat/1.png", "a/dog/1.png", "b/car/1.png"],
+            "the 2 upper ones (a, b) or the 3 lowest (car, cat, dog); pass",
+        ),
+        (
+            ["a/x/1.png", "a/y/1.png", "b/x/1.png"],
+            "the 2 upper ones (a, b) or the 2 lowest (x, y); say it in",
+        ),
         (["1.png", "2.png"], "its images lie in 0 subfolders"),
         (["a/1.png", "a/2.png"], "its images lie in 1 subfolder;"),
         (["a/1.png", "b/2.png", "3.png"], "it has 1 image beside its 2 subfolders of classes, the first is '3.png'"),
@@ -182,7 +193,7 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
 def test_classes_are_the_subfolders(tmp_path, names, classes):
     listing = list_images(fill(tmp_path, *names))
     if isinstance(classes, str):
-        with pytest.raises(DataError, match=classes):
+        with pytest.raises(DataError, match=re.escape(classes)):
             class_folders(listing)
         return
     found, numbers = class_folders(listing)
@@ -193,6 +204,53 @@ def test_classes_are_the_subfolders(tmp_path, names, classes):
     assert all(classes[number] in key.split("/") for key, number in zip(source.keys, numbers, strict=True))
 
 
+def test_the_number_of_classes_says_which_subfolders_they_are(tmp_path):
+    fill(tmp_path, "a/cat/1.png", "a/dog/1.png", "b/1.png", "b/car/1.png")
+    for num_classes, labels in ((2, "0011"), (4, "2301")):
+        _, source = open_images(None, train_data_dir=tmp_path, label_column="label", num_classes=num_classes)
+        assert "".join(source.read(i)["cls"].decode() for i in range(4)) == labels
+        assert source.num_classes == num_classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_classes", "said"),
+    [
+        ([1, 2, 3, 4] * 3, 4, "samples have the class 4, and classes count from 0 to 3; if these run from 1 to 4"),
+        ([1, 1, 1, 4], 4, "samples have the class 4"),  # sorted by class, cut off
+        ([0, 1, 2, 3, 4] * 5, 4, "pass --num_classes=5 or more"),
+        ([1, 2, 3] * 3, 4, "no sample of class 0 among the 9 that were looked at"),
+        ([0, 1, 2, 3] * 5 + [4], 4, ""),  # a stray
+        ([3] * 30 + [4], 5, ""),
+        ([3] * 30 + [5], 5, ""),  # sorted by class, and a stray
+        ([-1, 0, 1, 2], 4, ""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["{}", "file://{}", "pipe:cat {}"])
+def test_classes_that_count_from_1_are_found(tmp_path, classes, num_classes, said, kind):
+    members = [
+        (f"{i:03d}.{key}", data) for i, c in enumerate(classes) for key, data in (("png", PNG), ("cls", b"%d" % c))
+    ]
+    shard = kind.format(write_tar(tmp_path / "0.tar", members))
+    if "class 4" in said or "more" in said:
+        with pytest.raises(DataError, match=said):
+            check_shard_classes([shard], num_classes, "label")
+    else:
+        found = check_shard_classes([shard], num_classes, "label")
+        assert said in found and bool(said) == bool(found)
+
+
+def test_classes_that_count_from_1_end_the_stream_where_the_start_of_the_data_did_not_show_it():
+    raw, seen = lambda label: {"png": PNG, "cls": b"%d" % label}, Counter()
+    decode = functools.partial(decode_image_label, rng=random.Random(0), resolution=8, num_classes=4, seen=seen)
+    for label in [1, 2, 3, 3, 2, 1] * 2:
+        decode(raw(label))
+    for _ in range(4):
+        with pytest.raises(SampleError, match="the class is 4"):
+            decode(raw(4))
+    with pytest.raises(DataError, match="--num_classes=4: samples have the class 4"):
+        decode(raw(4))
+
+
 def test_classes_of_metadata(tmp_path):
     fill(tmp_path, "a/0.png", "a/1.png", "b/2.png")
     (tmp_path / "metadata.jsonl").write_text(
@@ -200,7 +258,7 @@ def test_classes_of_metadata(tmp_path):
     )
     _, source = open_images(None, train_data_dir=tmp_path, label_column="fine")
     assert source.num_classes == 5 and source.classes == {0, 4} and source.unusable == 1
-    assert [source.read(i).get("cls") for i in range(3)] == [None, b"4", b"0"]
+    assert [source.read(i).get("cls") for i in range(3)] == [b"4", b"0", None]  # as in the table, which others kept
     assert "1 image without a row in the metadata, the first is 'a/0.png'" in source.notes[0]
 
 
