@@ -115,8 +115,9 @@ def user_errors(main, is_tool=False):
             again = "resume with --resume_from_checkpoint=latest" if resumes else "start the same command again"
             exit_with(os.path.basename(sys.argv[0]), f"{error}; make room and {again}", on_one_rank=True)
         except KeyboardInterrupt:
-            go_on = "--resume_from_checkpoint=latest goes on from the last checkpoint"
-            print("\ninterrupted" + ("" if is_tool else f"; {go_on}"), file=sys.stderr)
+            saves = not is_tool and not getattr(args, "dry_run", False)
+            go_on = "; --resume_from_checkpoint=latest goes on from the last checkpoint" if saves else ""
+            print(f"\ninterrupted{go_on}", file=sys.stderr)
             raise SystemExit(130) from None
 
     return wrapped

@@ -42,7 +42,8 @@ def after_weights(output_dir, global_step, is_main=True):
         yield
     except Exception as error:
         with contextlib.suppress(OSError):
-            (output_dir / FAILURE).write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            with open(output_dir / FAILURE, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(traceback.format_exc())  # after another process's, which may be what this one ended of
         found = [path for path in output_dir.iterdir() if path.is_dir() and path.name.startswith(DENOISERS)]
         names = ", ".join(sorted(path.name for path in [*found, *output_dir.glob("*.safetensors")]))
         failure = UserError(

@@ -37,9 +37,10 @@ class Lock:
     def _beat(self):
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # a server that is away for a moment, a file that somebody deleted
-                if self.path.read_text() == json.dumps(self.owner):
+                found = _read(self.path) or {}
+                if found == self.owner:
                     os.utime(self.path)
-                elif not self._ended.is_set() and _read(self.path):
+                elif "token" in found and not self._ended.is_set():  # whole, and another's
                     print(f"{self.path}: another run has taken the folder, this one ends", file=sys.stderr, flush=True)
                     os._exit(2)
 
@@ -126,13 +127,14 @@ def is_seen(folder, owner):
 def wait_for(folder, has_come):
     """Whether has_come() turns true within SIGHT seconds, of a file that another process wrote into `folder`."""
     end = time.monotonic() + SIGHT
-    while not has_come():
+    while True:
+        with contextlib.suppress(OSError):  # a folder that is not there, or that this process may not read
+            if has_come():
+                return True
+            os.listdir(folder)  # has NFS look again
         if time.monotonic() > end:
             return False
         time.sleep(0.2)
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # has NFS look again
-    return True
 
 
 def _part(name):
@@ -162,12 +164,13 @@ def _me():
 
 
 def _machine():
-    """Where a process number means one process: this boot of this machine, and the container's numbering."""
+    """Where a process number means one process: this boot of this machine, and the container's numbering. None where
+    the system does not say: a host's name alone may be another host's too."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return socket.gethostname()
+        return None
 
 
 def _process_start(pid):
@@ -209,7 +212,7 @@ def _create(path, text):
 
 def _is_dead(owner):
     """True or False where that is known at once, else None."""
-    if owner.get("machine") == _machine():
+    if owner["machine"] is not None and owner["machine"] == _machine():
         try:
             os.kill(owner["pid"], 0)
         except ProcessLookupError:
@@ -268,8 +271,11 @@ def _delete_dead(path, owner, flag, report):
     guard = path.with_name(f".{path.name}.taken")
     if not _create(guard, ""):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - guard.stat().st_mtime < 60:
-                raise UserError(f"{flag}={path.parent}: another run starts in it at this moment; name another folder")
+            if abs(time.time() - guard.stat().st_mtime) < 60:  # a server's clock may be ahead
+                raise UserError(
+                    f"{flag}={path.parent}: another run starts in it at this moment; name another folder, or start "
+                    "again in a minute"
+                )
             guard.unlink()  # of a start that died in between
         return
     try:
@@ -290,5 +296,5 @@ def _name(owner):
 def _in_use(path, owner, flag):
     return (
         f"{flag}={path.parent} is in use by {_name(owner)}; wait for it, stop it, or name another folder (if it is "
-        f"known to be dead, delete {path})"
+        f"known to be dead, or this is a copy of its folder, delete {path})"
     )

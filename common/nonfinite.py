@@ -137,7 +137,7 @@ class UpdateGuard:
             return self.num_skipped
         pending, self.pending = self.pending, []
         finite = torch.stack([flag for _, flag in pending]).float()
-        finite = self.accelerator.reduce(finite, "mean").tolist()
+        finite, looked = self.accelerator.reduce(finite, "mean").tolist(), False
         for (keys, _), value in zip(pending, finite, strict=True):
             self.global_step += 1
             if value == 1.0:
@@ -145,8 +145,9 @@ class UpdateGuard:
                 continue
             self.num_skipped += 1
             self.in_a_row += 1
-            if self.in_a_row == 1:
+            if self.in_a_row == 1 and not looked:
                 self._check_weights()
+                looked = True
             self._report(gather_object(list(keys)))
         return self.num_skipped
 

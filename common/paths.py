@@ -8,11 +8,10 @@ def path(text):
     """argparse type of every flag that names a file, a folder, a hub name, a pattern or an address.
 
     `~` and `~user` become the home folder where a path can begin: at the start, after the @ of a file of prompts, and
-    at the start of a part of a brace pattern. The shell of a `pipe:` command expands its own.
+    at the start of a part of a brace pattern that begins the text. The shell of a `pipe:` command expands its own.
     """
-    if text.startswith("pipe:"):
-        return text
-    return re.sub(r"(^@?|[{,])(~[^/,{}]*)", lambda found: found[1] + os.path.expanduser(found[2]), text)
+    beginnings = r"(^|[{,])" if text.startswith("{") else r"(^@?)"
+    return re.sub(beginnings + r"(~[^/,{}]*)", lambda found: found[1] + os.path.expanduser(found[2]), text)
 
 
 def labelled_path(text):

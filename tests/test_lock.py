@@ -56,6 +56,7 @@ IN_SLURM = ELSEWHERE | {"slurm_job": "c/12", "slurm_restarts": 1}
         (ELSEWHERE, {}, True, False, True),
         (ELSEWHERE, {}, False, True, True),
         (ELSEWHERE | {"host": lock._me()["host"]}, {}, True, False, True),  # a container, or a host that boots anew
+        ({"machine": None, "pid": 2**22 + 1}, {}, True, False, True),  # of a system that does not say which it is
         (IN_SLURM, {"SLURM_JOB_ID": "12", "SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "2"}, True, True, False),
         (IN_SLURM, {"SLURM_JOB_ID": "12", "SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "1"}, True, False, True),
         (IN_SLURM, {"SLURM_JOB_ID": "13", "SLURM_CLUSTER_NAME": "c", "SLURM_RESTART_COUNT": "2"}, True, False, True),
@@ -104,6 +105,20 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
     os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
     take(tmp_path / "out")  # though nobody has asked for its exit code yet
     end_of(process)
+
+
+@pytest.mark.parametrize("age, taken", [(0, False), (3600, True), (-3600, True)])  # a server's clock may be ahead
+def test_a_start_that_died_while_it_took_a_folder_blocks_it_for_a_minute(tmp_path, age, taken):
+    left_by(tmp_path, process_start="1")
+    guard = tmp_path / ".RUNNING.taken"
+    guard.touch()
+    os.utime(guard, (time.time() - age,) * 2)
+    if taken:
+        take(tmp_path)
+    else:
+        with pytest.raises(UserError, match="another run starts in it at this moment; .* start again in a minute"):
+            take(tmp_path)
+    assert guard.exists() != taken
 
 
 def test_of_many_starts_at_once_one_gets_a_dead_owners_folder(tmp_path):
@@ -201,6 +216,9 @@ def test_the_owner_shows_that_it_lives_and_ends_where_its_folder_was_taken(tmp_p
         os.utime(path, (1, 1))
         time.sleep(0.3)
         assert path.stat().st_mtime > time.time() - 60
+        for unreadable in (b"", b"\0" * 400, b"\xff", path.read_bytes()[:100]):  # a server's moment of weakness
+            path.write_bytes(unreadable)
+            time.sleep(0.15)
         left_by(tmp_path / "out")
         time.sleep(60)
 
@@ -221,17 +239,18 @@ def test_a_run_that_is_moved_aside_takes_no_lock_with_it(tmp_path):
 
 def test_a_node_with_a_folder_of_its_own_is_found_at_the_start(tmp_path, monkeypatch):
     def of_two_nodes(values):  # the second is asked for its own folder of that name
-        return [*values, lock.is_seen(tmp_path / "other", json.loads((tmp_path / "out" / "RUNNING").read_text()))]
+        return [*values, lock.is_seen(other, json.loads((tmp_path / "out" / "RUNNING").read_text()))]
 
     monkeypatch.setattr(checkpointing, "gather_object", of_two_nodes)
     words = "is not one folder for all processes: what process 0 on [^ ]+ wrote there is not seen by process 1; name"
-    for make in (lambda: None, (tmp_path / "other").mkdir, lambda: left_by(tmp_path / "other")):
+    other = tmp_path / "other"
+    for make in (lambda: None, other.touch, lambda: (other.unlink(), other.mkdir()), lambda: left_by(other)):
         make()
         with lock.releasing(), pytest.raises(UserError, match=words):
             checkpointing.open_output_dir(Accelerator(cpu=True), tmp_path / "out", None)
-    (tmp_path / "other" / "RUNNING").unlink()
-    (tmp_path / "other").rmdir()
-    (tmp_path / "other").symlink_to(tmp_path / "out")
+    (other / "RUNNING").unlink()
+    other.rmdir()
+    other.symlink_to(tmp_path / "out")
     checkpointing.open_output_dir(Accelerator(cpu=True), tmp_path / "out", None)
 
 

@@ -65,6 +65,8 @@ def test_every_flag_that_can_name_a_path_knows_the_home_folder(monkeypatch, name
         (paths.path, "~/{0..3}.tar", "/home/me/{0..3}.tar"),
         (paths.path, "{~/a,~/b}/{0..3}.tar", "{/home/me/a,/home/me/b}/{0..3}.tar"),
         (paths.path, "~root/x", "/root/x"),
+        (paths.path, "https://host/{~root,~/b}/0.tar", "https://host/{~root,~/b}/0.tar"),
+        (paths.path, "runs/a,~root/0.tar", "runs/a,~root/0.tar"),
         (paths.path, "~nobody-has-this-name/x", "~nobody-has-this-name/x"),
         (paths.path, "a~/b", "a~/b"),
         (paths.path, "runs/~1", "runs/~1"),
