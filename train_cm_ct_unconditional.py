@@ -109,10 +109,9 @@ def main(args):
         shards, source = image_data.open_images(**ct_args.image_options(args))
     ct_args.resolve_num_classes(args, shards, source)
     unet_config = unet2d.read_unet_config(**ct_args.unet_options(args))
-    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run, args.overwrite_output_dir
-    checkpointing.open_output_dir(accelerator, *folder)
     job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
-    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
+    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run, args.overwrite_output_dir
+    checkpoint = checkpointing.open_output_dir(accelerator, *folder)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
     args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
     num_counted = len(source.keys) if source else None

@@ -158,9 +158,9 @@ def main(args):
     levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     if args.lora_rank:
         pipelines.check_lora(config, args.lora_rank, target_names)
-    checkpointing.open_output_dir(accelerator, args.output_dir, args.resume_from_checkpoint, args.dry_run)
     job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
-    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
+    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run
+    checkpoint = checkpointing.open_output_dir(accelerator, *folder)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "global_step": 0}
     args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
     args.data_seed = args.seed if args.data_seed is None else args.data_seed

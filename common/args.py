@@ -573,8 +573,8 @@ def open_run(args, accelerator, shards):
     UserError where the folder, the checkpoint or a flag that differs from its run's cannot be used.
     """
     preemption.job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
-    checkpointing.open_output_dir(accelerator, args.output_dir, args.resume_from_checkpoint, args.dry_run)
-    checkpoint = checkpointing.find_checkpoint(args.output_dir, args.resume_from_checkpoint, accelerator.print)
+    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run
+    checkpoint = checkpointing.open_output_dir(accelerator, *folder)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
     args.seed = resolve_seed(args.seed, resumed["args"].get("seed"))
     num_images = count_samples(shards) if Path(shards[0]).is_dir() else None

@@ -90,19 +90,21 @@ def open_output_dir(accelerator, output_dir, resume_from_checkpoint, dry_run=Fal
     """`prepare_output_dir` for this run alone; called by every process, and a UserError is raised by all of them.
 
     The folder is this run's until `lock.releasing` ends. overwrite: an earlier run there is moved aside before.
-    UserError too where another run is in it, and where a process does not see what the main one wrote there: the nodes
+    Returns what `find_checkpoint` finds on the main process: another node may not list the newest one yet. UserError
+    too where another run is in the folder, and where a process does not see what the main one wrote there: the nodes
     have a folder each. With `dry_run` nothing is written, and neither can be told.
     """
-    error = owner = None
+    error = owner = checkpoint = None
     if accelerator.is_main_process:
         try:
             if dry_run:
                 prepare_output_dir(output_dir, resume_from_checkpoint or overwrite, dry_run)
             else:
                 owner = _take_output_dir(output_dir, resume_from_checkpoint, overwrite)
+            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint, accelerator.print)
         except UserError as caught:
             error = str(caught)
-    error, owner = broadcast_object_list([error, owner])
+    error, owner, checkpoint = broadcast_object_list([error, owner, checkpoint])
     if error is not None:
         raise UserError(error)
     seen = gather_object([dry_run or lock.is_seen(output_dir, owner)])
@@ -112,6 +114,7 @@ def open_output_dir(accelerator, output_dir, resume_from_checkpoint, dry_run=Fal
             f"--output_dir={output_dir} is not one folder for all processes: what process 0 on {owner['host']} wrote "
             f"there is not seen by process {blind}; name a folder, by its absolute path, that all nodes share"
         )
+    return checkpoint
 
 
 def _take_output_dir(output_dir, resume_from_checkpoint, overwrite):

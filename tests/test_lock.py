@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 from common import UserError, checkpointing, lock
 from common import args as cli
@@ -252,6 +253,14 @@ def test_a_node_with_a_folder_of_its_own_is_found_at_the_start(tmp_path, monkeyp
     other.rmdir()
     other.symlink_to(tmp_path / "out")
     checkpointing.open_output_dir(Accelerator(cpu=True), tmp_path / "out", None)
+
+
+def test_every_process_resumes_from_what_the_main_one_finds(tmp_path, monkeypatch):
+    """Another node's server may not list the newest checkpoint yet."""
+    owner, newest = json.loads(left_by(tmp_path).read_text()), tmp_path / "checkpoint-2"
+    monkeypatch.setattr(checkpointing, "broadcast_object_list", lambda values: [None, owner, newest])
+    another = SimpleNamespace(is_main_process=False)
+    assert checkpointing.open_output_dir(another, tmp_path, "latest") == newest
 
 
 @pytest.mark.parametrize("tool", ["demo", "encode_pairs", "encode_shards", "evaluate", "generate_pairs"])
