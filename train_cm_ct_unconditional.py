@@ -325,7 +325,7 @@ def main(args):
         for name in unets.keys() - {chosen}:
             unets[name].eval().save_pretrained(Path(args.output_dir, f"unet_{name}"))
     if not stopper.stops:
-        with export.after_weights(args.output_dir, global_step, is_main):
+        with export.after_weights(accelerator, args.output_dir, global_step):
             if is_main:
                 result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
                 ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)

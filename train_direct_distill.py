@@ -321,7 +321,7 @@ def main(args):
             files = save(args.output_dir, pipeline)
             pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
         if not stopper.stops:
-            with export.after_weights(args.output_dir, global_step, is_main):
+            with export.after_weights(accelerator, args.output_dir, global_step):
                 if is_main and not args.lora_rank:
                     whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))
                     export.save_rest(whole, args.output_dir, written=(*files, "scheduler"))

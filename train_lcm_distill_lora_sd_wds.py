@@ -256,7 +256,7 @@ def main(args):
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
     if not stopper.stops:
-        with export.after_weights(args.output_dir, global_step, is_main):
+        with export.after_weights(accelerator, args.output_dir, global_step):
             if is_main:
                 write_card(args, config, teacher_options, len(shards), global_step, total_batch_size)
             images = sample(step=global_step)  # by every process

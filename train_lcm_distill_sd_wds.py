@@ -255,7 +255,7 @@ def main(args):
         parts = {"unet": accelerator.unwrap_model(unet).eval(), "scheduler": sampler}
         export.save_parts(args.output_dir, **parts, unet_target=target_unet)
     if not stopper.stops:
-        with export.after_weights(args.output_dir, global_step, is_main):
+        with export.after_weights(accelerator, args.output_dir, global_step):
             if is_main:
                 pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)

@@ -34,10 +34,11 @@ def write_config(output_dir, flags, derived):
 
 
 @contextlib.contextmanager
-def after_weights(output_dir, global_step, is_main=True):
-    """What follows once a finished run has written its weights. Whatever fails inside ends in one UserError that says
-    what is safe; how it came about is written to FAILURE."""
-    output_dir = Path(output_dir)
+def after_weights(accelerator, output_dir, global_step):
+    """What follows once the main process has written a finished run's weights; entered by every process. Whatever
+    fails inside ends in one UserError that says what is safe; how it came about is written to FAILURE."""
+    output_dir, is_main = Path(output_dir), accelerator.is_main_process
+    accelerator.wait_for_everyone()  # an error while they are written is none of what follows
     try:
         yield
     except Exception as error:

@@ -14,6 +14,7 @@ from tests.test_scripts import train
 
 import diffusers
 import pytest
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 __all__ = ["data_set", "direct_teacher", "made", "made_for_all", "no_cache_at_home", "prompts_file"]
@@ -132,15 +133,17 @@ def test_a_card_loads_what_the_run_loaded(tmp_path, monkeypatch, name, options, 
 
 def test_whatever_follows_the_weights_fails_in_one_sentence(tmp_path):
     (tmp_path / "unet").mkdir()
+    accelerator = Accelerator(cpu=True)
     for error in (
         ValueError("first\nsecond"),
         UserError("--flag: a sentence"),
         OSError(28, "No space left on device"),
     ):
         with pytest.raises(UserError, match=r"weights are safe there \(unet\)") as caught:
-            with export.after_weights(tmp_path, 7):
+            with export.after_weights(accelerator, tmp_path, 7):
                 raise error
         assert "second" not in str(caught.value) and "begins at step 7" in str(caught.value)
-    with export.after_weights(tmp_path, 7):
+    assert "ValueError: first" in (tmp_path / export.FAILURE).read_text()  # the first of all is kept
+    with export.after_weights(accelerator, tmp_path, 7):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["unet"]
