@@ -149,18 +149,24 @@ def _overlap(one, other):
 
 
 def _me():
-    job = os.environ.get("SLURM_JOB_ID")
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    job, restarts = _slurm()
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "slurm_job": job and f"{os.environ.get('SLURM_CLUSTER_NAME', '')}/{job}",
-        "slurm_restarts": int(restarts) if restarts.isdecimal() else 0,
+        "slurm_job": job,
+        "slurm_restarts": restarts,
         "machine": _machine(),
         "process_start": _process_start(os.getpid()),
         "token": uuid.uuid4().hex,
     }
+
+
+def _slurm():
+    """("CLUSTER/JOB", how often SLURM has started it anew); (None, 0) outside of SLURM."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    named = job and f"{os.environ.get('SLURM_CLUSTER_NAME', '')}/{job}"
+    return named, int(restarts) if restarts.isdecimal() else 0
 
 
 def _machine():
@@ -221,10 +227,8 @@ def _is_dead(owner):
             pass  # another user's
         start = _process_start(owner["pid"])
         return start is not None and start != owner.get("process_start")
-    job = os.environ.get("SLURM_JOB_ID")
-    same_job = job and owner.get("slurm_job") == f"{os.environ.get('SLURM_CLUSTER_NAME', '')}/{job}"
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    if same_job and restarts.isdecimal() and owner.get("slurm_restarts", 0) < int(restarts):
+    job, restarts = _slurm()
+    if job and owner.get("slurm_job") == job and owner.get("slurm_restarts", 0) < restarts:
         return True  # SLURM ends a job on all its hosts before it starts it again
     return None
 
