@@ -94,9 +94,9 @@ def decode_image_label(
     "too_small", "too_big"; DataError as `check_classes` does, where `seen` counts the classes of this process.
     """
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
-    label = (
-        {} if num_classes is None else {"class_labels": torch.tensor(decode_label(raw, label_name, num_classes, seen))}
-    )
+    label = {}
+    if num_classes is not None:
+        label["class_labels"] = torch.tensor(decode_label(raw, label_name, num_classes, seen))
     limits = (min_image_size, max_image_pixels)
     image, _, _ = _decode_square(raw, resolution, interpolation_type, center_crop, flip, top, left, *limits)
     return {"images": image} | label

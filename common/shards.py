@@ -137,11 +137,18 @@ def _expand_folder(folder: str) -> list[str]:
     if not tars:
         read_samples(folder)
         return [folder]
-    tops = {os.path.relpath(tar, folder).rpartition(os.sep)[0].partition(os.sep)[0] or "itself" for tar in tars}
-    held_out = sorted(top for top in tops if top.lower() in HELD_OUT)
-    if held_out and len(tops) > 1:
+    tops = {tar: os.path.relpath(tar, folder).rpartition(os.sep)[0].partition(os.sep)[0] for tar in tars}
+    held_out = sorted({top for top in tops.values() if top.lower() in HELD_OUT})
+    if held_out and "" in tops.values():
+        kept = [tar for tar in tars if tops[tar] not in held_out]
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: of {folder}, {len(tars) - len(kept)} tars in {', '.join(held_out)} are left out.", flush=True
+            )
+        return kept
+    if held_out and len(names := sorted(set(tops.values()))) > 1:
         raise DataError(
-            f"--train_shards_path_or_url: the tars of {folder!r} lie in {', '.join(sorted(tops))}, and {held_out[0]} "
+            f"--train_shards_path_or_url: the tars of {folder!r} lie in {', '.join(names)}, and {held_out[0]} "
             "is not for training by its name: pass one of these folders, or a pattern for those that are meant."
         )
     return tars

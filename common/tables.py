@@ -28,6 +28,7 @@ SIGNATURES = (
     (rb"\xfd7zXZ", "xz data"),
     (rb"PAR1", "a parquet table"),
     (rb"\xff\xfe|\xfe\xff", "UTF-16 text"),
+    (rb"....ftyp(?:hei|hev|mif|msf)", "a HEIC image: convert it, to PNG for example"),
     (rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", "an image"),
     (rb"\s*[{\[]", "JSON text"),
 )
@@ -121,6 +122,8 @@ def _separated(text, name, columns, delimiter):
             return rows
         if not any(map(str.strip, cells)):
             continue
+        while header is not None and len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()  # a spreadsheet's comma at the end of each row
         if header is None:
             header = [cell.strip() for cell in cells]
             if missing := [column for column in columns if column not in header]:

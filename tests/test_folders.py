@@ -41,7 +41,12 @@ def fill(root, *names, content=PNG):
     [
         (["b/1.png", "a.jpg", "b-c/2.JPEG"], {}, ["a.jpg", "b-c/2.JPEG", "b/1.png"], []),
         ([f"{k}.{k}" for k in "jfif jpe bmp gif tif tiff avif webp JFIF".split()], {}, None, []),
-        (["1.png", ".x/2.png", ".3.png", "._1.png", "__MACOSX/4.png", "@eaDir/1.png/S.jpg"], {}, ["1.png"], []),
+        (
+            ["1.png", ".x/2.png", ".3.png", "._1.png", "__MACOSX/4.png", "@eaDir/1.png/S.jpg", "#recycle/1.png"],
+            {},
+            ["1.png"],
+            [],
+        ),
         (["1.png", "a/2.png"], {"b": "a", "c.png": "1.png"}, ["1.png", "a/2.png", "b/2.png", "c.png"], []),
         (["a/1.png"], {"a/up": "", "a/self": "a/self", "b": "a/up/a"}, ["a/1.png", "b/1.png"], []),
         (["1.png", "2.HEIC", "d/3.heic", "e.svg", "f.txt"], {}, ["1.png"], ["3 files left out (2 .heic, 1 .svg)"]),

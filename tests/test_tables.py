@@ -88,6 +88,7 @@ def test_each_mistake_is_one_sentence(tmp_path, name, content, sentence):
         ("p.json", b'[{"text": "x", "prompt": "a"}, {"prompt": null}]', None, ["a"]),
         ("p.csv", b"id, caption\n1,a\n2,\n", None, ["a"]),
         ("p.csv", b"id,p\n1,a\n", "p", ["a"]),
+        ("p.csv", b'id,prompt\n1,"a, b", ,\n2,c,\n', None, ["a, b", "c"]),
         ("p.csv", b"id,p\n1,a\n", None, "has no column prompt, text or caption; its columns are id, p"),
         ("p.csv", b"id,p\n1,a\n", "q", "has no column 'q'; its columns are id, p"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}\n', None, "the prompt of line 2 is no text but '7'"),
