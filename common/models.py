@@ -186,8 +186,10 @@ def _checked_config(flag, config):
         check_schedule(flag, config["scheduler"])
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{flag}: a part's configuration is not what diffusers writes ({error!r})") from None
-    if not config["is_sdxl"] and config["vae"].get("latents_mean") is not None:
-        raise UserError(f"{flag}: its VAE has latents_mean, which the Stable Diffusion pipeline does not undo")
+    unknown = ["shift_factor"] if config["is_sdxl"] else ["shift_factor", "latents_mean"]
+    if found := [key for key in unknown if config["vae"].get(key)]:
+        plain = PLAIN[config["is_sdxl"]].__name__
+        raise UserError(f"{flag}: its VAE has {found[0]}, which {plain} does not undo: its images would be others")
     return config
 
 

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+LOWERED = torch.nn.Linear, torch.nn.modules.conv._ConvNd  # by autocast to a half precision
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call: teacher and student differ in them
 
@@ -46,6 +47,8 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
         index = DiffusionPipeline.load_config(name, **options)
         if not isinstance(index, dict):
             raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
+        if index.get("requires_aesthetics_score"):
+            raise UserError(f"{flag}: {sd_models.REFINER}")
         parts = {key: value for key, value in index.items() if isinstance(value, list) and value[1] is not None}
         pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
         if pipeline_class is None:
@@ -100,11 +103,17 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
 
 
 def keep_float32(network):
-    """Let layers that the library keeps in float32 compute in it also under autocast, in place: so does the card."""
+    """Let layers that the library keeps in float32 compute in it also under autocast, in place: so does the card. Only
+    those that autocast would lower are touched; what others give them there may come in a half precision."""
     kept = set(network._keep_in_fp32_modules or ())
     for path, module in network.named_modules():
-        if kept & set(path.split(".")) and hasattr(module, "weight") and not list(module.children()):
+        if kept & set(path.split(".")) and isinstance(module, LOWERED):
             sd_models.without_autocast(module)
+            module.register_forward_pre_hook(_in_own_dtype)
+
+
+def _in_own_dtype(module, args):
+    return tuple(x.to(module.weight.dtype) for x in args)
 
 
 def load_vae(name, revision=None, variant=None, cache_dir=None):

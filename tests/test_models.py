@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from common import UserError, models
+from common import UserError, models, pipelines
 from common.tools import digits
 
 import diffusers
@@ -69,6 +69,7 @@ def test_sdxl_is_recognised_from_its_index(sdxl):
             "addition_embed_type='text_time'",
         ),
         (lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0] * 4), "latents_mean"),
+        (lambda f: edit_json(f / "vae/config.json", shift_factor=0.1), "its VAE has shift_factor, which Stable"),
         (lambda f: edit_json(f / "model_index.json", tokenizer=[None, None]), "its tokenizer is None"),
         (lambda f: edit_json(f / "unet/config.json", time_cond_proj_dim=256), "already distilled"),
         (lambda f: edit_json(f / "model_index.json", vae=["diffusers", "VQModel"]), "its vae is VQModel"),
@@ -108,6 +109,14 @@ def test_unusable_sdxl_teachers_are_refused_in_one_sentence(sdxl, tmp_path, spoi
     folder = Path(shutil.copytree(sdxl, tmp_path / "teacher"))
     spoil(folder)
     check_refusal(folder, message)
+
+
+def test_direct_distillation_refuses_the_refiner_too(sdxl, tmp_path):
+    folder = Path(shutil.copytree(sdxl, tmp_path / "teacher"))
+    saved_by = {"_class_name": "StableDiffusionXLImg2ImgPipeline"}
+    edit_json(folder / "model_index.json", requires_aesthetics_score=True, **saved_by)
+    with pytest.raises(UserError, match="the SDXL refiner"):
+        pipelines.read_pipeline_config(str(folder))
 
 
 def check_refusal(folder, message):

@@ -8,7 +8,7 @@ from common import UserError, models, pipelines, unet2d
 from common.tools import evaluate
 from tests.test_ct import CONFIG as CT_UNET
 from tests.test_models import edit_json
-from tests.tiny_pipelines import make, wan_transformer
+from tests.tiny_pipelines import KWARGS, make, wan_transformer
 
 import pytest
 import torch
@@ -317,6 +317,15 @@ def test_what_is_kept_in_float32_stays_so_and_is_not_cast_under_autocast(tmp_pat
             got = ours.text_encoder(tokens)[0], ours.transformer.condition_embedder.time_embedder(timesteps)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
         assert not torch.equal(cast, expected[1])
+        # the whole call of the teacher by stock diffusers, and of the student in training, its weights in float32 too
+        rollout, made = make("Wan"), []
+        whole = pipelines.load_pipeline(str(tmp_path), **absent).transformer
+        for transformer, autocast in ((stock.transformer, False), (ours.transformer, True), (whole, True)):
+            rollout.transformer = transformer
+            with torch.autocast("cpu", dtype, enabled=autocast):
+                made.append(pipelines.call(rollout, ["a three"], [0], **KWARGS["Wan"] | {"num_inference_steps": 2}))
+        torch.testing.assert_close(made[1], made[0], atol=1e-5, rtol=1e-5)  # equal but for the order of sums
+        assert (made[2] - made[0].float()).square().mean() < 1e-3 * made[0].float().var()
         copied = deepcopy(ours.text_encoder)  # computes with its own weights
         copied.shared.weight.data.zero_()
         assert not torch.equal(copied(tokens)[0], got[0])

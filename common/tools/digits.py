@@ -298,12 +298,13 @@ def build_scheduler(prediction_type, sdxl):
         "beta_schedule": "scaled_linear",
         "steps_offset": 1,
         "prediction_type": prediction_type,
+        "clip_sample": False,  # as those ship it, for the schedulers that are made of theirs and know it
     }
     if prediction_type == "sample":
-        return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False)
+        return DDIMScheduler(**schedule, set_alpha_to_one=False)
     if sdxl:
-        return EulerDiscreteScheduler(**schedule, timestep_spacing="leading")
-    return PNDMScheduler(**schedule, skip_prk_steps=True)
+        return EulerDiscreteScheduler.from_config(schedule, timestep_spacing="leading")
+    return PNDMScheduler.from_config(schedule, skip_prk_steps=True)
 
 
 def train_vae(pixels, steps, batch_size=64, learning_rate=2e-3, kl_weight=1e-3):
