@@ -61,7 +61,9 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
         sibling = tasks.text_class(pipeline_class, parts, [config for _, config in configs.values()])
         if objection and not (configs and sibling):
             raise UserError(f"{flag}: a {pipeline_class.__name__} cannot be distilled by this script, {objection}")
-        scheduler_class = getattr(diffusers, parts["scheduler"][1])
+        scheduler_class = getattr(diffusers, parts["scheduler"][1], None)
+        if scheduler_class is None:
+            raise UserError(f"{flag}: diffusers {diffusers.__version__} has no {parts['scheduler'][1]}")
         scheduler = scheduler_class, scheduler_class.load_config(name, subfolder="scheduler", **options)
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         line = str(error).strip().split("\n")[0]

@@ -596,12 +596,18 @@ def test_pipelines_that_cannot_be_distilled_are_refused(tmp_path, direct_teacher
         pipelines.read_pipeline_config(tmp_path)
 
 
-def saved_as(class_name, teacher, folder):
+def test_a_scheduler_that_diffusers_does_not_have_is_named(tmp_path, direct_teacher):
+    saved_as("StableDiffusionPipeline", direct_teacher(), tmp_path, scheduler=["diffusers", "NoSuchScheduler"])
+    with pytest.raises(UserError, match="diffusers .* has no NoSuchScheduler"):
+        pipelines.read_pipeline_config(tmp_path)
+
+
+def saved_as(class_name, teacher, folder, **index):
     """The teacher, as if a pipeline of that class had saved it."""
     for part in Path(teacher).iterdir():
         (folder / part.name).symlink_to(part)
     (folder / "model_index.json").unlink()
-    index = json.loads(Path(teacher, "model_index.json").read_text()) | {"_class_name": class_name}
+    index = json.loads(Path(teacher, "model_index.json").read_text()) | {"_class_name": class_name} | index
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
