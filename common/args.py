@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 
 SECRET_FLAGS = ("hub_token",)
 DISK_ERRORS = "No space left on device|Disk quota exceeded|File too large|Read-only file system"
-VAE_ENCODE_BATCH_SIZE = {False: 32, True: 8}  # by whether the teacher is an SDXL
+VAE_ENCODE_BATCH_SIZE = {False: 32, True: 2}  # by whether it is an SDXL, whose VAE takes 2.5 GiB an image in float32
 # Processes wait so long for each other, while the first one writes tens of GB or uploads them; torch: 10 minutes.
 PROCESS_TIMEOUT = datetime.timedelta(hours=3)
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -100,7 +100,7 @@ def user_errors(main, is_tool=False):
     @functools.wraps(main)
     def wrapped(args):
         try:
-            with lock.releasing_at_sigterm() if is_tool else lock.releasing(), signals(), simulation.ending():
+            with lock.releasing_at_sigterm() if is_tool else lock.releasing(), signals(), simulation.ending(args):
                 return main(args)
         except simulation.Finished as finished:
             if finished.result and finished.is_reported:
@@ -234,7 +234,7 @@ def add_checkpoint_arguments(add):
 def add_teacher_arguments(parser):
     add = parser.add_argument_group("teacher").add_argument
     add_checkpoint_arguments(add)
-    add("--vae_encode_batch_size", type=positive_int, help="images that the VAE encodes at once; SD: 32, SDXL: 8")
+    add("--vae_encode_batch_size", type=positive_int, help="images that the VAE encodes at once; SD: 32, SDXL: 2")
     add("--use_fix_crop_and_size", action="store_true", help="SDXL: say of every sample that it was never cropped")
     yes_no = argparse.BooleanOptionalAction
     add("--cast_teacher_unet", action=yes_no, default=True, help="run the teacher in the dtype of --mixed_precision")

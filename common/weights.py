@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_NAMES = (".lora_", "lora_A.", "lora_B.", ".base_layer.")
 SAID = set()  # notes that were printed
+dry_run = False  # whether this is one, to which configurations alone are enough
 STEMS = {diffusers.ModelMixin: "diffusion_pytorch_model", transformers.PreTrainedModel: "model"}
 FUSE = (
     "save it again from the pipeline that has the LoRA, after pipe.fuse_lora() and pipe.unload_lora_weights(), or "
@@ -64,12 +65,16 @@ def check_pipeline(flag, name, index, variant=None, revision=None, cache_dir=Non
     """UserError unless every network of a pipeline has its weights, and none has an adapter in it.
 
     name: folder, or a hub name of which this is checked that the cache holds. index: its model_index.json. skip: parts
-    that are not loaded from it. downloaded: of a hub name, whether all of its files are in the cache by now.
+    that are not loaded from it. downloaded: of a hub name, whether all of its files are in the cache by now. In a dry
+    run a folder may hold no weights at all, which is said.
     """
     folder = local_folder(name, revision=revision, cache_dir=cache_dir)
     if folder is None:
         return
     whole = downloaded or Path(name).is_dir()
+    if whole and dry_run and _has_no_weights(folder, _parts(index, skip)):
+        print(f"WARNING: {flag} holds no weights; --dry_run needs none, the run itself does", flush=True)
+        return
     variants = {part: variant for part in index if variant and has_variant(folder / part, variant)}
     if variant and not variants and whole:
         raise UserError(f"{flag}: it is partial, it has no weights of the variant {variant!r}; drop --variant")
@@ -81,6 +86,11 @@ def check_pipeline(flag, name, index, variant=None, revision=None, cache_dir=Non
         encoder = part.replace("tokenizer", "text_encoder")
         if library == "transformers" and class_name.startswith("CLIPTokenizer") and encoder in _parts(index, skip):
             _check_vocabulary(flag, folder, part, encoder, class_name)
+
+
+def _has_no_weights(folder, parts):
+    names = [path.name for part in parts if (folder / part).is_dir() for path in (folder / part).iterdir()]
+    return not any(name.endswith((".safetensors", ".msgpack", ".h5", ".index.json", *PICKLES)) for name in names)
 
 
 def has_variant(folder, variant):

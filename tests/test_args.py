@@ -394,7 +394,7 @@ def test_default_guidance_of_samples_lies_in_the_trained_range(flags, scale):
 def test_defaults_for_sdxl_are_its_own():
     args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--use_fix_crop_and_size"])
     script(SCRIPTS[0]).resolve_defaults(args, teacher_config(is_sdxl=True))
-    assert (args.resolution, args.vae_encode_batch_size, args.w_min, args.w_max) == (1024, 8, 3.0, 15.0)
+    assert (args.resolution, args.vae_encode_batch_size, args.w_min, args.w_max) == (1024, 2, 3.0, 15.0)
     with pytest.raises(cli.UserError, match="--use_fix_crop_and_size is for SDXL"):
         script(SCRIPTS[0]).resolve_defaults(args, teacher_config())
 

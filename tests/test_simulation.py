@@ -193,6 +193,23 @@ def test_a_wrong_configuration_ends_in_one_sentence(tmp_path, flags, teacher, ca
     assert stopped.value.code == 2 and "--pretrained_teacher_model=" in err and words in err, err
 
 
+def test_configurations_are_enough_for_a_dry_run_alone(tmp_path, flags, capsys):  # noqa: F811
+    synthetic.write_configurations(tmp_path / "teacher", synthetic.SHAPES["tiny"])
+    words = {"pretrained_teacher_model": tmp_path / "teacher", "resolution": 128}
+    whole = simulate(flags(tmp_path / "out", dry_run=True, **words))
+    *others, last = (tmp_path / "teacher").rglob("*.safetensors")
+    for path in others:
+        path.unlink()
+    with pytest.raises(SystemExit):  # of a part alone
+        simulate(flags(tmp_path / "out", dry_run=True, **words))
+    last.unlink()
+    bare = simulate(flags(tmp_path / "out", dry_run=True, **words))
+    assert bare.parts == whole.parts and "holds no weights; --dry_run needs none" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train(flags(tmp_path / "out", **words))
+    assert "unet/ has no weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys):  # noqa: F811
     result = simulate(flags(tmp_path / "out", dry_run=True), report=True)
     assert "simulating: update 2 of 2, backward" in capsys.readouterr().err

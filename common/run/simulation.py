@@ -147,11 +147,13 @@ def begin(args, accelerator, batch=None):
 
 
 @contextlib.contextmanager
-def ending():
-    """Around main(): what `begin` has changed is undone."""
+def ending(args):
+    """Around main(): a dry run needs no weights; what `begin` has changed is undone."""
+    weights.dry_run = getattr(args, "dry_run", False)
     try:
         yield
     finally:
+        weights.dry_run = False
         while _active:
             simulation = _active.pop()
             simulation.stack.close()

@@ -67,7 +67,7 @@ def parse_args(argv=None):
     parser.add_argument("output_dir", type=cli.path, metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("VAE").add_argument
     cli.add_checkpoint_arguments(add)
-    add("--vae_encode_batch_size", type=cli.positive_int, help="images that are encoded at once; SD: 32, SDXL: 8")
+    add("--vae_encode_batch_size", type=cli.positive_int, help="images that are encoded at once; SD: 32, SDXL: 2")
     add("--mixed_precision", choices=list(DTYPES), default="no", help="what the VAE computes in; no: float32")
     add_device_argument(add)
     add = parser.add_argument_group("images, as the training script will have it").add_argument

@@ -40,9 +40,10 @@ def test_sd15_takes_what_docs_performance_says(tmp_path, shards, which, cpu, gpu
 
 
 def test_an_sdxl_lora_fits_24_gb(tmp_path, shards):
-    changes = {"gradient_checkpointing": "full", "train_batch_size": 8, "vae_encode_batch_size": 1}
+    """In CI it would take a half of what all simulations together may."""
+    changes = {"gradient_checkpointing": "full", "train_batch_size": 8}
     result = simulate(real_shape(tmp_path, shards, "sdxl", **changes), lcm_lora)
-    assert result.card == 24 and not result.waits
+    assert result.card == 24 and "backward" in result.moment and not result.waits
 
 
 def test_several_processes_simulate_one_of_them(tmp_path, flags):  # noqa: F811
