@@ -131,12 +131,21 @@ def _expand_fsspec(address: str) -> list[str]:
 
 def _expand_folder(folder: str) -> list[str]:
     try:
-        tars = list_tars(folder)
+        tars = training_tars(folder)
     except DataError as error:
         raise DataError(f"--train_shards_path_or_url: {error}") from None
     if not tars:
         read_samples(folder)
         return [folder]
+    return tars
+
+
+def training_tars(folder: str) -> list[str]:
+    """`list_tars` without those in folders that are held out by their names, which is said once a node.
+
+    Raises DataError where the folder has no tars of its own beside them.
+    """
+    tars = list_tars(folder)
     tops = {tar: os.path.relpath(tar, folder).rpartition(os.sep)[0].partition(os.sep)[0] for tar in tars}
     held_out = sorted({top for top in tops.values() if top.lower() in HELD_OUT})
     if held_out and "" in tops.values():
@@ -148,8 +157,8 @@ def _expand_folder(folder: str) -> list[str]:
         return kept
     if held_out and len(names := sorted(set(tops.values()))) > 1:
         raise DataError(
-            f"--train_shards_path_or_url: the tars of {folder!r} lie in {', '.join(names)}, and {held_out[0]} "
-            "is not for training by its name: pass one of these folders, or a pattern for those that are meant."
+            f"the tars of {folder!r} lie in {', '.join(names)}, and {held_out[0]} is not for training by its name: "
+            "pass one of these folders, or a pattern for those that are meant."
         )
     return tars
 

@@ -40,7 +40,7 @@ from common.metrics import (
 from common.paths import labelled_path, prompt
 from common.paths import path as path_type
 from common.probes import CALL_ERRORS
-from common.shards import SampleError, expand_shards, is_remote, list_tars, mask_credentials, tar_samples
+from common.shards import SampleError, expand_shards, is_remote, mask_credentials, tar_samples, training_tars
 from common.work import DTYPES, find_device
 
 import numpy as np
@@ -293,7 +293,10 @@ def reference_files(reference):
     if path.suffix == ".npz":
         return "npz", [path]
     if path.is_dir():
-        tars = [Path(tar) for tar in list_tars(str(path))]
+        try:
+            tars = [Path(tar) for tar in training_tars(str(path))]
+        except UserError as error:
+            raise UserError(f"--reference: {error}") from None
         return ("tar", tars) if tars else ("folder", reference_folder(path)[0])
     try:
         shards = expand_shards(reference)
