@@ -1,12 +1,18 @@
 """Updates simulated on tensors without memory, against real ones under the same counter, and at real shapes."""
 
+import copy
 import gc
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import train_lcm_distill_sd_wds as lcm
 from common import args as cli
+from common import models
 from common.run import simulation
 from tests.benchmarks import synthetic
 from tests.test_levers import (  # noqa: F401
@@ -22,9 +28,12 @@ from tests.test_levers import (  # noqa: F401
 )
 from tests.test_scripts import train
 
+import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensor
 
 GIB = 2**30
 
@@ -134,11 +143,13 @@ def test_zero_keeps_a_part_of_16_bytes_a_weight_and_the_buckets(tmp_path, flags,
 # --- what it says
 
 
-def edited(tmp_path, old, new):
-    """A copy of the LCM script with a line changed, imported."""
+def edited(tmp_path, old, new, loads=True):
+    """A copy of the LCM script with a line changed, imported if it is to be."""
     text = Path(lcm.__file__).read_text(encoding="utf-8")
     assert text.count(old) == 1
     (tmp_path / "edited.py").write_text(text.replace(old, new))
+    if not loads:
+        return None
     spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -208,6 +219,39 @@ def test_configurations_are_enough_for_a_dry_run_alone(tmp_path, flags, capsys):
     with pytest.raises(SystemExit):
         train(flags(tmp_path / "out", **words))
     assert "unet/ has no weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["one file", "fp16", "fp16, no weights"])
+def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monkeypatch, form):  # noqa: F811
+    expected, folder = simulate(flags(tmp_path / "out", dry_run=True)), tmp_path / "teacher"
+    pipeline = models.load_teacher(teacher())
+    changes = {"pretrained_teacher_model": folder, "variant": "fp16"}
+    if form == "one file":
+        changes = {"pretrained_teacher_model": tmp_path / "teacher.safetensors"}
+        save_file({"model.diffusion_model.out.0.weight": torch.zeros(1)}, tmp_path / "teacher.safetensors")
+        copies = [copy.deepcopy(pipeline) for _ in range(3)]  # as if read from the file, at the check too
+        load = lambda *_, **__: copies.pop()  # noqa: E731
+        monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", load)
+    else:
+        pipeline.save_pretrained(folder, variant="fp16")
+        for path in folder.rglob("*.safetensors") if "no" in form else []:
+            path.unlink()
+    result = simulate(flags(tmp_path / "out", dry_run=True, **changes))
+    assert result.peak == pytest.approx(expected.peak, rel=0.002)  # a table of positions may be made before
+    assert list(result.parts) == list(expected.parts) and result.flops == expected.flops
+    assert not (tmp_path / "out").exists()
+    assert not any(isinstance(p, FakeTensor) for p in pipeline.unet.parameters())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):  # noqa: F811
+    line = f"import os; os.kill(os.getpid(), {int(number)}); raise AssertionError('it went on')"
+    edited(tmp_path, LOSS, f"{LOSS}            {line}\n", loads=False)
+    words = [sys.executable, str(tmp_path / "edited.py"), *flags(tmp_path / "out", dry_run=True)]
+    root = str(Path(lcm.__file__).parent)
+    result = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root})
+    assert result.returncode == code and "it went on" not in result.stderr and "checkpoint" not in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys):  # noqa: F811

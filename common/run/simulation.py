@@ -16,7 +16,9 @@ import inspect
 import itertools
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -186,6 +188,8 @@ class _Simulation:
 
     def enter(self):
         args, accelerator, replace = self.args, self.accelerator, self._replace
+        if threading.current_thread() is threading.main_thread():  # there is nothing to save before the end
+            self.stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_DFL))
         for name in ("logging_steps", "checkpointing_steps", "max_train_steps"):
             setattr(args, name, NEVER)
         for name in ("validation_steps", "eval_steps"):
@@ -449,8 +453,8 @@ def _download(cls, name, revision=None, cache_dir=None, **_):
 
 
 def _configurations_only(cls, name, **options):
-    place = {key: options.pop(key, None) for key in ("revision", "cache_dir")}
-    folder = name if os.path.isdir(name) else _download(cls, name, **place)
+    place = {key: options.pop(key, None) for key in ("revision", "cache_dir", "variant")}
+    folder = name if os.path.isdir(name) else _download(cls, name, **place)  # variants differ in weights alone
     return _PIPELINE_FROM_PRETRAINED(cls, folder, **options)
 
 
@@ -489,10 +493,17 @@ def _empty(load):
             pipeline = load(*args, **options)
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
-                module._apply(torch.empty_like)
+                module._apply(_without_values)
         return pipeline
 
     return staticmethod(loaded)
+
+
+def _without_values(tensor):
+    """A tensor of no memory in its place; tables of positions stay."""
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 class AdamW8bit(torch.optim.Optimizer):
