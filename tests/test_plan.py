@@ -64,8 +64,8 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):  # noqa
     assert (chosen.batch, chosen.recomputed, chosen.use_8bit_adam) == (12, "none", False)
     assert len(asked) == 2 * 3 + 1 + 1 and asked[-1] == (12, "none", False, 2) and simulated.samples == 12
     launch = shlex.split(out.strip().split("\n")[-1])
-    assert launch[:4] == ["accelerate", "launch", "--num_processes=2", lcm.__file__]
-    args = lcm.parse_args(launch[4:])
+    assert launch[:5] == ["accelerate", "launch", "--multi_gpu", "--num_processes=2", lcm.__file__]
+    args = lcm.parse_args(launch[5:])
     assert args.train_batch_size == 12 and args.gradient_accumulation_steps == 2 and args.learning_rate == 1e-6
     hours = 100 * 2 * 12e12 / 3600 / (0.35 * 165e12)
     assert f"100 updates take {hours:.3g} GPU-hours" in out

@@ -101,7 +101,8 @@ def main(args):
         f"card(s), at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
     )
     draw(result, args.gpu_memory, args.picture)
-    launch = ["accelerate", "launch", f"--num_processes={args.processes}", args.script]
+    several = ["--multi_gpu"] if args.processes > 1 else []
+    launch = ["accelerate", "launch", *several, f"--num_processes={args.processes}", args.script]
     print(
         f"{args.picture} shows memory over the update. The command:\n\n{shlex.join([*launch, *words])}\n", flush=True
     )
