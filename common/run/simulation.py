@@ -12,10 +12,8 @@ bitsandbytes. Without a GPU the device is the CPU, with fused AdamW and with aut
 
 import contextlib
 import functools
-import inspect
 import itertools
 import math
-import os
 import signal
 import sys
 import threading
@@ -24,6 +22,7 @@ from typing import NamedTuple
 
 from common import latents, weights
 from common.preemption import Stopper
+from common.run import stand_ins
 from common.run.meter import FLOAT32_ON_GPUS, Meter, in_float32
 
 import diffusers
@@ -32,8 +31,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from huggingface_hub import snapshot_download
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from tqdm import tqdm
 
@@ -42,8 +40,6 @@ MICRO_BATCHES = 2  # of an update, at most; more of them take the same memory
 CARDS = (12, 16, 24, 40, 48, 80, 141)  # GB
 CONTEXT = 0.75 * 2**30  # bytes that CUDA, cuBLAS and cuDNN take, stated until a GPU has measured it
 FRAGMENTATION = 0.05  # of the peak, likewise
-CONFIGURATIONS = ["*.json", "*.txt", "*.model", "*.jinja"]  # of a repository of the hub; its weights stay there
-LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 NEVER = sys.maxsize
 
 
@@ -218,20 +214,20 @@ class _Simulation:
         replace(accelerator, "prepare", self._prepare)
         replace(accelerator, "backward", functools.partial(Accelerator.backward, accelerator))
         replace(torch.distributed, "all_reduce", lambda *_, **__: None)
-        replace(torch.nn.Module, "_apply", _apply)
-        replace(FakeTensor, "__deepcopy__", _deepcopy)
-        replace(diffusers.ModelMixin, "from_pretrained", classmethod(_build_diffusers))
-        replace(transformers.PreTrainedModel, "from_pretrained", classmethod(_build_transformers))
-        replace(diffusers.DiffusionPipeline, "download", classmethod(_download))
-        replace(diffusers.DiffusionPipeline, "from_pretrained", classmethod(_configurations_only))
+        replace(torch.nn.Module, "_apply", stand_ins.apply)
+        replace(FakeTensor, "__deepcopy__", stand_ins.deepcopy)
+        replace(diffusers.ModelMixin, "from_pretrained", classmethod(stand_ins.build_diffusers))
+        replace(transformers.PreTrainedModel, "from_pretrained", classmethod(stand_ins.build_transformers))
+        replace(diffusers.DiffusionPipeline, "download", classmethod(stand_ins.download))
+        replace(diffusers.DiffusionPipeline, "from_pretrained", classmethod(stand_ins.configurations_only))
         for module, check in ((weights, "check_pipeline"), (latents, "check_encoder")):
             replace(module, check, lambda *_, **__: None)  # the headers were checked before, values are not there
         for pipeline in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
-            replace(pipeline, "from_single_file", _empty(pipeline.from_single_file))
+            replace(pipeline, "from_single_file", stand_ins.without_values(pipeline.from_single_file))
         if self.args.use_8bit_adam:
             import bitsandbytes
 
-            replace(bitsandbytes.optim, "AdamW8bit", AdamW8bit)
+            replace(bitsandbytes.optim, "AdamW8bit", stand_ins.AdamW8bit)
         if self.like_gpu and accelerator.device.type == "cpu":
             for name in FLOAT32_ON_GPUS:
                 replace(torch.nn.functional, name, in_float32(getattr(torch.nn.functional, name)))
@@ -411,116 +407,3 @@ def _leave_the_others(accelerator):
     if accelerator.num_processes > 1:
         for state in (PartialState._shared_state, AcceleratorState._shared_state):
             state |= {"num_processes": 1, "distributed_type": DistributedType.NO}
-
-
-def _apply(module, function, recurse=True):
-    """`torch.nn.Module._apply`, which cannot put another tensor into a parameter without memory: parameters are
-    replaced instead, ties among them kept."""
-    made = {}
-    for each in module.modules() if recurse else [module]:
-        for name, parameter in each._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                old = parameter.detach()
-                new = function(old)
-                kinds = [(x.dtype, x.device.type, x.stride()) for x in (old, new)]
-                same = new is old or isinstance(old, FakeTensor) and kinds[0] == kinds[1]
-                made[id(parameter)] = parameter if same else torch.nn.Parameter(new.detach(), parameter.requires_grad)
-            each._parameters[name] = made[id(parameter)]
-        for name, buffer in each._buffers.items():
-            each._buffers[name] = None if buffer is None else function(buffer)
-    return module
-
-
-def _deepcopy(tensor, memo):
-    """torch's own makes a storage that no operation has made, and that is not the one of its views."""
-    if id(tensor) not in memo:
-        copy = tensor.detach().clone()
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        memo[id(tensor)] = torch.nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
-    return memo[id(tensor)]
-
-
-# ----- what opens weights builds networks from their configurations
-
-_PIPELINE_FROM_PRETRAINED = diffusers.DiffusionPipeline.__dict__["from_pretrained"].__func__
-
-
-def _download(cls, name, revision=None, cache_dir=None, **_):
-    place = {"revision": revision, "cache_dir": cache_dir}
-    return snapshot_download(name, allow_patterns=CONFIGURATIONS, ignore_patterns=["*.index.json"], **place)
-
-
-def _configurations_only(cls, name, **options):
-    place = {key: options.pop(key, None) for key in ("revision", "cache_dir", "variant")}
-    folder = name if os.path.isdir(name) else _download(cls, name, **place)  # variants differ in weights alone
-    return _PIPELINE_FROM_PRETRAINED(cls, folder, **options)
-
-
-def _build_diffusers(cls, name, **options):
-    known = inspect.signature(cls.__init__).parameters
-    changes = {key: value for key, value in options.items() if key in known}
-    return _built(cls, name, options, lambda **place: cls.from_config(cls.load_config(name, **place), **changes))
-
-
-def _build_transformers(cls, name, *_, config=None, **options):
-    def build(**place):
-        is_given = isinstance(config, transformers.PretrainedConfig)
-        return cls._from_config(config if is_given else cls.config_class.from_pretrained(name, **place))
-
-    return _built(cls, name, options, build)
-
-
-def _built(cls, name, options, build):
-    place = {key: options[key] for key in ("subfolder", "revision", "cache_dir") if options.get(key) is not None}
-    try:
-        network = build(**place)
-    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:200]
-        where = os.path.basename(name) if os.path.isdir(name) else place.get("subfolder", name)
-        raise ValueError(f"the configuration of its {where} describes no {cls.__name__} ({reason})") from None
-    network = network.to(options.get("dtype") or options.get("torch_dtype") or torch.float32).eval()
-    return (network, {name: [] for name in LOADING_INFO}) if options.get("output_loading_info") else network
-
-
-def _empty(load):
-    """One file holds no configuration: it is loaded, and its networks lose their values."""
-
-    @functools.wraps(load)
-    def loaded(*args, **options):
-        with unset_fake_temporarily():
-            pipeline = load(*args, **options)
-        for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                module._apply(_without_values)
-        return pipeline
-
-    return staticmethod(loaded)
-
-
-def _without_values(tensor):
-    """A tensor of no memory in its place; tables of positions stay."""
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-class AdamW8bit(torch.optim.Optimizer):
-    """The memory of bitsandbytes' optimizer: two states of 8 bits with a float32 scale for every 256 values; float32
-    states of tensors with less than 4,096."""
-
-    def __init__(self, parameters, lr, betas, weight_decay, eps):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            state, size = self.state[parameter], parameter.numel()
-            if state:
-                continue
-            dtype = torch.float32 if size < 4096 else torch.uint8
-            for number in (1, 2):
-                state[f"state{number}"] = torch.zeros_like(parameter, dtype=dtype)
-                if dtype == torch.uint8:
-                    state[f"absmax{number}"] = torch.zeros(math.ceil(size / 256), device=parameter.device)
