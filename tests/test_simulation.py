@@ -33,7 +33,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
-from torch._subclasses.fake_tensor import FakeTensor
 
 GIB = 2**30
 
@@ -56,7 +55,6 @@ CASES = {
         "lcm",
         BF16 | {"gradient_accumulation_steps": 2, "gradient_checkpointing": "selective"},
     ),
-    "lcm, 8-bit, full": ("lcm", BF16 | {"use_8bit_adam": True, "gradient_checkpointing": True}),
     "lcm LoRA, channels_last": ("lcm_lora", BF16 | {"channels_last": True}),
     "tscd": ("tscd", {}),
     "tscd LoRA, frozen discriminator": ("tscd_lora", BF16 | {"freeze_discriminator_backbone": True}),
@@ -65,6 +63,7 @@ CASES = {
 }
 MORE = {  # in tests/soak
     "lcm": ("lcm", {}),
+    "lcm, 8-bit, full": ("lcm", BF16 | {"use_8bit_adam": True, "gradient_checkpointing": True}),
     "lcm LoRA, SDXL, 8-bit": ("lcm_lora", BF16 | {"use_8bit_adam": True, "pretrained_teacher_model": "sdxl"}),
     "tscd, no discriminator, accumulation": ("tscd", {"adv_weights": 0, "gradient_accumulation_steps": 3}),
     "ct, ECT": ("ct", {"objective": "ect", "pretrain_steps": 1, "discretization_s_1": None}),
@@ -204,47 +203,38 @@ def test_a_wrong_configuration_ends_in_one_sentence(tmp_path, flags, teacher, ca
     assert stopped.value.code == 2 and "--pretrained_teacher_model=" in err and words in err, err
 
 
-def test_configurations_are_enough_for_a_dry_run_alone(tmp_path, flags, capsys):  # noqa: F811
-    synthetic.write_configurations(tmp_path / "teacher", synthetic.SHAPES["tiny"])
-    words = {"pretrained_teacher_model": tmp_path / "teacher", "resolution": 128}
-    whole = simulate(flags(tmp_path / "out", dry_run=True, **words))
-    *others, last = (tmp_path / "teacher").rglob("*.safetensors")
-    for path in others:
-        path.unlink()
-    with pytest.raises(SystemExit):  # of a part alone
-        simulate(flags(tmp_path / "out", dry_run=True, **words))
-    last.unlink()
-    bare = simulate(flags(tmp_path / "out", dry_run=True, **words))
-    assert bare.parts == whole.parts and "holds no weights; --dry_run needs none" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "out", **words))
-    assert "unet/ has no weights" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("form", ["one file", "fp16", "fp16, no weights"])
-def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monkeypatch, form):  # noqa: F811
+def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monkeypatch, capsys):  # noqa: F811
+    """One file; a variant; configurations alone, which are said, and are not enough for the run itself."""
     expected, folder = simulate(flags(tmp_path / "out", dry_run=True)), tmp_path / "teacher"
     pipeline = models.load_teacher(teacher())
-    changes = {"pretrained_teacher_model": folder, "variant": "fp16"}
-    if form == "one file":
-        changes = {"pretrained_teacher_model": tmp_path / "teacher.safetensors"}
-        save_file({"model.diffusion_model.out.0.weight": torch.zeros(1)}, tmp_path / "teacher.safetensors")
-        copies = [copy.deepcopy(pipeline) for _ in range(3)]  # as if read from the file, at the check too
-        load = lambda *_, **__: copies.pop()  # noqa: E731
-        monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", load)
-    else:
-        pipeline.save_pretrained(folder, variant="fp16")
-        for path in folder.rglob("*.safetensors") if "no" in form else []:
-            path.unlink()
-    result = simulate(flags(tmp_path / "out", dry_run=True, **changes))
-    assert result.peak == pytest.approx(expected.peak, rel=0.002)  # a table of positions may be made before
-    assert list(result.parts) == list(expected.parts) and result.flops == expected.flops
-    assert not (tmp_path / "out").exists()
-    assert not any(isinstance(p, FakeTensor) for p in pipeline.unet.parameters())
+    pipeline.save_pretrained(folder, variant="fp16")
+    save_file({"model.diffusion_model.out.0.weight": torch.zeros(1)}, tmp_path / "teacher.safetensors")
+    copies = [copy.deepcopy(pipeline) for _ in range(3)]  # as if read from the file, at the check too
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", lambda *_, **__: copies.pop())
+    variant = {"pretrained_teacher_model": folder, "variant": "fp16"}
+
+    def check(**changes):
+        result = simulate(flags(tmp_path / "out", dry_run=True, **changes))
+        assert result.peak == pytest.approx(expected.peak, rel=0.002)  # a table of positions may be made before
+        assert list(result.parts) == list(expected.parts) and result.flops == expected.flops
+
+    check(pretrained_teacher_model=tmp_path / "teacher.safetensors")
+    check(**variant)
+    *others, last = folder.rglob("*.safetensors")
+    for path in others:
+        path.unlink()
+    with pytest.raises(SystemExit):  # a part alone has none
+        simulate(flags(tmp_path / "out", dry_run=True, **variant))
+    last.unlink()
+    assert "holds no weights" not in capsys.readouterr().out
+    check(**variant)
+    assert "holds no weights; --dry_run needs none" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train(flags(tmp_path / "out", **variant))
+    assert "no weights of the variant" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):  # noqa: F811
+def check_signal(tmp_path, flags, number, code):  # noqa: F811
     line = f"import os; os.kill(os.getpid(), {int(number)}); raise AssertionError('it went on')"
     edited(tmp_path, LOSS, f"{LOSS}            {line}\n", loads=False)
     words = [sys.executable, str(tmp_path / "edited.py"), *flags(tmp_path / "out", dry_run=True)]
@@ -252,6 +242,10 @@ def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):  # noqa
     result = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root})
     assert result.returncode == code and "it went on" not in result.stderr and "checkpoint" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags):  # noqa: F811
+    check_signal(tmp_path, flags, signal.SIGTERM, -signal.SIGTERM)
 
 
 def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys):  # noqa: F811

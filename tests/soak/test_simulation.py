@@ -1,5 +1,7 @@
 """More updates simulated against real ones, and more real shapes."""
 
+import signal
+
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_tscd_distill_sd_wds as tscd
 from tests.test_scripts import launch
@@ -7,6 +9,7 @@ from tests.test_simulation import (  # noqa: F401
     GIB,
     MORE,
     check_case,
+    check_signal,
     command,
     ct_flags,
     data_set,
@@ -52,3 +55,7 @@ def test_several_processes_simulate_one_of_them(tmp_path, flags):  # noqa: F811
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("One update, simulated") == 1 and "  gradients  " in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_ends_a_dry_run_at_once(tmp_path, flags):  # noqa: F811
+    check_signal(tmp_path, flags, signal.SIGINT, 130)
