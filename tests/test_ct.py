@@ -652,7 +652,9 @@ def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):
         return datasets.DatasetDict({"test": data.select([0]), "train": data})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    shards, source = open_images(None, "cifar100", None, "cfg", "img", "fine", "/cache", "main")
+    columns = {"image_column": "img", "label_column": "fine"}
+    place = {"cache_dir": "/cache", "revision": "main"}
+    shards, source = open_images(None, "cifar100", dataset_config_name="cfg", **columns, **place)
     assert asked == [("cifar100", "cfg", "main", "/cache")] and shards == ["cifar100"]
     assert source.num_classes == 11 and len(source.keys) == 4 and source.read(1)["cls"] == str(images[1][1]).encode()
     monkeypatch.setattr(datasets, "load_dataset", lambda **kwargs: datasets.DatasetDict({"test": data}))
