@@ -237,7 +237,8 @@ def main(args):
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
     sampled = torch.cat([data.latents([i]).float().flatten() for i in list(train_indices)[:256]])
-    latent_std = sampled[sampled.isfinite()].std().item()
+    finite = sampled.isfinite()
+    latent_std = (sampled if finite.all() else sampled[finite]).std().item()
     weights = [parameter for parameter in rollout.parameters() if parameter.requires_grad]
     ema_weights = torch.nn.ParameterList([p.detach().clone() for p in weights] if args.ema_decay else [])
     ema_weights.requires_grad_(False)

@@ -707,6 +707,11 @@ def test_the_guides_folder_of_images(tmp_path, flags, table, size):
     assert config["num_inference_steps"] == 4
 
 
+def test_a_dry_run_of_the_guides_folder_simulates_an_update(tmp_path, flags, table, capsys):
+    run(from_table(flags, table, tmp_path / "out", dry_run=True))
+    assert "smallest card that holds it" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
 def test_encoded_images_are_the_latents_but_for_what_the_decoder_lost(table, pictured, direct_teacher):
     data, stored = pairs.PairImages(table / "metadata.csv"), pairs.PairShards(pictured)
     data.pipeline = pipelines.load_pipeline(direct_teacher())
