@@ -351,7 +351,7 @@ def check_training_arguments(parser, args):
         parser.error(
             f"the environment variable ACCELERATE_MIXED_PRECISION={mixed_precision} is none of no, fp16, bf16"
         )
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
+    if mixed_precision == "fp16" and not torch.cuda.is_available() and not args.dry_run:
         parser.error("--mixed_precision=fp16 needs a GPU (on a CPU it would silently run in fp32); use bf16 or no")
     if args.compile and (missing := levers.missing_to_compile()):
         parser.error(f"--compile: torch.compile needs {missing}, and there is none; install one, or drop the flag")
@@ -531,8 +531,10 @@ def make_accelerator(args):
         make = Accelerator
     else:
         make = functools.partial(ZeroAccelerator, zero, args.max_grad_norm, args.train_batch_size)
+    given = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    stands_in = given == "fp16" and not torch.cuda.is_available()  # in a dry run
     accelerator = make(
-        mixed_precision=args.mixed_precision,
+        mixed_precision="bf16" if stands_in else args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.dry_run else args.report_to or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
@@ -554,6 +556,9 @@ def make_accelerator(args):
             "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
         )
     args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
+    if stands_in:
+        args.mixed_precision = given
+        accelerator.print("Note: fp16 needs a GPU, so what is simulated is bf16, which takes the same memory")
     if args.enable_xformers_memory_efficient_attention:
         fails = levers.xformers_failure(accelerator.device, args.mixed_precision)
         fails = next(filter(None, gather_object([fails])), None)  # one process decides for all

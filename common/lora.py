@@ -115,7 +115,12 @@ def add_lora(unet, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, init
         parameter.data = parameter.data.float()
     unet._lora_layers = list(lora_layers(unet).values())  # for adapters_off, which runs at every step
     if init_lora is not None:
-        _copy_tensors(_read_lora(unet, init_lora, rank, alpha), adapter_tensors(unet))
+        start_from(unet, init_lora, rank, alpha)
+
+
+def start_from(unet, init_lora, rank, alpha):
+    """Copy an earlier LoRA into the adapters, as `add_lora` describes it."""
+    _copy_tensors(_read_lora(unet, init_lora, rank, alpha), adapter_tensors(unet))
 
 
 def lora_layers(unet):

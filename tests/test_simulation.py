@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 from common import args as cli
-from common import models
+from common import lora, models
 from common.run import simulation
 from tests.benchmarks import synthetic
 from tests.test_levers import (  # noqa: F401
@@ -181,6 +182,16 @@ def test_an_update_that_waits_for_the_device_is_said(tmp_path, flags, capsys, li
         assert "the update waits for the device in line" in out
     assert not simulation.is_on() and not (tmp_path / "out").exists()
     assert torch.randn(2).tolist()  # tensors have values again
+
+
+def test_flags_that_need_a_gpu_or_values_are_simulated_without(tmp_path, flags, capsys, teacher):  # noqa: F811
+    unet = models.load_teacher(teacher()).unet
+    lora.add_lora(unet, 4, 6.0)
+    lora.save_lora(tmp_path / "lora", unet)
+    changes = {"mixed_precision": "fp16", "compile": True, "init_lora": tmp_path / "lora"}
+    train(flags(tmp_path / "out", lcm_lora, dry_run=True, **changes), lcm_lora)
+    out = capsys.readouterr().out
+    assert "fp16 needs a GPU, so what is simulated is bf16" in out and "smallest card that holds it" in out
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from common import latents, weights
+from common import latents, levers, lora, weights
 from common.preemption import Stopper
 from common.run import stand_ins
 from common.run.meter import FLOAT32_ON_GPUS, Meter, in_float32
@@ -220,8 +220,9 @@ class _Simulation:
         replace(transformers.PreTrainedModel, "from_pretrained", classmethod(stand_ins.build_transformers))
         replace(diffusers.DiffusionPipeline, "download", classmethod(stand_ins.download))
         replace(diffusers.DiffusionPipeline, "from_pretrained", classmethod(stand_ins.configurations_only))
-        for module, check in ((weights, "check_pipeline"), (latents, "check_encoder")):
-            replace(module, check, lambda *_, **__: None)  # the headers were checked before, values are not there
+        for module, name in ((weights, "check_pipeline"), (latents, "check_encoder"), (lora, "start_from")):
+            replace(module, name, lambda *_, **__: None)  # the headers were checked before, values are not there
+        replace(levers, "compile_blocks", lambda network: None)  # operations are counted as they are written
         for pipeline in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
             replace(pipeline, "from_single_file", stand_ins.without_values(pipeline.from_single_file))
         if self.args.use_8bit_adam:
