@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common import UserError, weights
 from common.schedules import PREDICTION_TYPES
+from common.weights import line_of
 
 import torch
 from diffusers import (
@@ -52,7 +53,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     try:
         index = DiffusionPipeline.load_config(name, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({_line(error)})") from None
+        raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({line_of(error)})") from None
     if not isinstance(index, dict):
         raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
     sdxl = _check_kind(flag, index)
@@ -67,7 +68,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
         for part in ("text_encoder", "text_encoder_2")[: 1 + sdxl]:
             configs[part] = CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
     except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{flag}: a part of the teacher is missing or unreadable ({_line(error)})") from None
+        raise UserError(f"{flag}: a part of the teacher is missing or unreadable ({line_of(error)})") from None
     config = _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
     weights.check_pipeline(flag, name, parts, variant, **options)
     return config
@@ -80,12 +81,12 @@ def _read_single_file(flag, name, cache_dir):
         if _single_file_kind(name) == "refiner":
             raise UserError(f"{flag}: {REFINER}")
     except SafetensorError as error:
-        raise UserError(f"{flag}: the file is damaged or no safetensors file ({_line(error)})") from None
+        raise UserError(f"{flag}: the file is damaged or no safetensors file ({line_of(error)})") from None
     try:  # one file holds no configuration: diffusers fetches that of the kind of model that the weights show
         pipeline = _load_teacher(name, None, None, cache_dir, None, None, {})
     except LOAD_ERRORS as error:
         raise UserError(
-            f"{flag}: the file cannot be loaded ({_line(error)}); a single file needs the hub, or a cache, for its "
+            f"{flag}: the file cannot be loaded ({line_of(error)}); a single file needs the hub, or a cache, for its "
             "configuration: convert it once to a folder in diffusers layout where there is no network"
         ) from None
     configs = {"is_sdxl": is_sdxl(pipeline), "model_index": dict(pipeline.config)}
@@ -112,7 +113,7 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
     try:
         vae = AutoencoderKL.load_config(name, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: neither a VAE's folder nor a model that the hub gives ({_line(error)})") from None
+        raise UserError(f"{flag}: neither a VAE's folder nor a model that the hub gives ({line_of(error)})") from None
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != config["unet"]["in_channels"]:
         raise UserError(f"{flag}: not an AutoencoderKL with {config['unet']['in_channels']} latent channels")
     _check_alone(flag, name, AutoencoderKL, subfolder, **options)
@@ -140,7 +141,9 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     try:
         unet = UNet2DConditionModel.load_config(name, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: neither a U-Net's folder nor a model that the hub gives ({_line(error)})") from None
+        raise UserError(
+            f"{flag}: neither a U-Net's folder nor a model that the hub gives ({line_of(error)})"
+        ) from None
     if unet.get("time_cond_proj_dim") != time_cond_proj_dim:
         raise UserError(
             f"{flag}: its time_cond_proj_dim is {unet.get('time_cond_proj_dim')}; pass the same number as "
@@ -191,10 +194,6 @@ def _checked_config(flag, config):
         plain = PLAIN[config["is_sdxl"]].__name__
         raise UserError(f"{flag}: its VAE has {found[0]}, which {plain} does not undo: its images would be others")
     return config
-
-
-def _line(error):
-    return str(error).strip().split("\n")[0]
 
 
 def check_unet(flag, unet, vae, text_encoder_2=None):
@@ -279,7 +278,7 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
         return _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced)
     except LOAD_ERRORS as error:
         flag = f"--pretrained_teacher_model={name}" + (f", --pretrained_vae_model_name_or_path={vae}" if vae else "")
-        raise UserError(f"{flag}: the weights cannot be loaded ({_line(error)})") from error
+        raise UserError(f"{flag}: the weights cannot be loaded ({line_of(error)})") from error
 
 
 def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced):

@@ -110,7 +110,7 @@ def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant
     try:
         config = _load_config(folder, cls)
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"{flag}: {where or 'it '}has no configuration that can be read ({_line(error)})") from None
+        raise UserError(f"{flag}: {where or 'it '}has no configuration that can be read ({line_of(error)})") from None
     advice = _variant_advice(variant, of_pipeline, has_variant_flag)
     files, named = _find_files(flag, folder, where, cls, variant, advice)
     shapes = {}
@@ -124,7 +124,7 @@ def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant
     try:
         missing, unexpected, mismatched = _compare(cls, config, shapes, sharded=named.endswith(".json"))
     except (AttributeError, ValueError, TypeError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{flag}: {where}config.json describes no {cls.__name__} ({_line(error)})") from None
+        raise UserError(f"{flag}: {where}config.json describes no {cls.__name__} ({line_of(error)})") from None
     _refuse(f"{flag}: its file {where}{named}", cls, missing, unexpected, mismatched)
 
 
@@ -217,7 +217,7 @@ def _find_files(flag, folder, where, cls, variant, advice):
         names = sorted(set(json.loads((folder / named).read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{flag}: its file {where}{named} is damaged ({_line(error)})") from None
+        raise UserError(f"{flag}: its file {where}{named} is damaged ({line_of(error)})") from None
     if missing:
         raise UserError(f"{flag}: it is partial, {where}{missing[0]} is missing, which {named} names")
     return [folder / name for name in names], named
@@ -229,10 +229,11 @@ def _read_header(flag, path, where):
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{flag}: its file {where}{path.name} is damaged ({_line(error)})") from None
+        raise UserError(f"{flag}: its file {where}{path.name} is damaged ({line_of(error)})") from None
 
 
-def _line(error):
+def line_of(error):
+    """The first line of what a library says."""
     return str(error).strip().split("\n")[0]
 
 
@@ -358,7 +359,7 @@ def _check_vocabulary(flag, folder, tokenizer, encoder, class_name):
         count = len(getattr(transformers, class_name).from_pretrained(folder / tokenizer))
         vocab_size = transformers.CLIPTextConfig.from_pretrained(folder / encoder).vocab_size
     except Exception as error:  # the tokenizers' library raises bare ones for files that are none
-        raise UserError(f"{flag}: its folder {tokenizer}/ cannot be read ({_line(error)})") from None
+        raise UserError(f"{flag}: its folder {tokenizer}/ cannot be read ({line_of(error)})") from None
     if count > vocab_size:
         raise UserError(
             f"{flag}: its {tokenizer} has {count} tokens, its {encoder} only {vocab_size} embeddings; save it again "
