@@ -165,23 +165,6 @@ def test_the_guides_command_parses_verbatim(gpu, name):
     )
 
 
-def documented_commands():
-    """(module, the words after it) of each command in README, guides and scripts; those of evaluate read files."""
-    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("train_*.py"), *ROOT.glob("common/**/*.py")]:
-        text = path.read_text().replace("\\\\\n", "").replace("\\\n", "")
-        for line in re.findall(r"^ *(?:accelerate launch|python -m) (.*[^.]$)", text, re.M):
-            found = re.search(r"(train_\w+)\.py |-?m? ?(common\.tools\.(?!evaluate)\w+) ", line)
-            if found:
-                yield found[1] or found[2], shlex.split(line[found.end() :])
-
-
-def test_the_documents_commands_parse(gpu):
-    commands = list(documented_commands())
-    for name, words in commands:
-        script(name).parse_args(words)
-    assert len(commands) > 20 and {name for name, _ in commands} >= {*ALL_SCRIPTS, "train_cm_ct_unconditional"}
-
-
 def test_the_guide_of_direct_distillation_parses():
     words = shlex.split(GUIDE_DIRECT.rstrip().removesuffix("\\").replace("\\\n", "")) + ["\\"]
     args = script("train_direct_distill").parse_args(words[3:])

@@ -120,7 +120,7 @@ def test_training_equals_training_from_encode_pairs_but_for_float16(
     expected, found = stored.latents(range(24)), data.latents(range(24))
     assert found.dtype == torch.float32 and found.shape == expected.shape
     error = ((found - expected).square().mean() / expected.var()).item()
-    assert error == pytest.approx(4.3e-8, rel=0.1)  # of 11 bits; the number in docs/direct_distill.md
+    assert error == pytest.approx(4.3e-8, rel=0.1)  # of 11 bits; the number in docs/pairs.md
     run(flags(tmp_path / "a", pairs_dir=tmp_path / "pairs"))
     monkeypatch.setattr(pairs.PairImages, "pixels", None)
     run(flags(tmp_path / "b", pairs_dir=tmp_path / "cached", num_inference_steps=4))

@@ -153,7 +153,7 @@ def test_crops_and_flips_are_said_and_hang_on_seed_shard_and_key_alone(tmp_path,
 
 
 def test_a_cached_sample_of_sd15_takes_70_kilobytes(tmp_path):
-    """The number in docs/data.md, by what stands in a tar; SDXL's at 1024 pixels is 4 x the latents."""
+    """The number in docs/cached_latents.md, by what stands in a tar; SDXL's at 1024 pixels is 4 x the latents."""
     for side, expected in ((64, 69_632), (128, 266_240)):
         half = np.ones((4, side, side), np.float16)
         manifest = json.dumps({"format": 1}).encode()
@@ -275,7 +275,7 @@ def test_the_part_of_a_task(environ, expected, monkeypatch, capsys):
 
 def test_a_wrapper_for_ray_as_the_guide_has_it(tmp_path, cached, shards, teacher, monkeypatch):
     """The guide's lines, with a stand-in for ray that calls at once."""
-    lines = re.search(r"```python\n(import ray\n.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)[1]
+    lines = re.search(r"```python\n(import ray\n.*?)```", (ROOT / "docs" / "cached_latents.md").read_text(), re.S)[1]
 
     def remote(**options):
         return lambda function: types.SimpleNamespace(remote=function)
@@ -283,7 +283,7 @@ def test_a_wrapper_for_ray_as_the_guide_has_it(tmp_path, cached, shards, teacher
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(remote=remote, get=list))
     monkeypatch.setattr(sys, "argv", ["encode.py", *words(shards, tmp_path / "out", teacher(), **FLAGS)])
     assert "--num_shards" in lines
-    exec(compile(lines.replace("TASKS = 16", "TASKS = 2"), "docs/data.md", "exec"), {"__name__": "__main__"})
+    exec(compile(lines.replace("TASKS = 16", "TASKS = 2"), "docs/cached_latents.md", "exec"), {"__name__": "__main__"})
     assert content(tmp_path / "out") == content(cached())
 
 

@@ -1,4 +1,4 @@
-"""The table "What fits where" of docs/performance.md: the largest batch on cards of 24, 48 and 80 GB.
+"""The table "What fits where" of docs/performance_measured.md: the largest batch on cards of 24, 48 and 80 GB.
 
     python -m tests.benchmarks.what_fits [sd15] [sdxl] [sd35m] [flux] [qwen]
 

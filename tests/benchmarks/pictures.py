@@ -1,0 +1,98 @@
+"""The pictures of README and docs/measured.md, from a folder of the demo.
+
+    python tests/benchmarks/pictures.py demo docs/images
+
+The demo must have measured its methods there. Writes demo.png (the same ten prompts by every model) and distance.png
+(the distance of each model at its numbers of steps). --teacher names the teacher's folder in the demo's.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+METHODS = {"lcm": "LCM", "lcm_lora": "LCM LoRA", "tscd": "TSCD", "direct": "direct"}
+SHOWN = {"teacher": (50, 4, 1), "student": (4, 2, 1)}
+COLOURS = ["#444444", "#d1495b", "#edae49", "#00798c", "#7b4b94"]
+SCALE, GAP, LEFT = 3, 4, 170
+
+
+def measured(demo, teacher):
+    """{label: (rows of the measurement, images of each row)} of the teacher and of the students that are there."""
+    paths = {"teacher": demo / f"{teacher}_metrics"}
+    paths |= {label: demo / teacher.replace("teacher", name) / "metrics" for name, label in METHODS.items()}
+    paths = {label: path for label, path in paths.items() if path.with_suffix(".json").exists()}
+    return {
+        label: (json.loads(path.with_suffix(".json").read_text())["rows"], np.load(path.with_suffix(".npy")))
+        for label, path in paths.items()
+    }
+
+
+def draw_samples(models):
+    """A row of samples for each model and number of steps, a wider gap between models."""
+    rows = []
+    for label, (results, images) in models.items():
+        shown = SHOWN.get(label, SHOWN["student"])
+        found = [(row, image) for row, image in zip(results, images, strict=True) if row["steps"] in shown]
+        for place, (row, image) in enumerate(found):
+            rows.append((place == 0, f"{label}, {row['steps']} step{'s' * (row['steps'] > 1)}", image))
+    side = rows[0][2].shape[1] * SCALE
+    height = sum(side + GAP + 2 * GAP * first for first, *_ in rows)
+    picture = Image.new("RGB", (LEFT + len(rows[0][2]) * (side + GAP), height), "white")
+    pen, font, y = ImageDraw.Draw(picture), ImageFont.load_default(size=15), 0
+    for first, label, images in rows:
+        y += 2 * GAP * first
+        pen.text((GAP, y + side // 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(tile, (LEFT + column * (side + GAP), y))
+        y += side + GAP
+    return picture
+
+
+def draw_distances(models, width=800, height=420, left=60, right=130, top=20, bottom=50):
+    """Distance over the number of steps, both on logarithmic axes."""
+    rows = [row for results, _ in models.values() for row in results]
+    steps = sorted({row["steps"] for row in rows})
+    distances = [row["frechet_distance"] for row in rows]
+    low, high = np.log(min(distances) * 0.9), np.log(max(distances) * 1.1)
+    picture = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+
+    def place(step, distance):
+        x = left + (width - left - right) * np.log(step / steps[0]) / np.log(steps[-1] / steps[0])
+        return x, top + (height - top - bottom) * (high - np.log(distance)) / (high - low)
+
+    for step in steps:
+        pen.text((place(step, 1)[0], height - bottom + 18), str(step), fill="black", font=font, anchor="mm")
+    for distance in (0.3, 0.5, 1, 2, 5, 10, 20):
+        if low < np.log(distance) < high:
+            y = place(1, distance)[1]
+            pen.line([(left, y), (width - right, y)], fill="#dddddd")
+            pen.text((left - 8, y), f"{distance:g}", fill="black", font=font, anchor="rm")
+    pen.text(((left + width - right) // 2, height - 12), "steps", fill="black", font=font, anchor="mm")
+    for number, (label, (results, _)) in enumerate(models.items()):
+        points = [place(row["steps"], row["frechet_distance"]) for row in results]  # from many steps to few
+        colour = COLOURS[number]
+        pen.line(points, fill=colour, width=3)
+        for x, y in points:
+            pen.ellipse([(x - 5, y - 5), (x + 5, y + 5)], fill=colour)
+        pen.text((width - right + 15, top + 10 + 24 * number), label, fill=colour, font=font, anchor="lm")
+    return picture
+
+
+def main(args):
+    models = measured(Path(args.demo), args.teacher)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    for name, picture in (("demo", draw_samples(models)), ("distance", draw_distances(models))):
+        picture.quantize(128).save(Path(args.output_dir, f"{name}.png"), optimize=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("demo", help="a folder of the demo")
+    parser.add_argument("output_dir", help="where the pictures go")
+    parser.add_argument("--teacher", default="teacher", help="its folder in the demo's")
+    main(parser.parse_args())
