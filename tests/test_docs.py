@@ -109,9 +109,8 @@ def documented_commands():
     Left out is what stands for something else in a sentence: METHOD, train_X.py, "...".
     """
     texts = ["\n".join(blocks(page, "bash")) for page in PAGES]
-    texts += [
-        code for page in PAGES for code in re.findall(r"`([^`\n]+)`", prose(page)) if not STANDS_FOR.search(code)
-    ]
+    inline = [code for page in PAGES for code in re.findall(r"`([^`\n]+ --[^`\n]+)`", prose(page))]
+    texts += [code for code in inline if not STANDS_FOR.search(code)]
     texts += [path.read_text() for path in PYTHON if path.parts[len(ROOT.parts)] != "tests"]
     for line in (line for text in texts for line in commands(text)):
         found = re.search(r"(?:-m (common\.tools\.\w+)|(?<!plan )\b(train_\w+)\.py)(?: |$)", line)
