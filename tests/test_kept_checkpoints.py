@@ -61,8 +61,9 @@ def resume(script, words, drawn, monkeypatch):
         return of_optimizer(optimizer)
 
     monkeypatch.setattr(Accelerator, "backward", first)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         train([*words, "--resume_from_checkpoint=latest"], importlib.import_module(script))
+    assert stopped.value.code != 2, "the checkpoint was refused: stderr says why"
     return orders
 
 
