@@ -20,19 +20,25 @@ from argparse import BooleanOptionalAction
 from collections import Counter
 from pathlib import Path
 
-from common import args as cli
-from common import checkpointing, consistency, ct_args, ct_card, export, image_data, unet2d, validation
-from common import consistency_sampling as sampling
-from common.consistency_scheduler import make_scheduler, save_result
-from common.data import TrainingData, keyed_generator, keyed_seed
+from common import flags
+from common.ct import card as ct_card
+from common.ct import consistency, evaluation
+from common.ct import data as image_data
+from common.ct import flags as ct_flags
+from common.ct import unet as ct_unet
+from common.ct.data import decode_image_label
+from common.ct.scheduler import make_scheduler, save_result
+from common.data.folders import IMAGE_KEYS
+from common.data.shards import count_samples
+from common.data.stream import TrainingData
 from common.ema import MOST_OF_START, ema_decay, ema_start_share, ema_update
-from common.images import decode_image_label
-from common.losses import RunningMeans
-from common.nonfinite import UpdateGuard
-from common.preemption import Stopper, job_deadline
-from common.run import simulation
+from common.keyed_random import keyed_generator, keyed_seed
+from common.results import export, samples
+from common.run import checkpointing, engine, simulation, training_data, training_run
+from common.run.preemption import Stopper, job_deadline
+from common.run.training_run import RunningMeans
+from common.run.updates import UpdateGuard
 from common.schedules import append_dims
-from common.shards import IMAGE_KEYS, count_samples
 
 import torch
 from accelerate.utils import gather_object
@@ -40,33 +46,36 @@ from tqdm import tqdm
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    cli.add_data_arguments(parser, text=False)
-    cli.add_training_arguments(parser, "consistency-model", "consistency-training", samples_prompts=False)
-    ct_args.add_arguments(parser)
+    parser = flags.ArgumentParser(__doc__.split("\n")[0])
+    flags.add_data_arguments(parser, text=False)
+    flags.add_training_arguments(parser, "consistency-model", "consistency-training", samples_prompts=False)
+    ct_flags.add_arguments(parser)
     add = parser.add_argument_group("consistency training").add_argument
     add("--objective", choices=["ict", "ect"], default="ict", help="from scratch, or from a diffusion model")
     add(
-        "--pretrain_steps", type=cli.non_negative_int, default=0, help="of --max_train_steps: diffusion training first"
+        "--pretrain_steps",
+        type=flags.non_negative_int,
+        default=0,
+        help="of --max_train_steps: diffusion training first",
     )
-    add("--pretrain_p_mean", type=cli.real, default=-1.2, help="mean of ln sigma in these")
-    add("--pretrain_p_std", type=cli.positive_float, default=1.2, help="standard deviation of ln sigma in these")
+    add("--pretrain_p_mean", type=flags.real, default=-1.2, help="mean of ln sigma in these")
+    add("--pretrain_p_std", type=flags.positive_float, default=1.2, help="standard deviation of ln sigma in these")
     add("--prediction_type", choices=["sample"], default="sample", help="the only one: f predicts the image")
-    add("--sigma_min", type=cli.positive_float, default=0.002, help="smallest noise level")
-    add("--sigma_max", type=cli.positive_float, default=80.0, help="largest noise level")
-    add("--sigma_data", type=cli.positive_float, default=0.5, help="standard deviation of the images in [-1, 1]")
-    add("--rho", type=cli.positive_float, default=7.0, help="curvature of the noise levels")
-    add("--p_mean", type=cli.real, default=-1.1, help="mean of ln sigma of the pairs")
-    add("--p_std", type=cli.positive_float, default=2.0, help="standard deviation of ln sigma of the pairs")
-    add("--discretization_s_0", type=cli.positive_int, default=10, help="noise levels at the start, less one")
-    add("--discretization_s_1", type=cli.positive_int, default=1280, help="noise levels at the end, less one")
+    add("--sigma_min", type=flags.positive_float, default=0.002, help="smallest noise level")
+    add("--sigma_max", type=flags.positive_float, default=80.0, help="largest noise level")
+    add("--sigma_data", type=flags.positive_float, default=0.5, help="standard deviation of the images in [-1, 1]")
+    add("--rho", type=flags.positive_float, default=7.0, help="curvature of the noise levels")
+    add("--p_mean", type=flags.real, default=-1.1, help="mean of ln sigma of the pairs")
+    add("--p_std", type=flags.positive_float, default=2.0, help="standard deviation of ln sigma of the pairs")
+    add("--discretization_s_0", type=flags.positive_int, default=10, help="noise levels at the start, less one")
+    add("--discretization_s_1", type=flags.positive_int, default=1280, help="noise levels at the end, less one")
     add("--constant_discretization_steps", action="store_true", help="s_0 + 1 noise levels from start to end")
-    add("--skip_steps", type=cli.positive_int, default=1, help="noise levels from one of a pair to the other")
-    add("--ect_q", type=cli.positive_float, default=2.0, help="r / t is 1 - 1 / q^stage for large t; 256: one stage")
-    add("--ect_stages", type=cli.positive_int, default=8, help="stages of equal length")
-    add("--ect_k", type=cli.non_negative_float, default=8.0, help="k of g(t) = 1 + k sigmoid(-b t)")
-    add("--ect_b", type=cli.non_negative_float, default=1.0, help="b of g(t) = 1 + k sigmoid(-b t)")
-    add("--huber_c", type=cli.non_negative_float, help="default: iCT 0.00054 sqrt(values of an image), ECT 0")
+    add("--skip_steps", type=flags.positive_int, default=1, help="noise levels from one of a pair to the other")
+    add("--ect_q", type=flags.positive_float, default=2.0, help="r / t is 1 - 1 / q^stage for large t; 256: one stage")
+    add("--ect_stages", type=flags.positive_int, default=8, help="stages of equal length")
+    add("--ect_k", type=flags.non_negative_float, default=8.0, help="k of g(t) = 1 + k sigmoid(-b t)")
+    add("--ect_b", type=flags.non_negative_float, default=1.0, help="b of g(t) = 1 + k sigmoid(-b t)")
+    add("--huber_c", type=flags.non_negative_float, help="default: iCT 0.00054 sqrt(values of an image), ECT 0")
     add("--loss_weighting", choices=consistency.LOSS_WEIGHTINGS, default="inverse_step", help="edm: ECT, ImageNet-64")
     add("--noise_precond_type", choices=consistency.NOISE_PRECOND_TYPES, default="cm", help="what the network is told")
     add("--input_precond_type", choices=consistency.INPUT_PRECOND_TYPES, default="cm", help="none: input not scaled")
@@ -74,7 +83,7 @@ def parse_args(argv=None):
     add("--cast_teacher", action=yes_no, default=True, help="run the target in the dtype of --mixed_precision as well")
     add("--optimizer_type", choices=["radam", "adamw"], help="default: radam; adamw with --use_8bit_adam")
     args = parser.parse_args(argv)
-    cli.check_training_arguments(parser, args)
+    flags.check_training_arguments(parser, args)
     of_others = {"ict": ["ect_q", "ect_stages", "ect_k", "ect_b"]}
     of_others["ect"] = ["discretization_s_0", "constant_discretization_steps", "skip_steps"]
     parser.refuse_idle(of_others[args.objective], f"--objective={args.objective} has no such number; drop it")
@@ -95,46 +104,46 @@ def parse_args(argv=None):
         parser.error(f"--skip_steps={args.skip_steps}: at most --discretization_s_0={args.discretization_s_0}")
     if args.huber_c is None:
         args.huber_c = consistency.default_huber_c(3, args.resolution) if args.objective == "ict" else 0.0
-    ct_args.check_arguments(parser, args)
+    ct_flags.check_arguments(parser, args)
     return args
 
 
-@cli.user_errors
+@training_run.user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
-    accelerator = cli.make_accelerator(args)
+    accelerator = engine.make_accelerator(args)
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     with accelerator.main_process_first():
-        shards, source = image_data.open_images(**ct_args.image_options(args))
-    ct_args.resolve_num_classes(args, shards, source)
-    unet_config = unet2d.read_unet_config(**ct_args.unet_options(args))
+        shards, source = image_data.open_images(**ct_flags.image_options(args))
+    ct_flags.resolve_num_classes(args, shards, source)
+    unet_config = ct_unet.read_unet_config(**ct_flags.unet_options(args))
     job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     folder = args.output_dir, args.resume_from_checkpoint, args.dry_run, args.overwrite_output_dir
     checkpoint = checkpointing.open_output_dir(accelerator, *folder)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
-    args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
+    args.seed = training_run.resolve_seed(args.seed, resumed["args"].get("seed"))
     num_counted = len(source.keys) if source else None
-    cli.resolve_data(args, resumed["args"], world_size, num_counted)
+    training_data.resolve_data(args, resumed["args"], world_size, num_counted)
     if checkpoint:
-        checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
-    network = ct_args.load_feature_network(args, device)
+        checkpointing.check_same_run(checkpoint, resumed["args"], flags.public_args(args))
+    network = ct_flags.load_feature_network(args, device)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     decode = functools.partial(
         decode_image_label, num_classes=args.num_classes, label_name=args.dataset_class_label_column_name
     )
     options = {"source": source, "required": ((IMAGE_KEYS, ("cls", "json")) if args.num_classes else (IMAGE_KEYS,))}
-    augmented = functools.partial(decode, **cli.image_options(args), seen=Counter())
-    train_data = TrainingData(shards, augmented, **cli.data_options(args, accelerator), **options)
+    augmented = functools.partial(decode, **training_data.image_options(args), seen=Counter())
+    train_data = TrainingData(shards, augmented, **training_data.data_options(args, accelerator), **options)
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
     if num_counted is None and (args.max_train_steps is None or args.dry_run):
         num_counted = count_samples(shards)
     known = [number for number in (num_counted, args.max_train_samples) if number is not None]
     num_samples = min(known) if num_counted is not None or args.max_train_steps is None and known else None
-    total_batch_size = cli.resolve_steps(args, num_samples, world_size, resumed)
-    ct_args.check_pretrain_steps(args)
+    total_batch_size = training_data.resolve_steps(args, num_samples, world_size, resumed)
+    ct_flags.check_pretrain_steps(args)
     # How long the curriculum is; an extended run keeps the one that it began with.
     tuning_steps = resumed.get("tuning_steps") or args.max_train_steps - args.pretrain_steps
     s_0 = args.discretization_s_0
@@ -142,7 +151,7 @@ def main(args):
     discretization_steps = functools.partial(
         consistency.discretization_steps, max_train_steps=tuning_steps, s_0=s_0, s_1=s_1
     )
-    derived = ct_args.derived_configuration(args, world_size, total_batch_size, num_samples)
+    derived = ct_flags.derived_configuration(args, world_size, total_batch_size, num_samples)
     sigma_range = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho}
     timesteps = {
         k: consistency.sampling_timesteps(k, args.mid_sigma, args.discretization_s_1 + 1, **sigma_range)
@@ -152,7 +161,7 @@ def main(args):
         derived["noise levels"] = f"{discretization_steps(0)} to {discretization_steps(tuning_steps - 1)}"
         sigmas = consistency.karras_sigmas(s_0 + 1, **sigma_range)
         consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
-    cli.announce(args, derived, is_main)
+    training_run.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
@@ -180,9 +189,9 @@ def main(args):
 
     # 4. Network and its average, float32; F computes under autocast. The target is the same network without gradients.
     torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1
-    unet = unet2d.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_args.place(args))
+    unet = ct_unet.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_flags.place(args))
     ema_unet = copy.deepcopy(unet).requires_grad_(False).to(device) if args.use_ema else None
-    cli.apply_levers(args, [unet], [ema_unet] if ema_unet else [])
+    engine.apply_levers(args, [unet], [ema_unet] if ema_unet else [])
     target_unet = unet.forward  # before accelerate puts autocast around it: --no-cast_teacher computes in float32
     target_autocast = functools.partial(
         torch.autocast, device.type, dtype=weight_dtype, enabled=args.cast_teacher and weight_dtype != torch.float32
@@ -190,9 +199,9 @@ def main(args):
     dropout_devices = [device] if device.type == "cuda" else []
 
     # 5. Optimizer and learning rate.
-    optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
-    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
-    ema_options = ct_args.ema_options(args)
+    optimizer = engine.make_optimizer(args, list(unet.parameters()), total_batch_size)
+    lr_scheduler = engine.make_lr_scheduler(args, optimizer)
+    ema_options = ct_flags.ema_options(args)
 
     # 6. Prepare, resume, trackers, evaluation.
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -201,19 +210,21 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = cli.start_run(args, accelerator, resumed, derived)
+    run_id = training_run.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
     networks = {"the student": accelerator.unwrap_model(unet)} | ({"its average": ema_unet} if ema_unet else {})
     guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     unets = {"raw": accelerator.unwrap_model(unet)} | ({"ema": ema_unet} if ema_unet else {})
     grid_labels = [i % args.num_classes if args.num_classes else None for i in range(args.eval_batch_size)]
-    grid = functools.partial(sampling.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
+    grid = functools.partial(evaluation.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
     if args.eval_steps:
-        plain = functools.partial(decode, **cli.image_options(args) | {"center_crop": True, "random_flip": False})
+        plain = functools.partial(
+            decode, **training_data.image_options(args) | {"center_crop": True, "random_flip": False}
+        )
         reference = TrainingData(shards, plain, batch_size=1, seed=0, num_lanes=1, **options)
-        reference = sampling.read_reference(reference, args.eval_num_reference)
-        evaluate = sampling.Evaluation(accelerator, network, reference, **ct_args.evaluation_options(args))
+        reference = evaluation.read_reference(reference, args.eval_num_reference)
+        evaluate = evaluation.Evaluation(accelerator, network, reference, **ct_flags.evaluation_options(args))
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
@@ -296,24 +307,26 @@ def main(args):
         if global_step % args.logging_steps == 0 or is_last:
             logs = means.take(accelerator, args.train_batch_size * world_size) | progress_values
             logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            logs |= cli.sum_counters(gather_object([train_data.counters]))
-            cli.log_progress(accelerator, progress, logs, global_step)
+            logs |= training_run.sum_counters(gather_object([train_data.counters]))
+            training_run.log_progress(accelerator, progress, logs, global_step)
         saves = global_step % args.checkpointing_steps == 0 or is_last
         if args.eval_steps and (global_step % args.eval_steps == 0 or is_last and not stopper.stops):
-            with validation.going_on(accelerator, global_step):
+            with samples.going_on(accelerator, global_step):
                 rows = evaluate(unets, scheduler, timesteps)
                 if is_main:
-                    sampling.record(args.output_dir, global_step, rows, f"checkpoint-{global_step}" if saves else None)
-                    accelerator.log(sampling.flatten(rows), step=global_step)
+                    evaluation.record(
+                        args.output_dir, global_step, rows, f"checkpoint-{global_step}" if saves else None
+                    )
+                    accelerator.log(evaluation.flatten(rows), step=global_step)
         if saves:
-            state = {"args": cli.public_args(args), "run_id": run_id, "tuning_steps": tuning_steps}
+            state = {"args": flags.public_args(args), "run_id": run_id, "tuning_steps": tuning_steps}
             state["updates_skipped"] = guard.count()
             state["total_batch_size"] = total_batch_size
             state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with validation.going_on(accelerator, global_step):
+            with samples.going_on(accelerator, global_step):
                 grid(step=global_step)
 
     # 8. Export: a pipeline that samples with the network's average, then what may fail: card, samples, upload.
@@ -328,13 +341,13 @@ def main(args):
         with export.after_weights(accelerator, args.output_dir, global_step):
             if is_main:
                 result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
-                ct_card.write_card(args.output_dir, cli.public_args(args), cli.command_line(), *result)
+                ct_card.write_card(args.output_dir, flags.public_args(args), flags.command_line(), *result)
             images = grid(step=global_step)  # by every process
             if is_main:
                 columns = ["" if label is None else str(label) for label in grid_labels]
                 export.save_grid(args.output_dir, images, columns)
     if is_main and not stopper.stops:
-        cli.upload(args, accelerator)
+        training_run.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
     accelerator.end_training()

@@ -18,71 +18,73 @@ import functools
 import json
 from pathlib import Path
 
-from common import (
-    UserError,
-    cached_pairs,
-    checkpointing,
-    export,
-    levers,
-    lora,
-    measuring,
-    pairing,
-    pairs,
-    pipelines,
-    probes,
-    validation,
+from common import flags
+from common.direct import cached_pairs, pairing, pairs, pipelines, probes
+from common.direct.student import (
+    check_noise,
+    check_overrides,
+    check_pairs,
+    check_same_weights,
+    freeze_unused,
+    measure,
+    roll_out,
+    sample_and_measure,
+    student_kwargs,
 )
-from common import args as cli
 from common.ema import ema_update, exchanged
-from common.losses import LOSS_TYPES, RunningMeans, distance
-from common.nonfinite import UpdateGuard, check_weights, networks_of
-from common.preemption import Stopper, job_deadline
-from common.run import simulation
+from common.errors import UserError
+from common.losses import LOSS_TYPES, distance
+from common.networks import lora, performance
+from common.results import export, samples
+from common.run import checkpointing, engine, simulation, training_data, training_run
+from common.run.preemption import Stopper, job_deadline
+from common.run.training_run import RunningMeans
+from common.run.updates import UpdateGuard, check_weights, networks_of
 
 import torch
 from tqdm import tqdm
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser = flags.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
     add(
         "--pretrained_teacher_model",
-        type=cli.path,
+        type=flags.path,
         required=True,
         help="folder or hub name of any text-to-image or -video pipeline",
     )
-    cli.add_hub_arguments(add, "the teacher")
+    flags.add_hub_arguments(add, "the teacher")
     add = parser.add_argument_group("data").add_argument
     add(
         "--pairs_dir",
-        type=cli.path,
+        type=flags.path,
         help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds",
     )
     add(
         "--dataset_metadata_path",
-        type=cli.path,
+        type=flags.path,
         help="or a csv, tsv, jsonl or json: image,prompt,seed,rand_device,num_inference_steps,cfg_scale",
     )
-    add("--dataset_base_path", type=cli.path, help="folder of the table's images; default: the table's own")
-    add("--height", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
-    add("--width", type=cli.positive_int, help="all images of the table must have it, nothing is resized")
-    add("--max_pixels", type=cli.positive_int, help="images of several sizes, none larger; --train_batch_size=1")
+    add("--dataset_base_path", type=flags.path, help="folder of the table's images; default: the table's own")
+    add("--height", type=flags.positive_int, help="all images of the table must have it, nothing is resized")
+    add("--width", type=flags.positive_int, help="all images of the table must have it, nothing is resized")
+    add("--max_pixels", type=flags.positive_int, help="images of several sizes, none larger; --train_batch_size=1")
     add("--skip_pairs_check", action="store_true", help="train even if the seeds do not seem to give the results")
-    add("--num_held_out", type=cli.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
-    add("--data_seed", type=cli.seed, help="seed of the order of the pairs; without it, --seed")
-    cli.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
+    add("--num_held_out", type=flags.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
+    add("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
+    flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
     add = parser.add_argument_group("direct distillation").add_argument
-    add("--num_inference_steps", type=cli.positive_int, help="of the student; default: 4, or the table's")
+    add("--num_inference_steps", type=flags.positive_int, help="of the student; default: 4, or the table's")
     add("--student_scheduler", help="class of diffusers; default: the one that made the pairs")
     add("--student_scheduler_kwargs", help="JSON object of changes to its configuration")
     add("--student_kwargs", help="JSON object of arguments of the student's call, over what is found out")
     add("--loss_type", choices=LOSS_TYPES, default="huber", help="huber is the pseudo-Huber loss")
-    add("--huber_c", type=cli.positive_float, default=0.1, help="in standard deviations of the latents")
-    add("--ema_decay", type=cli.beta, default=0.0, help="of the weights that are measured and saved; 0: no EMA")
-    add("--lora_rank", type=cli.non_negative_int, default=64, help="0 trains all weights of the denoiser")
-    add("--lora_alpha", type=cli.positive_float, help="adapters are scaled by alpha / rank; default: the rank")
-    add("--lora_dropout", type=cli.beta, default=0.0)
+    add("--huber_c", type=flags.positive_float, default=0.1, help="in standard deviations of the latents")
+    add("--ema_decay", type=flags.beta, default=0.0, help="of the weights that are measured and saved; 0: no EMA")
+    add("--lora_rank", type=flags.non_negative_int, default=64, help="0 trains all weights of the denoiser")
+    add("--lora_alpha", type=flags.positive_float, help="adapters are scaled by alpha / rank; default: the rank")
+    add("--lora_dropout", type=flags.beta, default=0.0)
     add("--lora_target_modules", help="comma list; default: every linear layer and convolution of the blocks")
     parser.set_defaults(train_batch_size=4, gradient_accumulation_steps=8, learning_rate=None)
     parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=50)
@@ -106,14 +108,14 @@ def parse_args(argv=None):
             setattr(args, name, pipelines.parse_kwargs(f"--{name}", getattr(args, name)))
         except UserError as error:
             parser.error(error)
-    cli.check_training_arguments(parser, args)
+    flags.check_training_arguments(parser, args)
     return args
 
 
 def read_data(args):
     """The pairs; fills in --num_inference_steps and --num_held_out."""
     if args.pairs_dir:
-        data = cached_pairs.open_pairs(args.pairs_dir)
+        data = pairs.open_pairs(args.pairs_dir)
         if len(set(data.sizes)) > 1 and args.train_batch_size > 1:
             raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
     else:
@@ -144,10 +146,10 @@ def derived_configuration(args, world_size, num_train, total_batch_size):
     }
 
 
-@cli.user_errors
+@training_run.user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
-    accelerator = cli.make_accelerator(args)
+    accelerator = engine.make_accelerator(args)
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -155,22 +157,22 @@ def main(args):
     for note in config["notes"]:
         accelerator.print(note)
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
-    levers.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
+    performance.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     if args.lora_rank:
         pipelines.check_lora(config, args.lora_rank, target_names)
     job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
     folder = args.output_dir, args.resume_from_checkpoint, args.dry_run
     checkpoint = checkpointing.open_output_dir(accelerator, *folder)
     resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "global_step": 0}
-    args.seed = cli.resolve_seed(args.seed, resumed["args"].get("seed"))
+    args.seed = training_run.resolve_seed(args.seed, resumed["args"].get("seed"))
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
 
     # 2. Pairs, and what follows from the flags.
     data = read_data(args)
     cached_pairs.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
     pairs_config = getattr(data, "config", None)  # images, also encoded ones, have none
-    probes.check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
-    scheduler_class, scheduler_config = probes.check_pairs(config, pairs_config, args.pairs_dir)
+    check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
+    scheduler_class, scheduler_config = check_pairs(config, pairs_config, args.pairs_dir)
     if args.student_scheduler:
         scheduler_class = probes.scheduler_class("--student_scheduler", args.student_scheduler)
     scheduler, notes = probes.student_scheduler(
@@ -178,13 +180,15 @@ def main(args):
     )
     probes.check_steps(scheduler, args.num_inference_steps)
     if checkpoint:
-        checkpointing.check_same_run(checkpoint, resumed["args"], cli.public_args(args))
+        checkpointing.check_same_run(checkpoint, resumed["args"], flags.public_args(args))
         pairs.check_same_pairs(checkpoint, resumed, data)
     train_indices, held_out = pairs.split(len(data), args.num_held_out)
     order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
-    total_batch_size = cli.resolve_steps(args, len(train_indices), world_size, resumed if checkpoint else None)
+    total_batch_size = training_data.resolve_steps(
+        args, len(train_indices), world_size, resumed if checkpoint else None
+    )
     derived = derived_configuration(args, world_size, len(train_indices), total_batch_size)
-    cli.announce(args, derived, is_main)
+    training_run.announce(args, derived, is_main)
     if args.dry_run:  # what follows runs on tensors without memory, for two updates
         accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing is written.")
         checkpoint, _ = None, simulation.begin(args, accelerator)
@@ -199,14 +203,14 @@ def main(args):
     pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler).to(device)
     networks = networks_of(pipeline)
     if not args.dry_run:
-        probes.check_same_weights(pipeline, pairs_config, args.pairs_dir)
+        check_same_weights(pipeline, pairs_config, args.pairs_dir)
         check_weights(networks)  # before what is made with them is blamed on the pairs
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
     own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()
     with accelerator.autocast():
         teacher_kwargs = pairs_config["kwargs"] if pairs_config else {}
-        kwargs, found = probes.student_kwargs(
+        kwargs, found = student_kwargs(
             pipeline, data, teacher_kwargs, args.num_inference_steps, args.student_kwargs, repair=not own_schedule
         )
     for note in notes + found:
@@ -219,21 +223,21 @@ def main(args):
     else:
         for module in pipelines.denoisers(pipeline).values():
             module.requires_grad_(True)
-    cli.apply_levers(args, list(pipelines.denoisers(pipeline).values()), [])
+    engine.apply_levers(args, list(pipelines.denoisers(pipeline).values()), [])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
     shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
-    with accelerator.autocast(), validation.eval_mode(rollout):
-        probes.check_noise(data, data.latents(measured[:1]), measured[0])
+    with accelerator.autocast(), samples.eval_mode(rollout):
+        check_noise(data, data.latents(measured[:1]), measured[0])
         untrained = None
         if not args.dry_run:  # which has no values to look at
             if pairs_config is None:
-                pairs.check_encoding(rollout, data, measured[:1])
+                pipelines.check_encoding(rollout, data, measured[:1])
             if not args.skip_pairs_check:
                 accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
-            share = functools.partial(validation.share, accelerator)
-            untrained = measuring.measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
-        unused = probes.freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
+            share = functools.partial(samples.share, accelerator)
+            untrained = measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
+        unused = freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
     sampled = torch.cat([data.latents([i]).float().flatten() for i in list(train_indices)[:256]])
@@ -245,8 +249,8 @@ def main(args):
     averaged = functools.partial(exchanged, weights if args.ema_decay else [], ema_weights)
 
     # 5. Optimizer and learning rate.
-    optimizer = cli.make_optimizer(args, weights, total_batch_size)
-    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
+    optimizer = engine.make_optimizer(args, weights, total_batch_size)
+    lr_scheduler = engine.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
     student = rollout
@@ -258,12 +262,12 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = cli.start_run(args, accelerator, resumed, derived)
+    run_id = training_run.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
     guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     sample = functools.partial(
-        measuring.sample_and_measure, accelerator, student, data, measured, shown, untrained, args.train_batch_size
+        sample_and_measure, accelerator, student, data, measured, shown, untrained, args.train_batch_size
     )
 
     # 7. The loop.
@@ -280,7 +284,7 @@ def main(args):
             target = data.latents(indices).to(device, torch.float32, non_blocking=True)  # (B, ...)
 
             # 7.3 Student: the pipeline's call from the same noise in K steps, with gradients through all of them.
-            model_pred = probes.roll_out(rollout, data, indices)  # (B, ...)
+            model_pred = roll_out(rollout, data, indices)  # (B, ...)
 
             # 7.4 Loss, in units of the latents' standard deviation.
             loss = distance(model_pred / latent_std, target / latent_std, args.loss_type, args.huber_c)
@@ -303,15 +307,15 @@ def main(args):
         if global_step % args.logging_steps == 0 or is_last:
             logs = means.take(accelerator, args.train_batch_size * world_size)
             logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            cli.log_progress(accelerator, progress, logs, global_step)
+            training_run.log_progress(accelerator, progress, logs, global_step)
         if global_step % args.checkpointing_steps == 0 or is_last:
-            state = {"args": cli.public_args(args), "run_id": run_id, "total_batch_size": total_batch_size}
+            state = {"args": flags.public_args(args), "run_id": run_id, "total_batch_size": total_batch_size}
             state |= {"data": {"next_micro_batch": micro_batch}, "updates_skipped": guard.count()}
             state |= {"pairs_sha256": pairs.fingerprint(data)}
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with validation.going_on(accelerator, global_step), averaged():
+            with samples.going_on(accelerator, global_step), averaged():
                 sample(step=global_step)
 
     # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
@@ -333,7 +337,7 @@ def main(args):
                     write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result)
                     export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
     if is_main and not stopper.stops:
-        cli.upload(args, accelerator)
+        training_run.upload(args, accelerator)
     accelerator.wait_for_everyone()
     # DDP that outlives its process group can deadlock
     rollout, optimizer = accelerator.free_memory(rollout, optimizer)
@@ -360,7 +364,7 @@ def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_siz
         method=f"A student by direct distillation: it samples in {args.num_inference_steps} steps, without guidance.",
         teacher=args.pretrained_teacher_model,
         data=f"`{args.pairs_dir or args.dataset_metadata_path}`, the teacher's own results",
-        command=cli.command_line(),
+        command=flags.command_line(),
         snippet=snippet,
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples.",

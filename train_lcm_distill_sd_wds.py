@@ -16,15 +16,19 @@ import copy
 import functools
 import itertools
 
-from common import UserError, checkpointing, export, models, validation
-from common import args as cli
-from common.data import keyed_generator
+from common import errors, flags
+from common.data.cached_latents import use_cached
+from common.data.shards import expand_shards
 from common.ema import ema_update
-from common.latents import use_cached
-from common.losses import LOSS_TYPES, RunningMeans, distance
-from common.nonfinite import UpdateGuard, networks_of
-from common.preemption import Stopper
-from common.run import simulation
+from common.errors import UserError
+from common.keyed_random import keyed_generator
+from common.losses import LOSS_TYPES, distance
+from common.networks import encoders, teachers
+from common.results import export, samples
+from common.run import checkpointing, engine, simulation, training_data, training_run
+from common.run.preemption import Stopper
+from common.run.training_run import RunningMeans
+from common.run.updates import UpdateGuard, networks_of
 from common.schedules import (
     alpha_sigma,
     append_dims,
@@ -34,7 +38,6 @@ from common.schedules import (
     to_eps,
     to_x_0,
 )
-from common.shards import expand_shards
 from common.solvers import DDIMSolver
 
 import torch
@@ -44,28 +47,32 @@ from tqdm import tqdm
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    cli.add_teacher_arguments(parser)
-    cli.add_data_arguments(parser)
-    cli.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
+    parser = flags.ArgumentParser(__doc__.split("\n")[0])
+    flags.add_teacher_arguments(parser)
+    flags.add_data_arguments(parser)
+    flags.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
     add = parser.add_argument_group("latent consistency distillation").add_argument
-    add("--init_unet", type=cli.path, help="start from an earlier student (its folder) instead of from the teacher")
-    add("--w_min", type=cli.non_negative_float, help="smallest guidance w, guidance_scale is w + 1; SD: 5, SDXL: 3")
-    add("--w_max", type=cli.non_negative_float, default=15.0, help="largest guidance w")
-    add("--num_ddim_timesteps", type=cli.positive_int, default=50, help="points of the DDIM grid")
+    add("--init_unet", type=flags.path, help="start from an earlier student (its folder) instead of from the teacher")
+    add("--w_min", type=flags.non_negative_float, help="smallest guidance w, guidance_scale is w + 1; SD: 5, SDXL: 3")
+    add("--w_max", type=flags.non_negative_float, default=15.0, help="largest guidance w")
+    add("--num_ddim_timesteps", type=flags.positive_int, default=50, help="points of the DDIM grid")
     add("--loss_type", choices=LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
-    add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
-    add("--unet_time_cond_proj_dim", type=cli.embedding_width, default=256, help="width of the embedding of w")
-    add("--timestep_scaling_factor", type=cli.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out")
-    add("--ema_decay", type=cli.beta, default=0.95, help="of the target network")
-    add("--validation_guidance_scale", type=cli.positive_float, help="default: 8, or the middle of the trained range")
+    add("--huber_c", type=flags.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
+    add("--unet_time_cond_proj_dim", type=flags.embedding_width, default=256, help="width of the embedding of w")
+    add(
+        "--timestep_scaling_factor", type=flags.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out"
+    )
+    add("--ema_decay", type=flags.beta, default=0.95, help="of the target network")
+    add(
+        "--validation_guidance_scale", type=flags.positive_float, help="default: 8, or the middle of the trained range"
+    )
     args = parser.parse_args(argv)
-    cli.check_training_arguments(parser, args)
+    flags.check_training_arguments(parser, args)
     return args
 
 
 def resolve_defaults(args, config):
-    cli.resolve_teacher_defaults(args, config, {"w_min": 3.0 if config["is_sdxl"] else 5.0})
+    flags.resolve_teacher_defaults(args, config, {"w_min": 3.0 if config["is_sdxl"] else 5.0})
     if args.w_min > args.w_max:
         raise UserError(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.validation_guidance_scale is None:
@@ -73,38 +80,40 @@ def resolve_defaults(args, config):
         args.validation_guidance_scale = 8.0 if args.w_min <= 7.0 <= args.w_max else middle + 1.0
 
 
-@cli.user_errors
+@training_run.user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
-    accelerator = cli.make_accelerator(args)
+    accelerator = engine.make_accelerator(args)
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
-    teacher_options = cli.teacher_options(args)
-    config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
+    teacher_options = flags.teacher_options(args)
+    config = teachers.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:
-        config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
+        config = teachers.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
     resolve_defaults(args, config)
-    models.check_resolution(config, args.resolution)
+    encoders.check_resolution(config, args.resolution)
     if args.init_unet:
-        models.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)
+        teachers.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
     shards = expand_shards(args.train_shards_path_or_url)
-    checkpoint, resumed = cli.open_run(args, accelerator, shards)
+    checkpoint, resumed = training_run.open_run(args, accelerator, shards)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
-    train_data = cli.text_image_data(args, accelerator, shards, config, weight_dtype)
+    train_data = training_data.text_image_data(args, accelerator, shards, config, weight_dtype)
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
-    derived = cli.derived_configuration(args, world_size, total_batch_size, num_samples, cached=train_data.cached)
-    cli.announce(args, derived, is_main)
+    total_batch_size, num_samples = training_data.resolve_epochs(args, shards, world_size, resumed)
+    derived = training_run.derived_configuration(
+        args, world_size, total_batch_size, num_samples, cached=train_data.cached
+    )
+    training_run.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
-    prompts = cli.resolve_prompts(args, resumed, first_batch["captions"])
+    prompts = training_run.resolve_prompts(args, resumed, first_batch["captions"])
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
         checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
@@ -117,23 +126,23 @@ def main(args):
     scalings = functools.partial(boundary_scalings, timestep_scaling=args.timestep_scaling_factor)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    teacher.vae.to(device, models.vae_dtype(config, weight_dtype))
-    for text_encoder in models.text_encoders(teacher):
+    teacher.vae.to(device, encoders.vae_dtype(config, weight_dtype))
+    for text_encoder in encoders.text_encoders(teacher):
         text_encoder.to(device, weight_dtype)
-    uncond = models.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
+    uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
-    unet = models.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
+    unet = teachers.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
-    sampler = models.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
-    cli.apply_levers(args, [unet], [target_unet, teacher_unet], teacher.vae)
+    sampler = teachers.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
+    engine.apply_levers(args, [unet], [target_unet, teacher_unet], teacher.vae)
 
     # 5. Optimizer and learning rate.
-    optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
-    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
+    optimizer = engine.make_optimizer(args, list(unet.parameters()), total_batch_size)
+    lr_scheduler = engine.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -142,13 +151,13 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = cli.start_run(args, accelerator, resumed, derived)
+    run_id = training_run.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
     networks = networks_of(teacher) | {"the student": accelerator.unwrap_model(unet), "the target": target_unet}
     guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
     sample = functools.partial(
-        validation.sample_grid,
+        samples.sample_grid,
         accelerator,
         teacher,
         {"student": accelerator.unwrap_model(unet), "target": target_unet},
@@ -170,10 +179,10 @@ def main(args):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
             #     any number of processes, different on every rank.
             generator = keyed_generator(args.seed, "lcm", batch["micro_batch"], device)
-            latents = models.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
+            latents = encoders.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
             origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
-            time_ids = models.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
-            cond = models.conditioning(teacher, batch["captions"], time_ids)
+            time_ids = encoders.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            cond = encoders.conditioning(teacher, batch["captions"], time_ids)
             batch_size = len(latents)
 
             # 7.2 Draw t_{n+k} on the DDIM grid, and t_n one grid step below it.
@@ -199,7 +208,7 @@ def main(args):
                 teacher_output = teacher_unet(
                     noisy_latents.repeat(2, 1, 1, 1).to(teacher_dtype),
                     start_timesteps.repeat(2),
-                    **models.concat_conditioning(cond, uncond, teacher_dtype),
+                    **encoders.concat_conditioning(cond, uncond, teacher_dtype),
                 ).sample.float()
                 cond_output, uncond_output = teacher_output.chunk(2)
                 guided = cond_output + append_dims(w, 4) * (cond_output - uncond_output)
@@ -239,14 +248,14 @@ def main(args):
         if global_step % args.logging_steps == 0 or is_last:
             logs = means.take(accelerator, args.train_batch_size * world_size)
             logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            logs |= cli.sum_counters(gather_object([train_data.counters]))
-            cli.log_progress(accelerator, progress, logs, global_step)
+            logs |= training_run.sum_counters(gather_object([train_data.counters]))
+            training_run.log_progress(accelerator, progress, logs, global_step)
         if global_step % args.checkpointing_steps == 0 or is_last:
-            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
+            state = training_run.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with validation.going_on(accelerator, global_step):
+            with samples.going_on(accelerator, global_step):
                 sample(step=global_step)
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
@@ -257,14 +266,14 @@ def main(args):
     if not stopper.stops:
         with export.after_weights(accelerator, args.output_dir, global_step):
             if is_main:
-                pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
+                pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
                 write_card(args, config, len(shards), global_step, total_batch_size)
             images = sample(step=global_step)  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, prompts)
     if is_main and not stopper.stops:
-        cli.upload(args, accelerator)
+        training_run.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
     accelerator.end_training()
@@ -284,8 +293,8 @@ image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={scale:g}{s
         args.output_dir,
         method="A latent consistency model (arXiv 2310.04378): it samples in 1 to 8 steps with LCMScheduler.",
         teacher=args.pretrained_teacher_model,
-        data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
-        command=cli.command_line(),
+        data=f"`{errors.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        command=flags.command_line(),
         snippet=snippet,
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",

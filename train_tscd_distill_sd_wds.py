@@ -18,26 +18,22 @@ import copy
 import itertools
 from pathlib import Path
 
-from common import args as cli
-from common import checkpointing, export, losses, models, validation
-from common.data import keyed_generator, keyed_seed
-from common.discriminator import Discriminator, discriminator_step
+from common import errors, flags, losses
+from common.data.cached_latents import use_cached
+from common.data.shards import expand_shards
 from common.ema import ema_update
-from common.latents import use_cached
-from common.nonfinite import UpdateGuard, networks_of
-from common.preemption import Stopper
-from common.run import simulation
-from common.schedules import (
-    alpha_sigma,
-    append_dims,
-    bottom_probability,
-    draw_segment,
-    guidance_scale_embedding,
-    segment_nodes,
-)
-from common.shards import expand_shards
+from common.keyed_random import keyed_generator, keyed_seed
+from common.networks import encoders, teachers
+from common.results import export
+from common.results.samples import going_on, sample_grid
+from common.run import checkpointing, engine, simulation, training_data, training_run
+from common.run.preemption import Stopper
+from common.run.updates import UpdateGuard, discriminator_step, networks_of
+from common.schedules import alpha_sigma, append_dims, guidance_scale_embedding
 from common.solvers import TrajectorySolver
-from common.stages import heaviest_update, stage_at, steps_note
+from common.tscd import flags as tscd_flags
+from common.tscd.discriminator import Discriminator
+from common.tscd.segments import bottom_probability, draw_segment, heaviest_update, segment_nodes, stage_at, steps_note
 
 import torch
 from accelerate.utils import gather_object
@@ -46,75 +42,82 @@ from tqdm import tqdm
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    cli.add_teacher_arguments(parser)
-    cli.add_data_arguments(parser)
-    cli.add_training_arguments(parser, output_dir="tscd-distilled", tracker_project_name="text2image-fine-tune")
+    parser = flags.ArgumentParser(__doc__.split("\n")[0])
+    flags.add_teacher_arguments(parser)
+    flags.add_data_arguments(parser)
+    flags.add_training_arguments(parser, output_dir="tscd-distilled", tracker_project_name="text2image-fine-tune")
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("trajectory segmented consistency distillation").add_argument
-    add("--init_unet", type=cli.path, help="start from an earlier student (its folder) instead of from the teacher")
-    add("--w_min", type=cli.non_negative_float, default=4.0, help="smallest guidance w, guidance_scale is w + 1")
-    add("--w_max", type=cli.non_negative_float, default=5.0, help="largest guidance w")
-    add("--num_ddim_timesteps", type=cli.positive_int, default=40, help="points of the grid, N")
-    add("--stage_segments", type=cli.int_list, default=[8, 4, 2, 1], help="k of every stage: the steps of its model")
-    add("--stage_steps", type=cli.int_list, help="updates of each stage; default: equal parts of --max_train_steps")
-    add("--boundary_prob", type=cli.fraction, default=1.0, help="share of jumps to the segment's end; the paper: 0")
+    add("--init_unet", type=flags.path, help="start from an earlier student (its folder) instead of from the teacher")
+    add("--w_min", type=flags.non_negative_float, default=4.0, help="smallest guidance w, guidance_scale is w + 1")
+    add("--w_max", type=flags.non_negative_float, default=5.0, help="largest guidance w")
+    add("--num_ddim_timesteps", type=flags.positive_int, default=40, help="points of the grid, N")
+    add("--stage_segments", type=flags.int_list, default=[8, 4, 2, 1], help="k of every stage: the steps of its model")
+    add("--stage_steps", type=flags.int_list, help="updates of each stage; default: equal parts of --max_train_steps")
+    add("--boundary_prob", type=flags.fraction, default=1.0, help="share of jumps to the segment's end; the paper: 0")
     add("--swap_terminal_noise", action=yes_no, default=True, help="start from pure noise at the last timestep")
-    add("--noise_offset", type=cli.non_negative_float, default=0.0, help="scale of noise that is constant per channel")
+    add(
+        "--noise_offset",
+        type=flags.non_negative_float,
+        default=0.0,
+        help="scale of noise that is constant per channel",
+    )
     add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
-    add("--huber_c", type=cli.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
-    add("--unet_time_cond_proj_dim", type=cli.embedding_width, help="width of an embedding of w; default: none")
-    add("--ema_decay", type=cli.beta, default=0.95, help="of the target network")
+    add("--huber_c", type=flags.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
+    add("--unet_time_cond_proj_dim", type=flags.embedding_width, help="width of an embedding of w; default: none")
+    add("--ema_decay", type=flags.beta, default=0.95, help="of the target network")
     add = parser.add_argument_group("adversarial distance").add_argument
-    add("--mse_weights", type=cli.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
-    add("--adv_weights", type=cli.weight_list, help="likewise; all 0: no discriminator")
-    add("--adv_learning_rate", type=cli.non_negative_float, default=1e-6, help="of the discriminator's encoder")
-    add("--adv_head_learning_rate", type=cli.non_negative_float, default=1e-5, help="of the discriminator's head")
-    add("--adv_unconditional_start", type=cli.fraction, default=0.5, help="share of a stage with x_t as a condition")
+    add("--mse_weights", type=flags.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
+    add("--adv_weights", type=flags.weight_list, help="likewise; all 0: no discriminator")
+    add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
+    add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
+    add("--adv_unconditional_start", type=flags.fraction, default=0.5, help="share of a stage with x_t as a condition")
     add("--freeze_discriminator_backbone", action="store_true", help="train the discriminator's head alone")
     parser.set_defaults(validation_num_inference_steps=None)  # those of the stage
     args = parser.parse_args(argv)
-    cli.check_training_arguments(parser, args)
-    cli.check_stage_arguments(parser, args)
+    flags.check_training_arguments(parser, args)
+    tscd_flags.check_stage_arguments(parser, args)
     return args
 
 
-@cli.user_errors
+@training_run.user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
-    accelerator = cli.make_accelerator(args)
+    accelerator = engine.make_accelerator(args)
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
     frozen_dtype = teacher_dtype if args.freeze_discriminator_backbone else None
-    teacher_options = cli.teacher_options(args)
-    config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
+    teacher_options = flags.teacher_options(args)
+    config = teachers.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_vae_model_name_or_path:
-        config = models.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
-    cli.resolve_teacher_defaults(args, config)
-    models.check_resolution(config, args.resolution)
+        config = teachers.read_vae_config(args.pretrained_vae_model_name_or_path, config, **place)
+    flags.resolve_teacher_defaults(args, config)
+    encoders.check_resolution(config, args.resolution)
     if args.init_unet:
-        models.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)
+        teachers.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
-    checkpoint, resumed = cli.open_run(args, accelerator, shards)
+    checkpoint, resumed = training_run.open_run(args, accelerator, shards)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
-    train_data = cli.text_image_data(args, accelerator, shards, config, weight_dtype)
+    train_data = training_data.text_image_data(args, accelerator, shards, config, weight_dtype)
     if checkpoint:
         train_data.load_state_dict(resumed["data"])
-    total_batch_size, num_samples = cli.resolve_epochs(args, shards, world_size, resumed)
-    stages = cli.resolve_stages(args, resumed)
+    total_batch_size, num_samples = training_data.resolve_epochs(args, shards, world_size, resumed)
+    stages = tscd_flags.resolve_stages(args, resumed)
     adversarial = any(stage.adv_weight for stage in stages)
-    derived = cli.derived_configuration(args, world_size, total_batch_size, num_samples, cached=train_data.cached)
+    derived = training_run.derived_configuration(
+        args, world_size, total_batch_size, num_samples, cached=train_data.cached
+    )
     derived |= {stage.name: stage.summary for stage in stages}
-    cli.announce(args, derived, is_main)
+    training_run.announce(args, derived, is_main)
     batches = iter(train_data)
     first_batch = next(batches)
-    prompts = cli.resolve_prompts(args, resumed, first_batch["captions"])
+    prompts = training_run.resolve_prompts(args, resumed, first_batch["captions"])
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
         checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
@@ -126,27 +129,27 @@ def main(args):
     solver = TrajectorySolver(alpha, sigma, noise_scheduler.config.prediction_type)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    teacher = models.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    teacher.vae.to(device, models.vae_dtype(config, weight_dtype))
-    for text_encoder in models.text_encoders(teacher):
+    teacher.vae.to(device, encoders.vae_dtype(config, weight_dtype))
+    for text_encoder in encoders.text_encoders(teacher):
         text_encoder.to(device, weight_dtype)
-    uncond = models.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
+    uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
-    unet = models.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
+    unet = teachers.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     if adversarial:
-        latent_size = args.resolution // models.vae_scale_factor(config["vae"])
+        latent_size = args.resolution // encoders.vae_scale_factor(config["vae"])
         discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
-    sampler = models.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
+    sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
     trained = [unet, discriminator.encoder] if adversarial else [unet]
-    cli.apply_levers(args, trained, [target_unet, teacher_unet], teacher.vae)
+    engine.apply_levers(args, trained, [target_unet, teacher_unet], teacher.vae)
 
     # 5. Optimizer and learning rate.
-    optimizer = cli.make_optimizer(args, list(unet.parameters()), total_batch_size)
-    lr_scheduler = cli.make_lr_scheduler(args, optimizer)
+    optimizer = engine.make_optimizer(args, list(unet.parameters()), total_batch_size)
+    lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     modules, objects = {"target_unet": target_unet}, {"lr_scheduler": lr_scheduler}
     if adversarial:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
         rates = args.adv_learning_rate, args.adv_head_learning_rate
@@ -160,7 +163,7 @@ def main(args):
     if checkpoint:
         checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
         accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = cli.start_run(args, accelerator, resumed, derived)
+    run_id = training_run.start_run(args, accelerator, resumed, derived)
     stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
     limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
     networks = networks_of(teacher) | {"the student": accelerator.unwrap_model(unet)}
@@ -172,11 +175,11 @@ def main(args):
     def sample(stage, step):
         steps = sorted({stage.num_segments, *(args.validation_num_inference_steps or [])})
         place = sampler, prompts, steps, args.seed, args.resolution, step
-        return validation.sample_grid(accelerator, teacher, shown, *place, guidance_scale=guidance_scale)
+        return sample_grid(accelerator, teacher, shown, *place, guidance_scale=guidance_scale)
 
     # 7. The loop.
     progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
-    means = losses.RunningMeans()
+    means = training_run.RunningMeans()
     batches, grid = itertools.chain([first_batch], batches), None
     while global_step < args.max_train_steps and not stopper.stops:
         stage = stage_at(stages, global_step)
@@ -188,10 +191,10 @@ def main(args):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
             #     any number of processes, different on every rank.
             generator = keyed_generator(args.seed, "tscd", batch["micro_batch"], device)
-            latents = models.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
+            latents = encoders.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
             origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
-            time_ids = models.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
-            cond = models.conditioning(teacher, batch["captions"], time_ids)
+            time_ids = encoders.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            cond = encoders.conditioning(teacher, batch["captions"], time_ids)
             batch_size = len(latents)
 
             # 7.2 Draw the nodes t > t' >= s of a segment, and its upper end.
@@ -223,7 +226,7 @@ def main(args):
                 teacher_output = teacher_unet(
                     noisy_latents.repeat(2, 1, 1, 1).to(teacher_dtype),
                     start_timesteps.repeat(2),
-                    **models.concat_conditioning(cond, uncond, teacher_dtype),
+                    **encoders.concat_conditioning(cond, uncond, teacher_dtype),
                 ).sample.float()
                 cond_output, uncond_output = teacher_output.chunk(2)
                 guided = cond_output + append_dims(w, 4) * (cond_output - uncond_output)
@@ -291,28 +294,28 @@ def main(args):
         if global_step % args.logging_steps == 0 or is_last:
             logs = means.take(accelerator, args.train_batch_size * world_size) | {"stage": stage.index}
             logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            logs |= cli.sum_counters(gather_object([train_data.counters]))
-            cli.log_progress(accelerator, progress, logs, global_step)
+            logs |= training_run.sum_counters(gather_object([train_data.counters]))
+            training_run.log_progress(accelerator, progress, logs, global_step)
         ends_stage = global_step == stage.end or global_step == args.max_train_steps
         if ends_stage:  # before the checkpoint: a resumed run goes on after it
             folder, grid = Path(args.output_dir, stage.name), None
             about = args, config, teacher_options, stage, folder, len(shards), global_step, total_batch_size
             if is_main:
                 export.save_parts(folder, unet=shown["student"], scheduler=sampler)
-                with validation.going_on(accelerator, global_step):
+                with going_on(accelerator, global_step):
                     write_card(*about)
-            with validation.going_on(accelerator, global_step):
+            with going_on(accelerator, global_step):
                 grid = sample(stage, global_step)  # by every process
                 if is_main:
                     export.save_grid(folder, grid, prompts)
         if global_step % args.checkpointing_steps == 0 or global_step == stage.end or is_last:
-            state = cli.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
+            state = training_run.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
             state["stage_edges"] = [0, *(each.end for each in stages)]
             limit = args.checkpoints_total_limit
             checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
         at_step = args.validation_steps and global_step % args.validation_steps == 0
         if at_step and global_step != stage.end and not is_last:
-            with validation.going_on(accelerator, global_step):
+            with going_on(accelerator, global_step):
                 sample(stage, global_step)
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
@@ -324,7 +327,7 @@ def main(args):
     if not stopper.stops:
         with export.after_weights(accelerator, args.output_dir, global_step):
             if is_main:
-                pipeline = models.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
+                pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
                 write_card(args, config, teacher_options, stage, None, len(shards), global_step, total_batch_size)
             if not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
@@ -333,7 +336,7 @@ def main(args):
                 for folder in (args.output_dir, Path(args.output_dir, stage.name)):
                     export.save_grid(folder, grid, prompts)
     if is_main and not stopper.stops:
-        cli.upload(args, accelerator)
+        training_run.upload(args, accelerator)
     accelerator.wait_for_everyone()
     unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
     accelerator.end_training()
@@ -360,8 +363,8 @@ image = pipe("a prompt", num_inference_steps={k}, guidance_scale={scale:g}, eta=
         stage_folder or args.output_dir,
         method=f"It samples in {k} step(s), by trajectory segmented consistency distillation (2404.13686).",
         teacher=args.pretrained_teacher_model,
-        data=f"`{cli.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
-        command=cli.command_line(),
+        data=f"`{errors.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        command=flags.command_line(),
         snippet=snippet,
         notes=[
             f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",

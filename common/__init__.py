@@ -9,16 +9,3 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 for _name in ("xformers", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")  # diffusers passes it, huggingface_hub warns
-
-
-class UserError(Exception):
-    """A user's mistake: one sentence that names the flag and the way out. Scripts print it and exit with code 2.
-
-    on_one_rank: whether it may have happened to this process alone, which then has to say so itself.
-    """
-
-    on_one_rank = False
-
-
-class DataError(UserError):
-    """One sentence about training data, naming the flag and the way out."""

@@ -19,7 +19,7 @@ import time
 import uuid
 from pathlib import Path
 
-from common import UserError
+from common.errors import UserError
 
 NAME = "RUNNING"  # with .I-of-N where N tasks share the folder, and each writes a part of its own
 BEAT, SILENCE = 15, 75  # seconds between two touches; after which an owner counts as dead

@@ -1,8 +1,5 @@
 """Distances between the two sides of a consistency loss, always float32, and the adversarial losses."""
 
-import math
-import time
-
 from common.schedules import append_dims
 
 import torch
@@ -56,40 +53,3 @@ def masked_mean(values, mask, count=None):
     not depend on how an update is split into them. None: how often it is true; a mean for people, 0 of nothing.
     """
     return (values.float() * mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
-
-
-class RunningMeans:
-    """Weighted means of named scalars between two log entries, on their device: no step waits for the host."""
-
-    def __init__(self):
-        self.sums, self.weights, self.weighted = {}, {}, set()
-        self.num_batches, self.started = 0, time.perf_counter()
-
-    def add(self, values, weight=None):
-        """Add {name: scalar tensor} of a micro-batch, detached; those that are not finite are left out.
-
-        weight: a scalar tensor, the number of samples that the values are means of; 0: they mean nothing. Without it,
-        the call counts as a micro-batch.
-        """
-        self.num_batches += weight is None
-        for name, value in values.items():
-            value = value.detach()
-            self.weighted |= set() if weight is None else {name}
-            counts = value.isfinite().float() if weight is None else value.isfinite() * weight.float()
-            self.sums[name] = self.sums.get(name, 0.0) + torch.where(counts > 0, value * counts, 0.0)
-            self.weights[name] = self.weights.get(name, 0.0) + counts
-
-    def take(self, accelerator, samples_per_batch):
-        """{name: mean} as floats over all ranks, with `samples_per_second`; and start anew.
-
-        A mean of nothing finite is NaN; without names whose weights add up to 0. samples_per_batch: of all ranks'
-        micro-batches together.
-        """
-        means = {}
-        for name in self.sums:
-            total, weight = accelerator.reduce(torch.stack([self.sums[name], self.weights[name]]), "sum").tolist()
-            if weight or name not in self.weighted:
-                means[name] = total / weight if weight else math.nan
-        means["samples_per_second"] = self.num_batches * samples_per_batch / (time.perf_counter() - self.started)
-        self.__init__()
-        return means

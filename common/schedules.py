@@ -5,7 +5,7 @@ Everything here is float32 on purpose: alphas and sigmas rounded to bfloat16 are
 
 import math
 
-from common import UserError
+from common.errors import UserError
 
 import torch
 
@@ -36,56 +36,6 @@ def ddim_timesteps(num_ddim_timesteps, num_train_timesteps=1000):
         raise UserError(f"--num_ddim_timesteps={num_ddim_timesteps} must divide {num_train_timesteps}: one of {valid}")
     k = num_train_timesteps // num_ddim_timesteps
     return torch.arange(1, num_ddim_timesteps + 1) * k - 1
-
-
-def segment_nodes(num_ddim_timesteps, stage_segments, num_train_timesteps=1000):
-    """The N + 1 nodes of segmented trajectories: tau_0 = 0, tau_j = j T / N - 1, an int64 tensor; tau_N = T - 1.
-
-    A trajectory in k segments has the inner edges tau_{N/k}, tau_{2N/k}, ...: the timesteps that DDIM (trailing) and
-    TCDScheduler(original_inference_steps=N) visit in k steps. Raises UserError, which lists the valid N, unless N
-    divides T and is a multiple of every k of `stage_segments`.
-    """
-    valid = [
-        n
-        for n in range(1, num_train_timesteps // 2 + 1)
-        if num_train_timesteps % n == 0 and not any(n % k for k in stage_segments)
-    ]
-    listed = ",".join(str(k) for k in stage_segments)
-    if not valid:
-        raise UserError(
-            f"--stage_segments={listed}: no grid of {num_train_timesteps} timesteps has so many equal segments; "
-            "use divisors such as 8,4,2,1"
-        )
-    if num_ddim_timesteps not in valid:
-        raise UserError(
-            f"--num_ddim_timesteps={num_ddim_timesteps} must divide {num_train_timesteps} and be a multiple of every "
-            f"number of --stage_segments={listed}: one of {', '.join(str(n) for n in valid)}"
-        )
-    step = num_train_timesteps // num_ddim_timesteps
-    return torch.tensor([0] + [j * step - 1 for j in range(1, num_ddim_timesteps + 1)])
-
-
-def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, generator, device=None):
-    """Indices of nodes for a batch, int64 (B,) each: start n, previous i = n - 1, end m, and top of the segment.
-
-    Hyper-SD (2404.13686), Algorithm 1, on node indices instead of timesteps: i ~ U{0..N-1}, n = i + 1, the segment of
-    L = N / k nodes from b = floor(i / L) L to b + L (the top), m = b with probability `boundary_prob`, else
-    m ~ U{b..i}. Always b <= m <= i < n <= b + L. (The paper's formula, on timesteps, finds no m for the k lowest
-    starts of the segments.)
-    """
-    options = {"generator": generator, "device": device}
-    length = num_ddim_timesteps // num_segments
-    previous = torch.randint(num_ddim_timesteps, (batch_size,), **options)
-    bottom = previous // length * length
-    anywhere = bottom + (torch.rand(batch_size, **options) * (previous - bottom + 1)).long()
-    at_bottom = torch.rand(batch_size, **options) < boundary_prob
-    return previous + 1, previous, torch.where(at_bottom, bottom, anywhere), bottom + length
-
-
-def bottom_probability(num_segments, num_ddim_timesteps, boundary_prob):
-    """P(m = b) of a jump of `draw_segment`: p + (1 - p) (1 + 1/2 + ... + 1/L) / L, with p = boundary_prob."""
-    length = num_ddim_timesteps // num_segments
-    return boundary_prob + (1 - boundary_prob) * sum(1 / i for i in range(1, length + 1)) / length
 
 
 def boundary_scalings(timesteps, timestep_scaling=10.0, sigma_data=0.5):

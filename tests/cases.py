@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import train_cm_ct_unconditional as ct
 import train_direct_distill as direct
-from common import checkpointing
+from common.run import checkpointing
 from tests.test_scripts import OWN_FLAGS, SCRIPTS, fingerprint
 
 import accelerate

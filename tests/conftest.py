@@ -6,7 +6,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 for _name in ("HF_TOKEN", "ACCELERATE_MIXED_PRECISION", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(_name, None)
 
-from common.tools import digits  # noqa: E402
+from common.tools.demo import digits, stable_diffusion  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -54,7 +54,7 @@ def teacher(build_once):
     def get(kind="epsilon"):
         def build(folder):
             prediction_type = "epsilon" if kind == "sdxl" else kind
-            digits.build_teacher(folder, prediction_type, vae_steps=5, unet_steps=20, sdxl=kind == "sdxl")
+            stable_diffusion.build_teacher(folder, prediction_type, vae_steps=5, unet_steps=20, sdxl=kind == "sdxl")
 
         return str(build_once(f"teacher_{kind}", build))
 

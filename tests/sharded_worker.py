@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from common.ema import ema_update
-from common.nonfinite import UpdateGuard, total_norm
+from common.run.updates import UpdateGuard, total_norm
 
 import torch
 from accelerate import Accelerator

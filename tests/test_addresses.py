@@ -1,7 +1,7 @@
 """Addresses and commands: what is written down of them, what tells two apart, and what a server is asked for."""
 
-from common import addresses
-from common.addresses import mask_credentials, without_credentials
+from common.data import shards
+from common.errors import mask_credentials, without_credentials
 
 import pytest
 
@@ -77,5 +77,5 @@ def test_another_file_is_another_address(one, other):
     ],
 )
 def test_addresses_are_percent_encoded_once(address, asked):
-    assert addresses.quote_address(address) == asked
-    assert addresses.quote_address(asked) == asked
+    assert shards.quote_address(address) == asked
+    assert shards.quote_address(asked) == asked

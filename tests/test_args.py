@@ -9,8 +9,11 @@ import signal
 import sys
 from pathlib import Path
 
-from common import args as cli
-from common.shards import expand_shards
+from common import errors
+from common import flags as flags_module
+from common.data.shards import expand_shards
+from common.flags import command_line, public_args, resolve_teacher_defaults
+from common.run import engine, training_data, training_run
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ SCRIPTS = [
 ]
 ALL_SCRIPTS = [*SCRIPTS, "train_direct_distill"]
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(flags_module.__file__).parents[1]
 
 # The guide's command, verbatim.
 GUIDE_LCM = """
@@ -148,8 +151,8 @@ def script(name):
 def gpu(monkeypatch):
     """As on a machine with a GPU, every tracker, and a login."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli, "get_available_trackers", lambda: ["tensorboard", "wandb", "comet_ml"])
-    monkeypatch.setattr(cli, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(flags_module, "get_available_trackers", lambda: ["tensorboard", "wandb", "comet_ml"])
+    monkeypatch.setattr(flags_module, "get_token", lambda: "hf_x")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -181,7 +184,7 @@ def teacher_config(is_sdxl=False):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_public_flag_is_there_with_its_default(name):
     args = script(name).parse_args(REQUIRED)
-    getattr(script(name), "resolve_defaults", cli.resolve_teacher_defaults)(args, teacher_config())
+    getattr(script(name), "resolve_defaults", resolve_teacher_defaults)(args, teacher_config())
     args, expected = vars(args), dict(PUBLIC_FLAGS)
     if "lora" in name:
         for flag in ("ema_decay", "unet_time_cond_proj_dim"):
@@ -202,7 +205,7 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         script(name).parse_args(["--help"])
     assert stopped.value.code == 0
     flags = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) - {"local_rank"}
-    source = open(script(name).__file__).read() + open(cli.__file__).read()
+    source = open(script(name).__file__).read() + open(flags_module.__file__).read()
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 55 and not dead
 
@@ -247,7 +250,7 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
 )
 def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(cli, "get_token", lambda: None)
+    monkeypatch.setattr(flags_module, "get_token", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         script(name).parse_args(REQUIRED_BY.get(name, REQUIRED) + flags)
     out, err = capsys.readouterr()
@@ -303,7 +306,7 @@ def test_only_one_process_of_a_node_prints_the_sentence(monkeypatch, capsys):
 
 
 def test_an_interrupt_ends_in_one_sentence(capsys):
-    @cli.user_errors
+    @training_run.user_errors
     def main(args):
         raise KeyboardInterrupt
 
@@ -315,7 +318,7 @@ def test_an_interrupt_ends_in_one_sentence(capsys):
 def test_a_script_notes_a_signal():
     """A tool ends of it instead, and lets its folder go: tests/test_lock.py."""
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.user_errors(lambda args: signal.getsignal(signal.SIGTERM))(None) != before
+    assert training_run.user_errors(lambda args: signal.getsignal(signal.SIGTERM))(None) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -326,7 +329,7 @@ def test_a_full_disk_ends_in_one_sentence_and_other_errors_as_they_are(capsys):
         (OSError(5, "Input/output error"), None),
     ]:
 
-        @cli.user_errors
+        @training_run.user_errors
         def main(args, error=error):
             raise error
 
@@ -345,16 +348,18 @@ def test_default_lanes_hold_at_least_a_batch(num_images, max_train_samples, worl
     args = argparse.Namespace(
         seed=1, data_seed=None, data_lanes=None, max_train_samples=max_train_samples, train_batch_size=12
     )
-    cli.resolve_data(args, {}, world_size, num_images)
+    training_data.resolve_data(args, {}, world_size, num_images)
     assert args.data_lanes == lanes and args.data_seed == 1
     again = argparse.Namespace(**vars(args) | {"data_lanes": None, "data_seed": None})
-    cli.resolve_data(again, {"data_seed": 1, "data_lanes": 5}, world_size, num_images)
+    training_data.resolve_data(again, {"data_seed": 1, "data_lanes": 5}, world_size, num_images)
     assert again.data_lanes == 5
 
 
 def test_8bit_adam_without_bitsandbytes(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else find_spec(n))
+    monkeypatch.setattr(
+        flags_module.importlib.util, "find_spec", lambda n: None if n == "bitsandbytes" else find_spec(n)
+    )
     with pytest.raises(SystemExit):
         script(SCRIPTS[0]).parse_args(REQUIRED + ["--use_8bit_adam"])
     assert "bitsandbytes is not installed" in capsys.readouterr().err
@@ -378,7 +383,7 @@ def test_defaults_for_sdxl_are_its_own():
     args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--use_fix_crop_and_size"])
     script(SCRIPTS[0]).resolve_defaults(args, teacher_config(is_sdxl=True))
     assert (args.resolution, args.vae_encode_batch_size, args.w_min, args.w_max) == (1024, 2, 3.0, 15.0)
-    with pytest.raises(cli.UserError, match="--use_fix_crop_and_size is for SDXL"):
+    with pytest.raises(errors.UserError, match="--use_fix_crop_and_size is for SDXL"):
         script(SCRIPTS[0]).resolve_defaults(args, teacher_config())
 
 
@@ -386,38 +391,38 @@ def test_steps_follow_from_epochs(shards):
     args = argparse.Namespace(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None)
     vars(args).update(num_train_epochs=3, data_seed=1, dry_run=False, max_train_samples=None)
     files = expand_shards(shards)
-    assert cli.resolve_epochs(args, files, 2, {"args": {}}) == (16, 1437) and args.max_train_steps == 270
-    assert cli.resolve_epochs(args, files, 2, {"args": {}}) == (16, None)  # not counted without need
+    assert training_data.resolve_epochs(args, files, 2, {"args": {}}) == (16, 1437) and args.max_train_steps == 270
+    assert training_data.resolve_epochs(args, files, 2, {"args": {}}) == (16, None)  # not counted without need
     args.max_train_steps, args.max_train_samples = None, 100
-    assert cli.resolve_epochs(args, files, 2, {"args": {}}) == (16, 100) and args.max_train_steps == 21
+    assert training_data.resolve_epochs(args, files, 2, {"args": {}}) == (16, 100) and args.max_train_steps == 21
     args.max_train_steps = None
-    assert cli.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
+    assert training_data.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
     args.max_train_steps, args.max_train_samples = None, None
-    with pytest.raises(cli.UserError, match="--max_train_steps is needed"):
-        cli.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}})
+    with pytest.raises(errors.UserError, match="--max_train_steps is needed"):
+        training_data.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}})
 
 
 @pytest.mark.parametrize(("scale_lr", "expected"), [(False, 0.001), (True, 0.008)])
 def test_scale_lr_reaches_the_optimizer(scale_lr, expected):
     flags = ["--learning_rate=0.001", "--adam_beta1=0.8"] + ["--scale_lr"] * scale_lr
     args = script(SCRIPTS[0]).parse_args(REQUIRED + flags)
-    optimizer = cli.make_optimizer(args, [torch.nn.Parameter(torch.ones(3))], total_batch_size=8)
+    optimizer = engine.make_optimizer(args, [torch.nn.Parameter(torch.ones(3))], total_batch_size=8)
     assert optimizer.param_groups[0]["lr"] == expected and optimizer.param_groups[0]["betas"] == (0.8, 0.999)
 
 
 def test_8bit_adam_is_used():
     args = script(SCRIPTS[0]).parse_args(REQUIRED + ["--use_8bit_adam"])
-    assert type(cli.make_optimizer(args, [torch.nn.Parameter(torch.ones(3))], 1)).__name__ == "AdamW8bit"
+    assert type(engine.make_optimizer(args, [torch.nn.Parameter(torch.ones(3))], 1)).__name__ == "AdamW8bit"
 
 
 def test_secrets_leave_no_trace(monkeypatch):
     words = [*REQUIRED, "--push_to_hub", "--hub_token=hf_1", "--hub_token", "hf_2", "--hub_model_id=a b", "--seed=1"]
     monkeypatch.setattr(sys, "argv", ["/x/t.py", *words])
     args = script(SCRIPTS[0]).parse_args()
-    assert args.hub_token == "hf_2" and "hf_" not in str(cli.public_args(args))
+    assert args.hub_token == "hf_2" and "hf_" not in str(public_args(args))
     # wandb and comet record sys.argv by themselves.
     assert "hf_" not in str(sys.argv) and sys.argv[-1] == "--seed=1"
-    line = cli.command_line()
+    line = command_line()
     assert line.startswith("accelerate launch t.py --pretrained_teacher_model=t")
     assert line.endswith("'--hub_token=***' --hub_token '***' '--hub_model_id=a b' --seed=1")
 
@@ -436,7 +441,7 @@ def test_credentials_in_addresses_leave_no_trace(text, masked, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["t.py", *flags])
     args = script(SCRIPTS[0]).parse_args()
     assert args.train_shards_path_or_url == text
-    recorded = [str(cli.public_args(args)["train_shards_path_or_url"]), cli.command_line(), " ".join(sys.argv)]
+    recorded = [str(public_args(args)["train_shards_path_or_url"]), command_line(), " ".join(sys.argv)]
     assert all("S3CRET" not in words for words in recorded) and masked in recorded[0]
 
 
@@ -448,7 +453,7 @@ def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
             self.got = args
 
     accelerator = Accelerator()
-    cli.start_trackers(accelerator, "project", {"a": None, "b": [1], "c": 2.0}, "0123abcd")
+    training_run.start_trackers(accelerator, "project", {"a": None, "b": [1], "c": 2.0}, "0123abcd")
     project, config, options = accelerator.got
     assert project == "project" and config == {"a": "None", "b": "[1]", "c": 2.0}
     assert options["wandb"]["id"] == options["comet_ml"]["experiment_key"] == "0123abcd"
@@ -474,7 +479,7 @@ def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
 def test_a_warmup_of_half_the_run_is_said(scheduler, warmup, updates, sentence, capsys):
     words = [*REQUIRED, f"--lr_scheduler={scheduler}", f"--max_train_steps={updates}", "--dry_run"]
     args = script(SCRIPTS[0]).parse_args([*words, *([] if warmup is None else [f"--lr_warmup_steps={warmup}"])])
-    cli.announce(args, {"updates": str(updates)}, is_main=True)
+    training_run.announce(args, {"updates": str(updates)}, is_main=True)
     out = capsys.readouterr().out
     assert re.search(f"(?m)^Warning: {sentence}", out) if sentence else "Warning" not in out
     assert args.lr_warmup_steps == (500 if warmup is None else warmup)
@@ -482,4 +487,4 @@ def test_a_warmup_of_half_the_run_is_said(scheduler, warmup, updates, sentence, 
 
 def test_processes_wait_for_hours(tmp_path):
     args = script(SCRIPTS[0]).parse_args([*REQUIRED, f"--output_dir={tmp_path}"])
-    assert cli.make_accelerator(args).init_handler.timeout == datetime.timedelta(hours=3)
+    assert engine.make_accelerator(args).init_handler.timeout == datetime.timedelta(hours=3)

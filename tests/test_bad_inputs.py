@@ -18,12 +18,16 @@ from pathlib import Path
 
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
-from common import checkpointing, lock, models, pipelines, unet2d
-from common.data import TrainingData
-from common.images import FORMATS, decode_image_text
-from common.run import simulation
-from common.shards import SKIP_CLASSES
-from common.tools import digits
+from common import lock
+from common.ct import unet as ct_unet
+from common.data.images import FORMATS, decode_image_text
+from common.data.shards import SKIP_CLASSES
+from common.data.stream import TrainingData
+from common.direct import pipelines
+from common.networks import teachers
+from common.results import export
+from common.run import checkpointing, simulation
+from common.tools.demo import stable_diffusion
 from tests.cases import CASES, command
 from tests.test_ct import CONFIG, data_set, no_cache_at_home
 from tests.test_data import encode, pickle_members, png_header, random_image, write_tar
@@ -66,7 +70,7 @@ class World:
 
     def feature_network(self, spoil):
         """A classifier of the digits that would do, spoiled."""
-        digits.build_classifier(self.tmp_path / "classifier", steps=1)
+        stable_diffusion.build_classifier(self.tmp_path / "classifier", steps=1)
         spoil(self.tmp_path / "classifier")
         return {"eval_steps": 2, "feature_network": self.tmp_path / "classifier"}
 
@@ -130,7 +134,7 @@ class World:
             train(self.flags(self.tmp_path / "plan", dry_run=True), self.script)
         folder = self.out / "checkpoint-2"
         folder.mkdir(parents=True)
-        (self.out / checkpointing.CONFIG).write_text("{}")
+        (self.out / export.CONFIG).write_text("{}")
         content = {"global_step": 2, "args": {}, "data": {}, "rng_digests": [1], "total_batch_size": 4} | state
         (folder / checkpointing.STATE).write_text(json.dumps(content))
         for file in ("model.safetensors", "random_states_0.pkl"):
@@ -651,8 +655,8 @@ def quick(monkeypatch):
         raise simulation.Finished(None)
 
     monkeypatch.setattr(simulation, "begin", end)
-    monkeypatch.setattr("common.shards.DOWNLOAD_BACKOFF", 0.0)
-    monkeypatch.setattr("common.data.MAX_EMPTY_EPOCHS", 2)
+    monkeypatch.setattr("common.data.shards.DOWNLOAD_BACKOFF", 0.0)
+    monkeypatch.setattr("common.data.lanes.MAX_EMPTY_EPOCHS", 2)
 
 
 class Made(dict):
@@ -682,7 +686,7 @@ def made_for_all(request, tmp_path_factory):
 def test_one_sentence_and_exit_code_2_before_any_weight(tmp_path, made_for_all, monkeypatch, capsys, name, row):
     world, (make, sentence) = World(tmp_path, made_for_all, monkeypatch, name), APPLY[name][row]
     world.flags(tmp_path)  # makes what there is to make
-    for module, load in ((models, "load_teacher"), (unet2d, "make_unet"), (pipelines, "load_pipeline")):
+    for module, load in ((teachers, "load_teacher"), (ct_unet, "make_unet"), (pipelines, "load_pipeline")):
         monkeypatch.setattr(module, load, None)
     changes = make(world)
     users = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -4,8 +4,8 @@ import sys
 import tarfile
 import time
 
-from common import unet2d
-from common.shards import expand_shards
+from common.ct import unet as ct_unet
+from common.data.shards import expand_shards
 from tests.benchmarks import cached, data, levers, synthetic, throughput
 
 import pytest
@@ -33,7 +33,7 @@ def test_a_step_of_consistency_training_is_a_target_a_forward_and_a_backward_of_
     """The backward is twice the forward but for the gradient of the image."""
     shape = synthetic.shapes("ict")[name]
     path = synthetic.write_unet_config(tmp_path / "unet.json", shape)
-    forward = synthetic.unet2d_flops(unet2d.read_unet_config(shape.resolution))[0]
+    forward = synthetic.unet2d_flops(ct_unet.read_unet_config(shape.resolution))[0]
     assert synthetic.step_flops(path, "ict", shape.resolution) == pytest.approx(4 * forward, rel=2e-3)
 
 

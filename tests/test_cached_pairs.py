@@ -5,7 +5,8 @@ import shutil
 import types
 from pathlib import Path
 
-from common import cached_pairs, latents, pairs, pipelines, probes
+from common.data import cached_latents
+from common.direct import pairs, pipelines, student
 from common.tools import encode_shards
 from tests import test_encode_pairs
 from tests import tiny_pipelines as tiny
@@ -84,7 +85,7 @@ def test_a_seed_is_carried_where_there_is_one_that_torch_takes(tmp_path, direct_
         write_tar(tmp_path / name / "00000.tar", members)
         ask(tmp_path / name, tmp_path / f"{name}_out", direct_teacher())
     made = read_tar(tmp_path / "seeds_out" / "00000.tar")
-    carried = {key: json.loads(raw["json"]).get("seed") for key, raw in made.items() if key != latents.MEMBER}
+    carried = {key: json.loads(raw["json"]).get("seed") for key, raw in made.items() if key != cached_latents.MEMBER}
     assert carried == {f"{i:03d}": list(SEEDS.values())[i] if i < len(SEEDS) else None for i in range(len(records))}
     plain = read_tar(tmp_path / "plain_out" / "00000.tar")
     assert list(made) == list(plain) and all(made[key] == plain[key] for key in list(made)[len(SEEDS) + 1 :])
@@ -102,7 +103,7 @@ def test_a_folder_of_images_has_its_seeds_in_the_json_beside_them(tmp_path, sour
         for extension, content in raw.items():
             (tmp_path / "in" / f"{key}.{extension}").write_bytes(content)
     ask(tmp_path / "in", tmp_path / "out", direct_teacher())
-    assert cached_pairs.open_pairs(tmp_path / "out").seeds == list(range(8))
+    assert pairs.open_pairs(tmp_path / "out").seeds == list(range(8))
 
 
 # --- training
@@ -114,7 +115,7 @@ def test_training_equals_training_from_encode_pairs_but_for_float16(
     test_encode_pairs.ask(table, tmp_path / "pairs", direct_teacher())
     ask(source, tmp_path / "cached", direct_teacher())
     shutil.rmtree(table)
-    stored, data = pairs.PairShards(tmp_path / "pairs"), cached_pairs.open_pairs(tmp_path / "cached")
+    stored, data = pairs.PairShards(tmp_path / "pairs"), pairs.open_pairs(tmp_path / "cached")
     assert (data.prompts, data.seeds, data.sizes) == (stored.prompts, stored.seeds, stored.sizes) and len(data) == 24
     data.pipeline = pipelines.load_pipeline(direct_teacher())
     expected, found = stored.latents(range(24)), data.latents(range(24))
@@ -132,7 +133,7 @@ def test_training_equals_training_from_encode_pairs_but_for_float16(
 
 def test_the_latents_are_those_of_the_configuration(cached):
     """(mean - shift) / std * scale by hand, for a VAE that has all of them."""
-    data, config = cached_pairs.open_pairs(cached), {"scaling_factor": 0.25, "shift_factor": 0.5}
+    data, config = pairs.open_pairs(cached), {"scaling_factor": 0.25, "shift_factor": 0.5}
     raw = read_tar(cached / "00001.tar")["000000009"]
     mean = array(raw["mean.npy"]).astype(np.float32)
     data.pipeline = types.SimpleNamespace(vae=types.SimpleNamespace(config=config))
@@ -180,7 +181,7 @@ def test_seeds_of_64_bits_have_others_beside_them():
     rollout = lambda prompts, seeds: asked.append(seeds) or torch.zeros(1)  # noqa: E731
     data = types.SimpleNamespace(prompts=["a"] * 3, seeds=[2**64 - 1, 5, -3], call_kwargs=lambda indices: {})
     for shift in (0, 9):
-        probes.roll_out(rollout, data, [0, 1, 2], shift)
+        student.roll_out(rollout, data, [0, 1, 2], shift)
     assert asked == [[2**64 - 1, 5, 2**64 - 3], [8, 14, 6]]
     first, second = (torch.randn(3, generator=pipelines.generators([seed])[0]) for seed in (-3, 2**64 - 3))
     assert torch.equal(first, second)  # what torch makes of a negative seed
@@ -391,7 +392,7 @@ def test_another_encoder_is_refused_before_the_rest_is_loaded(
     teacher = other_vae(direct_teacher(), tmp_path / "teacher")
     (teacher / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
     words = flags(tmp_path / "run", pairs_dir=cached, pretrained_teacher_model=teacher, **options)
-    monkeypatch.setattr("common.weights.check_pipeline", lambda *args, **options: None)
+    monkeypatch.setattr("common.networks.weights.check_pipeline", lambda *args, **options: None)
     said = sentence(capsys, run, words)
     assert (
         f"--pairs_dir={cached}: the VAE of " in said and "this run's VAE has other weights; encode the images" in said
@@ -435,9 +436,9 @@ def test_a_vae_that_overflows_in_float16_encodes_in_float32(direct_teacher):
     pipeline.vae.encoder.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
-        found = pairs.encode(pipeline, pixels)
+        found = pipelines.encode(pipeline, pixels)
     assert seen == [torch.float32] and pipeline.vae.dtype == torch.float16
-    assert torch.allclose(found, pairs.encode(whole, pixels), atol=0.02)
+    assert torch.allclose(found, pipelines.encode(whole, pixels), atol=0.02)
 
 
 def test_a_mean_that_cannot_be_read_ends_the_run_in_a_sentence(tmp_path, flags, cached, capsys):
@@ -454,4 +455,4 @@ def test_the_vae_of_any_pipeline_is_loaded_without_the_rest(tmp_path, direct_tea
     pipeline.save_pretrained(tmp_path)
     for part in pipelines.DENOISERS:
         shutil.rmtree(tmp_path / part, ignore_errors=True)
-    assert latents.encoder_sha256(pipelines.load_vae(tmp_path)) == latents.encoder_sha256(vae)
+    assert cached_latents.encoder_sha256(pipelines.load_vae(tmp_path)) == cached_latents.encoder_sha256(vae)

@@ -3,8 +3,9 @@ import os
 import resource
 from pathlib import Path
 
-from common import UserError, checkpointing
-from common.consistency_sampling import record
+from common.ct.evaluation import record
+from common.errors import UserError
+from common.run import checkpointing
 
 import pytest
 import torch

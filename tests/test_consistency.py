@@ -2,8 +2,9 @@
 
 import math
 
-from common import UserError, consistency
-from common.consistency_scheduler import PreconditionedConsistencyScheduler, make_scheduler, save_result
+from common.ct import consistency
+from common.ct.scheduler import PreconditionedConsistencyScheduler, make_scheduler, save_result
+from common.errors import UserError
 from common.schedules import append_dims
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
 
-from common.ema import ema_decay, ema_start_share, ema_update  # isort: skip
+from common.ema import ema_decay  # isort: skip
+from common.ema import ema_start_share  # isort: skip
+from common.ema import ema_update  # isort: skip
 
 
 def tiny_unet(**changes):

@@ -9,14 +9,22 @@ import subprocess
 import tarfile
 
 import train_cm_ct_unconditional as ct
-from common import args as cli
-from common import checkpointing, consistency, ct_args, latents, levers, unet2d
-from common.consistency_scheduler import PreconditionedConsistencyScheduler
-from common.data import TrainingData, keyed_generator
-from common.image_data import open_images
-from common.images import decode_image_label
-from common.shards import IMAGE_KEYS, DataError
-from common.tools import demo, demo_ct, digits
+from common import flags as flags_module
+from common.ct import consistency
+from common.ct import flags as ct_flags
+from common.ct import unet as ct_unet
+from common.ct.data import decode_image_label, open_images
+from common.ct.scheduler import PreconditionedConsistencyScheduler
+from common.data import cached_latents
+from common.data.folders import IMAGE_KEYS
+from common.data.stream import TrainingData
+from common.errors import DataError
+from common.keyed_random import keyed_generator
+from common.networks import performance
+from common.run import checkpointing, engine
+from common.tools.demo import __main__ as demo
+from common.tools.demo import consistency as ct_demo
+from common.tools.demo import digits, measuring, stable_diffusion
 from tests.fork_server import run_processes
 from tests.test_args import gpu  # noqa: F401  (a fixture)
 from tests.test_args import test_mistakes_end_in_one_sentence_and_exit_code_2 as mistakes
@@ -144,7 +152,7 @@ def label_shards(build_once):
 
 @pytest.fixture(scope="session")
 def classifier(build_once):
-    return build_once("ct_classifier", lambda folder: digits.build_classifier(folder, steps=20))
+    return build_once("ct_classifier", lambda folder: stable_diffusion.build_classifier(folder, steps=20))
 
 
 @pytest.fixture
@@ -206,7 +214,7 @@ def test_the_guides_command_parses_verbatim(gpu):  # noqa: F811
 
 def test_the_guides_command_runs_on_a_data_set_with_its_columns(tmp_path, data_set, monkeypatch):
     """Changed: paths, fp16 to bf16 (no fp16 on a CPU), fewer steps, a small network in the 54 M default's place."""
-    monkeypatch.setitem(unet2d.DEFAULT_CONFIGS, 32, CONFIG)
+    monkeypatch.setitem(ct_unet.DEFAULT_CONFIGS, 32, CONFIG)
     command = GUIDE_CT.replace("cifar10", str(data_set)).replace("/path/to/output/dir", str(tmp_path / "out"))
     command = command.replace("fp16", "bf16").replace("max_train_steps=1000", "max_train_steps=16")
     command = command.replace("--validation_steps=100", "--validation_steps=8").replace("workers=8", "workers=2")
@@ -220,7 +228,7 @@ def test_every_public_flag_is_there_with_its_default():
     assert {flag: args[flag] for flag in PUBLIC_FLAGS} == PUBLIC_FLAGS
     assert {flag: args[flag] for flag in OTHER_DEFAULTS} == pytest.approx(OTHER_DEFAULTS)
     assert (
-        len(PUBLIC_FLAGS) + len(OTHER_DEFAULTS) - 1 + len(ct_args.REFUSED) == 79
+        len(PUBLIC_FLAGS) + len(OTHER_DEFAULTS) - 1 + len(ct_flags.REFUSED) == 79
     )  # mid_sigma is not the public one's
 
 
@@ -229,8 +237,8 @@ def test_help_runs_and_every_flag_is_read_somewhere(capsys):
         ct.parse_args(["--help"])
     assert stopped.value.code == 0
     flags = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) - {"local_rank", "prediction_type"}
-    source = "".join(open(module.__file__).read() for module in (ct, cli, ct_args))
-    source += open(ct_args.__file__.replace("ct_args", "ct_card")).read()
+    source = "".join(open(module.__file__).read() for module in (ct, flags_module, ct_flags))
+    source += open(ct_flags.__file__.replace("flags", "card")).read()
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 80 and not dead
 
@@ -336,7 +344,7 @@ def test_mistakes_about_other_data(words, sentence, capsys):
     ],
 )
 def test_mistakes_are_found_before_any_weight_is_made(tmp_path, flags, capsys, monkeypatch, changes, sentence):
-    monkeypatch.setattr(unet2d, "make_unet", None)
+    monkeypatch.setattr(ct_unet, "make_unet", None)
     with pytest.raises(SystemExit) as stopped:
         train(flags(tmp_path / "out", **changes))
     err = capsys.readouterr().err
@@ -364,7 +372,7 @@ def test_networks_that_cannot_be_trained_are_refused(tmp_path, flags, capsys, ch
 
 @pytest.mark.parametrize(("resolution", "millions"), [(32, 54.3), (64, 295.5)])
 def test_default_networks_have_the_papers_sizes(resolution, millions):
-    config = unet2d.read_unet_config(resolution, num_classes=10)
+    config = ct_unet.read_unet_config(resolution, num_classes=10)
     with torch.device("meta"):
         unet = UNet2DModel.from_config(config)
         assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=1)
@@ -505,7 +513,7 @@ def test_images_noise_levels_and_loss_are_float32_under_bf16(tmp_path, flags, mo
 
 def test_a_gradient_scaler_drives_the_step_and_is_resumed(tmp_path, flags, monkeypatch):
     """fp16's path without a GPU: torch's scaler for the CPU, whose first scale overflows, around bf16's autocast."""
-    scales, make = [], cli.make_accelerator
+    scales, make = [], engine.make_accelerator
 
     def with_scaler(args):
         accelerator = make(args)
@@ -515,7 +523,7 @@ def test_a_gradient_scaler_drives_the_step_and_is_resumed(tmp_path, flags, monke
     class Accelerator:
         pass
 
-    monkeypatch.setattr(cli, "make_accelerator", with_scaler)
+    monkeypatch.setattr(engine, "make_accelerator", with_scaler)
     save = checkpointing.save_checkpoint
 
     def saved(accelerator, *args):
@@ -686,8 +694,10 @@ def test_a_split_without_classes_is_refused(tmp_path, flags, capsys):
 
 def test_cached_latents_are_called_by_their_name(tmp_path):
     header = {"format": 1, "shape": [4, 8, 8], "dtype": "float32", "seed": 0, "encoder_sha256": "x"}
-    header |= dict.fromkeys(latents.IMAGE_FLAGS, 0)
-    latents.write_shard(tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size})
+    header |= dict.fromkeys(cached_latents.IMAGE_FLAGS, 0)
+    cached_latents.write_shard(
+        tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size}
+    )
     with pytest.raises(DataError, match="holds cached latents, and this script trains on images; name the shards"):
         open_images(str(tmp_path / "0.tar"))
 
@@ -864,7 +874,7 @@ def test_levers_change_no_result(tmp_path, flags):
 def test_average_and_xformers_go_together(tmp_path, flags, monkeypatch):
     asked = []
     monkeypatch.setattr(UNet2DModel, "enable_xformers_memory_efficient_attention", lambda self: asked.append(self))
-    monkeypatch.setattr(levers, "xformers_failure", lambda *_: None)
+    monkeypatch.setattr(performance, "xformers_failure", lambda *_: None)
     train(flags(tmp_path / "out", max_train_steps=3, enable_xformers_memory_efficient_attention=True))
     assert len(asked) == 2
 
@@ -913,8 +923,8 @@ def test_evaluation_in_the_loop(tmp_path, flags, classifier):
 
 def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classifier, data_set, monkeypatch):
     """Samples that are the reference images: distance 0, whatever is measured in between."""
-    from common import consistency_sampling as sampling
-    from common.metrics import load_feature_network
+    from common.ct import evaluation
+    from common.results.metrics import load_feature_network
 
     from accelerate import Accelerator
 
@@ -924,7 +934,7 @@ def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classif
         return decode_image_label(raw, rng, resolution=8, num_classes=10)
 
     data = TrainingData(shards, decode, batch_size=1, seed=0, num_lanes=1, source=source, required=(IMAGE_KEYS,))
-    images, labels = sampling.read_reference(data, 10**6)
+    images, labels = evaluation.read_reference(data, 10**6)
     assert len(images) == NUM_IMAGES == len(labels)
     position = iter(range(0, NUM_IMAGES, 16))
 
@@ -933,9 +943,9 @@ def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classif
         assert classes == labels[start : start + 16]
         return images[start : start + 16]
 
-    monkeypatch.setattr(sampling, "sample", sample)
+    monkeypatch.setattr(evaluation, "sample", sample)
     network = load_feature_network(classifier)
-    evaluate = sampling.Evaluation(Accelerator(cpu=True), network, (images, labels), NUM_IMAGES, 16, 0)
+    evaluate = evaluation.Evaluation(Accelerator(cpu=True), network, (images, labels), NUM_IMAGES, 16, 0)
     row = evaluate({"raw": None}, None, {1: [0]})[0]
     assert row["frechet_distance"] < 1e-3 and abs(row["kernel_distance"]) < 0.1
 
@@ -946,7 +956,7 @@ TWO_PROCESSES = (
     NO_DDP_LEFT
     + """
 import os
-from common import consistency
+from common.ct import consistency
 draw = consistency.consistency_function
 def watched(network, x, sigma, *args, **kwargs):
     os.write(1, f"DRAWN {os.environ['RANK']} {x.double().sum().item():.6f}\\n".encode())
@@ -1040,16 +1050,16 @@ def test_the_demo_measures_what_it_was_told_to_train(tmp_path, classifier, monke
     shutil.copytree(classifier, tmp_path / "classifier")
     (tmp_path / "demo.json").write_text('{"seed": 3}')
     short = {"max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 8, "validation_steps": 0}
-    monkeypatch.setattr(demo_ct, "FLAGS", demo_ct.FLAGS | short)
+    monkeypatch.setattr(ct_demo, "FLAGS", ct_demo.FLAGS | short)
     changed = {"ict": {}, "ect": {"pretrain_steps": 4}, "diffusion": {"pretrain_steps": 8}}
-    monkeypatch.setattr(demo_ct, "RUNS", {name: demo_ct.RUNS[name] | changed[name] for name in demo_ct.RUNS})
-    monkeypatch.setattr(demo, "SET_SIZE", 20)
+    monkeypatch.setattr(ct_demo, "RUNS", {name: ct_demo.RUNS[name] | changed[name] for name in ct_demo.RUNS})
+    monkeypatch.setattr(measuring, "SET_SIZE", 20)
 
     def in_process(command, **kwargs):
-        train(command[command.index(str(demo.ROOT / demo_ct.SCRIPT)) + 1 :])
+        train(command[command.index(str(measuring.ROOT / ct_demo.SCRIPT)) + 1 :])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(demo_ct.subprocess, "run", in_process)
+    monkeypatch.setattr(ct_demo.subprocess, "run", in_process)
     demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
     report = (tmp_path / "ct_report.md").read_text()
     lines = [line for line in report.splitlines() if line.startswith("| ") and "model" not in line]
@@ -1057,20 +1067,20 @@ def test_the_demo_measures_what_it_was_told_to_train(tmp_path, classifier, monke
         ["| ict", "1"], ["| ict", "2"], ["| ect", "1"], ["| ect", "2"], ["| diffusion", "18"],
     ]  # fmt: skip
     assert (tmp_path / "ct_report.png").is_file() and "CC BY 4.0" in report
-    monkeypatch.setattr(demo_ct, "train", None)  # a second demo reuses all
+    monkeypatch.setattr(ct_demo, "train", None)  # a second demo reuses all
     demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
     demo.open_output_dir(tmp_path, 4, rebuild=True)
     assert not list(tmp_path.glob("ct_ict")) and not list(tmp_path.glob("ct_digits"))
 
 
 def test_the_demos_digits_are_those_that_the_classifier_knows(tmp_path):
-    demo_ct.write_digits(tmp_path)
+    ct_demo.write_digits(tmp_path)
     shards, source = open_images(None, train_data_dir=tmp_path, label_column="label")
     (large, labels), _ = digits.load_split()
     assert source.num_classes == 10 and len(source.keys) == len(labels)
     images, small_labels = digits.load_small()
     floats = np.repeat(images[..., None], 3, axis=-1) / 255
-    assert np.array_equal(demo_ct.enlarge(floats), large) and np.array_equal(small_labels, labels)
+    assert np.array_equal(ct_demo.enlarge(floats), large) and np.array_equal(small_labels, labels)
     row = source.read(0)
     assert np.asarray(Image.open(io.BytesIO(row["png"]))).shape == (8, 8) and row["cls"] == b"0"
 
@@ -1089,5 +1099,5 @@ def shared_mistakes():
 @pytest.mark.parametrize(("words", "sentence"), shared_mistakes())
 def test_mistakes_in_shared_flags(words, sentence, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(cli, "get_token", lambda: None)
+    monkeypatch.setattr(flags_module, "get_token", lambda: None)
     test_mistakes_end_in_one_sentence_and_exit_code_2(words, sentence, capsys)

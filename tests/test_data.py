@@ -23,20 +23,23 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from common import data as data_module
-from common import shards as shards_module
-from common.data import TrainingData, keyed_generator, keyed_seed
-from common.images import INTERPOLATION_TYPES, decode_image_text
-from common.shards import (
-    IMAGE_KEYS,
+from common.data import lanes
+from common.data import shards as shards_module
+from common.data import stream as stream_module
+from common.data.folders import IMAGE_KEYS, TEXT_KEYS
+from common.data.images import INTERPOLATION_TYPES, decode_image_text
+from common.data.shards import (
     SKIP_CLASSES,
-    TEXT_KEYS,
-    DataError,
     SampleError,
+    _request,
     count_samples,
     expand_shards,
+    read_head,
     tar_samples,
 )
+from common.data.stream import TrainingData
+from common.errors import DataError
+from common.keyed_random import keyed_generator, keyed_seed
 
 import fsspec
 import numpy as np
@@ -251,10 +254,10 @@ def test_bad_samples_do_not_disturb_order_counters_or_resume(tmp_path):
 
 
 def test_credentials_in_addresses_are_sent_as_a_header_and_never_written(tmp_path, quick_retries):
-    request = shards_module._request("http://me%40x:p%3Aw@host:80/a.tar?b=c")
+    request = _request("http://me%40x:p%3Aw@host:80/a.tar?b=c")
     assert request.full_url == "http://host:80/a.tar?b=c"
     assert request.get_header("Authorization") == "Basic " + base64.b64encode(b"me@x:p:w").decode()
-    assert shards_module._request("http://host/a.tar").get_header("Authorization") is None
+    assert _request("http://host/a.tar").get_header("Authorization") is None
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://me:S3CRET@127.0.0.1:{closed.getsockname()[1]}/a.tar?X-Amz-Signature=S3CRET"
@@ -429,7 +432,7 @@ def test_every_bad_sample_is_counted_and_logged(tmp_path):
 
 
 def test_the_log_of_skipped_samples_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "MAX_LOGGED_SKIPS", 5)
+    monkeypatch.setattr(lanes, "MAX_LOGGED_SKIPS", 5)
     log = tmp_path / "skipped.jsonl"
     shard = write_tar(tmp_path / "a.tar", bad_members(0))
     data = make_data([shard], num_lanes=1, max_skip_ratio=1.0, skipped_log=log)
@@ -676,8 +679,8 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
 
 
 def test_the_skip_ratio_is_that_of_the_last_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "SKIP_WINDOW", 40)
-    monkeypatch.setattr(data_module, "SKIP_WINDOW_MIN", 10)
+    monkeypatch.setattr(stream_module, "SKIP_WINDOW", 40)
+    monkeypatch.setattr(stream_module, "SKIP_WINDOW_MIN", 10)
     bad = [(f"{n}.{extension}", b"x") for n in range(1000, 1030) for extension in ("jpg", "txt")]
     shard = write_tar(tmp_path / "a.tar", members(0, 150) + bad)
     data = make_data([shard], num_lanes=1, batch_size=1, shuffle_block_samples=1, max_skip_ratio=0.3)
@@ -689,7 +692,7 @@ def test_the_skip_ratio_is_that_of_the_last_samples(tmp_path, monkeypatch):
 
 
 def test_one_endless_batch_of_bad_samples_is_stopped_in_the_middle(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "SKIP_WINDOW", 50)
+    monkeypatch.setattr(stream_module, "SKIP_WINDOW", 50)
     bad = [(f"{n}.{extension}", b"x") for n in range(1000, 1200) for extension in ("jpg", "txt")]
     shard = write_tar(tmp_path / "a.tar", bad + members(0, 100))
     with pytest.raises(DataError, match="50 of the last 50 samples"):
@@ -714,7 +717,7 @@ def _hang(raw, rng):
 
 
 def test_a_killed_worker_and_a_silent_worker_end_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "POLL_SECONDS", 0.3)
+    monkeypatch.setattr(stream_module, "POLL_SECONDS", 0.3)
     shards = make_shards(tmp_path, [40])
     handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(DataError, match="data loading process died.*--dataloader_num_workers"):
@@ -819,7 +822,7 @@ def test_http_addresses_with_blanks_and_umlauts(tmp_path, server):
     shard = Path(make_shards(tmp_path, [5])[0]).rename(tmp_path / "my shards/ü 0.tar")
     for name in ("my shards/ü 0.tar", "my%20shards/%C3%BC 0.tar"):
         assert len(count_after([f"{server[0]}/{name}"], 5)["keys"]) == 5
-    assert shards_module.read_head(f"{server[0]}/my shards/ü 0.tar") == shard.read_bytes()[: 1 << 16]
+    assert read_head(f"{server[0]}/my shards/ü 0.tar") == shard.read_bytes()[: 1 << 16]
 
 
 def test_http_shards_in_workers_equal_local_ones(tmp_path, server):

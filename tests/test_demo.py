@@ -5,8 +5,9 @@ import io
 import json
 import tarfile
 
-from common import metrics
-from common.tools import demo, digits, dit
+from common.results import metrics
+from common.tools.demo import __main__ as demo
+from common.tools.demo import digits, dit, measuring, stable_diffusion
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def tokenizer_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built_teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "teacher"
-    digits.build_teacher(folder, vae_steps=3, unet_steps=3, unet_channels=(16, 32), unet_batch_size=8)
+    stable_diffusion.build_teacher(folder, vae_steps=3, unet_steps=3, unet_channels=(16, 32), unet_batch_size=8)
     return folder
 
 
@@ -85,7 +86,7 @@ def test_tokenizer_knows_each_word_of_the_captions(tokenizer_dir):
 @pytest.mark.parametrize("text", ["", "a cat", "Größe 数字 🎉", "it's\t42%\n", "three " * 200, "\x00 ´ ¡"])
 def test_tokenizer_takes_any_text(tokenizer_dir, text):
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=77)
-    ids = digits.tokenize(tokenizer, [text])[0]
+    ids = stable_diffusion.tokenize(tokenizer, [text])[0]
     assert ids.shape == (77,) and ids[0] == tokenizer.bos_token_id
     assert len(ids[1:]) > (length := ids[1:].tolist().index(tokenizer.eos_token_id)) and ids.max() < len(tokenizer)
     if len(text) < 50:
@@ -104,7 +105,9 @@ def test_teacher_is_a_stable_diffusion_checkpoint(built_teacher):
 
 
 def test_sdxl_teacher_is_an_sdxl_checkpoint(tmp_path):
-    digits.build_teacher(tmp_path, vae_steps=3, unet_steps=3, unet_channels=(16, 32), unet_batch_size=8, sdxl=True)
+    stable_diffusion.build_teacher(
+        tmp_path, vae_steps=3, unet_steps=3, unet_channels=(16, 32), unet_batch_size=8, sdxl=True
+    )
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(pipeline, StableDiffusionXLPipeline) and pipeline.config.force_zeros_for_empty_prompt
     assert pipeline.tokenizer.pad_token == "<|endoftext|>" and pipeline.tokenizer_2.pad_token == "!"
@@ -117,14 +120,16 @@ def test_sdxl_teacher_is_an_sdxl_checkpoint(tmp_path):
 def test_the_small_sdxl_is_told_what_its_pipeline_tells_it():
     """The U-Net's arguments in training are those of the pipeline at its default size; no caption is zeros."""
     torch.manual_seed(0)
-    vae, calls = digits.train_vae(torch.zeros(64, 3, 16, 16), steps=1), []
-    pipeline = digits.untrained_pipeline(vae, "epsilon", (16, 32), sdxl=True)
+    vae, calls = stable_diffusion.train_vae(torch.zeros(64, 3, 16, 16), steps=1), []
+    pipeline = stable_diffusion.untrained_pipeline(vae, "epsilon", (16, 32), sdxl=True)
     pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
     captions = [digits.CANONICAL_TEMPLATE.format(word) for word in digits.WORDS] + [""]
-    token_ids = [digits.tokenize(tokenizer, captions) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    token_ids = [
+        stable_diffusion.tokenize(tokenizer, captions) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    ]
     encoders = [pipeline.text_encoder.eval(), pipeline.text_encoder_2.eval()]
     with torch.no_grad():
-        told = digits.condition(encoders, token_ids, torch.tensor([10, 10, 3, 7]))
+        told = stable_diffusion.condition(encoders, token_ids, torch.tensor([10, 10, 3, 7]))
     pipeline([captions[3], captions[7]], num_inference_steps=1, guidance_scale=2.0, output_type="latent")
     torch.testing.assert_close(told["encoder_hidden_states"], calls[0]["encoder_hidden_states"])
     added = calls[0]["added_cond_kwargs"]
@@ -139,9 +144,9 @@ def test_latents_are_standard_and_standardizing_changes_no_image(built_teacher):
     vae.quant_conv.bias.data += 1.0
     vae.quant_conv.weight.data[1] *= 3.0
     with torch.no_grad():
-        before = vae.decode(digits.encode(vae, pixels)[0]).sample
-        digits.standardize_latents(vae, pixels)
-        mean, std = digits.encode(vae, pixels)
+        before = vae.decode(stable_diffusion.encode(vae, pixels)[0]).sample
+        stable_diffusion.standardize_latents(vae, pixels)
+        mean, std = stable_diffusion.encode(vae, pixels)
         after = vae.decode(mean).sample
     assert torch.allclose(before, after, atol=1e-4)
     latents = (mean + std * torch.randn_like(mean)) * vae.config.scaling_factor
@@ -151,7 +156,7 @@ def test_latents_are_standard_and_standardizing_changes_no_image(built_teacher):
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_the_same_seed_builds_the_same_teacher(tmp_path, prediction_type):
     for name in ("a", "b"):
-        digits.build_teacher(
+        stable_diffusion.build_teacher(
             tmp_path / name, prediction_type, vae_steps=2, unet_steps=2, unet_channels=(16, 32), unet_batch_size=4
         )
     for path in (tmp_path / "a").rglob("*.safetensors"):
@@ -162,8 +167,8 @@ def test_the_same_seed_builds_the_same_teacher(tmp_path, prediction_type):
 
 
 def test_classifier_is_read_as_a_feature_network(tmp_path):
-    digits.build_classifier(tmp_path / "classifier", steps=5)
-    judge = demo.Judge(tmp_path / "classifier")
+    stable_diffusion.build_classifier(tmp_path / "classifier", steps=5)
+    judge = measuring.Judge(tmp_path / "classifier")
     assert judge.train_features.shape == (1437, 64) and judge.floor > 0
     images = digits.load_split()[1][0][:10]
     assert 0 <= judge.accuracy(images, digits.canonical_prompts(10)) <= 1
@@ -187,10 +192,10 @@ def fake_results(path, steps, distance):
 
 
 def test_report_holds_every_method_that_was_measured(tmp_path, capsys):
-    fake_results(tmp_path / "teacher_metrics", demo.TEACHER_STEPS, 1.0)
+    fake_results(tmp_path / "teacher_metrics", measuring.TEACHER_STEPS, 1.0)
     demo.write_report(tmp_path)
     teacher_only = (tmp_path / "report.md").read_text()
-    fake_results(tmp_path / "lcm" / "metrics", demo.STUDENT_STEPS, 2.0)
+    fake_results(tmp_path / "lcm" / "metrics", measuring.STUDENT_STEPS, 2.0)
     demo.write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert teacher_only.count("\n| ") == 1 + 5 and report.count("\n| ") == 1 + 5 + 3
@@ -211,10 +216,10 @@ def test_parts_are_built_once_and_never_half(tmp_path, capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.build_once(tmp_path / "part", fail)
+        measuring.build_once(tmp_path / "part", fail)
     assert not (tmp_path / "part").exists()
-    demo.build_once(tmp_path / "part", build)
-    demo.build_once(tmp_path / "part", fail)
+    measuring.build_once(tmp_path / "part", build)
+    measuring.build_once(tmp_path / "part", fail)
     assert (tmp_path / "part" / "weights").read_text() == "whole" and not (tmp_path / "part.tmp").exists()
     assert "reused" in capsys.readouterr().out
 
@@ -241,7 +246,7 @@ def test_rebuild_removes_the_demos_files_only(tmp_path, capsys):
 
 @pytest.mark.parametrize("method", list(demo.METHODS))
 def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monkeypatch):
-    monkeypatch.chdir(demo.ROOT)
+    monkeypatch.chdir(measuring.ROOT)
     recipe = demo.METHODS[method]
     command = demo.training_command(recipe, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3)
     start = command.index(recipe["script"])
@@ -308,14 +313,14 @@ def test_the_dit_teacher_is_an_sd3_checkpoint_and_its_words_are_tokens(tmp_path)
             t5 = pipeline.tokenizer_3(caption).input_ids
             assert len(t5) <= dit.T5_LENGTH and pipeline.tokenizer_3.unk_token_id not in t5
             assert len(pipeline.tokenizer(caption).input_ids) <= dit.TEXT_LENGTH == pipeline.tokenizer_max_length
-    images = demo.sample(pipeline, ["a three", "a four"], 2, 2.0, torch.Generator().manual_seed(0))
+    images = measuring.sample(pipeline, ["a three", "a four"], 2, 2.0, torch.Generator().manual_seed(0))
     assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
 
 
 def test_the_loss_of_the_dit_teacher_is_flow_matching(monkeypatch):
     """What its transformer is trained to say is what FlowMatchEulerDiscreteScheduler integrates: dz/dsigma."""
     torch.manual_seed(0)
-    pipeline = dit.untrained_pipeline(digits.train_vae(torch.zeros(8, 3, 16, 16), steps=1), layers=1)
+    pipeline = dit.untrained_pipeline(stable_diffusion.train_vae(torch.zeros(8, 3, 16, 16), steps=1), layers=1)
     pipeline.vae.register_to_config(shift_factor=0.0)
     seen = []
 
@@ -342,18 +347,18 @@ def test_the_loss_of_the_dit_teacher_is_flow_matching(monkeypatch):
 def test_every_stages_model_is_measured_at_its_own_number_of_steps(tmp_path, monkeypatch):
     for name in ("stage-0-k8", "stage-1-k4", "stage-2-k1", "unet"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(demo, "load_student", lambda folder, teacher_dir: folder.name)
+    monkeypatch.setattr(measuring, "load_student", lambda folder, teacher_dir: folder.name)
 
     def measure(judge, pipeline, steps, guidance_scale, seed):
         rows = [{"of": pipeline, "steps": n, "guidance_scale": guidance_scale} for n in steps]
         return {"rows": rows, "seed": seed}, np.zeros((len(steps), 10, 2, 2, 3))
 
-    monkeypatch.setattr(demo, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     recipe = demo.METHODS["tscd"]
-    results, images = demo.measure_student(None, tmp_path, None, recipe, 3)
+    results, images = measuring.measure_student(None, tmp_path, None, recipe, 3)
     assert [(row["of"], row["steps"]) for row in results["rows"]] == [
         ("stage-0-k8", 8), ("stage-1-k4", 4), ("stage-2-k1", 1)
     ]  # fmt: skip
     assert len(images) == 3 and results["seed"] == 3 and results["rows"][0]["guidance_scale"] == 1.0
-    results, _ = demo.measure_student(None, tmp_path / "unet", None, demo.METHODS["lcm"], 3)
-    assert [row["steps"] for row in results["rows"]] == list(demo.STUDENT_STEPS)
+    results, _ = measuring.measure_student(None, tmp_path / "unet", None, demo.METHODS["lcm"], 3)
+    assert [row["steps"] for row in results["rows"]] == list(measuring.STUDENT_STEPS)

@@ -14,8 +14,12 @@ import tarfile
 from pathlib import Path
 
 import train_direct_distill as direct
-from common import UserError, checkpointing, pairs, pipelines, probes
-from common.tools import digits, dit, generate_pairs
+from common.direct import pair_shards, pairs, pipelines, probes
+from common.direct.student import check_same_weights
+from common.errors import UserError
+from common.run import checkpointing
+from common.tools import generate_pairs
+from common.tools.demo import digits, dit, stable_diffusion
 from tests import tiny_pipelines as tiny
 from tests.fork_server import run_processes
 from tests.test_preemption import stop_after
@@ -46,7 +50,7 @@ def direct_teacher(build_once):
     def get(kind="sd"):
         if kind == "dit":
             return str(build_once("direct_dit", lambda f: dit.build_teacher(f, vae_steps=5, steps=30, layers=2)))
-        return str(build_once("direct_sd", lambda f: digits.build_teacher(f, **QUICK)))
+        return str(build_once("direct_sd", lambda f: stable_diffusion.build_teacher(f, **QUICK)))
 
     return get
 
@@ -199,7 +203,7 @@ def test_prompts_from_every_source(tmp_path, shards):
     (tmp_path / "p.txt").write_text("a one\n\n a two, or three \n")
     for separator in ("\x0b", "\x1c", "\x85", "\u2028"):  # Unicode's line ends end no prompt
         (tmp_path / "u.txt").write_text(f"a{separator}one\r\na two\r\n", encoding="utf-8")
-        assert pairs.read_prompts(str(tmp_path / "u.txt")) == [f"a{separator}one", "a two"]
+        assert generate_pairs.read_prompts(str(tmp_path / "u.txt")) == [f"a{separator}one", "a two"]
     with open(tmp_path / "p.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", "text"], [1, expected[0]], [2, expected[1]], [3, ""]])
     import pyarrow
@@ -207,9 +211,9 @@ def test_prompts_from_every_source(tmp_path, shards):
 
     parquet.write_table(pyarrow.table({"caption": [*expected, None], "other": [1, 2, 3]}), tmp_path / "p.parquet")
     for name in ("p.txt", "p.csv", "p.parquet"):
-        assert pairs.read_prompts(str(tmp_path / name)) == expected, name
-    assert pairs.read_prompts("@" + str(tmp_path / "p.txt")) == expected
-    captions = pairs.read_prompts(shards)
+        assert generate_pairs.read_prompts(str(tmp_path / name)) == expected, name
+    assert generate_pairs.read_prompts("@" + str(tmp_path / "p.txt")) == expected
+    captions = generate_pairs.read_prompts(shards)
     assert len(captions) == 1437 and all(any(word in c for word in digits.WORDS) for c in captions)
     for name, column, sentence in [
         ("p.csv", "prompt", "no column 'prompt'"),
@@ -218,10 +222,10 @@ def test_prompts_from_every_source(tmp_path, shards):
         ("none.txt", None, "--prompts: 1 of 1 paths match no file"),
     ]:
         with pytest.raises(UserError, match=sentence):
-            pairs.read_prompts(str(tmp_path / name), column)
+            generate_pairs.read_prompts(str(tmp_path / name), column)
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="holds no prompt"):
-        pairs.read_prompts(str(tmp_path / "empty.txt"))
+        generate_pairs.read_prompts(str(tmp_path / "empty.txt"))
 
 
 @pytest.mark.parametrize(
@@ -482,20 +486,20 @@ def rewritten(made, folder, change):
     folder.mkdir()
     (folder / "dataset_config.json").write_bytes(Path(made(), "dataset_config.json").read_bytes())
     for shard in range(3):
-        indices = pairs.shard_range(shard, NUM_PAIRS, 8)
+        indices = pair_shards.shard_range(shard, NUM_PAIRS, 8)
         rows = zip(indices, data.latents(indices), strict=True)
         changed = [(i, data.prompts[i], change(data.seeds[i]), z, None, None) for i, z in rows]
-        pairs.write_shard(folder / pairs.shard_name(shard), changed)
+        pair_shards.write_shard(folder / pair_shards.shard_name(shard), changed)
     return folder
 
 
 def test_a_poisoned_pair_costs_its_update_and_nothing_else(tmp_path, flags, made):
     data, bad = pairs.PairShards(made()), next(i for i in pairs.PairOrder(20, 4, seed=1)[1] if i >= 4)
     folder = Path(shutil.copytree(made(), tmp_path / "pairs"))
-    indices = pairs.shard_range(bad // 8, NUM_PAIRS, 8)
+    indices = pair_shards.shard_range(bad // 8, NUM_PAIRS, 8)
     latents = {i: data.latents([i])[0] * (float("nan") if i == bad else 1) for i in indices}
     rows = [(i, data.prompts[i], data.seeds[i], latents[i], None, None) for i in indices]
-    pairs.write_shard(folder / pairs.shard_name(bad // 8), rows)
+    pair_shards.write_shard(folder / pair_shards.shard_name(bad // 8), rows)
     out = tmp_path / "out"
     run(flags(out, pairs_dir=folder, checkpointing_steps=1, ema_decay=0.5))
     saved = [digests(out / f"checkpoint-{n}") for n in (1, 2, 3)]
@@ -536,9 +540,9 @@ def test_pairs_of_another_teacher_are_refused(tmp_path, flags, teacher, made, di
 
 
 def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_teacher, made):
-    config = pairs.read_config(made())
+    config = pair_shards.read_config(made())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        probes.check_same_weights(pipelines.load_pipeline(direct_teacher(), dtype), config, "pairs")
+        check_same_weights(pipelines.load_pipeline(direct_teacher(), dtype), config, "pairs")
 
 
 @pytest.mark.parametrize(
@@ -793,8 +797,8 @@ def test_a_pipeline_that_cannot_be_given_images_is_refused(direct_teacher, table
     data.pipeline = pipeline
     rollout = pipelines.Rollout(pipeline, guidance_scale=1.0, num_inference_steps=4)
     pipeline.scheduler, _ = probes.student_scheduler(DDIMScheduler, dict(pipeline.scheduler.config))
-    assert pairs.check_encoding(rollout, data, [0, 1]) < 0.5
+    assert pipelines.check_encoding(rollout, data, [0, 1]) < 0.5
     encode = pipeline.vae.encode
     pipeline.vae.encode = lambda pixels: encode(-pixels)
     with pytest.raises(UserError, match="cannot be given images instead of latents"):
-        pairs.check_encoding(rollout, data, [0, 1])
+        pipelines.check_encoding(rollout, data, [0, 1])

@@ -1,6 +1,9 @@
 from common import losses
-from common.discriminator import Discriminator, copy_encoder, discriminator_step, make_head
-from common.schedules import alpha_sigma, bottom_probability, draw_segment
+from common.run import training_run
+from common.run.updates import discriminator_step
+from common.schedules import alpha_sigma
+from common.tscd.discriminator import Discriminator, copy_encoder, make_head
+from common.tscd.segments import bottom_probability, draw_segment
 from tests.test_lora import SD, SDXL, make_unet
 
 import numpy as np
@@ -215,7 +218,7 @@ def test_the_adversarial_mean_does_not_depend_on_how_an_update_is_split(k, bound
 
 
 def test_running_means_leave_out_what_means_nothing():
-    means, accelerator = losses.RunningMeans(), Accelerator(cpu=True)
+    means, accelerator = training_run.RunningMeans(), Accelerator(cpu=True)
     yes, no = torch.tensor(True), torch.tensor(False)
     means.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)})
     means.add({"a": torch.tensor(3.0, requires_grad=True)})

@@ -14,8 +14,10 @@ import types
 from pathlib import Path
 
 import train_lcm_distill_sd_wds as lcm
-from common import UserError, latents, models
-from common.shards import expand_shards
+from common.data import cached_latents
+from common.data.shards import SampleError, expand_shards
+from common.errors import UserError
+from common.networks import encoders, teachers
 from common.tools import encode_shards
 from tests.test_bad_inputs import Trap
 from tests.test_data import encode, random_image, server, write_tar
@@ -158,7 +160,7 @@ def test_a_cached_sample_of_sd15_takes_70_kilobytes(tmp_path):
         half = np.ones((4, side, side), np.float16)
         manifest = json.dumps({"format": 1}).encode()
         samples = [(f"{i:09d}", "a caption", {"flip": False}, half, half) for i in range(100)]
-        latents.write_shard(tmp_path / f"{side}.tar", manifest, samples, lambda count, size: {"bytes": size})
+        cached_latents.write_shard(tmp_path / f"{side}.tar", manifest, samples, lambda count, size: {"bytes": size})
         size = (tmp_path / f"{side}.tar").stat().st_size
         assert size / 100 == pytest.approx(expected, rel=0.01)
 
@@ -192,13 +194,13 @@ def test_kill_9_leaves_nothing_that_passes_for_complete(tmp_path, cached, shards
             calls.append(1)
             os.kill(os.getpid(), signal.SIGKILL) if len(calls) == nth else fsync(descriptor)
 
-        latents.os.fsync = dying
+        cached_latents.os.fsync = dying
 
     process = in_a_child(command, dies_at_a_sync)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert {name for name in content(tmp_path / "out") if not name.endswith(".tmp")} == left | {"RUNNING"}
-    assert latents.shard_stats(tmp_path / "out" / "00000.tar") is None
+    assert cached_latents.shard_stats(tmp_path / "out" / "00000.tar") is None
     ask_with(command)
     assert content(tmp_path / "out") == expected  # the leftovers are gone too
 
@@ -336,14 +338,14 @@ def test_bad_samples_are_left_out_counted_and_said(tmp_path, teacher, capsys, mo
     assert "skipped: decode 2, missing_caption 1, shard_read 1, too_small 1; 3 of 3 shards" in out
 
     # A VAE that overflows for one image costs that sample.
-    posterior = models.posterior
+    posterior = encoders.posterior
 
     def overflowing(vae, images, batch_size):
         mean, std = posterior(vae, images, batch_size)
         mean[0] *= 1e6
         return mean, std
 
-    monkeypatch.setattr(models, "posterior", overflowing)
+    monkeypatch.setattr(encoders, "posterior", overflowing)
     ask(tmp_path / "00000.tar", tmp_path / "overflow", teacher())
     stats = json.loads((tmp_path / "overflow" / "00000_stats.json").read_text())
     assert (stats["successes"], stats["skipped"]["decode"]) == (2, 3)
@@ -387,7 +389,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, cached, shards,
     out = Path(shutil.copytree(cached(), tmp_path / "out"))
     before = content(out)
     assert "encoder_sha256 was" in refused(capsys, shards, out, other_vae(teacher(), tmp_path / "t"), center_crop=True)
-    monkeypatch.setattr(models, "load_teacher", None)  # the rest is found before any weight is loaded
+    monkeypatch.setattr(teachers, "load_teacher", None)  # the rest is found before any weight is loaded
     assert "center_crop was True and is False" in refused(capsys, shards, out, teacher())
     assert "seed was 0 and is 3" in refused(capsys, shards, out, teacher(), center_crop=True, seed=3)
     assert "shape was [4, 8, 8] and is" in refused(capsys, shards, out, teacher(), center_crop=True, resolution=32)
@@ -435,8 +437,8 @@ def test_a_run_on_latents_differs_by_the_rounding_alone(tmp_path, flags, cached,
     may be rounded the other way, which changes a loss by far less than another draw would."""
     options = {"center_crop": True, "proportion_empty_prompts": 0.3, "train_batch_size": 8, "max_train_steps": 2}
     train(flags(tmp_path / "b", script, **options, train_shards_path_or_url=tars(cached())), script)
-    posterior = models.posterior
-    monkeypatch.setattr(models, "posterior", lambda *args: [x.half().float() for x in posterior(*args)])
+    posterior = encoders.posterior
+    monkeypatch.setattr(encoders, "posterior", lambda *args: [x.half().float() for x in posterior(*args)])
     train(flags(tmp_path / "a", script, **options, vae_encode_batch_size=1), script)
     a, b = (scalars(tmp_path / name, "loss") for name in "ab")
     assert len(a) == 2 and a == pytest.approx(b, rel=1e-4)
@@ -463,19 +465,19 @@ def test_sdxl_is_told_the_same_of_a_cached_sample(tmp_path, flags, cached, teach
 
 
 def test_a_cached_batch_is_what_encode_images_makes(cached, teacher, shards):
-    vae = models.load_teacher(teacher()).vae
-    manifest = latents.read_manifest(expand_shards(tars(cached())))
+    vae = teachers.load_teacher(teacher()).vae
+    manifest = cached_latents.read_manifest(expand_shards(tars(cached())))
     raw = next(raw for key, raw in read_tar(cached() / "00000.tar").items() if key != "__manifest__")
-    sample = latents.decode_cached(raw, np.random.default_rng(0), manifest=manifest)
+    sample = cached_latents.decode_cached(raw, np.random.default_rng(0), manifest=manifest)
     png = next(iter(read_tar(expand_shards(shards)[0]).values()))["png"]
     images = torch.from_numpy(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).copy()).permute(2, 0, 1)[None]
     batch = {name: sample[name][None] for name in ("latent_means", "latent_stds")}
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    expected = models.encode_batch(vae, {"images": images}, generators[0], 1)
-    made = models.encode_batch(vae, batch, generators[1], 1)
+    expected = encoders.encode_batch(vae, {"images": images}, generators[0], 1)
+    made = encoders.encode_batch(vae, batch, generators[1], 1)
     assert torch.allclose(made, expected, atol=2e-3 * expected.abs().max().item(), rtol=0)
-    latents.use_cached(manifest, vae)
-    assert vae.encoder is None and models.decode_latents(vae, made).shape == (1, 3, 16, 16)
+    cached_latents.use_cached(manifest, vae)
+    assert vae.encoder is None and encoders.decode_latents(vae, made).shape == (1, 3, 16, 16)
 
 
 def test_a_resumed_run_on_latents_equals_the_uninterrupted_one(tmp_path, flags, cached):
@@ -506,7 +508,7 @@ def rewritten(cached, folder, change, shards=3):
                 record = json.loads(raw["json"])
                 samples.append((key, raw["txt"].decode(), record, array(raw["mean.npy"]), array(raw["std.npy"])))
         text = json.dumps(manifest).encode()
-        latents.write_shard(folder / f"{index:05d}.tar", text, samples, lambda count, size: {"bytes": size})
+        cached_latents.write_shard(folder / f"{index:05d}.tar", text, samples, lambda count, size: {"bytes": size})
     return folder
 
 
@@ -579,7 +581,7 @@ def test_latents_that_do_not_fit_are_refused_before_any_weight(
     tmp_path, flags, cached, shards, capsys, monkeypatch, make, sentence
 ):
     options = {"train_shards_path_or_url": tars(cached()), "center_crop": True}
-    monkeypatch.setattr(models, "load_teacher", None)  # what is made for all tests is there by now
+    monkeypatch.setattr(teachers, "load_teacher", None)  # what is made for all tests is there by now
     options |= make(cached(), tmp_path, expand_shards(shards)[1])
     assert sentence in one_sentence(capsys, flags(tmp_path / "out", lcm, **options))
 
@@ -593,18 +595,18 @@ def test_latents_of_another_vae_are_refused(tmp_path, flags, cached, teacher, ca
 
 
 def test_another_decoder_another_scale_and_half_precision_files_are_the_same_encoder(tmp_path, teacher):
-    vae = models.load_teacher(teacher()).vae
-    expected = latents.encoder_sha256(vae)
+    vae = teachers.load_teacher(teacher()).vae
+    expected = cached_latents.encoder_sha256(vae)
     vae.save_pretrained(tmp_path / "half")
     path = tmp_path / "half" / "diffusion_pytorch_model.safetensors"
     half = {name: value.half() for name, value in load_file(path).items()}
     half["decoder.conv_in.bias"] += 1
     save_file(half, path, {"format": "pt"})
     edit_json(tmp_path / "half" / "config.json", scaling_factor=0.5)
-    other = models.load_teacher(teacher(), vae=str(tmp_path / "half")).vae
-    assert other.dtype == torch.float32 and latents.encoder_sha256(other) == expected
+    other = teachers.load_teacher(teacher(), vae=str(tmp_path / "half")).vae
+    assert other.dtype == torch.float32 and cached_latents.encoder_sha256(other) == expected
     other.quant_conv.bias.data[0] += 0.01
-    assert latents.encoder_sha256(other) != expected
+    assert cached_latents.encoder_sha256(other) != expected
 
 
 def npy(values):
@@ -650,17 +652,17 @@ def test_bad_members_are_skipped_and_counted(tmp_path, flags, cached):
     assert not (tmp_path / "trap").exists()
     parsed = json.loads(manifest)
     sample = read_tar(cached() / "00000.tar")[keys[0]]
-    assert latents.decode_cached(sample, np.random.default_rng(0), manifest=parsed)["captions"]
+    assert cached_latents.decode_cached(sample, np.random.default_rng(0), manifest=parsed)["captions"]
     for spoil in spoils:
-        with pytest.raises(latents.SampleError):
-            latents.decode_cached(sample | spoil, np.random.default_rng(0), manifest=parsed)
+        with pytest.raises(SampleError):
+            cached_latents.decode_cached(sample | spoil, np.random.default_rng(0), manifest=parsed)
 
 
 def test_remote_shards_are_recognised_by_their_first_bytes(tmp_path, flags, cached, server, capsys):
-    expected = latents.read_manifest([str(cached() / "00000.tar")])
-    assert latents.read_manifest([f"pipe:cat {cached()}/00000.tar # a comment"]) == expected
-    assert latents.read_manifest(["pipe:exit 3", f"pipe:cat {cached()}/00001.tar"]) == expected
-    assert latents.read_manifest(["pipe:exit 3"] * 9) is None
+    expected = cached_latents.read_manifest([str(cached() / "00000.tar")])
+    assert cached_latents.read_manifest([f"pipe:cat {cached()}/00000.tar # a comment"]) == expected
+    assert cached_latents.read_manifest(["pipe:exit 3", f"pipe:cat {cached()}/00001.tar"]) == expected
+    assert cached_latents.read_manifest(["pipe:exit 3"] * 9) is None
     options = {"train_shards_path_or_url": f"pipe:cat {cached()}/{{00000..00002}}.tar", "center_crop": True}
     train(flags(tmp_path / "a", lcm, **options, max_train_steps=2))
     half = half_precision(cached(), tmp_path / "half")  # seen when its samples come

@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from common import pairs, pipelines
+from common.direct import pairs, pipelines
 from common.tools import encode_pairs
 from tests import test_direct
 from tests.test_direct import direct_teacher, flags, from_table, made, members, pictured, prompts_file, run, table
@@ -33,7 +33,7 @@ def test_training_from_them_equals_training_from_the_images(tmp_path, flags, tab
     assert (images.prompts, images.seeds, images.sizes) == (stored.prompts, stored.seeds, stored.sizes)
     run(from_table(flags, table, tmp_path / "a"))
     shutil.rmtree(table)
-    monkeypatch.setattr(pairs, "encode", None)
+    monkeypatch.setattr(pipelines, "encode", None)
     run(flags(tmp_path / "b", pairs_dir=tmp_path / "pairs"))
     a, b = (scalars(tmp_path / name, "loss") for name in "ab")
     assert len(a) == 4 and list(b.values()) == pytest.approx(list(a.values()), rel=1e-4)

@@ -6,18 +6,16 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from common.metrics import frechet_distance, image_features, kernel_distance, load_feature_network, prompt_accuracy
-from common.tools.evaluate import (
-    format_table,
-    generate_images,
-    iterate_images,
-    load_pipeline,
-    main,
-    measure,
-    parse_args,
-    reference_features,
-    reference_floor,
+from common.results.metrics import (
+    frechet_distance,
+    image_features,
+    kernel_distance,
+    load_feature_network,
+    prompt_accuracy,
 )
+from common.tools.evaluate import format_table, main, measure, parse_args
+from common.tools.reference import iterate_images, reference_features, reference_floor
+from common.tools.sampling import generate_images, load_pipeline
 
 import diffusers
 import numpy as np

@@ -1,6 +1,6 @@
 import json
 
-from common import export
+from common.results import export
 
 import numpy as np
 import yaml

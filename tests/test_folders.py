@@ -10,13 +10,14 @@ import re
 import tarfile
 from collections import Counter
 
-from common import DataError, pairs
-from common.data import TrainingData
-from common.folders import class_folders, list_images, read_sample, read_samples
-from common.image_data import check_shard_classes, load_labelled_images, open_images
-from common.images import FORMATS, decode_image_label, decode_image_text, image_size, read_image
-from common.shards import SampleError, expand_shards
-from common.tools.evaluate import iterate_images, reference_files, to_tensor
+from common.ct.data import check_shard_classes, decode_image_label, load_labelled_images, open_images
+from common.data.folders import class_folders, list_images, read_sample, read_samples
+from common.data.images import FORMATS, decode_image_text, image_size, read_image
+from common.data.shards import SampleError, expand_shards
+from common.data.stream import TrainingData
+from common.direct import pairs
+from common.errors import DataError
+from common.tools.reference import iterate_images, reference_files, to_tensor
 from tests.test_data import encode, random_image, write_tar
 
 import numpy as np

@@ -12,10 +12,13 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
-from common import UserError, checkpointing, levers, pipelines
-from common import args as cli
-from common.discriminator import copy_encoder
-from common.preemption import Stopper
+from common.direct import pipelines
+from common.errors import UserError
+from common.networks import performance
+from common.results import export
+from common.run import checkpointing, engine
+from common.run.preemption import Stopper
+from common.tscd.discriminator import copy_encoder
 from tests import test_ct, test_direct
 from tests import tiny_pipelines as tiny
 from tests.test_ct import data_set, no_cache_at_home  # noqa: F401
@@ -62,7 +65,7 @@ def command(flags, ct_flags, direct_flags):  # noqa: F811
 @pytest.fixture
 def compiles_at_once(monkeypatch):
     """torch.compile traces and guards as ever, and runs what it traced without making kernels of it."""
-    monkeypatch.setattr(levers, "COMPILE_OPTIONS", levers.COMPILE_OPTIONS | {"backend": "eager"})
+    monkeypatch.setattr(performance, "COMPILE_OPTIONS", performance.COMPILE_OPTIONS | {"backend": "eager"})
     torch._dynamo.reset()
     counters.clear()
     limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
@@ -111,9 +114,9 @@ def backward(network):
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "ct"])
 def test_recomputing_changes_no_gradient_and_selective_keeps_less(kind):
     results = {}
-    for which in levers.CHECKPOINTING:
+    for which in performance.CHECKPOINTING:
         network = make_network(kind)
-        levers.recompute(network, which)
+        performance.recompute(network, which)
         results[which] = backward(network)
     loss, gradients, plain = results["none"]
     for which in ("selective", "full"):
@@ -126,13 +129,13 @@ def test_recomputing_changes_no_gradient_and_selective_keeps_less(kind):
 def test_selective_is_the_levels_down_to_the_first_with_text():
     for kind, down, up in (("sd", [0], [2]), ("sdxl", [0, 1], [1, 2]), ("ct", [0], [1])):
         network = make_network(kind)
-        chosen = levers.recomputed_blocks(network)
+        chosen = performance.recomputed_blocks(network)
         assert [i for i, block in enumerate(network.down_blocks) if block in chosen] == down
         assert [i for i, block in enumerate(network.up_blocks) if block in chosen] == up
         assert network.mid_block not in chosen
     encoder = copy_encoder(make_network("sd"))  # of a discriminator: no up blocks
-    levers.recompute(encoder, "selective")
-    assert encoder.down_blocks[0] in levers.recomputed_blocks(encoder)
+    performance.recompute(encoder, "selective")
+    assert encoder.down_blocks[0] in performance.recomputed_blocks(encoder)
 
 
 @pytest.mark.parametrize("name", ["Flux", "SD3", "AuraFlow", "Z-Image", "Wan"])
@@ -140,9 +143,9 @@ def test_selective_recomputes_every_second_block_of_a_transformer(name):
     """A recomputation ends early, so that a hook after the block would miss it."""
     pipeline = tiny.make(name)
     for network in pipelines.denoisers(pipeline).values():
-        blocks, calls = levers.repeated_blocks(network), []
+        blocks, calls = performance.repeated_blocks(network), []
         assert len(blocks) >= 1
-        levers.recompute(network, "selective")
+        performance.recompute(network, "selective")
         for block in blocks:
             block.register_forward_pre_hook(lambda block, *_, calls=calls: calls.append(block))
         rollout = pipelines.Rollout(pipeline, **tiny.KWARGS[name] | {"num_inference_steps": 1}).requires_grad_(True)
@@ -156,8 +159,8 @@ def test_selective_recomputes_every_second_block_of_a_transformer(name):
 def test_a_denoiser_that_cannot_be_recomputed_in_part_is_refused():
     denoisers = {"transformer": (type(tiny.make("HunyuanDiT").transformer), {})}
     with pytest.raises(UserError, match="--gradient_checkpointing=selective: the teacher's transformer.*; pass full"):
-        levers.check_denoisers(denoisers, "selective", False, False)
-    levers.check_denoisers(denoisers, "full", False, False)
+        performance.check_denoisers(denoisers, "selective", False, False)
+    performance.check_denoisers(denoisers, "full", False, False)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +226,7 @@ def check_compiled(tmp_path, command, monkeypatch, name):
     train(command(name, tmp_path / "b", **changes), SCRIPTS[name])
     (tmp_path / "c").mkdir()
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "c" / "checkpoint-2")
-    shutil.copy(tmp_path / "a" / checkpointing.CONFIG, tmp_path / "c")
+    shutil.copy(tmp_path / "a" / export.CONFIG, tmp_path / "c")
     train(command(name, tmp_path / "c", **changes, resume_from_checkpoint="latest"), SCRIPTS[name])
     a, b, c = (state_of(tmp_path / x / "checkpoint-4") for x in "abc")
     assert a.keys() == b.keys() == c.keys()
@@ -239,7 +242,7 @@ def test_transformers_compile_for_once(compiles_at_once, name):
         pipeline = tiny.make(name)
         for network in pipelines.denoisers(pipeline).values():
             if compiles:
-                levers.compile_blocks(network)
+                performance.compile_blocks(network)
         options = tiny.KWARGS.get(name, {}) | {"num_inference_steps": 2}
         rollout = pipelines.Rollout(pipeline, **options).requires_grad_(True)
         output = rollout(["a", "b"], [0, 1])
@@ -295,7 +298,7 @@ def test_channels_last_reaches_activations_of_every_network_and_changes_little(t
     for x, y, extra in (("a", "c", {}), ("b", "d", {"channels_last": True})):
         (tmp_path / y).mkdir()
         shutil.copytree(tmp_path / x / "checkpoint-2", tmp_path / y / "checkpoint-2")
-        shutil.copy(tmp_path / x / checkpointing.CONFIG, tmp_path / y)
+        shutil.copy(tmp_path / x / export.CONFIG, tmp_path / y)
         train(command("lcm", tmp_path / y, resume_from_checkpoint="latest", **extra), lcm)
         assert list(scalars(tmp_path / y, "loss").values()) == pytest.approx(b[2:], rel=1e-4)
     unets = [DiffusionPipeline.from_pretrained(tmp_path / x).unet for x in "ab"]
@@ -368,11 +371,11 @@ def test_xformers_is_tried_before_anything_is_loaded(tmp_path, attention, failur
         return attention(*args)
 
     monkeypatch.setitem(sys.modules, "xformers.ops", attention and SimpleNamespace(memory_efficient_attention=call))
-    found = levers.xformers_failure(torch.device("cpu"), "bf16")
+    found = performance.xformers_failure(torch.device("cpu"), "bf16")
     assert re.search(failure, found) if failure else found is None
-    monkeypatch.setattr(cli.levers, "xformers_failure", lambda device, dtype: found)
+    monkeypatch.setattr(performance, "xformers_failure", lambda device, dtype: found)
     args = lcm.parse_args(flags(tmp_path, enable_xformers_memory_efficient_attention=True))
-    cli.make_accelerator(args)
+    engine.make_accelerator(args)
     out = capsys.readouterr().out
     assert args.enable_xformers_memory_efficient_attention == (failure is None)
     assert ("do not run here" in out and "torch's attention" in out and out.count("\n") == 1) if failure else not out

@@ -9,8 +9,10 @@ import threading
 import time
 from types import SimpleNamespace
 
-from common import UserError, checkpointing, lock
-from common import args as cli
+from common import lock
+from common.errors import UserError
+from common.results import export
+from common.run import checkpointing, training_run
 from tests.forks import end_of, fork, is_running
 from tests.test_data import encode, random_image
 
@@ -180,7 +182,7 @@ def test_a_file_of_the_users_is_left_alone_and_an_empty_one_is_no_owner(tmp_path
 
 
 @pytest.mark.parametrize("end", [None, UserError("no"), ValueError("no"), SystemExit(75), KeyboardInterrupt()])
-@pytest.mark.parametrize("decorate", [cli.user_errors, cli.tool_errors])
+@pytest.mark.parametrize("decorate", [training_run.user_errors, training_run.tool_errors])
 def test_every_end_releases_the_folder(tmp_path, end, decorate):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
@@ -199,7 +201,7 @@ def test_every_end_releases_the_folder(tmp_path, end, decorate):
 
 def test_a_tool_that_is_terminated_releases_its_folder(tmp_path):
     def body():
-        @cli.tool_errors
+        @training_run.tool_errors
         def main(args):
             take(tmp_path / "out")
             os.kill(os.getpid(), signal.SIGTERM)
@@ -229,9 +231,9 @@ def test_the_owner_shows_that_it_lives_and_ends_where_its_folder_was_taken(tmp_p
 def test_a_run_that_is_moved_aside_takes_no_lock_with_it(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / checkpointing.CONFIG).write_text("{}")
+    (out / export.CONFIG).write_text("{}")
     checkpointing.open_output_dir(Accelerator(cpu=True), out, None, overwrite=True)
-    assert os.listdir(tmp_path / "out.1") == [checkpointing.CONFIG] and os.listdir(out) == ["RUNNING"]
+    assert os.listdir(tmp_path / "out.1") == [export.CONFIG] and os.listdir(out) == ["RUNNING"]
     with pytest.raises(UserError, match="is in use"):
         checkpointing.open_output_dir(Accelerator(cpu=True), out, None, overwrite=True)
     checkpointing.open_output_dir(Accelerator(cpu=True), out, "latest", dry_run=True)  # which writes nothing

@@ -1,8 +1,9 @@
 import copy
 import json
 
-from common import UserError, lora
-from common.tools import digits
+from common.errors import UserError
+from common.networks import lora
+from common.tools.demo import digits
 
 import pytest
 import torch

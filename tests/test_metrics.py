@@ -1,18 +1,18 @@
-"""common/metrics.py against independent references, on random networks of a few thousand weights."""
+"""common/results/metrics.py against independent references, on random networks of a few thousand weights."""
 
 import json
 
-from common.metrics import (
+from common.results.metrics import (
     class_logits,
     clip_score,
     frechet_distance,
     image_features,
-    image_grid,
     kernel_distance,
     load_feature_network,
     prompt_accuracy,
     prompt_labels,
 )
+from common.results.samples import image_grid
 
 import numpy as np
 import pytest

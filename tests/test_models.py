@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from common import UserError, models, pipelines
-from common.tools import digits
+from common.direct import pipelines
+from common.errors import UserError
+from common.networks import encoders, teachers
+from common.tools.demo import stable_diffusion
 
 import diffusers
 import pytest
@@ -25,7 +27,7 @@ def sdxl(build_once):
     """A folder with an SDXL teacher of 16 pixels that has been trained for a moment."""
 
     def build(folder):
-        digits.build_teacher(folder, vae_steps=5, unet_steps=20, sdxl=True)
+        stable_diffusion.build_teacher(folder, vae_steps=5, unet_steps=20, sdxl=True)
 
     return str(build_once("teacher_sdxl", build))
 
@@ -40,17 +42,17 @@ def edit_json(path, **changes):
 
 def test_teacher_config_needs_no_weights(teacher, tmp_path, monkeypatch):
     folder = copy_teacher(teacher, tmp_path)
-    monkeypatch.setattr(models.DiffusionPipeline, "from_pretrained", None)  # a load would fail
-    config = models.read_teacher_config(str(folder))
+    monkeypatch.setattr(teachers.DiffusionPipeline, "from_pretrained", None)  # a load would fail
+    config = teachers.read_teacher_config(str(folder))
     assert config["unet"]["in_channels"] == 4 and config["scheduler"]["beta_schedule"] == "scaled_linear"
     assert config["is_sdxl"] is False and "text_encoder_2" not in config
 
 
 def test_sdxl_is_recognised_from_its_index(sdxl):
-    config = models.read_teacher_config(sdxl)
+    config = teachers.read_teacher_config(sdxl)
     assert config["is_sdxl"] is True and config["unet"]["addition_embed_type"] == "text_time"
     assert config["text_encoder"].hidden_size == 32 and config["text_encoder_2"].projection_dim == 32
-    models.check_resolution(config, 16)
+    encoders.check_resolution(config, 16)
 
 
 @pytest.mark.parametrize(
@@ -121,56 +123,56 @@ def test_direct_distillation_refuses_the_refiner_too(sdxl, tmp_path):
 
 def check_refusal(folder, message):
     with pytest.raises(UserError, match=message) as error:
-        models.read_teacher_config(str(folder))
+        teachers.read_teacher_config(str(folder))
     assert "--pretrained_teacher_model=" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_variant_is_named(teacher):
     with pytest.raises(UserError, match="no weights of the variant 'fp16'"):
-        models.read_teacher_config(teacher(), variant="fp16")
+        teachers.read_teacher_config(teacher(), variant="fp16")
 
 
 def test_scheduler_without_betas_is_refused():
     with pytest.raises(UserError, match="no beta schedule"):
-        models.check_schedule("--x", {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
+        teachers.check_schedule("--x", {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
 
 
 def test_zero_terminal_snr_is_fine_with_v_prediction(teacher, tmp_path):
     folder = copy_teacher(teacher, tmp_path)
     changes = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     edit_json(folder / "scheduler/scheduler_config.json", **changes)
-    models.read_teacher_config(str(folder))
+    teachers.read_teacher_config(str(folder))
 
 
 def test_single_file_teacher_goes_through_diffusers_loader(teacher, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file"):
-        models.read_teacher_config(str(tmp_path / "missing.safetensors"))
-    pipeline, asked = models.load_teacher(teacher()), []
+        teachers.read_teacher_config(str(tmp_path / "missing.safetensors"))
+    pipeline, asked = teachers.load_teacher(teacher()), []
 
     def from_single_file(path, **options):
         asked.append((path, options["safety_checker"]))
         return pipeline
 
-    monkeypatch.setattr(models.StableDiffusionPipeline, "from_single_file", from_single_file)
+    monkeypatch.setattr(teachers.StableDiffusionPipeline, "from_single_file", from_single_file)
     file = tmp_path / "model.safetensors"
     save_file({"model.diffusion_model.out.0.weight": torch.zeros(1)}, file)
-    config = models.read_teacher_config(str(file))
+    config = teachers.read_teacher_config(str(file))
     assert config["unet"]["cross_attention_dim"] == pipeline.unet.config.cross_attention_dim
     assert asked == [(str(file), None)]
-    assert models.load_teacher(str(file)) is pipeline
+    assert teachers.load_teacher(str(file)) is pipeline
 
 
 def test_single_file_sdxl_goes_through_the_sdxl_loader(sdxl, tmp_path, monkeypatch):
-    pipeline = models.load_teacher(sdxl)
+    pipeline = teachers.load_teacher(sdxl)
 
     def from_single_file(path, cache_dir, dtype):  # takes no safety_checker
         return pipeline
 
-    monkeypatch.setattr(models.StableDiffusionXLPipeline, "from_single_file", from_single_file)
+    monkeypatch.setattr(teachers.StableDiffusionXLPipeline, "from_single_file", from_single_file)
     file = tmp_path / "model.safetensors"
     first, second = ("conditioner.embedders.0.model.ln_final.bias", "conditioner.embedders.1.model.ln_final.bias")
     save_file({first: torch.zeros(1), second: torch.zeros(1)}, file)
-    config = models.read_teacher_config(str(file))
+    config = teachers.read_teacher_config(str(file))
     assert config["is_sdxl"] and config["text_encoder_2"].projection_dim == 32
     save_file({first: torch.zeros(1)}, file)
     check_refusal(file, "the SDXL refiner")
@@ -179,20 +181,20 @@ def test_single_file_sdxl_goes_through_the_sdxl_loader(sdxl, tmp_path, monkeypat
 
 
 def test_both_text_encoders_are_loaded_and_frozen(teacher, sdxl):
-    pipeline = models.load_teacher(sdxl)
-    assert isinstance(pipeline, StableDiffusionXLPipeline) and models.is_sdxl(pipeline)
-    assert models.text_encoders(pipeline) == [pipeline.text_encoder, pipeline.text_encoder_2]
-    for module in (pipeline.unet, pipeline.vae, *models.text_encoders(pipeline)):
+    pipeline = teachers.load_teacher(sdxl)
+    assert isinstance(pipeline, StableDiffusionXLPipeline) and encoders.is_sdxl(pipeline)
+    assert encoders.text_encoders(pipeline) == [pipeline.text_encoder, pipeline.text_encoder_2]
+    for module in (pipeline.unet, pipeline.vae, *encoders.text_encoders(pipeline)):
         assert not module.training
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in module.parameters())
-    pipeline = models.load_teacher(teacher())
-    assert models.text_encoders(pipeline) == [pipeline.text_encoder] and not models.is_sdxl(pipeline)
+    pipeline = teachers.load_teacher(teacher())
+    assert encoders.text_encoders(pipeline) == [pipeline.text_encoder] and not encoders.is_sdxl(pipeline)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_student_equals_the_teacher_at_step_0_for_every_w(teacher, prediction_type):
-    unet = models.load_teacher(teacher(prediction_type)).unet
-    student = models.make_student(unet, 256).eval()
+    unet = teachers.load_teacher(teacher(prediction_type)).unet
+    student = teachers.make_student(unet, 256).eval()
     z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, unet.config.cross_attention_dim)
     cond = torch.randn(2, 256)
     with torch.no_grad():
@@ -208,15 +210,15 @@ def test_student_of_a_teacher_whose_configuration_is_older_than_w(teacher, tmp_p
     path = folder / "unet/config.json"
     unet = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in unet.items() if k not in ("time_cond_proj_dim", "class_embed_type")}))
-    student = models.make_student(models.load_teacher(str(folder)).unet, 64)
+    student = teachers.make_student(teachers.load_teacher(str(folder)).unet, 64)
     assert student.config.time_cond_proj_dim == student.time_embedding.cond_proj.in_features == 64
 
 
 def test_sdxl_student_equals_the_teacher_at_step_0_and_samples(sdxl, tmp_path):
-    pipeline = models.load_teacher(sdxl)
-    student = models.make_student(pipeline.unet, 256).eval()
-    time_ids = models.time_ids(torch.tensor([[40, 30], [16, 16]]), torch.tensor([[3, 0], [0, 0]]), 16)
-    cond = models.conditioning(pipeline, ["a handwritten four", "zero"], time_ids)
+    pipeline = teachers.load_teacher(sdxl)
+    student = teachers.make_student(pipeline.unet, 256).eval()
+    time_ids = encoders.time_ids(torch.tensor([[40, 30], [16, 16]]), torch.tensor([[3, 0], [0, 0]]), 16)
+    cond = encoders.conditioning(pipeline, ["a handwritten four", "zero"], time_ids)
     z = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         expected = pipeline.unet(z, T, **cond).sample  # of weights in other memory: equal up to rounding
@@ -225,7 +227,7 @@ def test_sdxl_student_equals_the_teacher_at_step_0_and_samples(sdxl, tmp_path):
     assert student.time_embedding.cond_proj.weight.grad.abs().max() > 0
 
     scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-    models.load_teacher(sdxl, unet=student.eval(), scheduler=scheduler).save_pretrained(tmp_path)
+    teachers.load_teacher(sdxl, unet=student.eval(), scheduler=scheduler).save_pretrained(tmp_path)
     saved = StableDiffusionXLPipeline.from_pretrained(tmp_path)
     saved.set_progress_bar_config(disable=True)
     images = saved("a handwritten four", num_inference_steps=4, guidance_scale=8.0, output_type="np").images
@@ -233,31 +235,31 @@ def test_sdxl_student_equals_the_teacher_at_step_0_and_samples(sdxl, tmp_path):
 
 
 def test_student_depends_on_w_once_it_is_trained(teacher):
-    unet = models.load_teacher(teacher()).unet
-    student = models.make_student(unet, 256)
+    unet = teachers.load_teacher(teacher()).unet
+    student = teachers.make_student(unet, 256)
     z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, unet.config.cross_attention_dim)
     student(z, T, text, timestep_cond=torch.randn(2, 256)).sample.square().mean().backward()
     assert student.time_embedding.cond_proj.weight.grad.abs().max() > 0
 
 
 def test_init_unet_continues_an_earlier_student(teacher, tmp_path):
-    unet = models.load_teacher(teacher()).unet
-    first = models.make_student(unet, 64)
+    unet = teachers.load_teacher(teacher()).unet
+    first = teachers.make_student(unet, 64)
     torch.nn.init.ones_(first.time_embedding.cond_proj.weight)
     first.save_pretrained(tmp_path / "run" / "unet")
     for folder in (tmp_path / "run", tmp_path / "run" / "unet"):
-        again = models.make_student(unet, 64, str(folder))
+        again = teachers.make_student(unet, 64, str(folder))
         assert again.training and (again.time_embedding.cond_proj.weight == 1).all()
-    config = models.read_teacher_config(teacher())
-    models.check_init_unet(str(tmp_path / "run"), config, 64)
+    config = teachers.read_teacher_config(teacher())
+    teachers.check_init_unet(str(tmp_path / "run"), config, 64)
     with pytest.raises(UserError, match="time_cond_proj_dim is 64"):
-        models.check_init_unet(str(tmp_path / "run"), config, 256)
+        teachers.check_init_unet(str(tmp_path / "run"), config, 256)
     edit_json(tmp_path / "run" / "unet" / "config.json", cross_attention_dim=32)
     with pytest.raises(UserError, match="no student of this teacher, its cross_attention_dim is 32"):
-        models.check_init_unet(str(tmp_path / "run"), config, 64)
+        teachers.check_init_unet(str(tmp_path / "run"), config, 64)
     for missing in (tmp_path / "nope", tmp_path / "nope.safetensors"):
         with pytest.raises(UserError, match="--init_unet=.*neither a U-Net's folder"):
-            models.check_init_unet(str(missing), config, 64)
+            teachers.check_init_unet(str(missing), config, 64)
 
 
 def test_a_damaged_or_a_variant_only_part_is_found_without_loading(teacher, tmp_path):
@@ -266,55 +268,55 @@ def test_a_damaged_or_a_variant_only_part_is_found_without_loading(teacher, tmp_
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="its file unet/diffusion_pytorch_model.safetensors is damaged"):
-        models.read_teacher_config(str(folder))
+        teachers.read_teacher_config(str(folder))
     weights.unlink()
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"no plain weights, only .*fp16.* \(pass its --variant\)"):
-        models.read_teacher_config(str(folder))
+        teachers.read_teacher_config(str(folder))
 
 
 def test_another_vae_is_checked_without_loading(teacher, tmp_path):
-    config = models.read_teacher_config(teacher())
-    assert models.read_vae_config(teacher(), config)["vae"]["latent_channels"] == 4
+    config = teachers.read_teacher_config(teacher())
+    assert teachers.read_vae_config(teacher(), config)["vae"]["latent_channels"] == 4
     with pytest.raises(UserError, match="--pretrained_vae_model_name_or_path=.*neither a VAE's folder"):
-        models.read_vae_config(str(tmp_path / "nope"), config)
+        teachers.read_vae_config(str(tmp_path / "nope"), config)
     vae = shutil.copytree(Path(teacher(), "vae"), tmp_path / "vae")
     edit_json(vae / "config.json", latent_channels=8)
     with pytest.raises(UserError, match="not an AutoencoderKL with 4 latent channels"):
-        models.read_vae_config(str(vae), config)
+        teachers.read_vae_config(str(vae), config)
 
 
 def test_long_prompts_are_cut_at_77_tokens(teacher):
-    pipeline = models.load_teacher(teacher())
+    pipeline = teachers.load_teacher(teacher())
     prompts = ["a photo of the digit three", "", "something else entirely " * 40]
     ids = pipeline.tokenizer(
         prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
     expected = pipeline.text_encoder(ids)[0]
-    torch.testing.assert_close(models.conditioning(pipeline, prompts), {"encoder_hidden_states": expected})
+    torch.testing.assert_close(encoders.conditioning(pipeline, prompts), {"encoder_hidden_states": expected})
 
 
 def test_conditioning_of_sd_is_the_prompts_and_the_empty_prompts(teacher):
-    pipeline = models.load_teacher(teacher())
+    pipeline = teachers.load_teacher(teacher())
     captions = ["a photo of the digit three", "nine"]
-    cond, uncond = models.conditioning(pipeline, captions, torch.zeros(2, 6)), models.uncond_conditioning(pipeline)
+    cond, uncond = encoders.conditioning(pipeline, captions, torch.zeros(2, 6)), encoders.uncond_conditioning(pipeline)
     embeds, empty = StableDiffusionPipeline.from_pretrained(teacher()).encode_prompt(captions, "cpu", 1, True)
     torch.testing.assert_close(cond, {"encoder_hidden_states": embeds})
     torch.testing.assert_close(uncond, {"encoder_hidden_states": empty[:1]})
-    both = models.concat_conditioning(cond, uncond, torch.bfloat16)
+    both = encoders.concat_conditioning(cond, uncond, torch.bfloat16)
     torch.testing.assert_close(both, {"encoder_hidden_states": torch.cat([embeds, empty]).bfloat16()})
 
 
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_conditioning_of_sdxl_is_the_pipelines(sdxl, force_zeros):
-    pipeline = models.load_teacher(sdxl)
+    pipeline = teachers.load_teacher(sdxl)
     pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
     reference = StableDiffusionXLPipeline.from_pretrained(sdxl)
     reference.register_to_config(force_zeros_for_empty_prompt=force_zeros)
     captions = ["a photo of the digit three", "", "something else entirely " * 40]
     embeds, empty, pooled, empty_pooled = reference.encode_prompt(captions, device="cpu")
     time_ids = torch.arange(18).view(3, 6)
-    cond, uncond = models.conditioning(pipeline, captions, time_ids), models.uncond_conditioning(pipeline)
+    cond, uncond = encoders.conditioning(pipeline, captions, time_ids), encoders.uncond_conditioning(pipeline)
     assert embeds.shape == (3, 77, 64) and pooled.shape == (3, 32) and (empty.abs().max() == 0) == force_zeros
     # encoders of two pipelines, in different memory: equal up to rounding
     torch.testing.assert_close(cond["encoder_hidden_states"], embeds)
@@ -328,15 +330,15 @@ def test_conditioning_of_sdxl_is_the_pipelines(sdxl, force_zeros):
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_the_guided_teacher_is_asked_what_the_pipeline_asks(sdxl, force_zeros):
     """Every keyword argument of the U-Net, in the pipeline's own call with guidance."""
-    pipeline, calls = models.load_teacher(sdxl), []
+    pipeline, calls = teachers.load_teacher(sdxl), []
     pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
     pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
     captions = ["the digit two written by hand", "seven"]
     sizes = {"original_size": (40, 30), "crops_coords_top_left": (5, 7)}
     pipeline(captions, num_inference_steps=1, guidance_scale=3.0, output_type="latent", **sizes)
-    time_ids = models.time_ids(torch.tensor([[40, 30]] * 2), torch.tensor([[5, 7]] * 2), 16)
-    both = models.concat_conditioning(
-        models.conditioning(pipeline, captions, time_ids), models.uncond_conditioning(pipeline)
+    time_ids = encoders.time_ids(torch.tensor([[40, 30]] * 2), torch.tensor([[5, 7]] * 2), 16)
+    both = encoders.concat_conditioning(
+        encoders.conditioning(pipeline, captions, time_ids), encoders.uncond_conditioning(pipeline)
     )
     swap = [2, 3, 0, 1]  # the pipeline puts the empty prompts first
     torch.testing.assert_close(both["encoder_hidden_states"][swap], calls[0]["encoder_hidden_states"])
@@ -346,13 +348,13 @@ def test_the_guided_teacher_is_asked_what_the_pipeline_asks(sdxl, force_zeros):
 
 
 def test_one_forward_over_both_halves_equals_two(sdxl):
-    pipeline = models.load_teacher(sdxl)
-    time_ids = models.time_ids(torch.tensor([[400, 300], [16, 16]]), torch.tensor([[3, 0], [0, 9]]), 16)
-    cond, uncond = models.conditioning(pipeline, ["two", "six"], time_ids), models.uncond_conditioning(pipeline)
+    pipeline = teachers.load_teacher(sdxl)
+    time_ids = encoders.time_ids(torch.tensor([[400, 300], [16, 16]]), torch.tensor([[3, 0], [0, 9]]), 16)
+    cond, uncond = encoders.conditioning(pipeline, ["two", "six"], time_ids), encoders.uncond_conditioning(pipeline)
     z = torch.randn(2, 4, 8, 8)
     zeros = {"text_embeds": torch.zeros(2, 32), "time_ids": time_ids}
     with torch.no_grad():
-        both = pipeline.unet(z.repeat(2, 1, 1, 1), T.repeat(2), **models.concat_conditioning(cond, uncond)).sample
+        both = pipeline.unet(z.repeat(2, 1, 1, 1), T.repeat(2), **encoders.concat_conditioning(cond, uncond)).sample
         expected = (
             pipeline.unet(z, T, **cond).sample,
             pipeline.unet(z, T, torch.zeros(2, 77, 64), added_cond_kwargs=zeros).sample,
@@ -362,12 +364,12 @@ def test_one_forward_over_both_halves_equals_two(sdxl):
 
 
 def test_half_precision_conditioning_keeps_the_sizes_exact(sdxl):
-    pipeline = models.load_teacher(sdxl)
-    for module in (pipeline.unet, *models.text_encoders(pipeline)):
+    pipeline = teachers.load_teacher(sdxl)
+    for module in (pipeline.unet, *encoders.text_encoders(pipeline)):
         module.to(torch.bfloat16)
-    time_ids = models.time_ids(torch.tensor([[1001, 1531]]), torch.tensor([[257, 0]]), 1024)
-    cond = models.conditioning(pipeline, ["two"], time_ids)
-    both = models.concat_conditioning(cond, models.uncond_conditioning(pipeline), torch.bfloat16)
+    time_ids = encoders.time_ids(torch.tensor([[1001, 1531]]), torch.tensor([[257, 0]]), 1024)
+    cond = encoders.conditioning(pipeline, ["two"], time_ids)
+    both = encoders.concat_conditioning(cond, encoders.uncond_conditioning(pipeline), torch.bfloat16)
     assert both["encoder_hidden_states"].dtype == both["added_cond_kwargs"]["text_embeds"].dtype == torch.bfloat16
     assert both["added_cond_kwargs"]["time_ids"].tolist() == [[1001, 1531, 257, 0, 1024, 1024]] * 2
     with torch.no_grad():
@@ -382,9 +384,9 @@ def test_time_ids_are_the_pipelines(sdxl):
         pipeline._get_add_time_ids(tuple(size), tuple(crop), (1024, 1024), torch.int64, 32)
         for size, crop in zip(sizes.tolist(), crops.tolist(), strict=True)
     ]
-    assert torch.equal(models.time_ids(sizes, crops, 1024), torch.cat(rows))
+    assert torch.equal(encoders.time_ids(sizes, crops, 1024), torch.cat(rows))
     fixed = pipeline._get_add_time_ids((1024, 1024), (0, 0), (1024, 1024), torch.int64, 32).expand(2, 6)
-    assert torch.equal(models.time_ids(sizes, crops, 1024, fix_crop_and_size=True), fixed)
+    assert torch.equal(encoders.time_ids(sizes, crops, 1024, fix_crop_and_size=True), fixed)
     assert sizes.tolist() == [[400, 300], [1200, 1601]]  # the batch is as it was
 
 
@@ -399,14 +401,14 @@ def test_time_ids_are_the_pipelines(sdxl):
     ],
 )
 def test_the_vae_of_sdxl_computes_in_float32_where_its_configuration_says_so(is_sdxl, vae, expected):
-    assert models.vae_dtype({"is_sdxl": is_sdxl, "vae": vae}, torch.float16) == expected
-    assert models.vae_dtype({"is_sdxl": is_sdxl, "vae": vae}, torch.float32) == torch.float32
+    assert encoders.vae_dtype({"is_sdxl": is_sdxl, "vae": vae}, torch.float16) == expected
+    assert encoders.vae_dtype({"is_sdxl": is_sdxl, "vae": vae}, torch.float32) == torch.float32
 
 
 def test_latents_are_the_vaes_and_do_not_depend_on_the_chunks(teacher):
-    vae = models.load_teacher(teacher()).vae
+    vae = teachers.load_teacher(teacher()).vae
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
-    encode = [models.encode_images(vae, images, torch.Generator().manual_seed(7), n) for n in (1, 2, 5, 32)]
+    encode = [encoders.encode_images(vae, images, torch.Generator().manual_seed(7), n) for n in (1, 2, 5, 32)]
     for latents in encode[1:]:
         torch.testing.assert_close(latents, encode[0], atol=1e-5, rtol=1e-5)
     posterior = vae.encode(images.float() / 127.5 - 1).latent_dist
@@ -416,41 +418,41 @@ def test_latents_are_the_vaes_and_do_not_depend_on_the_chunks(teacher):
 
 
 def test_a_vae_with_a_shift_is_shifted(teacher):
-    vae = models.load_teacher(teacher()).vae
+    vae = teachers.load_teacher(teacher()).vae
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    plain = models.encode_images(vae, images, torch.Generator().manual_seed(0), 2)
+    plain = encoders.encode_images(vae, images, torch.Generator().manual_seed(0), 2)
     vae.register_to_config(shift_factor=0.5)
-    shifted = models.encode_images(vae, images, torch.Generator().manual_seed(0), 2)
+    shifted = encoders.encode_images(vae, images, torch.Generator().manual_seed(0), 2)
     torch.testing.assert_close(plain - shifted, torch.full_like(plain, 0.5 * vae.config.scaling_factor))
 
 
 def test_latents_mean_and_std_are_what_the_sdxl_pipeline_undoes(sdxl):
-    pipeline = models.load_teacher(sdxl)
+    pipeline = teachers.load_teacher(sdxl)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    encode = lambda: models.encode_images(pipeline.vae, images, torch.Generator().manual_seed(0), 2)  # noqa: E731
+    encode = lambda: encoders.encode_images(pipeline.vae, images, torch.Generator().manual_seed(0), 2)  # noqa: E731
     plain, scale = encode() / pipeline.vae.config.scaling_factor, 0.5
     mean, std = [-1.6, 1.1, 0.2, 0.0], [8.4, 5.9, 6.2, 5.2]
     pipeline.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=scale)
     undone = encode() * torch.tensor(std).view(1, 4, 1, 1) / scale + torch.tensor(mean).view(1, 4, 1, 1)
     torch.testing.assert_close(undone, plain)
     with torch.no_grad():
-        torch.testing.assert_close(models.decode_latents(pipeline.vae, encode()), pipeline.vae.decode(plain).sample)
+        torch.testing.assert_close(encoders.decode_latents(pipeline.vae, encode()), pipeline.vae.decode(plain).sample)
 
 
 def test_another_vae_is_used(teacher, tmp_path):
-    vae = models.load_teacher(teacher()).vae
+    vae = teachers.load_teacher(teacher()).vae
     torch.nn.init.zeros_(vae.quant_conv.weight)
     vae.save_pretrained(tmp_path / "vae")
     for name in (tmp_path / "vae", tmp_path):
-        other = models.load_teacher(teacher(), vae=str(name)).vae
+        other = teachers.load_teacher(teacher(), vae=str(name)).vae
         assert other.quant_conv.weight.abs().max() == 0
 
 
 def test_resolution_must_fit_the_vae(teacher):
-    config = models.read_teacher_config(teacher())
-    models.check_resolution(config, 16)
+    config = teachers.read_teacher_config(teacher())
+    encoders.check_resolution(config, 16)
     with pytest.raises(UserError, match="--resolution=17 is not a multiple of 8"):
-        models.check_resolution(config, 17)
+        encoders.check_resolution(config, 17)
 
 
 # --- the class of the pipeline, its own size, the schedulers of exports
@@ -474,7 +476,7 @@ SAVED_BY = {
 def test_a_teacher_of_any_class_is_the_plain_text_to_image_pipeline(teacher, sdxl, tmp_path, name):
     """Saved as that class, read without any of its further parts, and what it samples is what the plain class does."""
     is_sdxl, extra = "XL" in name, dict(SAVED_BY[name])
-    plain = models.load_teacher(sdxl if is_sdxl else teacher())
+    plain = teachers.load_teacher(sdxl if is_sdxl else teacher())
     if count := extra.pop("controlnet", 0):
         controlnets = [diffusers.ControlNetModel.from_unet(plain.unet) for _ in range(count)]
         extra["controlnet"] = controlnets if count > 1 else controlnets[0]
@@ -485,8 +487,8 @@ def test_a_teacher_of_any_class_is_the_plain_text_to_image_pipeline(teacher, sdx
     for folder in tmp_path.glob("controlnet*"):
         shutil.rmtree(folder)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == name
-    assert models.read_teacher_config(str(tmp_path))["is_sdxl"] is is_sdxl
-    loaded = models.load_teacher(str(tmp_path))
+    assert teachers.read_teacher_config(str(tmp_path))["is_sdxl"] is is_sdxl
+    loaded = teachers.load_teacher(str(tmp_path))
     assert type(loaded) is (StableDiffusionXLPipeline if is_sdxl else StableDiffusionPipeline)
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent", "return_dict": False}
     both = [p("a three", generator=torch.Generator().manual_seed(1), **options)[0] for p in (plain, loaded)]
@@ -514,16 +516,16 @@ def test_a_teacher_of_any_class_is_the_plain_text_to_image_pipeline(teacher, sdx
 def test_the_default_resolution_is_what_the_stock_pipeline_samples_at(teacher, tmp_path, kind, unet, size):
     folder = Path(shutil.copytree(teacher(kind), tmp_path / "teacher"))
     edit_json(folder / "unet" / "config.json", **unet)
-    config = models.read_teacher_config(str(folder))
-    assert models.native_size(config) == size
+    config = teachers.read_teacher_config(str(folder))
+    assert teachers.native_size(config) == size
     square = size is None or size[0] == size[1]
     if square:
         side = size[0] if size else 1024 if kind == "sdxl" else 512
-        assert models.default_resolution(config) == side
+        assert teachers.default_resolution(config) == side
     else:
         side = size[0]
         with pytest.raises(UserError, match="--resolution: the teacher's own images are 24 x 16 pixels"):
-            models.default_resolution(config)
+            teachers.default_resolution(config)
     made, pipeline = [], diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
     def prepare_latents(batch_size, channels, height, width, *args):
@@ -533,8 +535,8 @@ def test_the_default_resolution_is_what_the_stock_pipeline_samples_at(teacher, t
     pipeline.prepare_latents = prepare_latents
     with contextlib.suppress(StopIteration, TypeError, ValueError):  # what it has no size for
         pipeline("a three", num_inference_steps=1)
-    assert models.samples_by_default_at(config, side) == (made == [(side, side)])
-    assert not models.samples_by_default_at(config, side + 8)
+    assert teachers.samples_by_default_at(config, side) == (made == [(side, side)])
+    assert not teachers.samples_by_default_at(config, side + 8)
 
 
 @pytest.mark.parametrize("lacks", ["beta_start beta_end", "num_train_timesteps beta_end", ""])
@@ -546,7 +548,7 @@ def test_exported_schedulers_have_the_betas_of_the_training(lacks, kind, rescale
     config |= {"rescale_betas_zero_snr": rescaled, "prediction_type": "v_prediction"}
     config = {name: value for name, value in config.items() if name not in ("_use_default_values", *lacks.split())}
     trained = diffusers.DDPMScheduler.from_config(config).alphas_cumprod
-    for made in (models.lcm_scheduler(config, 50, 10.0), models.tcd_scheduler(config, 40)):
+    for made in (teachers.lcm_scheduler(config, 50, 10.0), teachers.tcd_scheduler(config, 40)):
         again = type(made).from_config(json.loads(made.to_json_string()))  # as a user loads it
         assert torch.equal(made.alphas_cumprod, trained)
         torch.testing.assert_close(again.alphas_cumprod, trained, rtol=0, atol=1e-6)  # betas in decimal digits

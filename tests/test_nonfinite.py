@@ -4,14 +4,15 @@ import json
 
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_sd_wds as tscd
-from common import UserError, checkpointing, models, nonfinite
-from common.data import TrainingData
-from common.discriminator import discriminator_step
+from common.data.images import decode_image_text
+from common.data.shards import expand_shards
+from common.data.stream import TrainingData
 from common.ema import ema_update
-from common.images import decode_image_text
-from common.losses import RunningMeans
-from common.nonfinite import UpdateGuard, check_weights, step_if
-from common.shards import expand_shards
+from common.errors import UserError
+from common.networks import encoders
+from common.run import checkpointing, updates
+from common.run.training_run import RunningMeans
+from common.run.updates import UpdateGuard, check_weights, discriminator_step, step_if
 from tests.test_ct import data_set, no_cache_at_home
 from tests.test_direct import direct_teacher, made, prompts_file
 from tests.test_levers import SCRIPTS, command, ct_flags, direct_flags
@@ -107,7 +108,7 @@ def test_the_guard_counts_and_lists_the_samples(tmp_path, max_grad_norm):
 
 
 def test_another_optimizer_may_speak_of_the_update_at_which_the_host_asks(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite, "MAX_PENDING", 2)
+    monkeypatch.setattr(updates, "MAX_PENDING", 2)
     guard, _, update = guarded(tmp_path, accumulation=2)
     for i, finite in enumerate([True, False, True, False, True]):
         update(1.0, float(i))
@@ -191,13 +192,13 @@ def test_the_discriminators_gradscaler_is_counted_once_its_scale_cannot_fall():
 
 def poison(monkeypatch, is_poisoned):
     """Latents become NaN, as those of a VAE that overflows in half precision, for images that `is_poisoned` says."""
-    encode = models.encode_images
+    encode = encoders.encode_images
 
     def encode_images(vae, images, *args):
         latents = encode(vae, images, *args)
         return torch.full_like(latents, NAN) if is_poisoned(images) else latents
 
-    monkeypatch.setattr(models, "encode_images", encode_images)
+    monkeypatch.setattr(encoders, "encode_images", encode_images)
 
 
 @pytest.mark.parametrize("script", [lcm, tscd], ids=["lcm", "tscd"])

@@ -2,7 +2,10 @@
 
 import functools
 
-from common import UserError, pairing, pairs, pipelines, probes
+from common.direct import pairing, pipelines, probes
+from common.direct.student import student_kwargs
+from common.errors import UserError
+from common.tools import generate_pairs
 from tests.test_direct import direct_teacher, prompts_file
 
 import numpy as np
@@ -37,13 +40,13 @@ def guide(direct_teacher, prompts_file):
     stock = DiffusionPipeline.from_pretrained(direct_teacher())
     stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)  # which clips, as stock diffusers does
     stock.set_progress_bar_config(disable=True)
-    prompts = (pairs.read_prompts(prompts_file) * NUMBER)[:NUMBER]
+    prompts = (generate_pairs.read_prompts(prompts_file) * NUMBER)[:NUMBER]
     options = {"num_inference_steps": 40, "guidance_scale": 2.0, "generator": pipelines.generators(range(NUMBER))}
     latents = stock(prompts, output_type="latent", **options).images
     with torch.no_grad():
         images = stock.image_processor.postprocess(stock.vae.decode(latents / stock.vae.config.scaling_factor).sample)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
-    return {"latents": (prompts, latents), "png": (prompts, pairs.encode(stock, pixels))}
+    return {"latents": (prompts, latents), "png": (prompts, pipelines.encode(stock, pixels))}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def student(direct_teacher):
         scheduler, _ = probes.student_scheduler(type(pipeline.scheduler), dict(pipeline.scheduler.config))
         pipeline.scheduler = scheduler
         one = Made(["a"], [0], None)
-        kwargs, _ = probes.student_kwargs(pipeline, one, {}, steps, {})
+        kwargs, _ = student_kwargs(pipeline, one, {}, steps, {})
         return pipelines.Rollout(pipeline, **kwargs), scheduler
 
     return make

@@ -2,9 +2,15 @@
 
 import types
 
-from common import UserError, levers, pipelines, pixels, probes
-from common.lora import lora_layers
+from common.direct import pipelines, probes
+from common.direct import pixels as pixels_module
+from common.direct import student as student_module
+from common.direct.pixels import fit, rounded
+from common.direct.student import freeze_unused, roll_out
+from common.errors import UserError
 from common.losses import distance
+from common.networks import performance
+from common.networks.lora import lora_layers
 from tests import tiny_pipelines as tiny
 
 import diffusers
@@ -31,7 +37,7 @@ def student(name, steps=4):
     pipeline = tiny.make(name)
     scheduler = pipeline.scheduler
     pipeline.scheduler, _ = probes.student_scheduler(type(scheduler), dict(scheduler.config))
-    kwargs, notes = probes.student_kwargs(pipeline, Pairs(), tiny.KWARGS[name], steps, {})
+    kwargs, notes = student_module.student_kwargs(pipeline, Pairs(), tiny.KWARGS[name], steps, {})
     return pipeline, kwargs, notes
 
 
@@ -142,14 +148,14 @@ def test_one_training_step_lowers_the_loss(name, rank):
     else:
         rollout.requires_grad_(True)
     rollout.train()
-    unused = probes.freeze_unused(rollout, Pairs(), [0, 1])
+    unused = freeze_unused(rollout, Pairs(), [0, 1])
     assert bool(unused) == (name == "Qwen-Image"), unused  # its last text branch
     weights = [p for p in rollout.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 and p.grad is None for p in weights)
     optimizer = torch.optim.Adam(weights, lr=1e-4 if not rank else 1e-3)
     losses = []
     for _ in range(2 + bool(rank)):  # adapters begin at B = 0, and the first step changes B alone
-        loss = distance(probes.roll_out(rollout, Pairs(), [0, 1]), target, "l2", 0.1)
+        loss = distance(roll_out(rollout, Pairs(), [0, 1]), target, "l2", 0.1)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -166,10 +172,10 @@ def test_gradient_checkpointing_changes_no_gradient(name):
         rollout = pipelines.Rollout(pipeline, **kwargs).requires_grad_(True)
         if checkpointing:
             for module in pipelines.denoisers(pipeline).values():
-                levers.recompute(module, "full")
+                performance.recompute(module, "full")
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
-            loss = probes.roll_out(rollout, Pairs(), [0, 1]).square().mean()
+            loss = roll_out(rollout, Pairs(), [0, 1]).square().mean()
         loss.backward()
         results.append(([p.grad for p in rollout.parameters() if p.grad is not None], sum(saved)))
     (plain, much), (recomputed, little) = results
@@ -184,7 +190,7 @@ def test_half_precision_base_and_float32_adapters():
     pipelines.add_lora(pipeline, 2, 2.0)
     rollout = pipelines.Rollout(pipeline, **kwargs)
     with torch.autocast("cpu", torch.bfloat16):
-        probes.roll_out(rollout, Pairs(), [0, 1]).square().mean().backward()
+        roll_out(rollout, Pairs(), [0, 1]).square().mean().backward()
     dtypes = {p.dtype: p.grad is not None for p in rollout.parameters()}
     assert dtypes == {torch.bfloat16: False, torch.float32: True}
 
@@ -236,7 +242,7 @@ def test_schedulers_with_more_evaluations_than_steps(shipped):
     assert type(made).__name__ in ("DDIMScheduler", "EulerDiscreteScheduler") and shipped in notes[0]
     pipeline.scheduler, _ = probes.student_scheduler(diffusers.DDIMScheduler, {}, shipped, one_phase)
     with pytest.raises(UserError, match=f"{shipped} asks the denoiser [57] times in 4 steps"):
-        probes.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {})
+        student_module.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {})
 
 
 @pytest.mark.parametrize(
@@ -347,14 +353,14 @@ def test_sizes_that_a_pipeline_rounds_are_recorded_as_it_makes_them():
     flux = sized("Flux", 8)
     asked = tiny.KWARGS["Flux"] | {"height": 60, "width": 98}
     notes = []
-    assert pixels.rounded(flux, "a", asked, notes) == {"height": 48, "width": 96}
+    assert rounded(flux, "a", asked, notes) == {"height": 48, "width": 96}
     assert notes == [
         "WARNING: a FluxPipeline makes height=48, width=96 where it is asked for height=60, width=98; so are the pairs"
     ]
-    assert pixels.rounded(flux, "a", asked | {"height": 48, "width": 96}, notes) == {} and len(notes) == 1
+    assert rounded(flux, "a", asked | {"height": 48, "width": 96}, notes) == {} and len(notes) == 1
     wan = sized("Wan", 8, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, z_dim=4)
-    assert pixels.rounded(wan, "a", tiny.KWARGS["Wan"] | {"num_frames": 7}, notes) == {"num_frames": 5}
-    assert pixels.rounded(tiny.make("SD3"), "a", tiny.KWARGS["SD3"], notes) == {}  # no VAE to ask
+    assert rounded(wan, "a", tiny.KWARGS["Wan"] | {"num_frames": 7}, notes) == {"num_frames": 5}
+    assert rounded(tiny.make("SD3"), "a", tiny.KWARGS["SD3"], notes) == {}  # no VAE to ask
     assert "decode" not in vars(flux.vae)
 
 
@@ -363,24 +369,24 @@ def test_images_that_the_pipeline_would_resize_are_made_without_or_refused():
     sana.transformer.register_to_config(sample_size=16)  # which has a list of sizes around 512
     kwargs, notes = {"guidance_scale": 1.0}, []
     size = {"height": 128, "width": 128}
-    assert pixels.made(sana, "a", kwargs | size) == {"height": 512, "width": 512}
-    assert pixels.fit(sana, "a", kwargs, size, notes) == {"use_resolution_binning": False}
+    assert pixels_module.made(sana, "a", kwargs | size) == {"height": 512, "width": 512}
+    assert fit(sana, "a", kwargs, size, notes) == {"use_resolution_binning": False}
     assert "a SanaPipeline makes height=512, width=512 where it is asked for height=128, width=128" in notes[0]
-    assert pixels.fit(sana, "a", kwargs, {"height": 512, "width": 512}, notes) == {} and len(notes) == 1
+    assert fit(sana, "a", kwargs, {"height": 512, "width": 512}, notes) == {} and len(notes) == 1
     with pytest.raises(UserError, match="a FluxPipeline makes height=48, width=96 where .* make them in a size"):
-        pixels.fit(sized("Flux", 8), "a", {}, {"height": 60, "width": 98}, notes)
+        fit(sized("Flux", 8), "a", {}, {"height": 60, "width": 98}, notes)
 
 
 def test_guidance_that_the_user_leaves_on_is_refused():
     pipeline = tiny.make("SD3")
     with pytest.raises(UserError, match="the student still guides"):
-        probes.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"guidance_scale": 3.0})
+        student_module.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"guidance_scale": 3.0})
     with pytest.raises(UserError, match="has no guidance_scales"):
-        probes.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"guidance_scales": 3.0})
+        student_module.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"guidance_scales": 3.0})
     with pytest.raises(UserError, match="sigmas must be a list of 4"):
-        probes.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"sigmas": [1.0, 0.5]})
+        student_module.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {"sigmas": [1.0, 0.5]})
     with pytest.raises(UserError, match="refuses"):
-        probes.student_kwargs(pipeline, Pairs(), {"height": 60}, 4, {})
+        student_module.student_kwargs(pipeline, Pairs(), {"height": 60}, 4, {})
 
 
 # --- adapters

@@ -3,7 +3,7 @@
 import shlex
 
 import train_lcm_distill_sd_wds as lcm
-from common import UserError
+from common.errors import UserError
 from common.run import simulation
 from common.tools import plan
 from tests.test_scripts import flags  # noqa: F401

@@ -11,8 +11,9 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
-from common import UserError, checkpointing, preemption
-from common.preemption import Stopper
+from common.errors import UserError
+from common.run import checkpointing, preemption
+from common.run.preemption import Stopper
 from tests.fork_server import run_processes
 from tests.test_scripts import digests, flags, launch, train
 

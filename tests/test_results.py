@@ -4,8 +4,12 @@ import re
 import runpy
 from pathlib import Path
 
-from common import UserError, checkpointing, export, measuring, models, validation
-from common import consistency_sampling as sampling
+from common.ct import evaluation
+from common.direct import student
+from common.errors import UserError
+from common.networks import teachers
+from common.results import export, samples
+from common.run import checkpointing
 from tests.cases import CASES, command
 from tests.test_bad_inputs import made_for_all
 from tests.test_ct import data_set, no_cache_at_home
@@ -63,9 +67,9 @@ def test_sampling_that_fails_loses_nothing_and_the_code_of_every_card_runs(
 
     with monkeypatch.context() as broken:
         for module, function in (
-            (validation, "sample_images"),
-            (sampling, "sample"),
-            (measuring, "sample_and_measure"),
+            (samples, "sample_images"),
+            (evaluation, "sample"),
+            (student, "sample_and_measure"),
         ):
             broken.setattr(module, function, fail, raising=False)
         with pytest.raises(SystemExit) as stopped:
@@ -119,7 +123,7 @@ def test_a_card_loads_what_the_run_loaded(tmp_path, monkeypatch, name, options, 
         seen.append((self, name, kwargs))
         return Loaded()
 
-    plain, autoencoder = models.PLAIN[is_sdxl], diffusers.AutoencoderKL
+    plain, autoencoder = teachers.PLAIN[is_sdxl], diffusers.AutoencoderKL
     for cls in (plain, autoencoder):
         for method in ("from_pretrained", "from_single_file"):
             monkeypatch.setattr(cls, method, classmethod(note))

@@ -1,6 +1,6 @@
 import math
 
-from common import UserError
+from common.errors import UserError
 from common.losses import distance
 from common.schedules import (
     PREDICTION_TYPES,
@@ -8,13 +8,12 @@ from common.schedules import (
     append_dims,
     boundary_scalings,
     ddim_timesteps,
-    draw_segment,
     guidance_scale_embedding,
-    segment_nodes,
     to_eps,
     to_x_0,
 )
 from common.solvers import DDIMSolver
+from common.tscd.segments import draw_segment, segment_nodes
 
 import pytest
 import torch

@@ -19,10 +19,12 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
-from common import checkpointing, lora, models
-from common.data import TrainingData, keyed_generator
-from common.images import decode_image_text
-from common.shards import expand_shards
+from common.data.images import decode_image_text
+from common.data.shards import expand_shards
+from common.data.stream import TrainingData
+from common.keyed_random import keyed_generator
+from common.networks import lora, teachers
+from common.run import checkpointing
 from tests.fork_server import run_processes
 from tests.test_args import GUIDES
 
@@ -223,7 +225,7 @@ def test_the_lora_that_stock_diffusers_loads_is_the_student_that_was_trained(tmp
     out = tmp_path / "out"
     train(flags(out, lcm_lora, learning_rate=0.01, validation_steps=2), lcm_lora)
     loaded = stock_pipeline(teacher(), out, weight_name)
-    trained = models.load_teacher(teacher()).unet
+    trained = teachers.load_teacher(teacher()).unet
     lora.add_lora(trained, 4, 6)
     for name, tensor in load_file(out / "checkpoint-4" / "adapters.safetensors").items():
         lora.adapter_tensors(trained)[name].data.copy_(tensor)
@@ -250,12 +252,14 @@ def live_bytes():
 def test_only_adapters_train_and_one_network_is_resident(tmp_path, flags, teacher, monkeypatch):
     """Alive in the loop: the teacher's pipeline once; the adapters, their gradients, two moments; and little else."""
     sizes = [
-        m.num_parameters() for m in models.load_teacher(teacher()).components.values() if hasattr(m, "num_parameters")
+        m.num_parameters()
+        for m in teachers.load_teacher(teacher()).components.values()
+        if hasattr(m, "num_parameters")
     ]
     held, before, save = [], live_bytes(), checkpointing.save_checkpoint
 
     def measure(accelerator, *args):
-        unets = [o for o in gc.get_objects() if isinstance(o, models.UNet2DConditionModel)]
+        unets = [o for o in gc.get_objects() if isinstance(o, teachers.UNet2DConditionModel)]
         trained = {name: p.numel() for name, p in unets[0].named_parameters() if p.requires_grad}
         held.append((len(unets), live_bytes() - before, trained))
         return save(accelerator, *args)
@@ -302,7 +306,7 @@ def test_dtypes_of_every_network(tmp_path, flags, monkeypatch, precision):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         seen[name] = (conv_in.weight.dtype, dtype)
 
-    make_student = models.make_student
+    make_student = teachers.make_student
 
     def patched(teacher_unet, *args, **kwargs):
         teacher_unet.conv_in.register_forward_pre_hook(watch)
@@ -310,7 +314,7 @@ def test_dtypes_of_every_network(tmp_path, flags, monkeypatch, precision):
         student.conv_in.register_forward_pre_hook(watch)
         return student
 
-    monkeypatch.setattr(models, "make_student", patched)
+    monkeypatch.setattr(teachers, "make_student", patched)
     train(flags(tmp_path / "out", mixed_precision=precision, max_train_steps=1))
     half = {"no": None, "bf16": torch.bfloat16}[precision]
     assert seen["student"] == seen["target"] == (torch.float32, half)
@@ -319,13 +323,13 @@ def test_dtypes_of_every_network(tmp_path, flags, monkeypatch, precision):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_teacher_stays_in_fp32_when_asked(tmp_path, flags, monkeypatch, keep):
-    make_student, kept = models.make_student, []
+    make_student, kept = teachers.make_student, []
 
     def patched(teacher_unet, *args, **kwargs):
         kept.append(teacher_unet)
         return make_student(teacher_unet, *args, **kwargs)
 
-    monkeypatch.setattr(models, "make_student", patched)
+    monkeypatch.setattr(teachers, "make_student", patched)
     extra = {"no-cast_teacher_unet": True} if keep else {}
     train(flags(tmp_path / "out", mixed_precision="bf16", max_train_steps=1, **extra))
     assert kept[0].dtype == (torch.float32 if keep else torch.bfloat16)
@@ -550,7 +554,7 @@ def test_an_unreadable_data_set_is_logged_and_refused(tmp_path, flags, capsys):
 
 def test_one_update_with_a_w_that_matters_a_clipped_gradient_and_an_ema(tmp_path, flags, teacher, shards):
     """From a student whose embedding of w is not zero: loss, clipping and EMA against their definitions."""
-    start = models.make_student(models.load_teacher(teacher()).unet, 32)
+    start = teachers.make_student(teachers.load_teacher(teacher()).unet, 32)
     torch.nn.init.normal_(start.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(3))
     start.save_pretrained(tmp_path / "start" / "unet")
     options = {"init_unet": tmp_path / "start", "max_train_steps": 1, "loss_type": "huber", "huber_c": 0.05}
@@ -675,7 +679,7 @@ def test_image_folder_as_data(tmp_path, flags):
     ],
 )
 def test_mistakes_are_found_before_any_weight_is_loaded(tmp_path, flags, capsys, monkeypatch, changes, sentence):
-    monkeypatch.setattr(models, "load_teacher", None)
+    monkeypatch.setattr(teachers, "load_teacher", None)
     with pytest.raises(SystemExit) as stopped:
         train(flags(tmp_path / "out", **changes))
     err = capsys.readouterr().err

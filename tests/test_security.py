@@ -6,8 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
-from common import UserError, checkpointing, models, pipelines
-from common.image_data import open_images
+from common.ct.data import open_images
+from common.direct import pipelines
+from common.errors import UserError
+from common.networks import teachers
+from common.run import checkpointing
 from common.tools import evaluate
 from tests.test_checkpointing import save, setup_run
 from tests.test_data import pickle_members, write_tar
@@ -89,7 +92,7 @@ def test_a_teacher_runs_no_code(tmp_path, teacher, what):
         (folder / "tokenizer" / "own.py").write_text(code)
         edit_json(folder / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
     for module, read, load in (
-        (models, "read_teacher_config", "load_teacher"),
+        (teachers, "read_teacher_config", "load_teacher"),
         (pipelines, "read_pipeline_config", "load_pipeline"),
     ):
         try:
@@ -127,11 +130,11 @@ def test_pickled_weights_are_refused(tmp_path, teacher):
     weights, trap = folder / "text_encoder" / "model.safetensors", tmp_path / "ran"
     weights.unlink()
     torch.save({"a": Evil(str(trap))}, weights.with_name("pytorch_model.bin"))
-    for read in (models.read_teacher_config, pipelines.read_pipeline_config, evaluate.check_weights):
+    for read in (teachers.read_teacher_config, pipelines.read_pipeline_config, evaluate.check_weights):
         with pytest.raises(UserError, match="text_encoder/ has its weights only as pytorch_model.bin, a pickle"):
             read(str(folder))
     with pytest.raises(UserError, match="cannot be loaded"):  # as a hub name, whose files are not looked at before
-        models.load_teacher(str(folder))
+        teachers.load_teacher(str(folder))
     assert not trap.exists()
 
 

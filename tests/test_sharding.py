@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import train_lcm_distill_sd_wds as lcm
-from common import UserError
-from common import args as cli
+from common.errors import UserError
+from common.run import engine
 from tests import sharded_worker
 from tests.test_scripts import ROOT, flags
 
@@ -49,4 +49,4 @@ def test_two_shards_equal_one_process_with_the_same_global_batch(tmp_path, kind=
 def test_an_engine_that_would_split_the_student_is_refused(tmp_path, flags, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="FSDP is not supported.* use DeepSpeed's ZeRO-2, or plain data parallel"):
-        cli.make_accelerator(lcm.parse_args(flags(tmp_path)))
+        engine.make_accelerator(lcm.parse_args(flags(tmp_path)))

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
-from common import args as cli
-from common import lora, models
-from common.run import simulation
+from common.networks import lora, teachers
+from common.run import simulation, zero
 from tests.benchmarks import synthetic
 from tests.test_levers import (  # noqa: F401
     SCRIPTS,
@@ -133,7 +132,7 @@ def test_zero_keeps_a_part_of_16_bytes_a_weight_and_the_buckets(tmp_path, flags,
     plain = simulate(flags(tmp_path / "out", dry_run=True))
     for overlap, buckets in ((False, 1), (True, 2)):
         settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlap}
-        monkeypatch.setattr(cli, "take_settings", lambda args, settings=settings: settings)
+        monkeypatch.setattr(zero, "take_settings", lambda args, settings=settings: settings)
         result = simulate(flags(tmp_path / "out", dry_run=True), processes=4)
         (name,) = (name for name in result.parts if name.startswith("ZeRO-2"))
         assert result.parts[name] == pytest.approx(16 * plain.trained / 4 + buckets * 4 * 1000, rel=0.01)
@@ -185,7 +184,7 @@ def test_an_update_that_waits_for_the_device_is_said(tmp_path, flags, capsys, li
 
 
 def test_flags_that_need_a_gpu_or_values_are_simulated_without(tmp_path, flags, capsys, teacher):  # noqa: F811
-    unet = models.load_teacher(teacher()).unet
+    unet = teachers.load_teacher(teacher()).unet
     lora.add_lora(unet, 4, 6.0)
     lora.save_lora(tmp_path / "lora", unet)
     changes = {"mixed_precision": "fp16", "compile": True, "init_lora": tmp_path / "lora"}
@@ -217,7 +216,7 @@ def test_a_wrong_configuration_ends_in_one_sentence(tmp_path, flags, teacher, ca
 def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monkeypatch, capsys):  # noqa: F811
     """One file; a variant; configurations alone, which are said, and are not enough for the run itself."""
     expected, folder = simulate(flags(tmp_path / "out", dry_run=True)), tmp_path / "teacher"
-    pipeline = models.load_teacher(teacher())
+    pipeline = teachers.load_teacher(teacher())
     pipeline.save_pretrained(folder, variant="fp16")
     save_file({"model.diffusion_model.out.0.weight": torch.zeros(1)}, tmp_path / "teacher.safetensors")
     copies = [copy.deepcopy(pipeline) for _ in range(3)]  # as if read from the file, at the check too

@@ -1,7 +1,8 @@
 """Jumps over segments, against diffusers' schedulers and exact solutions."""
 
-from common.schedules import alpha_sigma, append_dims, draw_segment, segment_nodes, to_eps, to_x_0
+from common.schedules import alpha_sigma, append_dims, to_eps, to_x_0
 from common.solvers import TrajectorySolver
+from common.tscd.segments import draw_segment, segment_nodes
 
 import pytest
 import torch

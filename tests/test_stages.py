@@ -1,5 +1,5 @@
-from common import UserError
-from common.stages import plan_stages, stage_at, steps_note
+from common.errors import UserError
+from common.tscd.segments import plan_stages, stage_at, steps_note
 
 import pytest
 

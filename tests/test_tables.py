@@ -4,7 +4,8 @@ import codecs
 import csv
 import json
 
-from common import UserError, tables
+from common.data import tables
+from common.errors import UserError
 
 import pyarrow
 import pytest

@@ -2,7 +2,7 @@
 
 import inspect
 
-from common import tasks
+from common.direct import tasks
 
 import diffusers
 import pytest

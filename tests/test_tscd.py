@@ -5,11 +5,14 @@ from pathlib import Path
 
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
-from common import checkpointing, lora, models, stages
-from common.data import TrainingData, keyed_generator, keyed_seed
-from common.discriminator import Discriminator
-from common.images import decode_image_text
-from common.shards import expand_shards
+from common.data.images import decode_image_text
+from common.data.shards import expand_shards
+from common.data.stream import TrainingData
+from common.keyed_random import keyed_generator, keyed_seed
+from common.networks import lora, teachers
+from common.run import checkpointing
+from common.tscd import segments as segments_module
+from common.tscd.discriminator import Discriminator
 from tests.test_scripts import digests, flags, scalars, train
 
 import numpy as np
@@ -73,7 +76,7 @@ def test_every_stage_leaves_a_model_for_its_number_of_steps(tmp_path, flags, tea
 def test_the_lora_of_the_last_stage_is_the_student_and_the_base_is_the_teacher(tmp_path, flags, teacher):
     out = tmp_path / "out"
     train(flags(out, tscd_lora, learning_rate=0.01), tscd_lora)
-    trained = models.load_teacher(teacher()).unet
+    trained = teachers.load_teacher(teacher()).unet
     lora.add_lora(trained, 4, 6)
     for name, tensor in load_file(out / "checkpoint-4" / "adapters.safetensors").items():
         lora.adapter_tensors(trained)[name].data.copy_(tensor)
@@ -152,7 +155,7 @@ def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(
 
 def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
     """Without it SD's alpha_T = 0.068 leaks the image into what should be noise."""
-    seen, make_student = [], models.make_student
+    seen, make_student = [], teachers.make_student
 
     def patched(*args, **kwargs):
         student = make_student(*args, **kwargs)
@@ -161,7 +164,7 @@ def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
         )
         return student
 
-    monkeypatch.setattr(models, "make_student", patched)
+    monkeypatch.setattr(teachers, "make_student", patched)
     options = {"stage_segments": 1, "num_ddim_timesteps": 2, "adv_weights": 0, "max_train_steps": 1, "seed": 3}
     train(flags(tmp_path / "a", tscd, **options), tscd)
     train(flags(tmp_path / "b", tscd, **options, **{"no-swap_terminal_noise": True}), tscd)
@@ -222,7 +225,7 @@ def test_without_adversarial_weights_there_is_no_discriminator_and_nothing_else_
     """A run whose discriminator only warms up has, bit for bit, the student of a run without one."""
     common = {"mse_weights": 1, "gradient_accumulation_steps": 2, "max_train_steps": 4}
     train(flags(tmp_path / "a", script, **common, adv_weights="0,0"), script)
-    monkeypatch.setattr(stages, "WARMUP_FRACTION", 1.0)
+    monkeypatch.setattr(segments_module, "WARMUP_FRACTION", 1.0)
     train(flags(tmp_path / "b", script, **common, adv_weights="0.1"), script)
     a, b = (digests(tmp_path / name / "checkpoint-4") for name in "ab")
     assert "discriminator.safetensors" in b and "discriminator.safetensors" not in a
@@ -376,7 +379,7 @@ def test_mistakes_are_found_before_any_weight_is_loaded(
     tmp_path, flags, capsys, monkeypatch, script, changes, sentence
 ):
     command = flags(tmp_path / "out", script, **changes)
-    monkeypatch.setattr(models, "load_teacher", None)
+    monkeypatch.setattr(teachers, "load_teacher", None)
     capsys.readouterr()  # what building the fixtures printed
     with pytest.raises(SystemExit) as stopped:
         train(command, script)

@@ -2,7 +2,9 @@ import datetime
 import os
 import socket
 
-from common import UserError, models, validation
+from common.errors import UserError
+from common.networks import teachers
+from common.results import samples
 from tests.forks import end_of, fork
 
 import numpy as np
@@ -30,8 +32,8 @@ class CometExperiment(Tracker):
 
 @pytest.fixture
 def parts(teacher):
-    pipeline = models.load_teacher(teacher())
-    unet = models.make_student(pipeline.unet, 32)
+    pipeline = teachers.load_teacher(teacher())
+    unet = teachers.make_student(pipeline.unet, 32)
     return pipeline, unet, LCMScheduler.from_config(pipeline.scheduler.config)
 
 
@@ -39,7 +41,7 @@ def run(parts, trackers, **modules):
     pipeline, unet, scheduler = parts
     accelerator = Accelerator(cpu=True)
     accelerator.trackers = trackers
-    return validation.sample_grid(
+    return samples.sample_grid(
         accelerator,
         pipeline,
         modules or {"student": unet},
@@ -84,7 +86,7 @@ def test_samples_are_made_in_eval_mode_on_the_modules_at_hand(parts, monkeypatch
 def test_images_are_those_of_the_stock_pipeline(parts):
     pipeline, unet, scheduler = parts
     images = run(parts, [])["validation/student_2_steps"]
-    stock = validation.make_pipeline(pipeline, unet.eval(), scheduler)
+    stock = samples.make_pipeline(pipeline, unet.eval(), scheduler)
     expected = stock("b", num_inference_steps=2, guidance_scale=2.0, height=16, width=16,
                      generator=torch.Generator().manual_seed(6), output_type="np").images[0]  # fmt: skip
     assert np.abs(images[1] - expected * 255).max() <= 0.5 + 1e-4
@@ -114,7 +116,7 @@ def test_two_processes_share_the_images_that_one_makes(parts):
 
     def body(accelerator):
         options = scheduler, ["a", "b"], [1, 2], 5, 16, 7
-        images = validation.sample_grid(accelerator, pipeline, modules, *options, guidance_scale=2.0)
+        images = samples.sample_grid(accelerator, pipeline, modules, *options, guidance_scale=2.0)
         assert len(calls) == 2 * (1 + 2)  # half of 2 networks x 2 prompts x (1 + 2) steps
         assert list(images) == list(expected)
         assert all(np.array_equal(images[tag], expected[tag]) for tag in images)  # the same computations
@@ -129,12 +131,12 @@ def test_an_error_on_one_process_ends_both():
                 raise ValueError("bad job")
             return job
 
-        assert validation.share(accelerator, [5, 6, 7], work) == [5, 6, 7]
-        assert validation.share(accelerator, [], work) == []
+        assert samples.share(accelerator, [5, 6, 7], work) == [5, 6, 7]
+        assert samples.share(accelerator, [], work) == []
         is_mine = accelerator.process_index == 1
         kind, text = (ValueError, "^bad job$") if is_mine else (UserError, "process 1 of 2 .*ValueError: bad job")
         with pytest.raises(kind, match=text):
-            validation.share(accelerator, [2, 3, 4], work)
-        assert validation.share(accelerator, [1], work) == [1]  # nobody is left behind
+            samples.share(accelerator, [2, 3, 4], work)
+        assert samples.share(accelerator, [1], work) == [1]  # nobody is left behind
 
     assert two_processes(body) == [0, 0]

@@ -4,8 +4,11 @@ import shutil
 from copy import deepcopy
 from pathlib import Path
 
-from common import UserError, models, pipelines, unet2d
-from common.tools import evaluate
+from common.ct import unet as ct_unet
+from common.direct import pipelines
+from common.errors import UserError
+from common.networks import encoders, teachers
+from common.tools import evaluate, sampling
 from tests.test_ct import CONFIG as CT_UNET
 from tests.test_models import edit_json
 from tests.tiny_pipelines import KWARGS, make, wan_transformer
@@ -183,12 +186,12 @@ def test_what_diffusers_loads_is_accepted_and_loaded_alike(copy, row, capsys):
     change, variant = LOADS[row]
     folder = copy(change)
     stock = DiffusionPipeline.from_pretrained(folder, variant=variant)
-    models.read_teacher_config(str(folder), variant=variant)
+    teachers.read_teacher_config(str(folder), variant=variant)
     said = capsys.readouterr().out.count("which no ")
     assert said == (3 if row == "tensors that no network uses" else 0)  # one line for each file
     pipelines.read_pipeline_config(str(folder), variant=variant)
     evaluate.check_weights(str(folder), variant=variant)
-    ours = models.load_teacher(str(folder), variant=variant)
+    ours = teachers.load_teacher(str(folder), variant=variant)
     for part in ("unet", "vae", "text_encoder"):
         expected, got = getattr(stock, part).state_dict(), getattr(ours, part).state_dict()
         assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())  # both copy a file's bytes
@@ -199,7 +202,7 @@ def test_what_lacks_something_is_refused_in_one_sentence_before_it_is_loaded(cop
     change, variant, sentence = REFUSED[row]
     folder = str(copy(change))
     for read, flag in (
-        (models.read_teacher_config, f"--pretrained_teacher_model={folder}: "),
+        (teachers.read_teacher_config, f"--pretrained_teacher_model={folder}: "),
         (pipelines.read_pipeline_config, f"--pretrained_teacher_model={folder}: "),
         (evaluate.check_weights, f"--pretrained_model {folder}: "),
     ):
@@ -222,15 +225,15 @@ ALONE = {  # of a network that is no part of the teacher: (how it is spoiled, se
 
 @pytest.mark.parametrize("kind", ["vae", "init_unet", "ct", "evaluate"])
 def test_a_network_alone_is_checked_too(teacher, tmp_path, kind):
-    config, whole = models.read_teacher_config(teacher()), tmp_path / "whole"
+    config, whole = teachers.read_teacher_config(teacher()), tmp_path / "whole"
     if kind == "ct":
         UNet2DModel.from_config(CT_UNET, sample_size=8).save_pretrained(whole)
     else:
         shutil.copytree(Path(teacher(), "vae" if kind == "vae" else "unet"), whole)
     check = {
-        "vae": lambda name: models.read_vae_config(name, config),
-        "init_unet": lambda name: models.check_init_unet(name, config, None),
-        "ct": lambda name: unet2d.read_unet_config(8, pretrained_name=name),
+        "vae": lambda name: teachers.read_vae_config(name, config),
+        "init_unet": lambda name: teachers.check_init_unet(name, config, None),
+        "ct": lambda name: ct_unet.read_unet_config(8, pretrained_name=name),
         "evaluate": lambda name: evaluate.check_weights(teacher(), name),
     }[kind]
     check(str(whole))
@@ -251,7 +254,7 @@ def test_a_network_alone_is_checked_too(teacher, tmp_path, kind):
 def test_a_teacher_in_one_pickled_file_is_refused(tmp_path):
     (tmp_path / "sd.ckpt").write_bytes(b"PK")
     name = str(tmp_path / "sd.ckpt")
-    checks = [models.read_teacher_config, pipelines.read_pipeline_config]
+    checks = [teachers.read_teacher_config, pipelines.read_pipeline_config]
     checks.append(lambda name: evaluate.check_model(name, "--pretrained_model", "model_index.json"))
     for check in checks:
         with pytest.raises(UserError, match=r"sd.ckpt: a .ckpt file is a pickle.*; convert it to .safetensors"):
@@ -270,28 +273,28 @@ def hub(folder, cache, leave_out=()):
 def test_hub_repositories_are_checked_in_the_cache(copy, tmp_path):
     folder, sentence = copy(without(TEXT, "mlp.fc1")), "text_encoder/model.safetensors lacks"
     options = hub(folder, tmp_path / "whole")
-    for read in (models.read_teacher_config, pipelines.read_pipeline_config, evaluate.check_weights):
+    for read in (teachers.read_teacher_config, pipelines.read_pipeline_config, evaluate.check_weights):
         with pytest.raises(UserError, match=sentence):
             read("a/b", **options)
         read("a/b", **hub(folder, tmp_path / read.__module__, ["*.safetensors"]))  # not downloaded yet
-    for load in (models.load_teacher, pipelines.load_pipeline):  # between download and loading
+    for load in (teachers.load_teacher, pipelines.load_pipeline):  # between download and loading
         with pytest.raises(UserError, match=sentence):
             load("a/b", **options)
     with pytest.raises(UserError, match=sentence):
-        evaluate.load_pipeline("a/b", **options)
+        sampling.load_pipeline("a/b", **options)
 
 
 def test_tokenizers_that_do_not_say_where_they_end(copy, teacher):
     folder = copy(tokens(model_max_length=None))
     stock = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     assert stock.model_max_length > 1e9
-    expected = models.conditioning(models.load_teacher(teacher()), ["a three", "3 " * 200])
-    for load in (models.load_teacher, pipelines.load_pipeline):
+    expected = encoders.conditioning(teachers.load_teacher(teacher()), ["a three", "3 " * 200])
+    for load in (teachers.load_teacher, pipelines.load_pipeline):
         pipeline = load(str(folder))
         assert pipeline.tokenizer.model_max_length == pipeline.text_encoder.config.max_position_embeddings == 77
-        got = models.conditioning(pipeline, ["a three", "3 " * 200])
+        got = encoders.conditioning(pipeline, ["a three", "3 " * 200])
         assert torch.equal(got["encoder_hidden_states"], expected["encoder_hidden_states"])
-    assert evaluate.load_pipeline(str(folder)).tokenizer.model_max_length == 77
+    assert sampling.load_pipeline(str(folder)).tokenizer.model_max_length == 77
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import os
 import train_direct_distill as direct
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
-from common import UserError, zero
+from common.errors import UserError
+from common.run import zero
 from tests.test_scripts import ROOT, flags
 
 import pytest

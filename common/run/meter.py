@@ -11,7 +11,7 @@ import sys
 import weakref
 from pathlib import Path
 
-from common import UserError
+from common.errors import UserError
 
 import torch
 from torch._subclasses.fake_tensor import (

@@ -20,10 +20,11 @@ import threading
 import time
 from typing import NamedTuple
 
-from common import latents, levers, lora, weights
-from common.preemption import Stopper
+from common.data import cached_latents
+from common.networks import lora, performance, weights
 from common.run import stand_ins
 from common.run.meter import FLOAT32_ON_GPUS, Meter, in_float32
+from common.run.preemption import Stopper
 
 import diffusers
 import torch
@@ -107,9 +108,6 @@ def _size(size):
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a script, its libraries and `args.user_errors` call
-
 _active = []  # the one `_Simulation` of this process that runs
 _wishes = {"processes": None, "like_gpu": True, "fake": True, "report": True}
 
@@ -165,9 +163,6 @@ def in_main_memory(tensors):
             simulation.meter.forget(tensor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class _Simulation:
     def __init__(self, args, accelerator, frame, processes, like_gpu, fake, report):
         self.args, self.accelerator, self.frame, self.fake = args, accelerator, frame, fake
@@ -220,9 +215,9 @@ class _Simulation:
         replace(transformers.PreTrainedModel, "from_pretrained", classmethod(stand_ins.build_transformers))
         replace(diffusers.DiffusionPipeline, "download", classmethod(stand_ins.download))
         replace(diffusers.DiffusionPipeline, "from_pretrained", classmethod(stand_ins.configurations_only))
-        for module, name in ((weights, "check_pipeline"), (latents, "check_encoder"), (lora, "start_from")):
+        for module, name in ((weights, "check_pipeline"), (cached_latents, "check_encoder"), (lora, "start_from")):
             replace(module, name, lambda *_, **__: None)  # the headers were checked before, values are not there
-        replace(levers, "compile_blocks", lambda network: None)  # operations are counted as they are written
+        replace(performance, "compile_blocks", lambda network: None)  # operations are counted as they are written
         for pipeline in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
             replace(pipeline, "from_single_file", stand_ins.without_values(pipeline.from_single_file))
         if self.args.use_8bit_adam:

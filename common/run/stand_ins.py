@@ -46,8 +46,6 @@ def deepcopy(tensor, memo):
     return memo[id(tensor)]
 
 
-# ----- what opens weights builds networks from their configurations
-
 _PIPELINE_FROM_PRETRAINED = diffusers.DiffusionPipeline.__dict__["from_pretrained"].__func__
 
 

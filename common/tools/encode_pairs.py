@@ -10,44 +10,53 @@ comes by. Shards are fixed ranges of rows, dealt to tasks that never wait for ea
 import hashlib
 from pathlib import Path
 
-from common import UserError, lock, pairs, pipelines, probes
-from common import args as cli
-from common.export import versions
+from common import flags, lock
+from common.direct import pair_shards, pairs, pipelines, probes, student
+from common.errors import UserError
+from common.results.export import versions
+from common.run import training_run
 from common.tools.generate_pairs import public_config
-from common.work import DTYPES, add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
+from common.tools.work import (
+    DTYPES,
+    add_device_argument,
+    add_work_arguments,
+    find_device,
+    quiet_libraries,
+    resolve_work,
+)
 
 import torch
 from tqdm import tqdm
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser = flags.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument(
         "metadata",
-        type=cli.path,
+        type=flags.path,
         metavar="METADATA",
         help="csv, tsv, jsonl or json of image,prompt,seed,rand_device,...",
     )
-    parser.add_argument("output_dir", type=cli.path, metavar="OUT", help="new, empty, or begun by the same command")
+    parser.add_argument("output_dir", type=flags.path, metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained_teacher_model", type=cli.path, required=True, help="what made the images: folder or hub name")
-    cli.add_hub_arguments(add, "the teacher")
+    add("--pretrained_teacher_model", type=flags.path, required=True, help="what made the images: folder or hub name")
+    flags.add_hub_arguments(add, "the teacher")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("images and work").add_argument
     add(
         "--dataset_base_path",
-        type=cli.path,
+        type=flags.path,
         help="folder that the images' names start from; default: that of METADATA",
     )
-    add("--samples_per_shard", type=cli.positive_int, default=256)
+    add("--samples_per_shard", type=flags.positive_int, default=256)
     add_work_arguments(add)
     args = parser.parse_args(argv)
     resolve_work(parser, args)
     return args
 
 
-@cli.tool_errors
+@training_run.tool_errors
 def main(args):
     # 1. The table and the teacher's configuration, before any weight is loaded.
     device = find_device(args.device)
@@ -61,7 +70,7 @@ def main(args):
     for note in teacher["notes"]:
         print(note, flush=True)
     try:
-        pairs.check_folder(args.output_dir)
+        pair_shards.check_folder(args.output_dir)
     except UserError as error:
         raise UserError(str(error).replace("--output_dir", "OUT")) from None
     lock.take(args.output_dir, "OUT", (args.shard_index, args.num_shards))
@@ -74,15 +83,15 @@ def main(args):
     scheduler, _ = probes.student_scheduler(*teacher["scheduler"], None, {})
     own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
     try:
-        kwargs, _ = probes.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
-        pairs.check_encoding(pipelines.Rollout(pipeline, **kwargs), data, [0])
+        kwargs, _ = student.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
+        pipelines.check_encoding(pipelines.Rollout(pipeline, **kwargs), data, [0])
     except UserError as error:
         sentence = str(error).replace("--pairs_dir, ", "")
         sentence = sentence.replace("--student_kwargs, --student_scheduler", "--dataset_metadata_path")
         raise UserError(sentence.replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
     pipeline.scheduler = own_scheduler
     config = {
-        "format": pairs.FORMAT,
+        "format": pair_shards.FORMAT,
         "model": args.pretrained_teacher_model,
         "revision": args.revision,
         "pipeline": type(pipeline).__name__,
@@ -98,20 +107,22 @@ def main(args):
         "versions": versions(),
     }
     try:
-        pairs.write_config(args.output_dir, config)
+        pair_shards.write_config(args.output_dir, config)
     except UserError as error:
         raise UserError(str(error).replace("--output_dir", "OUT")) from None
 
     # 3. The shards of this task that are not there yet, image by image: their bytes depend on nothing else.
-    own = list(range(pairs.num_shards(config)))[args.shard_index :: args.num_shards]
-    missing = [shard for shard in own if not Path(args.output_dir, pairs.shard_name(shard)).exists()]
+    own = list(range(pair_shards.num_shards(config)))[args.shard_index :: args.num_shards]
+    missing = [shard for shard in own if not Path(args.output_dir, pair_shards.shard_name(shard)).exists()]
     label = f"task {args.shard_index} of {args.num_shards}"
     with tqdm(total=len(own), initial=len(own) - len(missing), desc=label, unit="shard", smoothing=0.05) as progress:
         for shard in missing:
-            indices = pairs.shard_range(shard, len(data), args.samples_per_shard)
-            pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), encoded(data, indices, args, progress))
+            indices = pair_shards.shard_range(shard, len(data), args.samples_per_shard)
+            pair_shards.write_shard(
+                Path(args.output_dir, pair_shards.shard_name(shard)), encoded(data, indices, args, progress)
+            )
             progress.update()
-    pairs.report(label, own, config, args.output_dir)
+    pair_shards.report(label, own, config, args.output_dir)
 
 
 def encoded(data, indices, args, progress):

@@ -4,8 +4,8 @@
         --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --resolution=512 --center_crop
 
 and then --train_shards_path_or_url="latents/{00000..00099}.tar" with the same image flags. A shard becomes one of the
-same name; `common/latents.py` says what is in it. Images that a teacher made, with the `seed` of their noise in their
-json, are pairs for `train_direct_distill.py --pairs_dir=latents`.
+same name; `common/data/cached_latents.py` says what is in it. Images that a teacher made, with the `seed` of their noise
+in their json, are pairs for `train_direct_distill.py --pairs_dir=latents`.
 
 Shards are dealt to tasks that never wait for each other, and finished ones are skipped, so the same command goes on
 after an interruption. The bytes are the same for any number of tasks. Left out: text embeddings, which cost 0.2 % of a
@@ -25,23 +25,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from common import DataError, UserError, latents, lock, models
-from common import args as cli
-from common.data import keyed_seed
-from common.export import versions
-from common.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
-from common.images import decode_image_text
-from common.shards import (
+from common import flags, lock
+from common.data import cached_latents
+from common.data.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
+from common.data.images import decode_image_text
+from common.data.shards import (
     SampleError,
     check_members,
     expand_shards,
     is_remote,
-    mask_credentials,
     open_shard,
     tar_samples,
     tar_suffix,
 )
-from common.work import add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
+from common.errors import DataError, UserError, mask_credentials
+from common.keyed_random import keyed_seed
+from common.networks import encoders, teachers
+from common.results.export import versions
+from common.run import training_run
+from common.tools.work import add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
 
 import torch
 from tqdm import tqdm
@@ -60,23 +62,26 @@ class Unit(NamedTuple):
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser = flags.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument(
-        "shards", type=cli.path, metavar="IN", help="as --train_shards_path_or_url of training: tars, or image folder"
+        "shards",
+        type=flags.path,
+        metavar="IN",
+        help="as --train_shards_path_or_url of training: tars, or image folder",
     )
-    parser.add_argument("output_dir", type=cli.path, metavar="OUT", help="new, empty, or begun by the same command")
+    parser.add_argument("output_dir", type=flags.path, metavar="OUT", help="new, empty, or begun by the same command")
     add = parser.add_argument_group("VAE").add_argument
-    cli.add_checkpoint_arguments(add)
-    add("--vae_encode_batch_size", type=cli.positive_int, help="images that are encoded at once; SD: 32, SDXL: 2")
+    flags.add_checkpoint_arguments(add)
+    add("--vae_encode_batch_size", type=flags.positive_int, help="images that are encoded at once; SD: 32, SDXL: 2")
     add("--mixed_precision", choices=list(DTYPES), default="no", help="what the VAE computes in; no: float32")
     add_device_argument(add)
     add = parser.add_argument_group("images, as the training script will have it").add_argument
-    cli.add_image_arguments(add)
-    add("--seed", type=cli.seed, default=0, help="of crops and flips")
+    flags.add_image_arguments(add)
+    add("--seed", type=flags.seed, default=0, help="of crops and flips")
     add = parser.add_argument_group("work").add_argument
-    add("--samples_per_shard", type=cli.positive_int, help="where IN is a folder of images; default: 1000")
-    add("--dataloader_num_workers", type=cli.positive_int, default=2, help="threads that decode images")
-    add("--data_timeout", type=cli.positive_int, default=600, help="seconds until a pipe: is given up")
+    add("--samples_per_shard", type=flags.positive_int, help="where IN is a folder of images; default: 1000")
+    add("--dataloader_num_workers", type=flags.positive_int, default=2, help="threads that decode images")
+    add("--data_timeout", type=flags.positive_int, default=600, help="seconds until a pipe: is given up")
     add_work_arguments(add)
     parser.set_defaults(use_fix_crop_and_size=False)
     args = parser.parse_args(argv)
@@ -86,7 +91,7 @@ def parse_args(argv=None):
     return args
 
 
-@cli.tool_errors
+@training_run.tool_errors
 def main(args):
     # 1. What there is to do: all of it, whoever does it.
     quiet_libraries()
@@ -95,26 +100,26 @@ def main(args):
 
     # 2. Every check that needs no weights.
     dtype = DTYPES[args.mixed_precision]
-    teacher_options = cli.teacher_options(args)
-    config = models.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
+    teacher_options = flags.teacher_options(args)
+    config = teachers.read_teacher_config(args.pretrained_teacher_model, **teacher_options)
     other_vae = args.pretrained_vae_model_name_or_path
     if other_vae:
-        config = models.read_vae_config(other_vae, config, revision=args.revision, cache_dir=args.cache_dir)
-    cli.resolve_teacher_defaults(args, config)
-    models.check_resolution(config, args.resolution)
-    dtype = models.vae_dtype(config, dtype)
-    manifest = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
+        config = teachers.read_vae_config(other_vae, config, revision=args.revision, cache_dir=args.cache_dir)
+    flags.resolve_teacher_defaults(args, config)
+    encoders.check_resolution(config, args.resolution)
+    dtype = encoders.vae_dtype(config, dtype)
+    manifest = {name: getattr(args, name) for name in cached_latents.IMAGE_FLAGS}
     manifest |= {
-        "format": latents.FORMAT,
+        "format": cached_latents.FORMAT,
         "vae": other_vae or args.pretrained_teacher_model,
         "revision": args.revision if other_vae else teacher_options["revision"],
         "dtype": str(dtype).removeprefix("torch."),
-        "shape": models.latent_shape(config["vae"], args.resolution),
+        "shape": encoders.latent_shape(config["vae"], args.resolution),
         "seed": args.seed,
         "samples_per_shard": args.samples_per_shard,
         "versions": versions(),
     }
-    latents.check_folder(args.output_dir, manifest)
+    cached_latents.check_folder(args.output_dir, manifest)
     own = units[args.shard_index :: args.num_shards]
     paths = {unit.name: Path(args.output_dir, f"{unit.name}.tar") for unit in units}
     check_sources(own, paths)
@@ -125,14 +130,14 @@ def main(args):
     torch.backends.cudnn.deterministic = True
     unused = ("unet", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if config["is_sdxl"] else ()))
     teacher_options |= {"vae": other_vae, "vae_revision": args.revision} | dict.fromkeys(unused)
-    vae = models.load_teacher(args.pretrained_teacher_model, **teacher_options).vae
-    manifest["encoder_sha256"] = latents.encoder_sha256(vae)
+    vae = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options).vae
+    manifest["encoder_sha256"] = cached_latents.encoder_sha256(vae)
     vae.decoder = vae.post_quant_conv = None
     vae.to(device, dtype)
-    manifest_bytes = latents.write_manifest(args.output_dir, manifest)
+    manifest_bytes = cached_latents.write_manifest(args.output_dir, manifest)
 
     # 4. The shards of this task that are not there yet.
-    missing = [unit for unit in own if latents.shard_stats(paths[unit.name]) is None]
+    missing = [unit for unit in own if cached_latents.shard_stats(paths[unit.name]) is None]
     failed = []
     total = {"total": len(own), "initial": len(own) - len(missing), "smoothing": 0.05}
     with tqdm(desc=f"task {args.shard_index} of {args.num_shards}", unit="shard", **total) as progress:
@@ -157,7 +162,7 @@ def list_units(args):
     """The list of Unit; fills in --samples_per_shard of a folder. UserError where names are not clear."""
     try:
         shards = expand_shards(args.shards)
-        if latents.read_manifest(shards) is not None:
+        if cached_latents.read_manifest(shards) is not None:
             raise DataError("--train_shards_path_or_url holds cached latents already; name the shards of the images")
         folders = [shard for shard in shards if os.path.isdir(shard)]
         if folders and len(shards) > 1:
@@ -211,7 +216,7 @@ def source(unit):
 def check_sources(units, paths):
     """UserError where a shard that is there already was made of another source of the same name."""
     for unit in units:
-        stats = latents.shard_stats(paths[unit.name])
+        stats = cached_latents.shard_stats(paths[unit.name])
         if stats is not None and mask_credentials(str(stats.get("source"))) != source(unit):
             raise UserError(
                 f"OUT: {paths[unit.name]} was made of a source of {stats.get('source')}, "
@@ -237,7 +242,7 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
         return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
 
     try:
-        latents.write_shard(path, manifest_bytes, samples, stats)
+        cached_latents.write_shard(path, manifest_bytes, samples, stats)
     except OSError as error:
         raise UserError(f"OUT: {path} cannot be written ({error}); make room and repeat the command") from error
 
@@ -272,7 +277,7 @@ def skip(account, error, key):
 def decoded(unit, args, account):
     """(key, what decode_image_text returns, what else the json says), in order; threads decode ahead while the VAE
     encodes."""
-    image_flags = {name: getattr(args, name) for name in latents.IMAGE_FLAGS}
+    image_flags = {name: getattr(args, name) for name in cached_latents.IMAGE_FLAGS}
 
     def decode(key, raw):
         seed = keyed_seed(args.seed, "encode", unit.name, key)
@@ -300,17 +305,17 @@ def decoded(unit, args, account):
 def source_seed(raw):
     """The seed of the noise that an image was made from, by the json beside it; None where it says none."""
     try:
-        return latents.noise_seed(json.loads(raw["json"]))
+        return cached_latents.noise_seed(json.loads(raw["json"]))
     except (KeyError, ValueError, RecursionError):  # no json, or not the json of an image with a seed
         return None
 
 
 def encoded(vae, unit, args, account, progress):
-    """The samples of `latents.write_shard`. Batches are counted from the shard's start, whoever encodes it."""
+    """The samples of `cached_latents.write_shard`. Batches are counted from the shard's start, whoever encodes it."""
     samples, count = decoded(unit, args, account), 0
     while batch := [sample for _, sample in zip(range(args.vae_encode_batch_size), samples, strict=False)]:
         images = torch.stack([sample["images"] for _, sample, _ in batch]).to(vae.device)
-        moments = models.posterior(vae, images, args.vae_encode_batch_size)
+        moments = encoders.posterior(vae, images, args.vae_encode_batch_size)
         mean, std = (x.to("cpu", torch.float16) for x in moments)
         for (key, sample, said), m, s in zip(batch, mean, std, strict=True):
             if not (m.isfinite().all() and s.isfinite().all()):
@@ -327,11 +332,11 @@ def encoded(vae, unit, args, account, progress):
 
 def report(args, own, paths):
     """One line on what this task has made, now or before, and how much of the whole is there."""
-    there = [stats for unit in own if (stats := latents.shard_stats(paths[unit.name]))]
+    there = [stats for unit in own if (stats := cached_latents.shard_stats(paths[unit.name]))]
     skipped = sum((Counter(stats["skipped"]) for stats in there), Counter())
     listed = ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
     seeds = sum(stats.get("seeds", 0) for stats in there)
-    complete = sum(latents.shard_stats(path) is not None for path in paths.values())
+    complete = sum(cached_latents.shard_stats(path) is not None for path in paths.values())
     print(
         f"task {args.shard_index} of {args.num_shards}: {len(there)} of its {len(own)} shards are done, "
         f"{sum(stats['successes'] for stats in there)} samples{f', {seeds} with a seed' if seeds else ''}, skipped: "

@@ -9,47 +9,60 @@ processes, which never wait for each other; finished ones are skipped, so the sa
 interruption, and the bytes are the same for any number of processes. Left out: pipelines that start from images.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
-from common import UserError, lock, pairs, pipelines, pixels, probes, tasks
-from common import args as cli
-from common.export import versions
-from common.work import DTYPES, add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
+from common import errors, flags, lock
+from common.data import tables
+from common.data.folders import TEXT_KEYS
+from common.data.shards import SampleError, expand_shards, open_shard, tar_samples
+from common.direct import pair_shards, pipelines, pixels, probes, tasks
+from common.errors import UserError
+from common.results.export import versions
+from common.run import training_run
+from common.tools.work import (
+    DTYPES,
+    add_device_argument,
+    add_work_arguments,
+    find_device,
+    quiet_libraries,
+    resolve_work,
+)
 
 import torch
 from tqdm import tqdm
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser = flags.ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained_teacher_model", type=cli.path, required=True, help="folder or hub name, in diffusers layout")
-    cli.add_hub_arguments(add, "the teacher")
+    add("--pretrained_teacher_model", type=flags.path, required=True, help="folder or hub name, in diffusers layout")
+    flags.add_hub_arguments(add, "the teacher")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("what it is asked").add_argument
     add(
         "--prompts",
-        type=cli.path,
+        type=flags.path,
         required=True,
         help="txt (one a line), csv, tsv, json(l), parquet, or shards with captions",
     )
     add("--prompt_column", help="of a table; default: prompt, text or caption")
-    add("--num_pairs", type=cli.positive_int, help="default: one for each prompt; more go through them again")
-    add("--num_inference_steps", type=cli.positive_int, default=50, help="of the teacher")
-    add("--guidance_scale", type=cli.non_negative_float, help="of the teacher; default: the pipeline's")
+    add("--num_pairs", type=flags.positive_int, help="default: one for each prompt; more go through them again")
+    add("--num_inference_steps", type=flags.positive_int, default=50, help="of the teacher")
+    add("--guidance_scale", type=flags.non_negative_float, help="of the teacher; default: the pipeline's")
     add("--negative_prompt", help="some pipelines do not guide without one")
-    add("--height", type=cli.positive_int, help="in pixels; default: the pipeline's")
-    add("--width", type=cli.positive_int, help="in pixels; default: the pipeline's")
+    add("--height", type=flags.positive_int, help="in pixels; default: the pipeline's")
+    add("--width", type=flags.positive_int, help="in pixels; default: the pipeline's")
     add("--teacher_kwargs", help="JSON object of other arguments of the pipeline's call")
     add("--scheduler", help="class of diffusers to sample with; default: the teacher's own")
     add("--scheduler_kwargs", help="JSON object of changes to the scheduler's configuration")
-    add("--seed", type=cli.seed, default=0, help="of pair 0; pair i has seed + i")
+    add("--seed", type=flags.seed, default=0, help="of pair 0; pair i has seed + i")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=cli.path, required=True, help="new, empty, or begun by the same command")
-    add("--samples_per_shard", type=cli.positive_int, default=256)
-    add("--batch_size", type=cli.positive_int, default=8, help="samples at once; part of what the bytes follow from")
+    add("--output_dir", type=flags.path, required=True, help="new, empty, or begun by the same command")
+    add("--samples_per_shard", type=flags.positive_int, default=256)
+    add("--batch_size", type=flags.positive_int, default=8, help="samples at once; part of what the bytes follow from")
     add("--save_images", action="store_true", help="a png beside the latents, to look at")
     add_work_arguments(add)
     args = parser.parse_args(argv)
@@ -68,7 +81,7 @@ def parse_args(argv=None):
     return args
 
 
-@cli.tool_errors
+@training_run.tool_errors
 def main(args):
     # 1. This process's place; nothing is agreed with the others, so one that fails costs its shards alone.
     rank, world_size = args.shard_index, args.num_shards
@@ -77,7 +90,7 @@ def main(args):
     quiet_libraries()
 
     # 2. What is asked, checked before any weight is loaded.
-    prompts = pairs.read_prompts(args.prompts, args.prompt_column)
+    prompts = read_prompts(args.prompts, args.prompt_column)
     num_pairs = args.num_pairs or len(prompts)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
@@ -90,7 +103,7 @@ def main(args):
     changes_flag = "--scheduler_kwargs" if args.scheduler_kwargs else flag
     scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
     probes.check_steps(scheduler, args.num_inference_steps)
-    pairs.check_folder(args.output_dir)
+    pair_shards.check_folder(args.output_dir)
     lock.take(args.output_dir, "--output_dir", (rank, world_size))
 
     # 3. The teacher, and what it does with these arguments.
@@ -105,7 +118,7 @@ def main(args):
     for note in notes:
         print(note, flush=True)
     config = {
-        "format": pairs.FORMAT,
+        "format": pair_shards.FORMAT,
         "model": args.pretrained_teacher_model,
         "revision": args.revision,
         "pipeline": type(pipeline).__name__,
@@ -116,27 +129,27 @@ def main(args):
         "seed": args.seed,
         "num_pairs": num_pairs,
         "num_prompts": len(prompts),
-        "prompts_sha256": pairs.prompts_sha256(prompts),
+        "prompts_sha256": prompts_sha256(prompts),
         "samples_per_shard": args.samples_per_shard,
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "images": args.save_images,
         "versions": versions(),
     }
-    pairs.write_config(args.output_dir, config)
+    pair_shards.write_config(args.output_dir, config)
 
     # 4. The shards of this process that are not there yet.
-    shards = list(range(pairs.num_shards(config)))[rank::world_size]
-    ranges = {shard: pairs.shard_range(shard, num_pairs, args.samples_per_shard) for shard in shards}
-    missing = [shard for shard in shards if not Path(args.output_dir, pairs.shard_name(shard)).exists()]
+    shards = list(range(pair_shards.num_shards(config)))[rank::world_size]
+    ranges = {shard: pair_shards.shard_range(shard, num_pairs, args.samples_per_shard) for shard in shards}
+    missing = [shard for shard in shards if not Path(args.output_dir, pair_shards.shard_name(shard)).exists()]
     done = sum(len(ranges[shard]) for shard in shards if shard not in missing)
     total = sum(map(len, ranges.values()))
     label = f"pairs of process {rank}" if world_size > 1 else "pairs"
     with tqdm(total=total, initial=done, desc=label, unit="pair", position=local_rank, smoothing=0.05) as progress:
         for shard in missing:
             made = make_pairs(pipeline, ranges[shard], prompts, args, kwargs, progress)
-            pairs.write_shard(Path(args.output_dir, pairs.shard_name(shard)), made)
-    pairs.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
+            pair_shards.write_shard(Path(args.output_dir, pair_shards.shard_name(shard)), made)
+    pair_shards.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
 
 
 def call_kwargs(args, pipeline):
@@ -164,7 +177,7 @@ def check_teacher(pipeline, prompts, kwargs, flag):
     try:
         probes.check_draws(flag, pipeline, prompts, **kwargs)
         seen = probes.observe(pipeline, prompts, **kwargs | {"num_inference_steps": 2})
-    except probes.CALL_ERRORS as error:
+    except errors.CALL_ERRORS as error:
         raise UserError(f"the teacher's call refuses these arguments ({kwargs}): {error}") from error
     guided = probes.guides(seen, len(prompts))
     embedded = probes.embeds_guidance(pipeline)
@@ -206,3 +219,50 @@ def make_pairs(pipeline, indices, prompts, args, kwargs, progress):
 
 if __name__ == "__main__":
     main(parse_args())
+
+
+def read_prompts(spec, column=None):
+    """Prompts of --prompts: a text file (one a line), a column of a table, or captions of shards.
+
+    column: of a table; default: `prompt`, `text` or `caption`. Raises UserError that names the flag.
+    """
+    flag, path = f"--prompts={spec}", Path(spec.removeprefix("@")).expanduser()
+    is_text = path.is_file() and (path.suffix.lower() in (".txt", ".parquet", *tables.TABLES) or spec.startswith("@"))
+    if is_text:
+        prompts = tables.read_prompts(path, flag, column)
+    elif column is not None:
+        raise UserError(f"--prompt_column={column} is for a table, and {flag} is none; drop it")
+    else:
+        prompts = [prompt.strip() for prompt in _captions(spec) if prompt.strip()]
+    if not prompts:
+        raise UserError(f"{flag} holds no prompt")
+    return prompts
+
+
+def _captions(spec):
+    try:
+        shards = expand_shards(spec)
+    except UserError as error:
+        raise UserError(str(error).replace("--train_shards_path_or_url", "--prompts")) from None
+    prompts = []
+    for shard in shards:
+        if os.path.isdir(shard):
+            raise UserError(f"--prompts={spec}: a folder of images; give shards or {tables.FORMATS}")
+        try:
+            with open_shard(shard, 600) as file:
+                for _, key, raw in tar_samples(file, [TEXT_KEYS]):
+                    text = next((raw[name] for name in TEXT_KEYS if raw.get(name)), b"")
+                    try:
+                        prompts.append(text.decode("utf-8-sig"))
+                    except UnicodeDecodeError:
+                        sentence = f"--prompts={spec}: the caption of {key} in {shard} is not UTF-8 text"
+                        raise UserError(sentence) from None
+        except SampleError as error:
+            raise UserError(
+                f"--prompts={spec}: {shard} cannot be read ({error.detail}); give shards or {tables.FORMATS}"
+            ) from None
+    return prompts
+
+
+def prompts_sha256(prompts):
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

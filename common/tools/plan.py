@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
-from common import args as cli
-from common.latents import read_manifest
-from common.run import simulation
-from common.shards import expand_shards
+from common.data.cached_latents import read_manifest
+from common.data.shards import expand_shards
+from common.errors import UserError
+from common.flags import ArgumentParser, fraction, positive_float, positive_int
+from common.run import simulation, training_run
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -50,12 +50,12 @@ class Choice(NamedTuple):
 
 
 def parse_args(argv=None):
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
+    parser = ArgumentParser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--gpu_memory", type=cli.positive_int, default=24, help="of a card, GB")
-    add("--processes", type=cli.positive_int, default=1, help="cards that train together")
-    add("--mfu", type=cli.fraction, default=0.35, help="share of the card's peak that a run reaches")
-    add("--gpu_tflops", type=cli.positive_float, help=f"its peak in bfloat16; default by --gpu_memory: {TFLOPS}")
+    add("--gpu_memory", type=positive_int, default=24, help="of a card, GB")
+    add("--processes", type=positive_int, default=1, help="cards that train together")
+    add("--mfu", type=fraction, default=0.35, help="share of the card's peak that a run reaches")
+    add("--gpu_tflops", type=positive_float, help=f"its peak in bfloat16; default by --gpu_memory: {TFLOPS}")
     add("--picture", default="plan.png", help="where the picture of memory over the update goes")
     add("script", metavar="SCRIPT", help="a training script, also an edited copy")
     add("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as for the script")
@@ -71,7 +71,7 @@ def parse_args(argv=None):
     return args
 
 
-@cli.tool_errors
+@training_run.tool_errors
 def main(args):
     script = load_script(args.script)
     flags = without(args.flags, "dry_run", "report_to")
@@ -95,7 +95,7 @@ def main(args):
     result = simulate(script, words, args.processes)
     updates = result.updates if typed.max_train_steps else max(1, round(result.updates / args.processes))
     hours = updates * args.processes * result.flops / (args.mfu * args.gpu_tflops * 1e12) / 3600
-    cli.echo("The recommended choice, simulated", result.lines())
+    training_run.echo("The recommended choice, simulated", result.lines())
     print(
         f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on {args.processes} "
         f"card(s), at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"

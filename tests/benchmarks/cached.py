@@ -20,9 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_lcm_distill_sd_wds as lcm  # noqa: E402
-from common import args as cli  # noqa: E402
-from common.export import versions  # noqa: E402
-from common.preemption import Stopper  # noqa: E402
+from common.flags import (
+    ArgumentParser,  # noqa: E402
+    positive_int,  # noqa: E402
+)
+from common.results.export import versions  # noqa: E402
+from common.run.preemption import Stopper  # noqa: E402
 from common.tools import encode_shards  # noqa: E402
 from tests.benchmarks.data import write_shards  # noqa: E402
 from tests.benchmarks.synthetic import SHAPES, step_flops, write_teacher  # noqa: E402
@@ -51,12 +54,10 @@ def seconds_per_update(flags):
 
 
 def main():
-    parser = cli.ArgumentParser(__doc__.split("\n")[0])
-    parser.add_argument(
-        "--batch_size", type=cli.positive_int, default=4, help="at most 32, as many as there are images"
-    )
-    parser.add_argument("--updates", type=cli.positive_int, default=4)
-    parser.add_argument("--rounds", type=cli.positive_int, default=7)
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    parser.add_argument("--batch_size", type=positive_int, default=4, help="at most 32, as many as there are images")
+    parser.add_argument("--updates", type=positive_int, default=4)
+    parser.add_argument("--rounds", type=positive_int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     shape = SHAPES["tiny"]

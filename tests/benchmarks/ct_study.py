@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.tools import demo_ct  # noqa: E402
+from common.tools.demo import consistency  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -28,26 +28,26 @@ def main():
     parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="the demo's folder")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "ct_study")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--runs", nargs="*", choices=list(demo_ct.RUNS), default=list(demo_ct.RUNS))
+    parser.add_argument("--runs", nargs="*", choices=list(consistency.RUNS), default=list(consistency.RUNS))
     parser.add_argument("--change", nargs="*", default=[], metavar="NAME=VALUE", help="flags of the training script")
     parser.add_argument("--report_only", action="store_true", help="print what has been measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
     changes = dict(change.split("=", 1) for change in args.change)
-    kept = {name: demo_ct.RUNS[name] | changes for name in args.runs}
-    demo_ct.RUNS.clear()
-    demo_ct.RUNS.update(kept)
+    kept = {name: consistency.RUNS[name] | changes for name in args.runs}
+    consistency.RUNS.clear()
+    consistency.RUNS.update(kept)
     for seed in [] if args.report_only else args.seeds:
         folder = args.output_dir / f"seed_{seed}"
         if not (folder / "classifier").exists():
             shutil.copytree(args.demo / "classifier", folder / "classifier")
-        demo_ct.run(folder, seed)
+        consistency.run(folder, seed)
     report(args.output_dir, args.seeds)
 
 
 def report(output_dir, seeds):
     """A row for each run and number of steps: mean and spread over the seeds."""
-    for name in demo_ct.RUNS:
+    for name in consistency.RUNS:
         paths = [output_dir / f"seed_{seed}" / f"ct_{name}" / "metrics.json" for seed in seeds]
         results = [json.loads(path.read_text()) for path in paths if path.exists()]
         for rows in zip(*(result["rows"] for result in results), strict=True):

@@ -23,9 +23,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import args as cli  # noqa: E402
-from common.data import TrainingData  # noqa: E402
-from common.images import decode_image_text  # noqa: E402
+from common import flags  # noqa: E402
+from common.data.images import decode_image_text  # noqa: E402
+from common.data.stream import TrainingData  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -99,13 +99,13 @@ def measure(stream, batches: int) -> float:
 
 
 def main():
-    parser = cli.ArgumentParser(__doc__)
+    parser = flags.ArgumentParser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--resolutions", type=cli.positive_int, nargs="+", default=[512, 256, 192])
-    add("--batch_size", type=cli.positive_int, default=16)
-    add("--rounds", type=cli.positive_int, default=9)
-    add("--batches", type=cli.positive_int, default=32, help="per round and stream; 32 x 16 are two shuffle blocks")
+    add("--resolutions", type=flags.positive_int, nargs="+", default=[512, 256, 192])
+    add("--batch_size", type=flags.positive_int, default=16)
+    add("--rounds", type=flags.positive_int, default=9)
+    add("--batches", type=flags.positive_int, default=32, help="per round and stream; 32 x 16 are two shuffle blocks")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):

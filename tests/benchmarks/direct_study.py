@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.tools import demo  # noqa: E402
+from common.tools.demo import __main__ as demo  # noqa: E402
+from common.tools.demo import measuring  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -62,8 +63,8 @@ def run(args, judge, teacher, method, changes, seed, folder):
         flags |= {"checkpointing_steps": 10**6}
         command = [sys.executable, str(ROOT / recipe["script"]), *(f"--{k}={v}" for k, v in flags.items())]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        pipeline = demo.load_student(folder, teacher_dir)
-        results, _ = demo.measure(judge, pipeline, recipe["steps"], recipe["guidance_scale"], 0)
+        pipeline = measuring.load_student(folder, teacher_dir)
+        results, _ = measuring.measure(judge, pipeline, recipe["steps"], recipe["guidance_scale"], 0)
         (folder / "metrics.json").write_text(json.dumps(results, indent=1))
     measured = json.loads((folder / "metrics.json").read_text())["rows"][0]
     held_out = json.loads((folder / "held_out.json").read_text())
@@ -77,7 +78,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", type=int, help="numbers of the rows to run, from 0")
     args = parser.parse_args()
-    judge = demo.Judge(args.demo / "classifier")
+    judge = measuring.Judge(args.demo / "classifier")
     for number, ((teacher, method, name), changes) in enumerate(ROWS.items()):
         if args.only is not None and number not in args.only:
             continue

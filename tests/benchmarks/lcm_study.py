@@ -16,7 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.tools import demo  # noqa: E402
+from common.tools import sampling  # noqa: E402
+from common.tools.demo import __main__ as demo  # noqa: E402
+from common.tools.demo import measuring  # noqa: E402
 
 VARIANTS = {
     "demo (800 steps, lr 1e-4)": {},
@@ -38,7 +40,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "lcm_study")
     parser.add_argument("--only", nargs="*", type=int, help="numbers of the variants to run, from 0")
     args = parser.parse_args()
-    judge = demo.Judge(args.demo / "classifier")
+    judge = measuring.Judge(args.demo / "classifier")
     guidance_scale = demo.METHODS["lcm"]["guidance_scale"]
     for number, (name, changes) in enumerate(VARIANTS.items()):
         if args.only is not None and number not in args.only:
@@ -50,7 +52,9 @@ def main():
             flags |= {"train_shards_path_or_url": args.demo / "shards" / "train", "checkpointing_steps": 10**6}
             command = [sys.executable, str(ROOT / "train_lcm_distill_sd_wds.py")]
             subprocess.run(command + [f"--{k}={v}" for k, v in flags.items()], check=True, stdout=subprocess.DEVNULL)
-            results, _ = demo.measure(judge, demo.load_pipeline(folder), demo.STUDENT_STEPS, guidance_scale, 0)
+            results, _ = measuring.measure(
+                judge, sampling.load_pipeline(folder), measuring.STUDENT_STEPS, guidance_scale, 0
+            )
             (folder / "metrics.json").write_text(json.dumps(results, indent=1))
         rows = json.loads((folder / "metrics.json").read_text())["rows"]
         cells = [f"{row['frechet_distance']:.2f} ± {row['frechet_distance_std']:.2f}" for row in rows]

@@ -22,11 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 import train_lcm_distill_lora_sd_wds as lcm_lora  # noqa: E402
 import train_lcm_distill_sd_wds as lcm  # noqa: E402
-from common import args as cli  # noqa: E402
-from common import checkpointing, levers, unet2d  # noqa: E402
-from common.losses import RunningMeans  # noqa: E402
-from common.preemption import Stopper  # noqa: E402
-from common.tools import digits  # noqa: E402
+from common.ct import unet as ct_unet  # noqa: E402
+from common.flags import ArgumentParser, positive_int  # noqa: E402
+from common.networks import performance  # noqa: E402
+from common.run import checkpointing  # noqa: E402
+from common.run.preemption import Stopper  # noqa: E402
+from common.run.training_run import RunningMeans  # noqa: E402
+from common.tools.demo import digits, stable_diffusion  # noqa: E402
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
@@ -88,7 +90,7 @@ def run(script, flags, folder, steps):
 def compare(args, scratch):
     teacher, shards = args.demo / "teacher", args.demo / "shards" / "train"
     if not teacher.is_dir():
-        digits.build_teacher(scratch / "teacher")
+        stable_diffusion.build_teacher(scratch / "teacher")
         digits.write_shards(scratch / "shards")
         teacher, shards = scratch / "teacher", scratch / "shards" / "train"
     common = {"pretrained_teacher_model": teacher, "train_shards_path_or_url": shards / "{00000..00003}.tar"}
@@ -126,7 +128,7 @@ SDXL = {
 NETWORKS = {
     "SD 1.5, 512 px": lambda: UNet2DConditionModel(**SD15),
     "SDXL, 1024 px": lambda: UNet2DConditionModel(**SDXL),
-    "consistency training, 32 px": lambda: UNet2DModel(sample_size=32, **unet2d.DEFAULT_CONFIGS[32]),
+    "consistency training, 32 px": lambda: UNet2DModel(sample_size=32, **ct_unet.DEFAULT_CONFIGS[32]),
 }
 
 
@@ -148,7 +150,7 @@ def activations(make, which):
     """(bytes kept for the backward pass beside the weights, FLOPs of both passes without attention's products)."""
     with torch.device("meta"):
         network = make().bfloat16().train()
-        levers.recompute(network, which)
+        performance.recompute(network, which)
         size, channels = network.config.sample_size, network.config.in_channels
         inputs = [torch.empty(1, channels, size, size, dtype=torch.bfloat16), torch.empty(1)]
         options, weights, kept = {}, {p.untyped_storage()._cdata for p in network.parameters()}, {}
@@ -175,10 +177,10 @@ def activations(make, which):
 
 
 def main():
-    parser = cli.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--demo", type=Path, help="the demo's folder; default: demo, where there is one")
-    parser.add_argument("--steps", type=cli.positive_int, default=50, help="updates, at least 7")
+    parser.add_argument("--steps", type=positive_int, default=50, help="updates, at least 7")
     parser.add_argument("--only", nargs="+", help="rows whose name has one of these words")
     parser.add_argument("--activations", action="store_true")
     args = parser.parse_args()
@@ -198,7 +200,7 @@ def main():
     print("| network | `--gradient_checkpointing` | activations of a sample | FLOPs |\n|---|---|---|---|")
     for name, make in NETWORKS.items():
         plain = None
-        for which in levers.CHECKPOINTING:
+        for which in performance.CHECKPOINTING:
             kept, flops = activations(make, which)
             plain = plain or (kept, flops)
             print(f"| {name} | {which} | {kept / 2**30:.2f} GiB, {kept / plain[0]:.0%} | {flops / plain[1]:.1%} |")

@@ -11,10 +11,12 @@ import struct
 import sys
 from pathlib import Path
 
-from common import models, unet2d
-from common.lora import ADAPTER
-from common.lora import add_lora as add_adapters
-from common.tools import digits
+from common.ct import unet as ct_unet
+from common.networks import teachers
+from common.networks.encoders import NUM_TIME_IDS, vae_scale_factor
+from common.networks.lora import ADAPTER
+from common.networks.lora import add_lora as add_adapters
+from common.tools.demo import digits, stable_diffusion
 from tests.benchmarks.data import natural_image, write_shards
 
 import diffusers
@@ -91,7 +93,7 @@ SHAPES = {
         (_text(768, 12, 12), _text(1280, 32, 20, "gelu")),
     ),
 }
-CT_UNETS = unet2d.DEFAULT_CONFIGS
+CT_UNETS = ct_unet.DEFAULT_CONFIGS
 CT_SHAPES = {
     # the network for CIFAR-10 with a quarter of its channels and half of its layers, a 26th of its FLOPs
     "tiny": Shape(
@@ -165,9 +167,9 @@ def write_empty_weights(path, network):
 
 
 def build_teacher(shape, device="cpu"):
-    parts = {"scheduler": digits.build_scheduler("epsilon", sdxl=len(shape.text) > 1)}
+    parts = {"scheduler": stable_diffusion.build_scheduler("epsilon", sdxl=len(shape.text) > 1)}
     with torch.device(device):
-        sample_size = shape.resolution // models.vae_scale_factor(shape.vae)
+        sample_size = shape.resolution // vae_scale_factor(shape.vae)
         parts["unet"] = UNet2DConditionModel(sample_size=sample_size, **shape.unet)
         parts["vae"] = AutoencoderKL(sample_size=shape.resolution, **shape.vae)
         for suffix, sizes in zip(("", "_2"), shape.text, strict=False):
@@ -224,9 +226,9 @@ def step_flops(folder, script, resolution, *, cached=False, lora_rank=64, steps=
     weights (optimizer, EMA) are not counted.
     """
     if script in CT_SCRIPTS:
-        forward, both = unet2d_flops(unet2d.read_unet_config(resolution, str(folder)))
+        forward, both = unet2d_flops(ct_unet.read_unet_config(resolution, str(folder)))
         return forward + both  # the target is the student without gradients
-    config = models.read_teacher_config(str(folder))
+    config = teachers.read_teacher_config(str(folder))
     images, text = frozen_flops(config, resolution)
     rank = lora_rank if script.endswith("_lora") else None
     forward, both = unet_flops(config, resolution, rank)
@@ -238,7 +240,7 @@ def step_flops(folder, script, resolution, *, cached=False, lora_rank=64, steps=
 
 
 def frozen_flops(config, resolution):
-    """(VAE's encoder, text encoders) for one sample. config: as from `models.read_teacher_config`."""
+    """(VAE's encoder, text encoders) for one sample. config: as from `teachers.read_teacher_config`."""
     with torch.device("meta"), torch.no_grad():
         vae = AutoencoderKL.from_config(config["vae"])
         encoders = [CLIPTextModel(config["text_encoder"])]
@@ -257,12 +259,12 @@ def unet_flops(config, resolution, lora_rank=None):
     """(forward, forward and backward) of the student's U-Net, all weights or a LoRA trained, for one sample."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config["unet"]).train()
-        size = resolution // models.vae_scale_factor(config["vae"])
+        size = resolution // vae_scale_factor(config["vae"])
         latents = torch.empty(1, unet.config.in_channels, size, size)
         cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim)}
         if "text_encoder_2" in config:
             pooled = torch.empty(1, config["text_encoder_2"].projection_dim)
-            cond["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, models.NUM_TIME_IDS)}
+            cond["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.empty(1, NUM_TIME_IDS)}
         if lora_rank:
             add_adapters(unet, lora_rank, lora_rank)
             assert ADAPTER in unet.peft_config

@@ -153,8 +153,8 @@ class Meter:
 
     def install(self):
         """Hooks for what all scripts share, and for what is this repository's alone; before the script is imported."""
-        import common.discriminator
-        import common.ema
+        from common import ema
+        from common.tscd import discriminator
 
         from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
         from torch.optim import optimizer
@@ -164,11 +164,11 @@ class Meter:
         self.wrap(UNet2DConditionModel, "forward", self.unet_stage)
         self.wrap(UNet2DModel, "forward", lambda *_, **__: STUDENT if self.torch.is_grad_enabled() else "target")
         self.wrap(AutoencoderKL, "encode", "VAE")
-        self.wrap(common.discriminator.Discriminator, "forward", "discriminator forward")
+        self.wrap(discriminator.Discriminator, "forward", "discriminator forward")
         for encoder in (CLIPTextModel, CLIPTextModelWithProjection):
             self.wrap(encoder, "forward", "text encoder")
         self.wrap(self.torch.Tensor, "backward", "backward")
-        self.wrap(common.ema, "ema_update", "EMA")
+        self.wrap(ema, "ema_update", "EMA")
         next_batch = _BaseDataLoaderIter.__next__
 
         def timed_next(loader):
@@ -359,7 +359,7 @@ def measure(args, name, row):
 
 def report(args, name, row, results):
     """A line of the table, the breakdown of the step, and the line of JSON, from the results of all rounds."""
-    from common.export import versions
+    from common.results.export import versions
     from tests.benchmarks import synthetic
 
     network, resolution = make_inputs(args, row)[0].split("=", 1)[1], resolution_of(args, row)
@@ -415,11 +415,11 @@ def counted_flags(words):
 
 
 def parse_args(argv):
-    from common import args as cli
+    from common.flags import ArgumentParser, non_negative_float, non_negative_int, positive_int
     from tests.benchmarks import synthetic
 
     words, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = cli.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add(
@@ -428,17 +428,17 @@ def parse_args(argv):
     add("--script", choices=list(SCRIPTS), help="default: lcm")
     add("--cached", action="store_true", help="train on latents that encode_shards has made")
     add("--suite", choices=list(SUITES), help="measure its rows one after the other; --shape=tiny: a try of them")
-    add("--only", nargs="+", type=cli.non_negative_int, help="numbers of the suite's rows, from 0")
-    add("--batch_size", type=cli.positive_int, help="default: 8")
-    add("--gradient_accumulation_steps", type=cli.positive_int, default=1)
-    add("--resolution", type=cli.positive_int, help="default: the shape's")
-    add("--warmup", type=cli.positive_int, default=5, help="updates before the measured ones")
-    add("--steps", type=cli.positive_int, default=20, help="measured updates")
-    add("--rounds", type=cli.positive_int, default=1, help="each measures all rows, or ours and the peer, in turn")
-    add("--minutes", type=cli.non_negative_float, help="end then; what has not been measured is said")
-    add("--workers", type=cli.non_negative_int, default=1, help="loader processes")
-    add("--shards", type=cli.positive_int, default=4)
-    add("--samples_per_shard", type=cli.positive_int, default=64)
+    add("--only", nargs="+", type=non_negative_int, help="numbers of the suite's rows, from 0")
+    add("--batch_size", type=positive_int, help="default: 8")
+    add("--gradient_accumulation_steps", type=positive_int, default=1)
+    add("--resolution", type=positive_int, help="default: the shape's")
+    add("--warmup", type=positive_int, default=5, help="updates before the measured ones")
+    add("--steps", type=positive_int, default=20, help="measured updates")
+    add("--rounds", type=positive_int, default=1, help="each measures all rows, or ours and the peer, in turn")
+    add("--minutes", type=non_negative_float, help="end then; what has not been measured is said")
+    add("--workers", type=non_negative_int, default=1, help="loader processes")
+    add("--shards", type=positive_int, default=4)
+    add("--samples_per_shard", type=positive_int, default=64)
     add("--peer", type=Path, help="another training script; it always reads images")
     add("--peer_flags", help="flags for the peer alone, in one word")
     add("--output_dir", type=Path, default=ROOT / "runs" / "throughput", help="new, empty, or of an earlier call")

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.tools import demo  # noqa: E402
+from common.tools.demo import __main__ as demo  # noqa: E402
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 

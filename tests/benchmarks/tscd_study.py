@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.tools import demo  # noqa: E402
+from common.tools.demo import __main__ as demo  # noqa: E402
+from common.tools.demo import measuring  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -49,7 +50,7 @@ def run(method, changes, seed, folder, args, judge):
     command = [sys.executable, str(ROOT / recipe["script"])] + [f"--{k}={v}" for k, v in flags.items()]
     with open(folder.with_suffix(".log"), "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
-    return demo.measure_student(judge, folder, args.demo / "teacher", recipe, seed)[0]
+    return measuring.measure_student(judge, folder, args.demo / "teacher", recipe, seed)[0]
 
 
 def main():
@@ -60,7 +61,7 @@ def main():
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    judge = demo.Judge(args.demo / "classifier")
+    judge = measuring.Judge(args.demo / "classifier")
     for number, (name, (method, changes)) in enumerate(VARIANTS.items()):
         if args.only is not None and number not in args.only:
             continue
@@ -70,7 +71,7 @@ def main():
             path = folder.with_suffix(".json")
             if not path.exists():
                 if method is None:
-                    results = demo.measure_teacher(judge, args.demo / "teacher", (32, 16, 8, 4), seed)[0]
+                    results = measuring.measure_teacher(judge, args.demo / "teacher", (32, 16, 8, 4), seed)[0]
                 else:
                     results = run(method, changes, seed, folder, args, judge)
                 path.write_text(json.dumps(results, indent=1))

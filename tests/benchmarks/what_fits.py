@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_direct_distill as direct
-from common import models
+from common.networks import teachers
 from common.run import simulation
-from common.tools import digits
+from common.tools.demo import digits
 from common.tools.plan import TRIED, needed_at, simulate
 from tests.benchmarks import synthetic
 
@@ -157,7 +157,7 @@ def load(teacher, dtype, scheduler):
         return teacher.embed(1 if isinstance(prompt, str) else len(prompt))
 
     pipeline.encode_prompt = encode_prompt
-    return models.frozen(pipeline)
+    return teachers.frozen(pipeline)
 
 
 def direct_rows(kind):

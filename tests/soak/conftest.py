@@ -2,7 +2,7 @@
 
 import json
 
-from common.tools import digits
+from common.tools.demo import digits, stable_diffusion
 from tests import forks
 from tests.test_ct import CONFIG, save_data_set
 from tests.test_direct import QUICK, ask
@@ -16,11 +16,11 @@ def made_before_anything_trains(build_once):
 
     def build(folder):
         def body():
-            digits.build_teacher(folder / "teacher", "epsilon", vae_steps=5, unet_steps=20)
+            stable_diffusion.build_teacher(folder / "teacher", "epsilon", vae_steps=5, unet_steps=20)
             digits.write_shards(folder / "shards")
             save_data_set(folder / "data_set")
             (folder / "unet.json").write_text(json.dumps(CONFIG))
-            digits.build_teacher(folder / "direct_teacher", **QUICK)
+            stable_diffusion.build_teacher(folder / "direct_teacher", **QUICK)
             (folder / "prompts.txt").write_text("\n".join(digits.canonical_prompts(10)) + "\n")
             ask(folder / "pairs", folder / "direct_teacher", folder / "prompts.txt")
 

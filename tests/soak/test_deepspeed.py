@@ -6,7 +6,7 @@ pip install deepspeed && python -m pytest tests/soak/test_deepspeed.py    (skipp
 import shutil
 from pathlib import Path
 
-from common import checkpointing
+from common.run import checkpointing
 from tests.cases import CASES, command, contents
 from tests.test_scripts import ROOT, launch, scalars, train
 

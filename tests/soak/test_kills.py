@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from common import checkpointing
-from common.preemption import Stopper
+from common.run import checkpointing
+from common.run.preemption import Stopper
 from tests.cases import CASES, command, contents
 from tests.forks import end_of, is_running, life, run
 

@@ -6,7 +6,7 @@ import signal
 import time
 
 import train_lcm_distill_sd_wds as lcm
-from common import checkpointing
+from common.run import checkpointing
 from tests.test_preemption import SENDS, saved_at_a_stop
 from tests.test_scripts import flags, launch
 from tests.test_slurm import job, wait_for

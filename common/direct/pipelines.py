@@ -1,0 +1,484 @@
+"""Any text-to-image or -video pipeline of diffusers as a differentiable function, without per-model code.
+
+diffusers runs `__call__` under `torch.no_grad`; the function that it decorates is the pipeline itself, and gradients
+go through all of its steps. So training and inference cannot differ. What a pipeline does is found out in `probes.py`.
+Left out: pipelines that start from an image (`tasks.py`), and guidance that is a component (`guider`) instead of an
+argument.
+"""
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+from common.direct import tasks
+from common.errors import UserError
+from common.networks import teachers
+from common.networks.lora import ADAPTER, WEIGHTS, check_rank, lora_layers
+from common.networks.weights import check_name, check_parts, check_pipeline
+from common.results import export
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+LOWERED = torch.nn.Linear, torch.nn.modules.conv._ConvNd  # by autocast to a half precision
+DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call: teacher and student differ in them
+
+
+def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
+    """What a pipeline consists of, without its weights: {"class", "denoisers": {name: (class, configuration)},
+    "scheduler": (class, configuration), "notes": [sentences]}. The class is that which makes images of text alone,
+    where another one has saved the same parts.
+
+    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when its
+    weights are damaged or pickles, when diffusers has no such pipeline, or when its call cannot be distilled.
+    """
+    flag = f"--pretrained_teacher_model={name}"
+    options = {"revision": revision, "cache_dir": cache_dir}
+    check_name(flag, name)
+    if Path(name).exists() and not Path(name, "model_index.json").is_file():
+        raise UserError(f"{flag}: no model_index.json in it, so it is not a pipeline in diffusers layout")
+    try:
+        index = DiffusionPipeline.load_config(name, **options)
+        if not isinstance(index, dict):
+            raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
+        if index.get("requires_aesthetics_score"):
+            raise UserError(f"{flag}: {teachers.REFINER}")
+        parts = {key: value for key, value in index.items() if isinstance(value, list) and value[1] is not None}
+        pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+        if pipeline_class is None:
+            raise UserError(f"{flag}: diffusers {diffusers.__version__} has no {index.get('_class_name')}")
+        objection = tasks.objection(pipeline_class)
+        found = {part: getattr(diffusers, parts[part][1], None) for part in DENOISERS if part in parts}
+        if not objection and (not found or None in found.values() or "scheduler" not in parts):
+            objection, found = "it has no denoiser and scheduler of diffusers", {}
+        configs = {part: (cls, cls.load_config(name, subfolder=part, **options)) for part, cls in found.items() if cls}
+        sibling = tasks.text_class(pipeline_class, parts, [config for _, config in configs.values()])
+        if objection and not (configs and sibling):
+            raise UserError(f"{flag}: a {pipeline_class.__name__} cannot be distilled by this script, {objection}")
+        scheduler_class = getattr(diffusers, parts["scheduler"][1], None)
+        if scheduler_class is None:
+            raise UserError(f"{flag}: diffusers {diffusers.__version__} has no {parts['scheduler'][1]}")
+        scheduler = scheduler_class, scheduler_class.load_config(name, subfolder="scheduler", **options)
+    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({line})") from None
+    for part, (_, values) in {**configs, "scheduler": scheduler}.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{flag}: the configuration of its {part} is no JSON object")
+    check_parts(flag, name, index, teachers.NOT_TRAINED)
+    check_pipeline(flag, name, index, variant, **options, skip=teachers.NOT_TRAINED)
+    used = sibling or pipeline_class
+    change = f"{flag}: a {pipeline_class.__name__} saved it, a {used.__name__} samples it here, from text alone"
+    notes = [change] if sibling else []
+    return {"class": used, "denoisers": configs, "scheduler": scheduler, "notes": notes}
+
+
+def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_dir=None, **replaced):
+    """The pipeline on the CPU in `dtype`, every weight frozen and in eval mode, without safety checkers.
+
+    name: folder or hub repository in diffusers layout. dtype: of all, or {part or "default": dtype}; what a network
+    keeps in float32 stays there, so it is moved to its device by `.to(device)` alone. replaced: parts that are there
+    already and are not loaded.
+    """
+    index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
+    skipped = {part: None for part in teachers.NOT_TRAINED if part in index}
+    if "safety_checker" in index:
+        skipped["requires_safety_checker"] = False
+    options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
+    flag = f"--pretrained_teacher_model={name}"
+    parts = [part for part, value in index.items() if isinstance(value, list)]
+    loader = tasks.text_class(getattr(diffusers, index["_class_name"]), parts) or DiffusionPipeline
+    try:
+        pipeline = teachers.load_checked(flag, name, index, loader, **options, **skipped | replaced)
+    except (*teachers.LOAD_ERRORS, ImportError) as error:
+        line = str(error).strip().split("\n")[0]
+        raise UserError(f"{flag} cannot be loaded: {line}") from None
+    for network in denoisers(pipeline).values():
+        keep_float32(network)
+    return teachers.frozen(pipeline)
+
+
+def keep_float32(network):
+    """Let layers that the library keeps in float32 compute in it also under autocast, in place: so does the card. Only
+    those that autocast would lower are touched; what others give them there may come in a half precision."""
+    kept = set(network._keep_in_fp32_modules or ())
+    for path, module in network.named_modules():
+        if kept & set(path.split(".")) and isinstance(module, LOWERED):
+            teachers.without_autocast(module)
+            module.register_forward_pre_hook(_in_own_dtype)
+
+
+def _in_own_dtype(module, args):
+    return tuple(x.to(module.weight.dtype) for x in args)
+
+
+def load_vae(name, revision=None, variant=None, cache_dir=None):
+    """The VAE of a pipeline alone, as `load_pipeline` gives it in float32."""
+    index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
+    others = [part for part, value in index.items() if isinstance(value, list) and part != "vae"]
+    place = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+    return load_pipeline(name, **place, **dict.fromkeys(others)).vae
+
+
+def exempt_vae(pipeline):
+    """Let the VAE compute in its own dtype also under autocast: SDXL's overflows in float16."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return
+    original = vae.decode
+
+    def decode(latents, *args, **kwargs):
+        with torch.autocast(latents.device.type, enabled=False):
+            return original(latents.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decode
+
+
+def check_lora(config, rank, names=None):
+    """UserError for --lora_target_modules or --lora_rank that do not fit; config: as from `read_pipeline_config`."""
+    adapted = []
+    for cls, values in config["denoisers"].values():
+        with torch.device("meta"):
+            module = cls.from_config(values)
+        adapted += [module.get_submodule(path) for path in lora_targets(module, names)]
+    check_rank(rank, adapted)
+
+
+def denoisers(pipeline):
+    """{name: module} of the networks that denoise, in the order of DENOISERS."""
+    parts = {name: getattr(pipeline, name, None) for name in DENOISERS}
+    return {name: module for name, module in parts.items() if isinstance(module, torch.nn.Module)}
+
+
+def weights_sample(pipeline, num_tensors=32, num_values=4, encoder=False):
+    """{parameter's name: its first values as floats} of some of the denoisers' tensors: enough to tell two teachers
+    apart, whatever their folders are called and whichever precision they were loaded in. encoder: of the VAE's
+    encoder instead, which made the latents of images."""
+    modules = {"vae.encoder": pipeline.vae.encoder} if encoder else denoisers(pipeline)
+    named = [(f"{d}.{n}", p) for d, module in modules.items() for n, p in module.named_parameters()]
+    chosen = named[:: max(1, len(named) // num_tensors)]
+    return {name: p.detach().flatten()[:num_values].float().tolist() for name, p in chosen}
+
+
+def undecorated(pipeline_class):
+    """`__call__` without torch.no_grad and whatever else wraps it."""
+    return inspect.unwrap(pipeline_class.__call__)
+
+
+def generators(seeds):
+    """One CPU generator a sample: the noise of a sample depends on its seed alone, not on batch, rank or device."""
+    return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+
+
+def call(pipeline, prompts, seeds, output_type="latent", **kwargs):
+    """The pipeline's own call, differentiable in its denoisers: B prompts and seeds -> its first output.
+
+    output_type "latent": whatever the pipeline calls latents, (B, ...), in its dtype; "pt": images (B, C, H, W) or
+    videos (B, F, C, H, W) in 0..1. seeds: B integers, or B generators. kwargs: for the call; a negative_prompt that is
+    a string is every sample's. Nothing is recorded for gradients under torch.no_grad.
+    """
+    if isinstance(kwargs.get("negative_prompt"), str):
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
+    drawn = seeds if isinstance(seeds[0], torch.Generator) else generators(seeds)
+    options = {"generator": drawn, "output_type": output_type, "return_dict": False}
+    return undecorated(type(pipeline))(pipeline, prompt=list(prompts), **options, **kwargs)[0]
+
+
+class Rollout(torch.nn.Module):
+    """Owns the denoisers of a pipeline and runs its call: this is what DDP and FSDP wrap, while the pipeline keeps the
+    networks themselves, of which it reads configuration and dtype."""
+
+    def __init__(self, pipeline, **kwargs):
+        super().__init__()
+        self.denoisers = torch.nn.ModuleDict(denoisers(pipeline))
+        self.pipeline, self.kwargs = pipeline, kwargs
+
+    def train(self, mode=True):
+        """Denoisers stay in eval mode: some change what they return, and checkpointing does not depend on it. Only the
+        adapters' dropout follows."""
+        super().train(False)
+        self.training = mode
+        for layer in lora_layers(self).values():
+            layer.lora_dropout.train(mode)
+        return self
+
+    def forward(self, prompts, seeds, **kwargs):
+        return call(self.pipeline, prompts, seeds, **self.kwargs | kwargs)
+
+
+class _Answer:
+    """A scheduler whose every step leads to the latents that it was given."""
+
+    def __init__(self, scheduler, latents):
+        self._scheduler, self._latents = scheduler, latents
+
+    def __getattr__(self, name):
+        return getattr(self._scheduler, name)
+
+    def step(self, *args, return_dict=True, **kwargs):
+        answer = self._latents.clone()
+        if return_dict:
+            return type("Output", (), {"prev_sample": answer, "pred_original_sample": answer})()
+        return answer, answer
+
+
+@torch.no_grad()
+def decode(pipeline, latents, prompts, **kwargs):
+    """Images (B, C, H, W) or videos in 0..1 of latents (B, ...) as `call` returns them, by the pipeline's decoding;
+    None where the pipeline changes latents after its last step, so that theirs cannot be put in from outside.
+
+    kwargs: of a student's call. The pipeline runs with a scheduler that answers every step with these latents.
+    """
+    scheduler, part = pipeline.scheduler, next(iter(denoisers(pipeline).values()))
+    latents = latents.to(part.device)
+    pipeline.scheduler = _Answer(scheduler, latents)
+    try:
+        seeds = range(len(prompts))
+        if not torch.equal(call(pipeline, prompts, seeds, **kwargs).to(latents.dtype), latents):
+            return None
+        return call(pipeline, prompts, seeds, "pt", **kwargs)
+    finally:
+        pipeline.scheduler = scheduler
+
+
+def to_pixels(images):
+    """Images (B, C, H, W) or videos (B, F, C, H, W) in 0..1 -> uint8 (B, H, W, 3); of a video the middle frame."""
+    images = images[:, images.shape[1] // 2] if images.ndim == 5 else images
+    pixels = (images.float().clamp(0, 1) * 255.0).round().to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def lora_targets(module, names=None):
+    """Full paths of the modules of a denoiser that get adapters.
+
+    names: ends of paths, as in PEFT; None: every Linear and Conv2d in a repeated block, a member of a ModuleList.
+    Raises UserError for a name that selects nothing, or anything but Linear and Conv2d.
+    """
+    layers = {path: m for path, m in module.named_modules() if path}
+    fits = {
+        p
+        for p, m in layers.items()
+        if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and getattr(m, "groups", 1) == 1
+    }
+    if names is None:
+        return sorted(path for path in fits if any(part.isdigit() for part in path.split(".")))
+    selected = set()
+    for name in names:
+        paths = {path for path in layers if f".{path}".endswith(f".{name}")}
+        if not paths or paths - fits:
+            raise UserError(
+                f"--lora_target_modules: {name!r} does not select Linear or Conv2d modules of the teacher's denoiser; "
+                "name ends of module paths, like to_q,to_k,to_v"
+            )
+        selected |= paths
+    return sorted(selected)
+
+
+def add_lora(pipeline, rank, alpha, dropout=0.0, names=None):
+    """Attach float32 adapters to every denoiser, in place; B starts at zero, so the student starts as the teacher."""
+    for module in denoisers(pipeline).values():
+        attach_lora(module, rank, alpha, dropout, names)
+
+
+def attach_lora(module, rank, alpha, dropout=0.0, names=None):
+    """`add_lora` for one denoiser, which is frozen but for its adapters; names: see `lora_targets`."""
+    targets = lora_targets(module, names)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    module.requires_grad_(False)
+    if hasattr(module, "add_adapter"):
+        module.add_adapter(config, ADAPTER)
+    else:
+        inject_adapter_in_model(config, module, ADAPTER)
+    for layer in lora_layers(module).values():
+        for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            part.float().requires_grad_(True)
+
+
+def lora_files(pipeline_class, names):
+    """{denoiser: (file, keyword of save_lora_weights, keywords of load_lora_weights)}; None where the pipeline class
+    has no LoRA in diffusers."""
+    if not hasattr(pipeline_class, "save_lora_weights"):
+        return None
+    arguments = inspect.signature(pipeline_class.save_lora_weights).parameters
+    files = {}
+    for name in names:
+        if f"{name}_lora_layers" in arguments:
+            files[name] = WEIGHTS, name, {}
+        else:  # Wan 2.2: the second transformer's LoRA is a file of its own
+            files[name] = WEIGHTS.replace(".", f"_{name}.", 1), name.rpartition("_")[0], {f"load_into_{name}": True}
+    return files
+
+
+def save_lora(output_dir, pipeline):
+    """Write the adapters for `pipe.load_lora_weights`; returns the names of what was written.
+
+    Of a pipeline class that takes no LoRA in diffusers, each denoiser is written twice: as a PEFT adapter
+    (`NAME_adapter/`) and with the adapter merged into its weights (`NAME/`), which stock diffusers loads as `NAME=`.
+    """
+    output_dir, parts = Path(output_dir), denoisers(pipeline)
+    files, written = lora_files(type(pipeline), parts), []
+    for name, module in parts.items():
+        tensors = {
+            k: v.detach().cpu().contiguous()
+            for k, v in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
+        }
+        config = module.peft_config[ADAPTER]
+        if files:
+            file, keyword, _ = files[name]
+            # Not config.to_dict(): another version of PEFT refuses fields that it does not know.
+            header = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+            layers = {f"{keyword}_lora_layers": tensors, f"{keyword}_lora_adapter_metadata": header}
+            type(pipeline).save_lora_weights(output_dir, weight_name=file, **layers)
+            written.append(file)
+            continue
+        folder = output_dir / f"{name}_adapter"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+        PeftConfig.save_pretrained(config, folder)
+        merged_denoiser(module).save_pretrained(output_dir / name)
+        written += [f"{name}_adapter", name]
+    return written
+
+
+def save_denoisers(output_dir, pipeline):
+    """Write the denoisers, each into its folder; returns their names."""
+    for name, module in denoisers(pipeline).items():
+        module.save_pretrained(Path(output_dir, name))
+    return list(denoisers(pipeline))
+
+
+def lora_load_calls(pipeline, written):
+    """(file, further arguments as text) of each load_lora_weights that loads what `save_lora` has written."""
+    files = lora_files(type(pipeline), denoisers(pipeline)) or {}
+    return [
+        (file, "".join(f", {name}={value}" for name, value in extra.items()))
+        for file, _, extra in files.values()
+        if file in written
+    ]
+
+
+def student_code(pipeline, model, kwargs, files=(), teacher=None):
+    """Python that makes images with a student, for its card.
+
+    model: where it is, as from `export.model_code`; kwargs: of the call. A LoRA needs teacher too, the arguments of
+    `export.load_code` that name it, and files, what `save_lora` has written.
+    """
+    loader, scheduler, parts = type(pipeline).__name__, type(pipeline.scheduler).__name__, {}
+    if teacher:  # of merged denoisers, each in its folder
+        parts = {name: type(part).__name__ for name, part in denoisers(pipeline).items() if name in files}
+    names = {loader, *([scheduler] if teacher else []), *parts.values()}
+    lines = ["import torch", f"from diffusers import {', '.join(sorted(names))}", ""]
+    for name, part in parts.items():
+        lines.append(f'{name} = {part}.from_pretrained({model}, subfolder="{name}", dtype=torch.bfloat16)')
+    more = "".join(f", {name}={name}" for name in parts) + ", dtype=torch.bfloat16"
+    load = f"{loader}.from_pretrained({model}{more})"
+    if teacher:
+        load = export.load_code(loader, more=more, **teacher)
+    lines.append(f'pipe = {load}.to("cuda")')
+    if teacher:
+        lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({model}, subfolder="scheduler")')
+    for file, extra in lora_load_calls(pipeline, files):
+        lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{extra})')
+    return "\n".join([*lines, f'images = pipe("a prompt", {public_kwargs(kwargs)})[0]'])
+
+
+@torch.no_grad()
+def merged_denoiser(module):
+    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT."""
+    weights = {}
+    layers = lora_layers(module)
+    for path, tensor in module.state_dict().items():
+        if ".lora_" not in path:
+            weights[path.replace(".base_layer.", ".")] = tensor.detach().float().cpu()
+    for path, layer in layers.items():
+        weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(ADAPTER).float().cpu()
+    copy = type(module).from_config(module.config)
+    copy.load_state_dict(weights)
+    return copy
+
+
+def public_kwargs(kwargs):
+    """Keyword arguments as they stand in a call in Python: `guidance_scale=1.0, num_inference_steps=4`."""
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(kwargs.items()))
+
+
+def parse_kwargs(flag, text):
+    """The dict of a flag that holds a JSON object; UserError otherwise."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"{flag}={text} is no JSON ({error}); write it like '{{\"guidance_scale\": 1}}'") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{flag}={text} is no JSON object; write it like '{{\"guidance_scale\": 1}}'")
+    return value
+
+
+@torch.no_grad()
+def encode(pipeline, pixels):
+    """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; `check_encoding` confirms it.
+
+    A VAE in float16 whose configuration says `force_upcast`, as SDXL's, encodes in float32.
+    """
+    vae = pipeline.vae
+    of_video = any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    with torch.autocast(vae.device.type, enabled=False):  # as where the loop encodes
+        pixels = pixels.to(vae.device, torch.float32 if upcast else vae.dtype)
+        encoded = (vae.float() if upcast else vae).encode(pixels.unsqueeze(2) if of_video else pixels)
+    if upcast:
+        vae.half()
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return normalized(pipeline, latents.float())
+
+
+def normalized(pipeline, latents):
+    """What the VAE's encoder gives, (B, ...) float32, as the pipeline's call returns latents.
+
+    (latents - shift) / std * scale by the VAE's configuration, packed by the pipeline where its latents are packed.
+    """
+    config = pipeline.vae.config
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shape = [1, -1] + [1] * (latents.ndim - 2)
+        shift = torch.tensor(config["latents_mean"], device=latents.device).view(shape)
+        scale = scale / torch.tensor(config["latents_std"], device=latents.device).view(shape)
+    latents = (latents - shift) * scale
+    if hasattr(pipeline, "_pack_latents"):
+        batch, channels, height, width = *latents.shape[:2], *latents.shape[-2:]
+        latents = pipeline._pack_latents(latents, batch, channels, height, width)
+    return latents
+
+
+@torch.no_grad()
+def check_encoding(rollout, data, indices, limit=0.5):
+    """UserError unless the pipeline decodes what `encode` made of images `indices` of `data` to these images, up to
+    `limit` of their variance; where `data` has no images any more, to images of which `encode` makes the same latents.
+
+    data: a PairImages or CachedPairs. Returns the relative squared error. The images have one size.
+    """
+    flag = "--dataset_metadata_path" if hasattr(data, "pixels") else "--pairs_dir"
+    prompts, options = [data.prompts[i] for i in indices], rollout.kwargs | data.call_kwargs(indices)
+    latents, error = data.latents(indices), math.inf
+    made = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))
+    if latents.shape == made.shape:
+        images = decode(rollout.pipeline, latents.to(made.dtype), prompts, **options)
+        if images is not None:
+            there, back = latents.float().cpu(), images.float().cpu() * 2 - 1
+            if hasattr(data, "pixels"):
+                there = data.pixels(indices)
+            else:
+                back = encode(rollout.pipeline, back).cpu()
+            if there.shape == back.shape:
+                error = ((back - there).square().mean() / there.var()).item()
+    if not error <= limit:
+        raise UserError(
+            f"{flag}: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
+            f"(encoded and decoded again they differ by {error:.2g} of their variance); use generate_pairs"
+        )
+    return error

@@ -1,0 +1,214 @@
+"""What direct distillation measures and shows of a student: pairs that it was not trained on, beside the teacher."""
+
+import functools
+
+from common.direct import pixels
+from common.direct.pipelines import SCHEDULE_ARGUMENTS, decode, public_kwargs, to_pixels, weights_sample
+from common.direct.probes import (
+    check_draws,
+    guidance_off,
+    guides,
+    is_wasted,
+    noise_sha256,
+    observe,
+    repair_last_step,
+    scheduler_class,
+)
+from common.direct.tasks import arguments as call_arguments
+from common.errors import CALL_ERRORS, UserError
+from common.results import samples
+
+import numpy as np
+import torch
+
+
+@torch.no_grad()
+def measure(rollout, data, indices, batch_size, kept=(), share=None):
+    """(mean squared error over the variance of the teacher's latents, {index: student's latents} of pairs `kept`).
+
+    share: `samples.share` with its accelerator, where every process calls this and does a part of it.
+    """
+
+    def of_batch(batch):
+        target, student = data.latents(batch).float().cpu(), roll_out(rollout, data, batch).cpu()
+        error = (student - target).double().square().sum().item()
+        sums = error, target.double().sum().item(), target.double().square().sum().item(), target.numel()
+        return sums, {i: latents.clone() for i, latents in zip(batch, student, strict=True) if i in kept}
+
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    results = share(batches, of_batch) if share else list(map(of_batch, batches))
+    error, total, squares, count = (sum(values) for values in zip(*(sums for sums, _ in results), strict=True))
+    made = {i: latents for _, part in results for i, latents in part.items()}
+    return error / (squares - total**2 / count), made
+
+
+def pictures(rollout, data, indices, latents):
+    """uint8 (N, H, W, 3) of latents, one (...) for each of these pairs, which have one size; None where latents cannot
+    be decoded apart from their call (see `pipelines.decode`)."""
+    images = []
+    for index, one in zip(indices, latents, strict=True):
+        options = rollout.kwargs | data.call_kwargs([index])
+        images.append(decode(rollout.pipeline, one.unsqueeze(0), [data.prompts[index]], **options))
+    return None if None in images else to_pixels(torch.cat(images))
+
+
+def sample_and_measure(accelerator, student, data, measured, shown, untrained, batch_size, step):
+    """Measure and show pairs `measured` and log both: ({tag: uint8 (N, H, W, 3)}, relative MSE).
+
+    Called by every process, which share the work. shown: the pairs of the pictures. untrained: (relative MSE, {pair:
+    latents}) of the student before training. Rows: teacher, student, untrained.
+    """
+    share = functools.partial(samples.share, accelerator)
+    with accelerator.autocast(), samples.eval_mode(student):
+        relative_mse, latents = measure(student, data, measured, batch_size, kept=shown, share=share)
+        rows = {"teacher": None, "student": latents, "untrained": untrained[1]}
+
+        def picture(job):
+            row, i = job
+            return pictures(student, data, [i], [row[i] if row else data.latents([i])[0]])
+
+        shared = share([(row, i) for row in rows.values() for i in shown], picture)
+    images = {}
+    for i, name in enumerate(rows):
+        batch = shared[i * len(shown) : (i + 1) * len(shown)]
+        if not any(picture is None for picture in batch):
+            images[f"validation/{name}"] = np.concatenate(batch)
+    samples.log_images(accelerator.trackers, images, step)
+    values = {"held_out/relative_mse": relative_mse, "held_out/relative_mse_untrained": untrained[0]}
+    accelerator.log(values, step=step)
+    accelerator.print("\n" + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
+    return images, relative_mse
+
+
+def check_pairs(config, pairs_config, folder):
+    """The scheduler that made the pairs, (class, configuration), the teacher's own without pairs_config.
+
+    config: the teacher's, as from `read_pipeline_config`. UserError when the pairs are of another pipeline.
+    """
+    if pairs_config is None:
+        return config["scheduler"]
+    made_by = pairs_config["pipeline"]
+    if made_by != config["class"].__name__:
+        raise UserError(
+            f"--pairs_dir={folder}: a {made_by} made these pairs, --pretrained_teacher_model is a "
+            f"{config['class'].__name__}; name the teacher that made them"
+        )
+    recorded = pairs_config["scheduler"]
+    return scheduler_class("--pairs_dir: its scheduler", recorded["class"]), recorded["config"]
+
+
+def check_same_weights(pipeline, pairs_config, folder):
+    """UserError unless the pipeline's denoisers have the weights that made the pairs, up to a half precision, and so
+    its VAE's encoder, where that made the latents of images."""
+    if pairs_config is None:
+        return
+    here, there = weights_sample(pipeline), pairs_config["weights_sample"]
+    if pairs_config.get("encoder_sample"):
+        here, there = here | weights_sample(pipeline, encoder=True), there | pairs_config["encoder_sample"]
+    same = here.keys() == there.keys() and all(
+        torch.allclose(torch.tensor(here[name]), torch.tensor(there[name]), rtol=0.02, atol=1e-4) for name in here
+    )
+    if not same:
+        raise UserError(
+            f"--pairs_dir={folder}: {pairs_config['model']} made these pairs, and --pretrained_teacher_model has "
+            "other weights; name the teacher that made them"
+        )
+
+
+FROM_PAIRS = ("prompt", "generator", "latents", "height", "width", "num_frames", "output_type", "return_dict")
+
+
+def check_overrides(pipeline_class, overrides, num_inference_steps):
+    """UserError for --student_kwargs that the pipeline's call does not take, or that are the script's own."""
+    for name in overrides:
+        if name == "num_inference_steps":
+            raise UserError("--student_kwargs: num_inference_steps has a flag of its own, --num_inference_steps")
+        if name in FROM_PAIRS or name.endswith("_per_prompt"):
+            raise UserError(f"--student_kwargs: {name} comes from the pairs and the script; leave it out")
+        if name not in call_arguments(pipeline_class):
+            raise UserError(f"--student_kwargs: the call of {pipeline_class.__name__} has no {name}")
+    for name in {"sigmas", "timesteps"} & overrides.keys():
+        if not isinstance(overrides[name], list) or len(overrides[name]) != num_inference_steps:
+            raise UserError(f"--student_kwargs: {name} must be a list of {num_inference_steps}, one for each step")
+
+
+def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, overrides, repair=True):
+    """The arguments of the student's call, and sentences on what was found out: (kwargs, [notes]).
+
+    teacher_kwargs: what the teacher was called with; overrides: --student_kwargs. repair: whether a wasted last step
+    is repaired, by changing `pipeline.scheduler`. Raises UserError when guidance stays on, when a step asks the
+    denoiser more than once, or when sampling draws noise.
+    """
+    check_overrides(type(pipeline), overrides, num_inference_steps)
+    prompts, size = (data.prompts * 2)[:2], data.call_kwargs([0])
+    dropped = (*SCHEDULE_ARGUMENTS, "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+    kwargs = {name: value for name, value in teacher_kwargs.items() if name not in dropped} | size | overrides
+    notes, sizes = [], {tuple(one) for one in getattr(data, "sizes", []) if one}
+    try:
+        for height, width in sorted(sizes):
+            kwargs |= pixels.fit(pipeline, prompts[0], kwargs, {"height": height, "width": width}, notes)
+        off = (
+            {} if {"guidance_scale", "true_cfg_scale"} & overrides.keys() else guidance_off(pipeline, prompts, kwargs)
+        )
+        kwargs |= off | {"num_inference_steps": num_inference_steps}
+        check_draws("--student_scheduler", pipeline, prompts, **kwargs)
+        before, after, change, added = repair_last_step(pipeline, prompts, kwargs) if repair else (0, 0, {}, {})
+        kwargs |= added
+        seen = observe(pipeline, prompts, **kwargs)
+    except CALL_ERRORS as error:
+        raise UserError(
+            f"--student_kwargs, --student_scheduler: the pipeline's call refuses {kwargs}: {error}"
+        ) from error
+    if change or added:
+        notes.append(
+            f"the last of {num_inference_steps} evaluations lay at {before:.3f} of the noise range, wasted; "
+            f"the student's {'scheduler' if change else 'call'} has {change or added} and ends at {after:.3f}"
+        )
+    elif is_wasted(seen.last_time, num_inference_steps):
+        notes.append(
+            f"WARNING: the last of {num_inference_steps} evaluations lies at {seen.last_time:.3f} of the noise range, "
+            "wasted; try --student_scheduler_kwargs, or --student_kwargs with sigmas"
+        )
+    if guides(seen, len(prompts)):
+        raise UserError(f"--student_kwargs: the student still guides with {kwargs}; leave guidance to the script")
+    if seen.calls != num_inference_steps:
+        raise UserError(
+            f"--student_scheduler: {type(pipeline.scheduler).__name__} asks the denoiser {seen.calls} times in "
+            f"{num_inference_steps} steps; use one that asks once a step, such as DDIMScheduler"
+        )
+    for name in size:  # of each call's own images
+        del kwargs[name]
+    times = ", ".join(f"{t:g}" for t in pipeline.scheduler.timesteps.tolist())
+    notes.append(f"the student's call: {public_kwargs(kwargs)}; {type(pipeline.scheduler).__name__} at {times}")
+    return kwargs, notes
+
+
+def check_noise(data, latents, index):
+    """UserError unless this machine draws the noise that pair `index` started from; latents: (1, ...) of that pair."""
+    if data.hashes and noise_sha256(data.seeds[index], latents.numel()) != data.hashes[index]:
+        raise UserError(
+            f"--pairs_dir: seed {data.seeds[index]} gives another noise here than where the pairs were made (another "
+            "version of torch or diffusers?); make the pairs with this installation"
+        )
+
+
+def roll_out(rollout, data, indices, shift=0, **kwargs):
+    """The student's latents (B, ...) in float32 for pairs `indices`; shift: added to their seeds, of 64 bits."""
+    prompts, seeds = [data.prompts[i] for i in indices], [(data.seeds[i] + shift) % 2**64 for i in indices]
+    return rollout(prompts, seeds, **data.call_kwargs(indices) | kwargs).float()
+
+
+def freeze_unused(rollout, data, indices):
+    """Freeze parameters that the backward pass of one batch does not reach, and return their names: DDP waits for
+    every parameter that is not frozen. UserError when no gradient reaches any.
+    """
+    roll_out(rollout, data, indices).square().mean().backward()
+    trained = {name: p for name, p in rollout.named_parameters() if p.requires_grad}
+    unused = [name for name, p in trained.items() if p.grad is None]
+    norms = [p.grad.float().norm() for p in trained.values() if p.grad is not None]
+    if not norms or not torch.stack(norms).sum() > 0:
+        raise UserError("--pretrained_teacher_model: no gradient reaches its denoiser through the pipeline's call")
+    for name, parameter in trained.items():
+        parameter.grad = None
+        parameter.requires_grad_(name not in unused)
+    return unused

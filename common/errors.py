@@ -1,0 +1,77 @@
+"""What a user is told: mistakes in one sentence, and never a credential in it."""
+
+import re
+
+
+class UserError(Exception):
+    """A user's mistake: one sentence that names the flag and the way out. Scripts print it and exit with code 2.
+
+    on_one_rank: whether it may have happened to this process alone, which then has to say so itself.
+    """
+
+    on_one_rank = False
+
+
+class DataError(UserError):
+    """One sentence about training data, naming the flag and the way out."""
+
+
+SECRET = r"[\w-]*(?:token|sig|key|secret|credential|passw|auth|jwt|hmac)[\w-]*"  # names of parameters
+# Other parameters of a signed query; they change with each signature, and without one they mean something else.
+SIGNED = (
+    r"(?:x-(?:amz|goog|ms|oss|obs|tos|bce)-|q-)[\w-]+|(?:aws|google|oss)?access(?:key)?id|policy|expir(?:es|y|ation)|"
+    r"exp|md5|ts|timestamp|e|s[vsrtpe]|srt|sip|spr|skoid|sktid|skt|ske|sks|skv|sdd|saoid|suoid|scid|ses"
+)
+TAR = r"[^&\s\"']*\.(?:tar|tgz|gz|bz2|xz)(?![^&\s\"'])"  # a value that names one is no secret
+
+
+def mask_credentials(text):
+    """An address or command without its credentials, which become ***.
+
+    User and password, signed queries, headers, and the flags, variables and tokens of commands.
+    """
+    text = re.sub(r"(://)[^/@\s\"']+@", r"\1***@", text)
+    text = re.sub(rf"(?i)([?&]{SECRET}=)(?!{TAR})[^&\s\"']+", r"\1***", text)
+    text = re.sub(r"(?i)\b(bearer|basic|authorization: *token)((?:\\?\s)+)[^\s\"']+", r"\1\2***", text)
+    header = r"(?:-H|--header)[ =]?[\"']?(?:(?:proxy-)?authorization|cookie|[\w-]*(?:token|api-?key|secret)): *"
+    text = re.sub(rf"(?i)({header})(?!(?:bearer|basic|token)\b)[^\"'\s][^\"']*", r"\1***", text)
+    text = re.sub(r"(?i)(\s--[\w-]*(?:password|token|secret)[\w-]*[= ])[^\s\"'$]+", r"\1***", text)
+    text = re.sub(r"(\s(?:-u|--user|--proxy-user)[= ]?[\"']?)[^\s\"':$]+:[^\s\"']+", r"\1***", text)
+    text = re.sub(r"\b([A-Z_]*(?:TOKEN|SECRET|PASSW|KEY)[A-Z_]*=[\"']?)[^\s\"'$]+", r"\1***", text)
+    return re.sub(r"\b(hf_|ghp_|github_pat_|glpat-)\w{16,}", r"\1***", text)
+
+
+def without_credentials(text):
+    """What an address or command reads, whoever asks and until whenever: equal for two signatures of one file.
+
+    Also equal for the text that `mask_credentials` makes of it.
+    """
+    text = re.sub(r"(://)[^/@\s\"']+@", r"\1", text)
+    return mask_credentials(re.sub(r"\?[^\s\"'#]*", lambda query: _unsigned(query[0]), text))
+
+
+def _unsigned(query):
+    """A query `?a=b&c=d` without its signature, where it has one."""
+    parts = query[1:].split("&")
+    signature = [part for part in parts if re.match(rf"(?i){SECRET}=(?!{TAR})", part)]
+    if not signature:
+        return query
+    kept = [part for part in parts if part not in signature and not re.match(rf"(?i)(?:{SIGNED})=", part)]
+    return "?" + "&".join(kept) if kept else ""
+
+
+def first_line(error):
+    """An exception in one line."""
+    lines = str(error).strip().split("\n")
+    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def unreadable(sentence):
+    """A UserError that one process may meet alone."""
+    error = UserError(sentence)
+    error.on_one_rank = True
+    return error
+
+
+# What libraries raise for arguments that they do not take.
+CALL_ERRORS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)

@@ -1,0 +1,428 @@
+"""Flags that several scripts share, their types and cross-checks.
+
+Only this module and the scripts see the argparse Namespace; everything below them takes plain values.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import shlex
+import sys
+
+from common.data import tables
+from common.data.folders import expand_home
+from common.data.images import INTERPOLATION_TYPES
+from common.errors import UserError, mask_credentials
+from common.networks import performance, teachers
+from common.networks.encoders import VAE_ENCODE_BATCH_SIZE
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from huggingface_hub import get_token
+
+SECRET_FLAGS = ("hub_token",)
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one sentence on stderr (on one process of each node) and exit code 2."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, argv=None):
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if argv and argv[-1].strip(" \r\n") == "\\":  # a command copied with its last line's backslash
+            argv.pop()
+        words = [word.split("=")[0] for word in argv]
+        self.typed = {self._option_string_actions[word].dest for word in words if word in self._option_string_actions}
+        args = super().parse_args(argv)
+        sys.argv[1:] = mask_secrets(sys.argv[1:])  # trackers record the command line on their own
+        for action in self._actions:
+            if getattr(args, action.dest, None) == "" and action.dest != "negative_prompt":
+                name = (action.option_strings or [action.metavar])[0]
+                self.error(f"{name} is empty (a variable that is not set?); give it a value, or drop it")
+        return args
+
+    def error(self, message):
+        exit_with(self.prog, message)
+
+    def refuse_idle(self, names, reason):
+        """An error where flags of `names` were typed, which do nothing beside the others; reason: why, and what to do.
+
+        What a default would say is no error: nobody asked for it.
+        """
+        idle = [f"--{name}" for name in names if name in self.typed]
+        if idle:
+            self.error(f"{', '.join(idle)}: {reason}")
+
+
+def exit_with(prog, message, on_one_rank=False):
+    """Print `prog: error: message` as one line and exit with code 2.
+
+    Only the first process of a node prints what all of them meet; what may have met one alone, that one prints.
+    """
+    if on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{prog}: error: {mask_credentials(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def non_negative_int(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, it is {value}")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {value}")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not (0.0 < value < float("inf")):
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return value
+
+
+def real(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, not {text}")
+    return value
+
+
+def non_negative_float(text):
+    value = float(text)
+    if not (0.0 <= value < float("inf")):
+        raise argparse.ArgumentTypeError(f"must be a number that is not negative, not {text}")
+    return value
+
+
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^62, not {value}")
+    return value
+
+
+def beta(text):
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {value}")
+    return value
+
+
+def embedding_width(text):
+    """Half of it are sines, half cosines, and two of each are needed."""
+    value = int(text)
+    if value < 4 or value % 2:
+        raise argparse.ArgumentTypeError(f"must be an even number of at least 4, not {value}")
+    return value
+
+
+def int_list(text):
+    """`1,2,4` -> [1, 2, 4], at least one, all at least 1."""
+    return _list(text, positive_int)
+
+
+def weight_list(text):
+    """`1,0.5` -> [1.0, 0.5], at least one, none negative."""
+    return _list(text, non_negative_float)
+
+
+def _list(text, item):
+    values = [item(part) for part in text.split(",") if part.strip()]
+    if not values:
+        raise argparse.ArgumentTypeError("names no number; give one or more, such as 1,2,4")
+    return values
+
+
+for _type, _name in [(positive_int, "positive whole number"), (non_negative_int, "whole number")]:
+    _type.__name__ = _name  # argparse names the type in its message for text that is no number
+for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
+    _type.__name__ = _name
+seed.__name__, beta.__name__, real.__name__ = "whole number", "fraction", "number"
+embedding_width.__name__ = "whole number"
+int_list.__name__, weight_list.__name__ = "list of whole numbers", "list of numbers"
+
+
+def add_hub_arguments(add, of):
+    """Which files of the hub are loaded; of: what --revision speaks of."""
+    add("--revision", help=f"hub revision of {of}")
+    add("--variant", help="weight files to load, such as fp16")
+    add("--cache_dir", type=path, help="where hub downloads are kept")
+
+
+def add_checkpoint_arguments(add):
+    """The Stable Diffusion teacher's files, as the training scripts and encode_shards load them."""
+    add("--pretrained_teacher_model", type=path, required=True, help="folder, hub name, or one .safetensors file")
+    add("--pretrained_vae_model_name_or_path", type=path, help="another VAE than the teacher's: folder or hub name")
+    add("--teacher_revision", help="hub revision of the teacher; without it, --revision")
+    add_hub_arguments(add, "everything without a revision flag of its own")
+
+
+def add_teacher_arguments(parser):
+    add = parser.add_argument_group("teacher").add_argument
+    add_checkpoint_arguments(add)
+    add("--vae_encode_batch_size", type=positive_int, help="images that the VAE encodes at once; SD: 32, SDXL: 2")
+    add("--use_fix_crop_and_size", action="store_true", help="SDXL: say of every sample that it was never cropped")
+    yes_no = argparse.BooleanOptionalAction
+    add("--cast_teacher_unet", action=yes_no, default=True, help="run the teacher in the dtype of --mixed_precision")
+
+
+def add_image_arguments(add):
+    """How images are read; cached latents were made with these and are checked against them."""
+    add("--resolution", type=positive_int, help="side of the square training images, in pixels; the teacher's own")
+    add("--interpolation_type", default="bilinear", choices=INTERPOLATION_TYPES, help="how images are resized")
+    add("--center_crop", action="store_true", help="crop the middle instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--min_image_size", type=non_negative_int, default=0, help="skip images whose shorter side is less")
+
+
+def add_data_arguments(parser, text=True):
+    """text: whether the data have captions, and come from shards alone."""
+    add = parser.add_argument_group("data").add_argument
+    tars = "tars (braces, globs, http://, pipe:)" + (" or an image folder" if text else "")
+    add("--train_shards_path_or_url", type=path, required=text, help=tars)
+    add_image_arguments(add)
+    if text:
+        add(
+            "--proportion_empty_prompts",
+            type=fraction,
+            default=0.0,
+            help="share of captions that are dropped",
+        )
+    add("--max_train_samples", type=positive_int, help="use at most so many distinct samples")
+    add("--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together")
+    add(
+        "--data_lanes", type=positive_int, help="parallel sample streams, a multiple of the processes; default: 8 each"
+    )
+    add("--data_seed", type=seed, help="seed of the sample order and the crops; without it, --seed")
+    add("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
+    add("--data_timeout", type=positive_int, default=600, help="seconds without a batch after which the run stops")
+    add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
+
+
+def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
+    """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps."""
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", type=path, default=output_dir, help="where checkpoints, logs and the result go")
+    add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
+    add("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per update")
+    add("--num_train_epochs", type=positive_int, default=100, help="passes over the data, without --max_train_steps")
+    add("--max_train_steps", type=positive_int, help="updates; overrides --num_train_epochs")
+    add("--learning_rate", type=non_negative_float, default=1e-4)
+    add("--scale_lr", action="store_true", help="multiply the learning rate by processes x batch x accumulation")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="over --max_train_steps updates")
+    add("--lr_warmup_steps", type=non_negative_int, default=500, help="updates of warm-up, if the scheduler has it")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states, from bitsandbytes")
+    add("--adam_beta1", type=beta, default=0.9)
+    add("--adam_beta2", type=beta, default=0.999)
+    add("--adam_weight_decay", type=non_negative_float, default=1e-2)
+    add("--adam_epsilon", type=positive_float, default=1e-8)
+    add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
+    add("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
+    add(
+        "--gradient_checkpointing",
+        nargs="?",
+        const="full",
+        default="none",
+        choices=performance.CHECKPOINTING,
+        help="recompute activations in the backward pass; selective: of the largest blocks; the bare flag: full",
+    )
+    add("--compile", action="store_true", help="torch.compile of the denoisers' blocks; takes minutes at the start")
+    add("--channels_last", action="store_true", help="convolutions' layout in memory; faster with --compile, on GPUs")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's, where it runs")
+    add("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
+    add("--dry_run", action="store_true", help="check everything, print the derived configuration, write nothing")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
+    add(
+        "--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep, and the best; default: all"
+    )
+    add("--resume_from_checkpoint", type=path, help="latest, a name under --output_dir, or a path")
+    add("--stop_margin", type=non_negative_int, default=300, help="seconds before a SLURM job's end to save and stop")
+
+    add = parser.add_argument_group("logging and validation").add_argument
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, none; several with commas")
+    add("--logging_dir", type=path, default="logs", help="for trackers, under --output_dir")
+    add("--logging_steps", type=positive_int, default=10, help="updates between two log entries")
+    add("--tracker_project_name", default=tracker_project_name)
+    add(
+        "--validation_steps",
+        type=non_negative_int,
+        default=200,
+        help="updates between two sample grids; 0: only at the end",
+    )
+    if samples_prompts:
+        add(
+            "--validation_prompts",
+            type=prompt,
+            action="append",
+            help="repeatable, or @FILE; default: 4 captions of the data",
+        )
+        add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="1,2,4; TSCD: the stage's")
+
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", action="store_true", help="upload the result and its card")
+    add("--hub_token", help="better: log in once, the token then never stands on a command line")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
+    add("--hub_private_repo", action="store_true", help="create the repository as a private one")
+
+
+def check_training_arguments(parser, args):
+    """Cross-checks that need no file and no model; each ends in `parser.error`."""
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed_precision not in ("no", "fp16", "bf16"):
+        parser.error(
+            f"the environment variable ACCELERATE_MIXED_PRECISION={mixed_precision} is none of no, fp16, bf16"
+        )
+    if mixed_precision == "fp16" and not torch.cuda.is_available() and not args.dry_run:
+        parser.error("--mixed_precision=fp16 needs a GPU (on a CPU it would silently run in fp32); use bf16 or no")
+    if args.compile and (missing := performance.missing_to_compile()):
+        parser.error(f"--compile: torch.compile needs {missing}, and there is none; install one, or drop the flag")
+    if args.channels_last and args.use_8bit_adam and not getattr(args, "lora_rank", 0):
+        parser.error("--channels_last: --use_8bit_adam puts weights back into the other layout; drop one of them")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or drop the flag")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        parser.error("--lr_scheduler=polynomial falls to 1e-7: give a --learning_rate above that")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        parser.refuse_idle(["lr_warmup_steps"], "constant has no warm-up; pass --lr_scheduler=constant_with_warmup")
+    if getattr(args, "loss_type", "huber") != "huber":
+        parser.refuse_idle(["huber_c"], f"--loss_type={args.loss_type} has none; pass --loss_type=huber, or drop it")
+    if not args.push_to_hub:
+        parser.refuse_idle(["hub_token", "hub_private_repo"], "nothing is uploaded; add --push_to_hub, or drop it")
+    grid = getattr(args, "num_ddim_timesteps", None)
+    if grid and max(args.validation_num_inference_steps or [1]) > grid:
+        parser.error(f"--validation_num_inference_steps: at most --num_ddim_timesteps={grid} steps can be sampled")
+    args.report_to = check_trackers(parser, args.report_to)
+    if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
+        parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
+    if hasattr(args, "validation_prompts"):
+        args.validation_prompts = read_prompts(parser, args.validation_prompts)
+
+
+def teacher_options(args):
+    """Which files of the teacher are loaded."""
+    return {"variant": args.variant, "cache_dir": args.cache_dir, "revision": args.teacher_revision or args.revision}
+
+
+def resolve_teacher_defaults(args, config, method_defaults=None):
+    """Fill in the flags whose default depends on the teacher, of `config` as from `teachers.read_teacher_config`."""
+    defaults = {"vae_encode_batch_size": VAE_ENCODE_BATCH_SIZE[config["is_sdxl"]]} | (method_defaults or {})
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.resolution is None:
+        args.resolution = teachers.default_resolution(config)
+    if args.use_fix_crop_and_size and not config["is_sdxl"]:
+        raise UserError("--use_fix_crop_and_size is for SDXL teachers and this is none; drop it")
+
+
+def check_trackers(parser, report_to):
+    """`tensorboard,wandb` -> ["tensorboard", "wandb"]; `all` -> those installed; `none` -> []."""
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if names == ["none"] or not names:
+        return []
+    if "none" in names or ("all" in names and len(names) > 1):
+        parser.error(f"--report_to={report_to}: none and all stand alone, or name trackers")
+    if names == ["all"]:
+        return available
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            parser.error(f"--report_to={name}: no such tracker; use tensorboard, wandb, comet_ml, all or none")
+        if name not in available:
+            parser.error(f"--report_to={name}: {name} is not installed; pip install it, or use tensorboard or none")
+    return names
+
+
+def read_prompts(parser, values):
+    """Repeated strings and @FILE (see `tables.read_prompts`) -> one list, or None when nothing was given."""
+    prompts = []
+    for value in values or []:
+        if not value.startswith("@"):
+            prompts.append(value)
+            continue
+        try:
+            prompts += tables.read_prompts(value[1:], f"--validation_prompts={value}")
+        except UserError as error:
+            parser.error(str(error))
+    if values and not prompts:
+        parser.error("--validation_prompts names no prompt; drop it to use captions of the training data")
+    return prompts or None
+
+
+def public_args(args):
+    """The flags as JSON-able {name: value}, without secrets: for trackers, checkpoints, cards and logs."""
+    flags = {key: value for key, value in sorted(vars(args).items()) if key not in SECRET_FLAGS}
+    return {key: mask_credentials(value) if isinstance(value, str) else value for key, value in flags.items()}
+
+
+def mask_secrets(words):
+    """The words of a command line, the values of secret flags replaced by `***`."""
+    masked = []
+    for word in words:
+        name = word.split("=")[0].lstrip("-")
+        is_value = bool(masked) and masked[-1].lstrip("-") in SECRET_FLAGS
+        masked.append("***" if is_value else f"--{name}=***" if name in SECRET_FLAGS and "=" in word else word)
+    return [mask_credentials(word) for word in masked]
+
+
+def command_line():
+    """The command as it was typed, for the model card; ArgumentParser has masked the secrets in it."""
+    return "accelerate launch " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def path(text):
+    """argparse type of every flag that names a file, a folder, a hub name, a pattern or an address, from `~` on."""
+    return expand_home(text)
+
+
+def labelled_path(text):
+    """`path` of `PATH` or `LABEL=PATH`."""
+    whole = path(text)
+    label, separator, rest = text.partition("=")
+    return whole if os.path.exists(whole) or not separator else f"{label}={path(rest)}"
+
+
+def prompt(text):
+    """A prompt as it is, `path` of `@FILE`."""
+    return path(text) if text.startswith("@") else text
+
+
+# Resuming may change these; anything else that differs from the checkpoint's run is an error.
+MAY_CHANGE = frozenset(
+    "output_dir resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
+    "logging_dir logging_steps report_to tracker_project_name validation_steps validation_prompts "
+    "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
+    "eval_steps eval_nfe eval_num_samples eval_num_reference eval_batch_size feature_network eval_class_accuracy "
+    "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
+    "stop_margin max_nonfinite_steps gradient_checkpointing compile channels_last "
+    "enable_xformers_memory_efficient_attention skip_pairs_check "
+    "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes
+)
+# These too, where --data_seed changes: the data then start afresh.
+DATA_FLAGS = frozenset(
+    "dataset_name dataset_config_name dataset_image_column_name dataset_class_label_column_name train_data_dir "
+    "data_seed data_lanes train_shards_path_or_url max_train_samples shuffle_block_samples train_batch_size".split()
+)

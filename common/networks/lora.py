@@ -1,0 +1,335 @@
+"""LoRA on a U-Net: which modules, attach, switch off for the teacher, save for other programs, checkpoint.
+
+The base is frozen in any dtype, the adapters are float32 and the only thing that trains. One network is both student
+(adapters on) and teacher (`adapters_off`). Left out: LoRA on text encoders, DoRA, several adapters at once; and
+FSDP and DeepSpeed save the whole network in checkpoints.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from common.errors import UserError
+from common.networks.weights import check_name
+
+import torch
+from accelerate.utils import DistributedType
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+# As in LCM-LoRA (arXiv 2311.05556): attention, feed-forward, ResNet convolutions, samplers, time projections.
+TARGET_MODULES = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS = "pytorch_lora_weights_kohya.safetensors"
+CHECKPOINT = "adapters.safetensors"
+ADAPTER = "default"
+
+
+def parse_target_modules(text):
+    """Names from the comma list of --lora_target_modules; None means TARGET_MODULES."""
+    if text is None:
+        return TARGET_MODULES
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UserError("--lora_target_modules names no module; leave the flag out for LCM-LoRA's list")
+    return names
+
+
+def check_target_modules(unet_config, names):
+    """The paths of the modules that `names` select in the U-Net of this configuration; needs no weights.
+
+    A name selects the modules whose path is it or ends with it, as in PEFT. Raises UserError for a name that selects
+    nothing, or anything but Linear and Conv2d; of TARGET_MODULES itself, what a U-Net does not have is left out.
+    """
+    with torch.device("meta"):
+        modules = dict(UNet2DConditionModel.from_config(unet_config).named_modules())
+    selected = {name: [path for path in modules if f".{path}".endswith(f".{name}")] for name in names}
+    for name, paths in selected.items():
+        fits = all(isinstance(modules[path], (torch.nn.Linear, torch.nn.Conv2d)) for path in paths)
+        if not fits or not (paths or tuple(names) == TARGET_MODULES):
+            raise UserError(
+                f"--lora_target_modules: {name!r} does not select Linear or Conv2d modules of the teacher's U-Net; "
+                f"name ends of module paths, like {', '.join(TARGET_MODULES[:4])}"
+            )
+    return [path for path in modules if any(path in paths for paths in selected.values())]
+
+
+def check_rank(rank, modules):
+    """UserError for a rank above what any of `modules`, each Linear or Conv2d, can have: it adds memory alone."""
+    most = max(min(m.weight.shape[0], m.weight[0].numel()) for m in modules)
+    if rank > most:
+        raise UserError(
+            f"--lora_rank={rank}: the largest of the adapted layers has rank {most}, so more than that cannot be "
+            f"learnt; pass at most {most}"
+        )
+
+
+def check_lora(unet_config, rank, alpha, target_modules, init_lora=None):
+    """UserError for modules that the U-Net does not have, for a rank that none of them can have, and unless the LoRA
+    of --init_lora can be the start; needs no weights of the U-Net."""
+    paths = check_target_modules(unet_config, target_modules)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+    check_rank(rank, [unet.get_submodule(path) for path in paths])
+    add_lora(unet, rank, alpha, 0.0, target_modules, init_lora)
+
+
+def add_lora(unet, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, init_lora=None):
+    """Freeze `unet` and attach float32 adapters to it, in place; they add alpha / rank * B A x to each module.
+
+    B starts at zero, so that student and teacher agree at step 0. init_lora: a folder with an earlier run's LoRA, or
+    one file in either format, whose adapters are the start instead; UserError when it does not fit.
+    """
+    unet.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules))
+    unet.add_adapter(config, ADAPTER)
+    for parameter in lora_parameters(unet):
+        parameter.data = parameter.data.float()
+    unet._lora_layers = list(lora_layers(unet).values())  # for adapters_off, which runs at every step
+    if init_lora is not None:
+        start_from(unet, init_lora, rank, alpha)
+
+
+def start_from(unet, init_lora, rank, alpha):
+    """Copy an earlier LoRA into the adapters, as `add_lora` describes it."""
+    _copy_tensors(_read_lora(unet, init_lora, rank, alpha), adapter_tensors(unet))
+
+
+def lora_layers(unet):
+    """{path: LoraLayer} of a U-Net, which may be wrapped by DDP or torch.compile."""
+    return {path: module for path, module in _unwrap(unet).named_modules() if isinstance(module, LoraLayer)}
+
+
+def adapter_tensors(unet):
+    """{path.lora_A.weight or path.lora_B.weight: parameter} of all adapters, in the order of the network."""
+    tensors = {}
+    for path, layer in lora_layers(unet).items():
+        tensors[f"{path}.lora_A.weight"] = layer.lora_A[ADAPTER].weight
+        tensors[f"{path}.lora_B.weight"] = layer.lora_B[ADAPTER].weight
+    return tensors
+
+
+def lora_parameters(unet):
+    """The adapters' parameters, which are all that trains."""
+    return list(adapter_tensors(unet).values())
+
+
+@contextlib.contextmanager
+def adapters_off(unet):
+    """Inside, `unet` computes the base network, for the teacher's forward; adapters come back on even after an error.
+
+    Only under no_grad: a backward pass of the student that ran inside, or checkpointed activations recomputed inside,
+    would go through the base without a word. PEFT's disable_adapters() is not used, it sets requires_grad to False.
+    """
+    assert not torch.is_grad_enabled(), "adapters_off is for the teacher: enter it under torch.no_grad()"
+    layers = _unwrap(unet)._lora_layers
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _unwrap(model):
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def save_lora(output_dir, unet, dtype=torch.float32):
+    """Write both files into `output_dir`, each complete or not at all; called by the main process alone.
+
+    `pytorch_lora_weights.safetensors` is for diffusers: `pipe.load_lora_weights(output_dir)`; alpha and rank are in
+    its metadata, which old versions of diffusers ignore: where alpha is not the rank they need the other file.
+    `pytorch_lora_weights_kohya.safetensors` is for ComfyUI and A1111, with alpha beside each module's weights, and
+    diffusers reads it too (weight_name=). dtype: of the weights in both files. Returns the two paths.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    unet = _unwrap(unet)
+    config = unet.peft_config[ADAPTER]
+    tensors = {name: p.detach().cpu().to(dtype).contiguous() for name, p in adapter_tensors(unet).items()}
+    # Not config.to_dict(): another version of PEFT refuses fields that it does not know.
+    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    with _atomic(output_dir / WEIGHTS) as tmp:
+        StableDiffusionPipeline.save_lora_weights(
+            tmp.parent, unet_lora_layers=tensors, weight_name=tmp.name, unet_lora_adapter_metadata=metadata
+        )
+    kohya = {}
+    for path, key in kohya_keys(unet.config, lora_layers(unet)).items():
+        kohya[f"{key}.lora_down.weight"] = tensors[f"{path}.lora_A.weight"]
+        kohya[f"{key}.lora_up.weight"] = tensors[f"{path}.lora_B.weight"]
+        kohya[f"{key}.alpha"] = torch.tensor(float(config.lora_alpha))
+    header = {"ss_network_module": "networks.lora", "ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
+    with _atomic(output_dir / KOHYA_WEIGHTS) as tmp:
+        save_file(kohya, tmp, metadata={"format": "pt"} | {name: str(value) for name, value in header.items()})
+    return output_dir / WEIGHTS, output_dir / KOHYA_WEIGHTS
+
+
+def kohya_keys(unet_config, paths):
+    """{path of a module: its name in kohya files}, `lora_unet_` and a path with underscores.
+
+    The path is the diffusers one, except for a U-Net laid out like SDXL's: there it is the original checkpoint's
+    (`input_blocks_...`), which kohya's trainer writes. ComfyUI and diffusers read both; A1111 does not find
+    `up_blocks_0_upsamplers_0_conv` of SDXL under the diffusers name.
+    """
+    if _is_laid_out_like_sdxl(unet_config):
+        return {path: kohya_key(_sgm_path(path, unet_config["layers_per_block"])) for path in paths}
+    return {path: kohya_key(path) for path in paths}
+
+
+def kohya_key(path):
+    return "lora_unet_" + path.replace(".", "_")
+
+
+def _is_laid_out_like_sdxl(unet_config):
+    """Whether `_sgm_path` holds: attention before every upsampler; and diffusers reads block numbers of one digit."""
+    layers, up_blocks = unet_config["layers_per_block"], unet_config["up_block_types"]
+    attention = all(block == "CrossAttnUpBlock2D" for block in up_blocks[:-1])
+    is_sdxl = unet_config.get("addition_embed_type") == "text_time"
+    return is_sdxl and attention and isinstance(layers, int) and len(up_blocks) * (layers + 1) <= 10
+
+
+SGM_NAMES = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+def _sgm_path(path, layers_per_block):
+    """The path in the original SDXL checkpoint, where a resnet, its attention and a sampler share one block."""
+    side, *rest = path.split(".")
+    if side == "mid_block":
+        kind, index, *rest = rest
+        number = 1 if kind == "attentions" else 2 * int(index)
+        return f"middle_block.{number}.{SGM_NAMES.get(rest[0], '.'.join(rest))}"
+    if side not in ("down_blocks", "up_blocks"):
+        return SGM_NAMES.get(path, path)
+    block, kind, index, *rest = rest
+    number = int(block) * (layers_per_block + 1) + int(index)
+    if kind == "downsamplers":
+        return f"input_blocks.{number + layers_per_block + 1}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{number + layers_per_block}.2.conv"
+    name = f"{1 if kind == 'attentions' else 0}.{SGM_NAMES.get(rest[0], '.'.join(rest))}"
+    return f"input_blocks.{number + 1}.{name}" if side == "down_blocks" else f"output_blocks.{number}.{name}"
+
+
+@contextlib.contextmanager
+def _atomic(path):
+    tmp = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def _read_lora(unet, source, rank, alpha):
+    """Adapter tensors of a file, or of a folder's file, named as in `adapter_tensors`; UserError unless they fit."""
+    flag = f"--init_lora={source}"
+    files = [Path(source)] if Path(source).is_file() else [Path(source, name) for name in (WEIGHTS, KOHYA_WEIGHTS)]
+    file = next((file for file in files if file.is_file()), None)
+    check_name(flag, source)
+    if file is None:
+        raise UserError(f"{flag}: neither a LoRA file nor a folder with {WEIGHTS} or {KOHYA_WEIGHTS}")
+    try:
+        saved = load_file(file)
+        with safe_open(file, "pt") as opened:
+            header = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{flag}: {file.name} cannot be read ({error})") from None
+    targets, tensors, alphas = adapter_tensors(unet), {}, set()
+    spellings = [{path: kohya_key(path) for path in lora_layers(unet)}, kohya_keys(unet.config, lora_layers(unet))]
+    for path, key in [pair for spelling in spellings for pair in spelling.items()]:
+        for end, kohya_end in (("lora_A.weight", "lora_down.weight"), ("lora_B.weight", "lora_up.weight")):
+            for name in {f"unet.{path}.{end}", f"{key}.{kohya_end}"} & saved.keys():
+                tensors[f"{path}.{end}"] = saved.pop(name)
+        if f"{key}.alpha" in saved:
+            alphas.add(saved.pop(f"{key}.alpha").item())
+    missing = [name for name in targets if name not in tensors]
+    if saved or missing:
+        raise UserError(
+            f"{flag}: it adapts other modules than this run ({len(missing)} tensors are missing and {len(saved)} are "
+            f"too many, like {[*saved, *missing][0]}); pass the --lora_target_modules it was trained with"
+        )
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    if ranks != {rank}:
+        raise UserError(
+            f"{flag}: its rank is {', '.join(map(str, sorted(ranks)))}, not {rank}; pass it as --lora_rank"
+        )
+    alphas = alphas or {header.get("unet.lora_alpha", rank)}
+    if any(abs(other - alpha) > 1e-6 * abs(alpha) for other in alphas):
+        raise UserError(
+            f"{flag}: its alpha is {', '.join(map(str, sorted(alphas)))}, not {alpha}; pass it as --lora_alpha"
+        )
+    wrong = [name for name, tensor in tensors.items() if tensor.shape != targets[name].shape]
+    if wrong:
+        raise UserError(f"{flag}: it belongs to another U-Net, {wrong[0]} has another shape")
+    return tensors
+
+
+@torch.no_grad()
+def _copy_tensors(source, targets):
+    for name, parameter in targets.items():
+        parameter.copy_(source[name])
+
+
+def register_adapter_checkpointing(accelerator, unet):
+    """Make save_state write the adapters of `unet` (prepared or not) as adapters.safetensors, without the base.
+
+    load_state copies them back in place, bit by bit; the base is the teacher's again and is not in the checkpoint.
+    Other prepared models are saved as ever. Call it once, before save_state or load_state. Under FSDP and DeepSpeed
+    it does nothing: they save and load the whole network themselves.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    unet = _unwrap(unet)
+
+    def position(models):
+        return next(i for i, model in enumerate(models) if _unwrap(model) is unet)
+
+    def save(models, weights, output_dir):
+        weights.pop(position(models))  # what is left in the list is what accelerate writes
+        if accelerator.is_main_process:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(unet).items()}
+            save_file(tensors, Path(output_dir, CHECKPOINT))
+
+    def load(models, input_dir):
+        models.pop(position(models))
+        saved, targets = load_file(Path(input_dir, CHECKPOINT)), adapter_tensors(unet)
+        assert saved.keys() == targets.keys(), "the checkpoint holds other adapters"
+        _copy_tensors(saved, targets)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

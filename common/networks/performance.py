@@ -1,0 +1,148 @@
+"""What makes a step smaller or faster and leaves its result alone: recomputed activations, compiled blocks, layout.
+
+All of it is done in place, so that names in checkpoints and results stay what they are; docs/performance.md says what
+each is worth. Call these after networks were copied and adapters attached, and before `accelerator.prepare`.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+
+from common.errors import UserError
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
+from torch.utils.checkpoint import checkpoint
+
+CHECKPOINTING = ("none", "selective", "full")
+COMPILE_OPTIONS = {"dynamic": False}  # of torch.compile; a resolution and a batch size are a run's
+# Variants of one block that are kept: its shapes times student, target, teacher and discriminator. By default there
+# are 8, and what comes after runs uncompiled without a word. SD 1.5 has 57, with the discriminator of TSCD 90.
+RECOMPILE_LIMIT = 512
+
+
+def repeated_blocks(network):
+    """The modules of a denoiser that are compiled one by one, in order: ResNet and transformer blocks of a U-Net (in a
+    UNet2DModel, attention), what diffusers calls a model's repeated blocks, or else the members of its lists."""
+    names = ["Attention"] if isinstance(network, UNet2DModel) else getattr(network, "_repeated_blocks", None) or []
+    found = [m for m in network.modules() if isinstance(m, ResnetBlock2D) or type(m).__name__ in names]
+    return found or list(_members(network))
+
+
+def _members(module, inside=False):
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from _members(child, inside=True)
+        elif inside:
+            yield child
+
+
+def recomputed_blocks(network):
+    """The modules whose blocks `selective` recomputes: of a U-Net the levels from the full resolution down to the
+    first one with attention to the text, half of the activations for less than half of the work. The first level of
+    SD 1.5 and of U-Nets without text; the first two of SDXL, whose first is cheap. Of others every second block."""
+    if hasattr(network, "down_blocks") and hasattr(network, "up_blocks"):
+        attends = [getattr(block, "has_cross_attention", False) for block in network.down_blocks]
+        levels = attends.index(True) + 1 if any(attends) else 1
+        chosen = [*network.down_blocks[:levels], *network.up_blocks[-levels:]]
+    else:
+        chosen = repeated_blocks(network)[::2]
+    return {module for block in chosen for module in block.modules()}
+
+
+def recompute(network, which):
+    """Recompute activations in the backward pass: none, selective (`recomputed_blocks`) or full.
+
+    full: block by block; a denoiser that diffusers cannot recompute so as a whole, call by call.
+    """
+    if which == "none":
+        return
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        assert which == "full", "check_denoiser comes first"
+        network.forward = functools.partial(checkpoint, network.forward, use_reentrant=False)
+    elif which == "full":
+        network.enable_gradient_checkpointing()
+    else:
+        chosen = recomputed_blocks(network)
+
+        def run(block, *args, **kwargs):
+            if getattr(block, "__self__", block) in chosen:
+                return checkpoint(block, *args, use_reentrant=False, **kwargs)
+            return block(*args, **kwargs)
+
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+
+
+def xformers_failure(device, mixed_precision):
+    """Why xformers' attention does not run forward and backward on this device, in words, or None where it does.
+
+    Tried on tensors of a few values, in float32, in which diffusers tries it too, and in the dtype of mixed_precision.
+    """
+    try:
+        ops = importlib.import_module("xformers.ops")
+        for dtype in {torch.float32, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)} - {None}:
+            query = torch.ones(1, 16, 2, 40, device=device, dtype=dtype, requires_grad=True)  # (B, tokens, heads, C)
+            ops.memory_efficient_attention(query, query, query).sum().backward()
+            if not query.grad.isfinite().all():
+                return f"gradients in {dtype} are not finite"
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
+    return None
+
+
+def missing_to_compile():
+    """What torch.compile lacks on this machine, in words, or None."""
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton"
+        compilers = os.environ.get("CC"), "gcc", "clang"
+    else:
+        compilers = os.environ.get("CXX"), "g++"
+    return None if any(name and shutil.which(name) for name in compilers) else "a C++ compiler such as g++"
+
+
+def compile_blocks(network):
+    """torch.compile of every repeated block, for its next call on; blocks of the same kind and shape share a graph."""
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = RECOMPILE_LIMIT
+    config.optimize_ddp = False  # it would cut a block where a bucket ends: blocks are smaller than buckets
+    torch._inductor.config.fallback_random = True  # dropout draws the masks that it draws uncompiled
+    for block in repeated_blocks(network):
+        block.compile(**COMPILE_OPTIONS)
+
+
+def channels_last(network):
+    """Convolutions' weights (N, C, H, W) with C innermost in memory; activations take over the layout from them."""
+    torch.nn.Module.to(network, memory_format=torch.channels_last)
+
+
+def has_convolutions(network):
+    """Whether blocks of the network convolve: a transformer does so once, to make patches of an image."""
+    paths = [path for path, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    return any(part.isdigit() for path in paths for part in path.split("."))
+
+
+def check_denoisers(denoisers, gradient_checkpointing, compiles, has_channels_last):
+    """UserError where a lever can do nothing for a network; needs no weights.
+
+    denoisers: {name: (class, configuration)} as from `pipelines.read_pipeline_config`.
+    """
+    for name, (cls, values) in denoisers.items():
+        if gradient_checkpointing == "selective" and not getattr(cls, "_supports_gradient_checkpointing", False):
+            raise UserError(
+                f"--gradient_checkpointing=selective: the teacher's {name}, a {cls.__name__}, can be recomputed as a "
+                "whole only; pass full"
+            )
+        if not compiles and not has_channels_last:
+            continue
+        with torch.device("meta"):
+            network = cls.from_config(values)
+        if compiles and not repeated_blocks(network):
+            raise UserError(f"--compile: the teacher's {name}, a {cls.__name__}, has no repeated blocks; drop it")
+        if has_channels_last and not has_convolutions(network):
+            raise UserError(
+                f"--channels_last is a layout of convolutions, and the teacher's {name}, a {cls.__name__}, is a "
+                "transformer without them; drop it"
+            )

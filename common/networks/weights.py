@@ -1,0 +1,359 @@
+"""What a folder of weights holds against what its network needs, by the headers of its safetensors: nothing is loaded.
+
+The libraries' own loaders, on the meta device, say which tensors are missing or left over, so that what they rename,
+tie and ignore is accepted here too. Left out: quantized networks, whose tensors the quantizer makes.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import re
+from pathlib import Path
+
+from common.errors import UserError
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
+from diffusers.models.modeling_utils import LegacyModelMixin, no_init_weights
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADAPTER_NAMES = (".lora_", "lora_A.", "lora_B.", ".base_layer.")
+SAID = set()  # notes that were printed
+dry_run = False  # whether this is one, to which configurations alone are enough
+STEMS = {diffusers.ModelMixin: "diffusion_pytorch_model", transformers.PreTrainedModel: "model"}
+FUSE = (
+    "save it again from the pipeline that has the LoRA, after pipe.fuse_lora() and pipe.unload_lora_weights(), or "
+    "name the model without it"
+)
+BUFFERS = (".position_ids", ".num_batches_tracked", ".inv_freq")  # that old releases saved; nothing was learnt in them
+COMPARED = {}  # networks that are alike, such as the two of Wan 2.2, are compared once
+SAVE_AGAIN = "save or download this part again, with the config.json that belongs to it"
+
+
+def check_name(flag, name):
+    """UserError where `name` is one file of pickled weights, or a file of these that is not there."""
+    if Path(name).suffix.lower() in PICKLES and not Path(name).is_dir():
+        raise UserError(
+            f"{flag}: a {Path(name).suffix} file is a pickle, which could run code; convert it to .safetensors, or "
+            "to a folder in diffusers layout"
+        )
+
+
+def local_folder(name, file="model_index.json", revision=None, cache_dir=None):
+    """The folder `name`, or the one that holds `file` of a hub repository in the cache; None where there is none."""
+    if Path(name).is_dir():
+        return Path(name, file).parent
+    found = try_to_load_from_cache(str(name), file, cache_dir=cache_dir, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def check_parts(flag, name, index, skip=()):
+    """UserError unless a local pipeline has a folder, with something in it, for each part of its model_index.json."""
+    for part in _parts(index, skip) if Path(name).is_dir() else ():
+        folder = Path(name, part)
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise UserError(f"{flag}: it is partial, its folder {part}/ is missing or empty")
+
+
+def check_pipeline(flag, name, index, variant=None, revision=None, cache_dir=None, skip=(), downloaded=False):
+    """UserError unless every network of a pipeline has its weights, and none has an adapter in it.
+
+    name: folder, or a hub name of which this is checked that the cache holds. index: its model_index.json. skip: parts
+    that are not loaded from it. downloaded: of a hub name, whether all of its files are in the cache by now. In a dry
+    run a folder may hold no weights at all, which is said.
+    """
+    folder = local_folder(name, revision=revision, cache_dir=cache_dir)
+    if folder is None:
+        return
+    whole = downloaded or Path(name).is_dir()
+    if whole and dry_run and _has_no_weights(folder, _parts(index, skip)):
+        print(f"WARNING: {flag} holds no weights; --dry_run needs none, the run itself does", flush=True)
+        return
+    variants = {part: variant for part in index if variant and has_variant(folder / part, variant)}
+    if variant and not variants and whole:
+        raise UserError(f"{flag}: it is partial, it has no weights of the variant {variant!r}; drop --variant")
+    for part, (library, class_name) in _parts(index, skip).items():
+        cls = _network_class(library, class_name)
+        if cls is not None and (whole or _weight_files(folder / part)):
+            check_network(flag, folder / part, cls, variants.get(part), of_pipeline=variant or True)
+    for part, (library, class_name) in _parts(index, skip).items():
+        encoder = part.replace("tokenizer", "text_encoder")
+        if library == "transformers" and class_name.startswith("CLIPTokenizer") and encoder in _parts(index, skip):
+            _check_vocabulary(flag, folder, part, encoder, class_name)
+
+
+def _has_no_weights(folder, parts):
+    names = [path.name for part in parts if (folder / part).is_dir() for path in (folder / part).iterdir()]
+    return not any(name.endswith((".safetensors", ".msgpack", ".h5", ".index.json", *PICKLES)) for name in names)
+
+
+def has_variant(folder, variant):
+    """Whether diffusers takes a part's weights of this variant, rather than the plain ones."""
+    return folder.is_dir() and any(path.name.partition(".")[2].startswith(variant) for path in folder.iterdir())
+
+
+def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant_flag=True):
+    """UserError unless the folder holds, as safetensors, the tensors that a `cls` of its configuration consists of.
+
+    of_pipeline: of a pipeline's part, the --variant that was asked for, or True; None of a network alone, which has
+    has_variant_flag, or always takes the plain files.
+    """
+    where = f"{folder.name}/" if of_pipeline else ""  # of a part, what precedes its files' names
+    if issubclass(cls, transformers.PreTrainedModel) and (folder / "adapter_config.json").is_file():
+        raise UserError(f"{flag}: {where or 'it'} was saved with a LoRA on it (adapter_config.json); {FUSE}")
+    try:
+        config = _load_config(folder, cls)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{flag}: {where or 'it '}has no configuration that can be read ({line_of(error)})") from None
+    advice = _variant_advice(variant, of_pipeline, has_variant_flag)
+    files, named = _find_files(flag, folder, where, cls, variant, advice)
+    shapes = {}
+    for file in files:
+        shapes |= _read_header(flag, file, where)
+    adapters = [key for key in shapes if any(name in f".{key}" for name in ADAPTER_NAMES)]
+    if adapters:
+        raise UserError(f"{flag}: its file {where}{named} was saved with a LoRA on it ({adapters[0]}); {FUSE}")
+    if _of(config, "quantization_config") is not None:
+        return
+    try:
+        missing, unexpected, mismatched = _compare(cls, config, shapes, sharded=named.endswith(".json"))
+    except (AttributeError, ValueError, TypeError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{flag}: {where}config.json describes no {cls.__name__} ({line_of(error)})") from None
+    _refuse(f"{flag}: its file {where}{named}", cls, missing, unexpected, mismatched)
+
+
+def check_loaded(flag, network, info):
+    """The same from what a library's `output_loading_info=True` says, where the files were not there before."""
+    adapters = [key for key in info["unexpected_keys"] if any(name in f".{key}" for name in ADAPTER_NAMES)]
+    if adapters:
+        raise UserError(f"{flag}: it was saved with a LoRA on it ({adapters[0]}); {FUSE}")
+    unexpected = _unexpected(type(network), network.state_dict(), info["unexpected_keys"])
+    _refuse(flag, type(network), sorted(info["missing_keys"]), unexpected, [])
+
+
+def check_made(flag, pipeline):
+    """UserError where a pipeline that was made from one file has networks of which the file lacks tensors."""
+    for part, module in pipeline.components.items():
+        tensors = module.named_parameters() if isinstance(module, torch.nn.Module) else ()
+        missing = [name for name, tensor in tensors if tensor.is_meta]
+        if missing:
+            raise UserError(f"{flag}: it lacks {len(missing)} tensors of its {part} ({_first(missing)}); {SAVE_AGAIN}")
+
+
+def fit_tokenizers(pipeline):
+    """Cut captions where the text encoder ends also of tokenizers whose files do not say where that is, in place."""
+    for name, tokenizer in pipeline.components.items():
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
+        length = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if name.startswith("tokenizer") and tokenizer is not None and length:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, length)
+
+
+def _parts(index, skip):
+    pairs = {part: value for part, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2}
+    return {k: v for k, v in pairs.items() if k not in skip and isinstance(v[0], str) and isinstance(v[1], str)}
+
+
+def _network_class(library, name):
+    """The class of a part, or None for tokenizers, schedulers and what the library does not have."""
+    module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    cls = getattr(module or getattr(diffusers.pipelines, library, None), name, None)
+    return cls if isinstance(cls, type) and issubclass(cls, tuple(STEMS)) else None
+
+
+def _weight_files(folder):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [name for name in sorted(names) if name.endswith(".safetensors") and not name.startswith("adapter_")]
+
+
+def _with_variant(name, variant):
+    stem, _, end = name.rpartition(".")
+    return f"{stem}.{variant}.{end}" if variant else name
+
+
+def _variant_advice(variant, of_pipeline, has_variant_flag):
+    """(sentence without, sentence with the name of) the weights that are there under another variant's name."""
+    if variant:
+        return "drop --variant"
+    if of_pipeline not in (None, True):  # another variant was asked for, and this part has it not
+        return f"it has neither these nor the variant {of_pipeline!r}: save the pipeline again as a whole"
+    return "pass its --variant" if has_variant_flag else "save it again without a variant"
+
+
+def _find_files(flag, folder, where, cls, variant, advice):
+    """(paths of the files, name of the one file or of the index), as the library of `cls` looks for them."""
+    stem = next(stem for base, stem in STEMS.items() if issubclass(cls, base))
+    single, index = (_with_variant(f"{stem}.safetensors{end}", variant) for end in ("", ".index.json"))
+    legacy = f"{stem}.safetensors.{variant}.index.json"
+    order = [single, index] if issubclass(cls, transformers.PreTrainedModel) else [index, legacy, single]
+    named = next((name for name in order if (folder / name).is_file()), None)
+    place, weights = f"its folder {where}" if where else "the folder", _weight_files(folder)
+    if named is None:
+        there = sorted(path.name for path in folder.iterdir())
+        pickled = [name for name in there if name.endswith(PICKLES) and not name.startswith("training_args")]
+        if pickled and not weights:
+            raise UserError(
+                f"{flag}: {place} has its weights only as {pickled[0]}, a pickle, which could run code; convert them "
+                "to .safetensors"
+            )
+        if any(name.startswith("adapter_model") for name in there):
+            raise UserError(f"{flag}: {place} holds a LoRA alone; {FUSE}")
+        what = f"weights of the variant {variant!r}" if variant else "plain weights" if weights else "weights"
+        what += f", only {weights[0]} ({advice})" if weights else f" ({single})"
+        raise UserError(f"{flag}: it is partial, {place} has no {what}")
+    if named == single:
+        return [folder / named], named
+    try:
+        names = sorted(set(json.loads((folder / named).read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{flag}: its file {where}{named} is damaged ({line_of(error)})") from None
+    if missing:
+        raise UserError(f"{flag}: it is partial, {where}{missing[0]} is missing, which {named} names")
+    return [folder / name for name in names], named
+
+
+def _read_header(flag, path, where):
+    """{name: shape} of a file's tensors; its length is checked too."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{flag}: its file {where}{path.name} is damaged ({line_of(error)})") from None
+
+
+def line_of(error):
+    """The first line of what a library says."""
+    return str(error).strip().split("\n")[0]
+
+
+def _load_config(folder, cls):
+    if issubclass(cls, transformers.PreTrainedModel):
+        if not (folder / "config.json").is_file():
+            raise OSError(f"{folder.name}/ has no config.json")
+        return cls.config_class.from_pretrained(folder)
+    config = cls.load_config(folder)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder.name}/config.json is no JSON object")
+    return config
+
+
+def _of(config, name):
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def _compare(cls, config, shapes, sharded):
+    """Lists of missing names, of the others as from `_unexpected`, and of (name, shape, right shape) that differ."""
+    compare = _compare_transformers if issubclass(cls, transformers.PreTrainedModel) else _compare_diffusers
+    key = cls, repr(config), sharded, tuple(sorted(shapes.items()))
+    if key not in COMPARED:
+        COMPARED[key] = compare(cls, config, shapes, sharded)
+    return COMPARED[key]
+
+
+def _compare_transformers(cls, config, shapes, sharded):
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": {"": "meta"}}
+    with _quiet_transformers():
+        network, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
+    mismatched = [(name, tuple(there), tuple(right)) for name, there, right in info["mismatched_keys"]]
+    unexpected = _unexpected(cls, network.state_dict(), info["unexpected_keys"])
+    return sorted(info["missing_keys"]), unexpected, sorted(mismatched)
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _compare_diffusers(cls, config, shapes, sharded):
+    """As `ModelMixin.from_pretrained` compares. A buffer that the file lacks is the one that the class has made."""
+    if issubclass(cls, LegacyModelMixin) and "norm_type" in config:
+        cls = _fetch_remapped_cls_from_config(config, cls)
+    with no_init_weights(), accelerate.init_empty_weights():
+        network = cls.from_config(config)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    if not sharded:
+        network._fix_state_dict_keys_on_load(state)
+    there, needed = {name: tuple(tensor.shape) for name, tensor in state.items()}, network.state_dict()
+    modules = dict(network.named_modules())
+    made = {name for name, _ in network.named_buffers() if not _is_learnt(modules[name.rpartition(".")[0]])}
+    ignored = cls._keys_to_ignore_on_load_unexpected or ()
+    unexpected = [n for n in there.keys() - needed.keys() if not any(re.search(p, n) for p in ignored)]
+    wrong = [(n, there[n], tuple(needed[n].shape)) for n in sorted(there.keys() & needed.keys())]
+    unexpected = _unexpected(cls, needed, unexpected)
+    return sorted(needed.keys() - there.keys() - made), unexpected, [row for row in wrong if row[1] != row[2]]
+
+
+def _is_learnt(module):
+    """Whether the buffers of a module come from training."""
+    return isinstance(module, torch.nn.modules.batchnorm._NormBase)
+
+
+def _unexpected(cls, needed, names):
+    """(names of tensors that a `cls` of another configuration has, names of what merely lies beside it in the file).
+
+    The first are those in modules that this network has, or that its class can have: it is deeper, say, or has another
+    kind of block. The second are another model's or were never learnt, as CLIP's vision tower beside its text encoder.
+    """
+    own, source = {name.partition(".")[0] for name in needed}, inspect.getsource(cls)
+
+    def is_own(name):
+        top = name.partition(".")[0]
+        return not name.endswith(BUFFERS) and (top in own or re.search(rf"\bself\.{re.escape(top)}\b", source))
+
+    return [n for n in sorted(names) if is_own(n)], [n for n in sorted(names) if not is_own(n)]
+
+
+def _refuse(what, cls, missing, unexpected, mismatched):
+    """UserError for tensors that lack or show another network; what is left over beside them is said, once."""
+    said, (unexpected, beside) = [], unexpected
+    if missing:
+        said.append(f"lacks {len(missing)} tensors, which would be random ({_first(missing)})")
+    if mismatched:
+        name, there, right = mismatched[0]
+        said.append(f"has {len(mismatched)} tensors of another shape ({name} is {there}, not {right})")
+    if unexpected:
+        said.append(f"has {len(unexpected)} tensors that no {cls.__name__} of this configuration has")
+        said[-1] += f" ({_first(unexpected)})"
+    if said:
+        raise UserError(f"{what} {' and '.join(said)}; {SAVE_AGAIN}")
+    note = f"{what} has {len(beside)} tensors more, which no {cls.__name__} uses ({_first(beside)})"
+    if beside and note not in SAID and os.environ.get("RANK", "0") == "0":
+        SAID.add(note)
+        print(f"{note}: they are not loaded", flush=True)
+
+
+def _first(names):
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+
+
+def _check_vocabulary(flag, folder, tokenizer, encoder, class_name):
+    """UserError for a tokenizer that gives numbers for which the text encoder has no embedding."""
+    if not (folder / encoder / "config.json").is_file() or not (folder / tokenizer).is_dir():
+        return
+    try:
+        count = len(getattr(transformers, class_name).from_pretrained(folder / tokenizer))
+        vocab_size = transformers.CLIPTextConfig.from_pretrained(folder / encoder).vocab_size
+    except Exception as error:  # the tokenizers' library raises bare ones for files that are none
+        raise UserError(f"{flag}: its folder {tokenizer}/ cannot be read ({line_of(error)})") from None
+    if count > vocab_size:
+        raise UserError(
+            f"{flag}: its {tokenizer} has {count} tokens, its {encoder} only {vocab_size} embeddings; save it again "
+            f"after {encoder}.resize_token_embeddings({count}), or with the tokenizer that belongs to it"
+        )

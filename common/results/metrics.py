@@ -1,0 +1,258 @@
+"""How close generated images are to reference images: Fréchet and kernel distances on the features of any image
+network that transformers loads, CLIP score, and how often a classifier sees what the prompt names.
+
+Images are uint8 tensors (N, 3, H, W) everywhere. Distances are estimates that depend on the network, its preprocessing
+and the number of images (few images bias the Fréchet distance upwards, the kernel distance not at all), and compare
+only where all three agree. Not here: the Inception network of the original FID (transformers has none), precision and
+recall.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+
+def frechet_distance(features_a, features_b):
+    """Fréchet distance between Gaussians fitted to two feature sets (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+
+        d^2 = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
+
+    With centred features A and B, tr (S_a S_b)^(1/2) is the sum of the singular values of A B^T divided by
+    sqrt((n_a - 1) (n_b - 1)); triangular factors R of A = QR shrink that product to (d, d). No root of a noisy
+    eigenvalue is taken, so that fewer images than features are no numerical problem (they remain a statistical one).
+
+    features_a, features_b: (n_a, d) and (n_b, d), tensors or arrays. Computed in float64 on the CPU. Returns d^2, a
+    float, never below 0. ValueError: fewer than two images on a side, other widths, NaN or infinity.
+    """
+    features_a, features_b = _feature_pair(features_a, features_b)
+    mean_a, mean_b = features_a.mean(0), features_b.mean(0)
+    centred_a = (features_a - mean_a) / (len(features_a) - 1) ** 0.5  # S_a = centred_a^T centred_a
+    centred_b = (features_b - mean_b) / (len(features_b) - 1) ** 0.5
+    r_a = torch.linalg.qr(centred_a, mode="r").R  # (min(n_a, d), d)
+    r_b = torch.linalg.qr(centred_b, mode="r").R
+    trace_of_root = torch.linalg.svdvals(r_a @ r_b.T).sum()
+    distance = (mean_a - mean_b).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * trace_of_root
+    return max(distance.item(), 0.0)
+
+
+def kernel_distance(features_a, features_b, block_size=2048):
+    """Unbiased squared maximum mean discrepancy, k(x, y) = (x.y / d + 1)^3 (KID: Binkowski et al. 2018, eq. 4).
+
+        MMD^2 = mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
+
+    Over all images at once rather than averaged over random subsets: the same expectation, less variance, no seed. At
+    most block_size x block_size kernel values are in memory. The expectation is 0 for equal distributions, so that a
+    small negative value is normal.
+
+    features_a, features_b: (n_a, d) and (n_b, d), tensors or arrays. Computed in float64 on the CPU. Returns a float,
+    not multiplied by 1000. ValueError: fewer than two images on a side, other widths, NaN or infinity.
+    """
+    features_a, features_b = _feature_pair(features_a, features_b)
+    n_a, n_b, d = len(features_a), len(features_b), features_a.shape[1]
+
+    def kernel_sum(x, y):
+        return sum((p @ q.T / d + 1).pow(3).sum().item() for p in x.split(block_size) for q in y.split(block_size))
+
+    def kernel_diagonal_sum(x):
+        return (x.square().sum(1) / d + 1).pow(3).sum().item()
+
+    within_a = (kernel_sum(features_a, features_a) - kernel_diagonal_sum(features_a)) / (n_a * (n_a - 1))
+    within_b = (kernel_sum(features_b, features_b) - kernel_diagonal_sum(features_b)) / (n_b * (n_b - 1))
+    return within_a + within_b - 2 * kernel_sum(features_a, features_b) / (n_a * n_b)
+
+
+def _feature_pair(features_a, features_b):
+    """Both feature sets as float64 CPU tensors (n, d), or ValueError."""
+    features_a, features_b = (torch.as_tensor(f).detach().to("cpu", torch.float64) for f in (features_a, features_b))
+    for features in (features_a, features_b):
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features must be (N, d) with N of 2 or more, not {tuple(features.shape)}")
+        if not torch.isfinite(features).all():
+            raise ValueError("the features hold NaN or infinity")
+    if features_a.shape[1] != features_b.shape[1]:
+        raise ValueError(f"the two sets have {features_a.shape[1]} and {features_b.shape[1]} features per image")
+    return features_a, features_b
+
+
+class FeatureNetwork(NamedTuple):
+    """What `load_feature_network` returns: plain parts that belong together."""
+
+    model: Any  # a transformers model in eval mode
+    processor: Any  # its image processor (PIL)
+    tokenizer: Any  # its tokenizer where it reads text (CLIP), else None
+    name: str
+
+
+def load_feature_network(name_or_path, device="cpu", dtype=torch.float32, revision=None, cache_dir=None):
+    """Load an image network and its preprocessing: CLIP, DINOv2, any transformers image classifier.
+
+    name_or_path: a hub name, or a folder as `save_pretrained` of the model and of its image processor leave it (CLIP
+    for `clip_score`: of its tokenizer too). Images are preprocessed with PIL (whether or not torchvision is installed,
+    so that numbers agree between machines). Returns a FeatureNetwork. ValueError: no preprocessor_config.json, a class
+    that transformers lacks, or weights missing from the checkpoint (their random values would make the features).
+    """
+    import transformers
+
+    where = {"revision": revision, "cache_dir": cache_dir}
+    name = str(name_or_path)
+    config = transformers.AutoConfig.from_pretrained(name, **where)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} has no usable preprocessor_config.json: save its image processor "
+            "(such as ViTImageProcessor) into the same folder"
+        ) from error
+    architecture = (config.architectures or ["AutoModel"])[0]
+    if not hasattr(transformers, architecture):
+        raise ValueError(f"transformers has no {architecture}, which {name} asks for")
+    model, info = getattr(transformers, architecture).from_pretrained(
+        name, dtype=dtype, output_loading_info=True, use_safetensors=True, **where
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name} lacks weights of {type(model).__name__} ({sorted(info['missing_keys'])[0]}, ...), "
+            "so that its features would be random"
+        )
+    reads_text = hasattr(model, "get_text_features")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where) if reads_text else None
+    return FeatureNetwork(model.eval().requires_grad_(False).to(device), processor, tokenizer, name)
+
+
+def image_features(network, images, batch_size=64):
+    """Features of images: uint8 (N, 3, H, W) -> float32 (N, d) on the CPU.
+
+    CLIP: the projected image embedding (`image_embeds`, not normalized). A classifier: what enters its last linear
+    layer. Any other network (DINOv2, CLIP's vision tower alone): its `pooler_output`.
+    """
+    return _run_network(network, images, batch_size, _pooled_output)
+
+
+def class_logits(network, images, batch_size=64):
+    """Logits of an image classifier: uint8 (N, 3, H, W) -> float32 (N, number of classes) on the CPU."""
+    if not _is_classifier(network.model):
+        raise ValueError(f"{network.name} is a {type(network.model).__name__}, not an image classifier")
+    return _run_network(network, images, batch_size, lambda model, pixels: model(pixel_values=pixels).logits)
+
+
+def clip_score(network, images, prompts, batch_size=64):
+    """CLIP score: the mean of 100 cos(image embedding, prompt embedding) (Hessel et al. 2021, arXiv 2104.08718).
+
+    As most tables report it: times 100, not times 2.5, negative cosines kept. Prompts longer than CLIP's text length
+    are cut there.
+
+    network: a CLIP from `load_feature_network`, or its name or folder (then loaded here, on the CPU).
+    images: uint8 (N, 3, H, W); prompts: N strings. Returns a float.
+    """
+    if not isinstance(network, FeatureNetwork):
+        network = load_feature_network(network)
+    if network.tokenizer is None:
+        raise ValueError(f"{network.name} is a {type(network.model).__name__}, which does not read text: take a CLIP")
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    image_embeds = image_features(network, images, batch_size)
+    distinct = list(dict.fromkeys(prompts))
+    text_embeds = torch.cat([_text_features(network, batch) for batch in _batches(distinct, batch_size)])
+    rows = {prompt: row for row, prompt in enumerate(distinct)}
+    text_embeds = text_embeds[[rows[prompt] for prompt in prompts]]
+    return 100 * torch.cosine_similarity(image_embeds.double(), text_embeds.double()).mean().item()
+
+
+def prompt_labels(id2label, prompts):
+    """The class that each prompt names: N prompts -> N class indices.
+
+    A prompt names a class where the label appears in it as a whole word or phrase, in either case; of a label with
+    synonyms ("tench, Tinca tinca") any one. id2label: a classifier's `config.id2label`. ValueError: a prompt names no
+    class or several.
+    """
+    patterns = {
+        int(index): re.compile("|".join(rf"(?<!\w){re.escape(word.strip())}(?!\w)" for word in label.split(",")), re.I)
+        for index, label in id2label.items()
+    }
+
+    def label_of(prompt):
+        named = [index for index, pattern in patterns.items() if pattern.search(prompt)]
+        if len(named) != 1:
+            names = ", ".join(str(id2label[index]) for index in named) or "none"
+            raise ValueError(f"a prompt must name exactly one of the classifier's classes; '{prompt}' names {names}")
+        return named[0]
+
+    found = {prompt: label_of(prompt) for prompt in dict.fromkeys(prompts)}
+    return [found[prompt] for prompt in prompts]
+
+
+def prompt_accuracy(network, images, labels, batch_size=64):
+    """Fraction of images that the classifier assigns to the class named by their prompt.
+
+    network: a classifier from `load_feature_network`; images: uint8 (N, 3, H, W); labels: N class indices, as
+    `prompt_labels` finds them. Returns a float between 0 and 1.
+    """
+    labels = torch.as_tensor(labels)
+    if labels.shape != (len(images),):
+        raise ValueError(f"{len(images)} images need as many labels, not {tuple(labels.shape)}")
+    predicted = class_logits(network, images, batch_size).argmax(1)
+    return (predicted == labels.cpu()).double().mean().item()
+
+
+def _run_network(network, images, batch_size, forward):
+    """forward(model, pixel_values) over batches; only one preprocessed batch is in memory at a time."""
+    if not (torch.is_tensor(images) and images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3):
+        found = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
+        raise ValueError(f"images must be a uint8 tensor (N, 3, H, W), not {found}")
+    if len(images) == 0:
+        raise ValueError("there are no images")
+    outputs = []
+    with torch.no_grad(), tqdm(total=len(images), desc="features", unit="image", delay=5) as progress:
+        for batch in images.split(batch_size):
+            arrays = list(batch.cpu().numpy())
+            pixels = network.processor(arrays, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
+            output = forward(network.model, pixels.to(network.model.device, network.model.dtype))
+            outputs.append(output.float().cpu())
+            progress.update(len(batch))
+    return torch.cat(outputs)
+
+
+def _is_classifier(model):
+    return "ForImageClassification" in type(model).__name__
+
+
+def _pooled_output(model, pixel_values):
+    """(B, 3, h, w) preprocessed -> (B, d); which output that is, `image_features` says."""
+    if hasattr(model, "get_image_features"):
+        output = model.get_image_features(pixel_values=pixel_values)
+        return output if torch.is_tensor(output) else output.pooler_output
+    if _is_classifier(model):
+        entered = []
+        heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == model.num_labels]
+        if not heads:
+            raise ValueError(
+                f"{type(model).__name__} ends in no linear layer, so that its features are undefined here"
+            )
+        handle = heads[-1].register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+        try:
+            model(pixel_values=pixel_values)
+        finally:
+            handle.remove()
+        return entered[-1]
+    output = model(pixel_values=pixel_values)
+    pooled = getattr(output, "image_embeds", None)
+    pooled = getattr(output, "pooler_output", None) if pooled is None else pooled
+    if pooled is None:
+        raise ValueError(f"{type(model).__name__} has no pooled output: take CLIP, DINOv2 or an image classifier")
+    return pooled.flatten(1)  # convolutional networks pool to (B, d, 1, 1)
+
+
+def _text_features(network, prompts):
+    length = network.model.config.text_config.max_position_embeddings
+    tokens = network.tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).to(network.model.device)
+    with torch.no_grad():
+        output = network.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    return (output if torch.is_tensor(output) else output.pooler_output).float().cpu()
+
+
+def _batches(items, batch_size):
+    return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]

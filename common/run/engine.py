@@ -1,0 +1,123 @@
+"""What the flags make of accelerate, the optimizer and the networks."""
+
+import datetime
+import functools
+import os
+from pathlib import Path
+
+from common.errors import UserError
+from common.networks import performance
+from common.run import simulation
+from common.run.zero import ZeroAccelerator, take_settings
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from diffusers.optimization import get_scheduler
+
+# Processes wait so long for each other, while the first one writes tens of GB or uploads them; torch: 10 minutes.
+PROCESS_TIMEOUT = datetime.timedelta(hours=3)
+
+
+def make_accelerator(args):
+    """accelerate's engine as the flags ask for it; trackers write under output_dir.
+
+    Raises UserError where the launcher's processes do not see each other (each would be a run of its own) and for an
+    engine that shards.
+    """
+    diffusers.utils.logging.set_verbosity_error()  # a training run's own lines should be found among the libraries'
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    zero = take_settings(args)
+    if zero is None:
+        make = Accelerator
+    else:
+        make = functools.partial(ZeroAccelerator, zero, args.max_grad_norm, args.train_batch_size)
+    given = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    stands_in = given == "fp16" and not torch.cuda.is_available()  # in a dry run
+    accelerator = make(
+        mixed_precision="bf16" if stands_in else args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.dry_run else args.report_to or None,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+        ],
+    )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "`accelerate config`: FSDP is not supported: targets, samples and checkpoints need the whole student on "
+            "each GPU; use DeepSpeed's ZeRO-2, or plain data parallel training with --gradient_checkpointing and "
+            "--use_8bit_adam or a LoRA script where memory is short"
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were started but did not join (no GPU?); "
+            "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
+        )
+    args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
+    if stands_in:
+        args.mixed_precision = given
+        accelerator.print("Note: fp16 needs a GPU, so what is simulated is bf16, which takes the same memory")
+    if args.enable_xformers_memory_efficient_attention:
+        fails = performance.xformers_failure(accelerator.device, args.mixed_precision)
+        fails = next(filter(None, gather_object([fails])), None)  # one process decides for all
+        if fails:
+            args.enable_xformers_memory_efficient_attention = False
+            accelerator.print(
+                f"--enable_xformers_memory_efficient_attention: xformers' kernels do not run here ({fails}); torch's "
+                "attention is taken instead, which does not need more memory"
+            )
+    return accelerator
+
+
+def make_optimizer(args, parameters, total_batch_size):
+    """AdamW (fused on CUDA), bitsandbytes' 8-bit AdamW, or RAdam over the list of trainable `parameters`.
+
+    RAdam is for scripts that have --optimizer_type; its weight decay is decoupled, as AdamW's.
+    """
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer_class, options = AdamW8bit, {}
+    elif getattr(args, "optimizer_type", "adamw") == "radam":
+        optimizer_class, options = torch.optim.RAdam, {"decoupled_weight_decay": True}
+    else:
+        optimizer_class, options = torch.optim.AdamW, {"fused": torch.cuda.is_available() or simulation.is_on()}
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate * (total_batch_size if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        **options,
+    )
+
+
+def apply_levers(args, trained, frozen, vae=None):
+    """--gradient_checkpointing, --channels_last, --compile and xformers' kernels, on denoisers, in place.
+
+    trained: those with a backward pass; frozen: the others. After copies and adapters were made, before `prepare`.
+    """
+    for network in trained:
+        performance.recompute(network, args.gradient_checkpointing)
+    for network in (*trained, *frozen):
+        if args.enable_xformers_memory_efficient_attention:
+            network.enable_xformers_memory_efficient_attention()
+        if args.compile:
+            performance.compile_blocks(network)
+    for network in (*trained, *frozen, *([vae] if vae else [])):
+        if args.channels_last:
+            performance.channels_last(network)
+
+
+def make_lr_scheduler(args, optimizer):
+    """The --lr_scheduler over --max_train_steps; not prepared by accelerate, which would step it once per process."""
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return get_scheduler(args.lr_scheduler, optimizer, **steps)

@@ -1,0 +1,374 @@
+"""The demo: distil a small Stable Diffusion of handwritten digits on a CPU, and measure teacher and student.
+
+    python -m common.tools.demo --method lcm
+
+builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`), and pairs of the teacher for direct
+distillation; launches the method's training script as anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps
+and the student at 4, 2 and 1, direct ones at the steps they were trained for; writes `demo/report.md` and
+`demo/report.png`. Whatever is complete is reused by the next run. Left out: several seeds; the numbers of one run
+say that a method works, not by how much it beats another.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import flags as flags_module
+from common import lock
+from common.errors import UserError
+from common.flags import ArgumentParser
+from common.results import samples
+from common.run import training_run
+from common.tools.demo import consistency, digits, dit, stable_diffusion
+from common.tools.demo.measuring import (
+    GUIDANCE_SCALE,
+    ROOT,
+    TEACHER_STEPS,
+    Judge,
+    build_once,
+    measure_once,
+    measure_student,
+    measure_teacher,
+    to_tensor,
+)
+
+import numpy as np
+import torch
+
+# --teacher: folder, what its U-Net predicts, whether it is in SDXL's layout
+TEACHERS = {
+    "sd": ("teacher", "epsilon", False),
+    "v_prediction": ("teacher_v_prediction", "v_prediction", False),
+    "sdxl": ("teacher_sdxl", "epsilon", True),
+    "dit": ("teacher_dit", "flow", False),
+}
+# One entry per method: its script, its flags beyond the folders, and its student's guidance_scale in the report.
+METHODS = {
+    "lcm": {
+        "script": "train_lcm_distill_sd_wds.py",
+        "guidance_scale": GUIDANCE_SCALE,
+        "flags": {
+            "resolution": digits.RESOLUTION,
+            "train_batch_size": 32,
+            "max_train_steps": 800,
+            "learning_rate": 1e-4,
+            "adam_weight_decay": 0.0,
+            "loss_type": "huber",
+            "ema_decay": 0.95,
+            "w_min": 0.5,
+            "w_max": 1.5,
+            "validation_steps": 400,
+        },
+    },
+    "lcm_lora": {
+        "script": "train_lcm_distill_lora_sd_wds.py",
+        "guidance_scale": 1.0,  # baked in: w = 1, the teacher's guidance_scale of 2
+        "flags": {
+            "resolution": digits.RESOLUTION,
+            "train_batch_size": 32,
+            "max_train_steps": 800,
+            "lora_rank": 16,
+            "lora_alpha": 16,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 20,
+            "adam_weight_decay": 0.0,
+            "loss_type": "huber",
+            "w_min": 1.0,
+            "w_max": 1.0,
+            "validation_steps": 400,
+        },
+    },
+    "tscd": {
+        "script": "train_tscd_distill_sd_wds.py",
+        "guidance_scale": 1.0,  # baked in
+        "flags": {
+            "resolution": digits.RESOLUTION,
+            "train_batch_size": 32,
+            "stage_steps": 400,
+            "learning_rate": 8e-4,
+            "lr_scheduler": "linear",
+            "lr_warmup_steps": 20,
+            "adam_weight_decay": 0.0,
+            "loss_type": "huber",
+            "ema_decay": 0.8,
+            "w_min": 1.0,
+            "w_max": 1.0,
+            "adv_learning_rate": 1e-4,
+            "adv_head_learning_rate": 1e-3,
+            "validation_steps": 0,
+        },
+    },
+    "tscd_lora": {
+        "script": "train_tscd_distill_lora_sd_wds.py",
+        "guidance_scale": 1.0,
+        "flags": {
+            "resolution": digits.RESOLUTION,
+            "train_batch_size": 32,
+            "stage_steps": 400,
+            "lora_rank": 16,
+            "lora_alpha": 16,
+            "learning_rate": 2e-3,
+            "lr_scheduler": "linear",
+            "lr_warmup_steps": 20,
+            "adam_weight_decay": 0.0,
+            "loss_type": "huber",
+            "w_min": 1.0,
+            "w_max": 1.0,
+            "adv_learning_rate": 1e-4,
+            "adv_head_learning_rate": 1e-3,
+            "validation_steps": 0,
+        },
+    },
+}
+PAIRS = {"num_pairs": 2048, "num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE, "batch_size": 64}
+DIRECT = {
+    "script": "train_direct_distill.py",
+    "guidance_scale": 1.0,  # distilled: the teacher's guidance_scale of 2
+    "steps": (4,),
+    "flags": {
+        "num_inference_steps": 4,
+        "lora_rank": 0,
+        "train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 400,
+        "learning_rate": 5e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 20,
+        "adam_weight_decay": 0.0,
+        "validation_steps": 200,
+    },
+}
+METHODS |= {
+    "direct": DIRECT,
+    "direct_8": DIRECT
+    | {"steps": (8,), "flags": DIRECT["flags"] | {"num_inference_steps": 8, "max_train_steps": 200}},
+    "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
+}
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--output_dir", type=flags_module.path, default="demo", help="everything that is built and measured")
+    add("--method", choices=[*METHODS, "ct"], default="lcm", help="which training script to run; ct needs no teacher")
+    add("--teacher", choices=list(TEACHERS), default="sd", help="sd predicts the noise, as SD1.5 and SDXL do")
+    add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")
+    add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
+    add("--seed", type=flags_module.seed, default=0)
+    args = parser.parse_args(argv)
+    if args.method == "ct":
+        parser.refuse_idle(["teacher", "teacher_only"], "--method=ct has no teacher; drop it")
+    if args.teacher_only:
+        parser.refuse_idle(["method"], "--teacher_only trains no student; drop one of them")
+    if args.teacher == "dit" and not args.teacher_only and METHODS[args.method]["script"] != DIRECT["script"]:
+        parser.error(
+            f"--teacher=dit has no U-Net and --method={args.method} needs one; use direct, direct_8, direct_lora"
+        )
+    return args
+
+
+@training_run.tool_errors
+def main(args):
+    # 1. One thread unless the user says more: with any second busy process, several would wait for each other.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+    # 2. What earlier runs left.
+    output_dir = Path(args.output_dir)
+    lock.take(output_dir, "--output_dir")
+    open_output_dir(output_dir, args.seed, args.rebuild)
+    teacher_name, prediction_type, sdxl = TEACHERS[args.teacher]
+    started = time.perf_counter()
+    if args.method == "ct":
+        consistency.run(output_dir, args.seed)
+        print(f"finished in {time.perf_counter() - started:.0f} s", flush=True)
+        return
+
+    # 3. Data, classifier, teacher.
+    build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
+    build_once(output_dir / "classifier", lambda folder: stable_diffusion.build_classifier(folder, seed=args.seed))
+    teacher_dir = output_dir / teacher_name
+    if args.teacher == "dit":
+        build_once(teacher_dir, lambda folder: dit.build_teacher(folder, seed=args.seed))
+    else:
+        build_once(
+            teacher_dir,
+            lambda folder: stable_diffusion.build_teacher(folder, prediction_type, seed=args.seed, sdxl=sdxl),
+        )
+    (output_dir / "prompts.txt").write_text("\n".join(digits.canonical_prompts(len(digits.WORDS))) + "\n")
+    judge = Judge(output_dir / "classifier")
+
+    # 4. The teacher, measured once.
+    measure_once(
+        output_dir / f"{teacher_name}_metrics",
+        lambda: measure_teacher(judge, teacher_dir, TEACHER_STEPS, args.seed),
+    )
+    if args.teacher_only:
+        write_report(output_dir)
+        return
+
+    # 5. The student.
+    student_dir = output_dir / teacher_name.replace("teacher", args.method)
+    recipe = METHODS[args.method]
+    if (student_dir / "README.md").exists():  # the card, which the scripts write last
+        print(f"{student_dir} is complete and reused; --rebuild starts over", flush=True)
+    else:
+        data_dir = output_dir / "shards" / "train"
+        if recipe["script"] == DIRECT["script"]:
+            data_dir = generate_pairs(
+                teacher_dir, data_dir, output_dir / teacher_name.replace("teacher", "pairs"), args.seed
+            )
+        train(recipe, teacher_dir, data_dir, student_dir, args.seed)
+    measure_once(
+        student_dir / "metrics",
+        lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed),
+    )
+
+    # 6. The report.
+    write_report(output_dir)
+    print(f"finished in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def open_output_dir(output_dir, seed, rebuild):
+    """Create the folder, or check that it is a demo's; with `rebuild`, remove what demos write there."""
+    stamp = output_dir / "demo.json"
+    if lock.contents(output_dir) and not stamp.exists():
+        raise UserError(f"--output_dir={output_dir} holds other files and no demo; name an empty or new folder")
+    if rebuild and stamp.exists():
+        for name in built_names():
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            for suffix in (".json", ".npy"):
+                (output_dir / f"{name}_metrics").with_suffix(suffix).unlink(missing_ok=True)
+    elif stamp.exists():
+        try:
+            built_seed = json.loads(stamp.read_text())["seed"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{stamp} cannot be read; add --rebuild, or another --output_dir") from None
+        if built_seed != seed:
+            raise UserError(f"{output_dir} was built with --seed={built_seed}; add --rebuild, or another --output_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(json.dumps({"seed": seed}) + "\n")
+
+
+def built_names():
+    teachers = [name for name, *_ in TEACHERS.values()]
+    return [
+        "shards",
+        "classifier",
+        *consistency.built_names(),
+        *teachers,
+        *(t.replace("teacher", m) for t in teachers for m in [*METHODS, "pairs"]),
+    ]
+
+
+def training_command(recipe, teacher_dir, data_dir, student_dir, seed):
+    """The words after `accelerate`, as a user would type them; data_dir: shards, or a direct method's pairs."""
+    last = digits.NUM_TRAIN_SHARDS - 1
+    data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
+    data = f"--pairs_dir={data_dir}" if recipe["script"] == DIRECT["script"] else data
+    command = ["launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command += [] if torch.cuda.is_available() else ["--cpu"]
+    command += [
+        os.path.relpath(ROOT / recipe["script"]),
+        f"--pretrained_teacher_model={teacher_dir}",
+        data,
+        f"--output_dir={student_dir}",
+        *(f"--{name}={value}" for name, value in recipe["flags"].items()),
+        f"--seed={seed}",
+    ]
+    if student_dir.is_dir() and any(student_dir.iterdir()):
+        command.append("--resume_from_checkpoint=latest")  # an earlier demo was interrupted here
+    return command
+
+
+def generate_pairs(teacher_dir, shards_dir, pairs_dir, seed):
+    """Let the teacher answer the captions of the training digits; what is there is kept. Returns pairs_dir."""
+    is_dit = teacher_dir.name == TEACHERS["dit"][0]
+    # the samplers that the teachers are measured with at 50 steps; the students begin with the same
+    own = {"teacher_kwargs": json.dumps(dit.CALL_KWARGS)} if is_dit else {"scheduler": "DDIMScheduler"}
+    own |= {} if is_dit else {"scheduler_kwargs": json.dumps({"timestep_spacing": "trailing"})}
+    flags = {"pretrained_teacher_model": teacher_dir, "prompts": shards_dir, "output_dir": pairs_dir} | PAIRS | own
+    # far from the seeds that the samples of `measure` are drawn with
+    words = [f"--{name}={value}" for name, value in (flags | {"seed": 10**6 * (seed + 1)}).items()]
+    print("python -m common.tools.generate_pairs " + " \\\n    ".join(map(shlex.quote, words)), flush=True)
+    done = subprocess.run([sys.executable, "-m", "common.tools.generate_pairs", *words])
+    if done.returncode:
+        raise UserError(f"generate_pairs ended with exit code {done.returncode}; its own message is above")
+    return pairs_dir
+
+
+def train(recipe, teacher_dir, data_dir, student_dir, seed):
+    command = training_command(recipe, teacher_dir, data_dir, student_dir, seed)
+    print("accelerate " + " \\\n    ".join(shlex.quote(word) for word in command), flush=True)
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command])
+    if done.returncode:
+        raise UserError(f"{recipe['script']} ended with exit code {done.returncode}; its own message is above")
+    print(f"trained {student_dir} in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def write_report(output_dir):
+    """report.md and report.png over everything that has been measured in this folder so far."""
+    measured = {}
+    for teacher, *_ in TEACHERS.values():
+        measured[teacher] = output_dir / f"{teacher}_metrics.json"
+        measured |= {
+            name: output_dir / name / "metrics.json" for name in (teacher.replace("teacher", m) for m in METHODS)
+        }
+    results = {name: json.loads(path.read_text()) for name, path in measured.items() if path.exists()}
+    lines = report_lines(results)
+    (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    labels = [f"{name}, {row['steps']} steps" for name, result in results.items() for row in result["rows"]]
+    images = [to_tensor(row) for name in results for row in np.load(measured[name].with_suffix(".npy"))]
+    samples.image_grid(images, labels, list(digits.WORDS), scale=3).save(output_dir / "report.png")
+    print("\n".join(lines), flush=True)
+    print(f"\nwritten: {output_dir / 'report.md'}, {output_dir / 'report.png'}", flush=True)
+
+
+def report_lines(results):
+    first = next(iter(results.values()))
+    num_sets, set_size = first["num_sets"], first["set_size"]
+    lines = [
+        "# Few-step samplers of handwritten digits",
+        "",
+        "| model | steps | Fréchet distance | prompt accuracy | s/image |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        for row in result["rows"]:
+            distance = f"{row['frechet_distance']:.2f} ± {row['frechet_distance_std']:.2f}"
+            lines.append(
+                f"| {name} | {row['steps']} | {distance} | {row['prompt_accuracy']:.3f} | "
+                f"{row['seconds_per_image']:.4f} |"
+            )
+    lines += [
+        "",
+        f"Floor: the {set_size} held-out digits are at distance {first['floor']:.2f} from the training digits.",
+        "",
+        f"- Every row: {num_sets * set_size:,} samples in {num_sets} sets of {set_size}, as many as held-out "
+        "digits; each set is compared with the 1,437 training digits. The distance is the mean over the sets, ± their "
+        "standard deviation.",
+        "- Features: the 64 pooled outputs of `classifier/`; they compare with no other network's.",
+        f'- Prompts: "{digits.CANONICAL_TEMPLATE.format("zero")}" to "nine", equally often; accuracy is how often the '
+        "classifier sees the digit that the prompt names.",
+        "- Teachers are sampled with DDIM (trailing timesteps), the flow-matching one with its own scheduler (below "
+        "20 steps ending as an even schedule does), students with the scheduler they were saved with; "
+        "guidance_scale: "
+        + ", ".join(f"{name} {result['guidance_scale']:g}" for name, result in results.items())
+        + ".",
+        f"- Seconds: on the CPU, {first['threads']} thread(s), batches of {first['batch_size']}, text and decoding "
+        "included.",
+        f"- Data: {digits.DATA_NOTE}.",
+        "",
+        "![samples](report.png)",
+    ]
+    return lines
+
+
+if __name__ == "__main__":
+    main(parse_args())

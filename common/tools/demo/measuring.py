@@ -1,0 +1,171 @@
+"""How the demo measures teachers and students: samples, and a judge that was trained on other digits."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from common.direct import probes
+from common.results import metrics
+from common.tools.demo import digits, dit
+from common.tools.sampling import load_pipeline
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+TEACHER_STEPS = (50, 8, 4, 2, 1)
+STUDENT_STEPS = (4, 2, 1)
+GUIDANCE_SCALE = 2.0  # w = 1
+# A set is as large as the held-out part of the data, so that every distance here is biased alike, the floor's too.
+NUM_SETS, SET_SIZE = 3, digits.NUM_HELD_OUT
+SAMPLE_BATCH_SIZE = 60
+
+
+def build_once(folder, build):
+    """Call build(temporary folder) and rename, so that `folder` is complete wherever it exists."""
+    if folder.exists():
+        print(f"{folder} exists and is reused", flush=True)
+        return
+    print(f"building {folder}", flush=True)
+    started = time.perf_counter()
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    build(unfinished)
+    unfinished.rename(folder)
+    print(f"built {folder} in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def measure_once(path, measure):
+    """Keep measure() = (results, images) as PATH.json and PATH.npy; the json, written last, says that both exist."""
+    if path.with_suffix(".json").exists():
+        print(f"{path}.json exists and is reused", flush=True)
+        return
+    results, images = measure()
+    np.save(path.with_suffix(".npy"), images)
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    unfinished.rename(path.with_suffix(".json"))
+
+
+class Judge:
+    """The classifier with what it sees in the training images, and the distance of the held-out ones: the floor."""
+
+    def __init__(self, folder):
+        (train_images, _), (held_out_images, _) = digits.load_split()
+        self.network = metrics.load_feature_network(folder)
+        self.train_features = self.features(train_images)
+        self.floor = self.distance(held_out_images)
+
+    def features(self, images):
+        return metrics.image_features(self.network, to_tensor(images), batch_size=256)
+
+    def distance(self, images):
+        return metrics.frechet_distance(self.features(images), self.train_features)
+
+    def accuracy(self, images, prompts):
+        labels = metrics.prompt_labels(self.network.model.config.id2label, prompts)
+        return metrics.prompt_accuracy(self.network, to_tensor(images), labels, batch_size=256)
+
+
+def to_tensor(images):
+    """uint8 (N, H, W, 3) array to uint8 (N, 3, H, W) tensor."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def load_student(folder, teacher_dir):
+    """What a method saved, as a stock pipeline: a whole one, or the teacher's with a U-Net or a LoRA from its file."""
+    if (folder / "model_index.json").exists():
+        return load_pipeline(str(folder))
+    unet = folder / "unet"
+    return load_pipeline(str(teacher_dir), **({"unet": unet} if unet.is_dir() else {"lora": folder}))
+
+
+def measure_student(judge, folder, teacher_dir, recipe, seed):
+    """The student at its method's numbers of steps, or the model of every stage at the number that it is for."""
+    stages = {stage: [int(stage.name.split("-k")[1])] for stage in sorted(folder.glob("stage-*"))}
+    measured = [
+        measure(judge, load_student(part, teacher_dir), steps, recipe["guidance_scale"], seed)
+        for part, steps in (stages or {folder: recipe.get("steps", STUDENT_STEPS)}).items()
+    ]
+    rows = [row for results, _ in measured for row in results["rows"]]
+    return measured[0][0] | {"rows": rows}, np.concatenate([images for _, images in measured])
+
+
+def measure_teacher(judge, folder, steps, seed):
+    """As well as it samples in few steps. With DDIM from the last timestep down: the checkpoint's own spacing never
+    sees noise at one and two steps. A flow's few steps end at an even schedule's last sigma instead of at the data.
+    """
+    pipeline = load_pipeline(str(folder))
+    shipped = pipeline.scheduler
+    if hasattr(shipped, "alphas_cumprod"):
+        pipeline.scheduler = DDIMScheduler.from_config(shipped.config, clip_sample=False, timestep_spacing="trailing")
+        return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed)
+
+    def schedule(num_inference_steps):
+        change = probes.repairs(shipped, num_inference_steps)[-1] if 1 < num_inference_steps < 20 else {}
+        pipeline.scheduler = type(shipped).from_config(shipped.config, **change)
+
+    return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed, schedule)
+
+
+def measure(judge, pipeline, steps, guidance_scale, seed, schedule=None):
+    """Sample NUM_SETS sets at every number of steps. Returns the results, and images (len(steps), 10, H, W, 3).
+
+    schedule: called with each number of steps before it is sampled, to change the pipeline's scheduler.
+    """
+    prompts = digits.canonical_prompts(SET_SIZE)
+    rows, shown = [], []
+    for num_inference_steps in steps:
+        distances, accuracies, seconds = [], [], 0.0
+        if schedule:
+            schedule(num_inference_steps)
+        with tqdm(total=NUM_SETS * SET_SIZE, desc=f"{num_inference_steps} steps", unit="image") as progress:
+            for index in range(NUM_SETS):
+                generator = torch.Generator().manual_seed(seed * NUM_SETS + index)
+                images = []
+                for start in range(0, SET_SIZE, SAMPLE_BATCH_SIZE):
+                    batch = prompts[start : start + SAMPLE_BATCH_SIZE]
+                    started = time.perf_counter()
+                    images.append(sample(pipeline, batch, num_inference_steps, guidance_scale, generator))
+                    seconds += time.perf_counter() - started
+                    progress.update(len(batch))
+                images = np.concatenate(images)
+                distances.append(judge.distance(images))
+                accuracies.append(judge.accuracy(images, prompts))
+                if index == 0:
+                    shown.append(images[:10])
+        rows.append(
+            {
+                "steps": num_inference_steps,
+                "frechet_distance": float(np.mean(distances)),
+                "frechet_distance_std": float(np.std(distances)),
+                "prompt_accuracy": float(np.mean(accuracies)),
+                "seconds_per_image": seconds / (NUM_SETS * SET_SIZE),
+            }
+        )
+    results = {
+        "guidance_scale": guidance_scale,
+        "num_sets": NUM_SETS,
+        "set_size": SET_SIZE,
+        "batch_size": SAMPLE_BATCH_SIZE,
+        "threads": torch.get_num_threads(),
+        "floor": judge.floor,
+        "rows": rows,
+    }
+    return results, np.stack(shown)
+
+
+def sample(pipeline, prompts, num_inference_steps, guidance_scale, generator):
+    """uint8 (N, H, W, 3)"""
+    images = pipeline(
+        prompts,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=generator,
+        output_type="np",
+        **(dit.CALL_KWARGS if isinstance(pipeline, StableDiffusion3Pipeline) else {}),
+    ).images
+    return (images * 255).round().astype(np.uint8)
