@@ -1,19 +1,37 @@
 """What a user is told: mistakes in one sentence, and never a credential in it."""
 
+import contextlib
 import re
 
 
 class UserError(Exception):
-    """A user's mistake: one sentence that names the flag and the way out. Scripts print it and exit with code 2.
+    """A user's mistake: one sentence that says what is wrong and the way out. Scripts print it and exit with code 2.
 
+    A library names a parameter in backquotes, `max_skip_ratio`; a script prints it as the flag of that name.
     on_one_rank: whether it may have happened to this process alone, which then has to say so itself.
     """
 
-    on_one_rank = False
+    def __init__(self, sentence, on_one_rank=False):
+        super().__init__(sentence)
+        self.on_one_rank = on_one_rank
 
 
-class DataError(UserError):
-    """One sentence about training data, naming the flag and the way out."""
+@contextlib.contextmanager
+def blame(what, *library_errors, way_out=""):
+    """What libraries raise inside becomes a UserError: `what` cannot be read, their first line, and the way out."""
+    try:
+        yield
+    except library_errors as error:
+        raise UserError(f"{what} ({first_line(error)}){way_out and '; ' + way_out}") from error
+
+
+@contextlib.contextmanager
+def speaking_of(flag, parameter="train_shards_path_or_url"):
+    """A UserError inside that names the library's `parameter` names `flag`, which gives it in this program."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"`{parameter}`", flag), error.on_one_rank) from error
 
 
 SECRET = r"[\w-]*(?:token|sig|key|secret|credential|passw|auth|jwt|hmac)[\w-]*"  # names of parameters
@@ -64,13 +82,6 @@ def first_line(error):
     """An exception in one line."""
     lines = str(error).strip().split("\n")
     return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0][:300]}"
-
-
-def unreadable(sentence):
-    """A UserError that one process may meet alone."""
-    error = UserError(sentence)
-    error.on_one_rank = True
-    return error
 
 
 # What libraries raise for arguments that they do not take.

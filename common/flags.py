@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 import shlex
 import sys
 
@@ -28,6 +29,8 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that answers a mistake with one sentence on stderr (on one process of each node) and exit code 2."""
 
+    spelling = {}  # of the latest parser: the flag of each name in a Namespace
+
     def __init__(self, description):
         super().__init__(
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
@@ -41,13 +44,18 @@ class ArgumentParser(argparse.ArgumentParser):
         self.typed = {self._option_string_actions[word].dest for word in words if word in self._option_string_actions}
         args = super().parse_args(argv)
         sys.argv[1:] = mask_secrets(sys.argv[1:])  # trackers record the command line on their own
+        ArgumentParser.spelling = self._spelling()
         for action in self._actions:
             if getattr(args, action.dest, None) == "" and action.dest != "negative_prompt":
                 name = (action.option_strings or [action.metavar])[0]
                 self.error(f"{name} is empty (a variable that is not set?); give it a value, or drop it")
         return args
 
+    def _spelling(self):
+        return {action.dest: (action.option_strings or [action.metavar])[0] for action in self._actions}
+
     def error(self, message):
+        ArgumentParser.spelling = self._spelling()
         exit_with(self.prog, message)
 
     def refuse_idle(self, names, reason):
@@ -64,9 +72,11 @@ def exit_with(prog, message, on_one_rank=False):
     """Print `prog: error: message` as one line and exit with code 2.
 
     Only the first process of a node prints what all of them meet; what may have met one alone, that one prints.
+    Parameters in backquotes are printed as flags.
     """
+    message = re.sub(r"`(\w+)`", lambda found: ArgumentParser.spelling.get(found[1], found[0]), str(message))
     if on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{prog}: error: {mask_credentials(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {mask_credentials(' '.join(message.split()))}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

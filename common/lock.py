@@ -2,7 +2,7 @@
 
 On the same host a dead owner is known at once, by its process. Elsewhere it is one that has not touched its file for
 SILENCE seconds, by this process's own clock, or an earlier start of the same SLURM job. `flock` is not asked: NFS and
-Lustre may not carry it to other hosts. The file is also what every process of a run looks for in --output_dir, to
+Lustre may not carry it to other hosts. The file is also what every process of a run looks for in `output_dir`, to
 see that all of them write to the same storage.
 """
 
@@ -93,10 +93,10 @@ def contents(folder):
     return {name for name in names if _part(name.removeprefix(".").removesuffix(".taken")) is None}
 
 
-def take(folder, flag, part=(0, 1), report=print):
+def take(folder, part=(0, 1), report=print):
     """Create the folder and its lock, to be released by `releasing`. Returns the Lock.
 
-    flag: what named the folder, for messages. part: (index, count) of a task that shares the folder with others and
+    part: (index, count) of a task that shares the folder with others and
     writes what `range(index, n, count)` numbers; (0, 1): all of it. UserError where a living process writes the same,
     or the folder cannot be written to. Waits SILENCE seconds where the owner is on another host.
     """
@@ -104,18 +104,20 @@ def take(folder, flag, part=(0, 1), report=print):
     path = folder / (NAME if count == 1 else f"{NAME}.{index}-of-{count}")
     owner = _me()
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag}={folder} is a file; name a folder")
+        raise UserError(f"`output_dir`={folder} is a file; name a folder")
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while not _create(path, json.dumps(owner)):
-            _clear([path], flag, report)
+            _clear([path], report)
         lock = Lock(path, owner, made)
         _held.append(lock)
         others = [p for p in folder.iterdir() if p != path and _overlap(_part(p.name), part)]
-        _clear(others, flag, report)
+        _clear(others, report)
     except OSError as error:
-        raise UserError(f"{flag}={folder} cannot be written to ({error.strerror}); name another folder") from None
+        raise UserError(
+            f"`output_dir`={folder} cannot be written to ({error.strerror}); name another folder"
+        ) from None
     return lock
 
 
@@ -233,16 +235,16 @@ def _is_dead(owner):
     return None
 
 
-def _clear(paths, flag, report):
+def _clear(paths, report):
     """Delete the locks of dead owners; UserError for one that lives."""
     found = {path: owner for path in paths if (owner := _read(path)) is not None}
     silent = {}
     for path, owner in found.items():
         if owner.get("foreign"):
-            raise UserError(f"{flag}={path.parent}: the file {path.name} in it is no run's; name a new folder")
+            raise UserError(f"`output_dir`={path.parent}: the file {path.name} in it is no run's; name a new folder")
         dead = _is_dead(owner) if owner else None
         if dead is False:
-            raise UserError(_in_use(path, owner, flag))
+            raise UserError(_in_use(path, owner))
         if dead is None:
             silent[path] = _touched(path)
     if silent:
@@ -256,9 +258,9 @@ def _clear(paths, flag, report):
             if touched is None:  # its owner has ended
                 del silent[path]
             elif touched != silent[path]:
-                raise UserError(_in_use(path, _read(path) or found[path], flag))
+                raise UserError(_in_use(path, _read(path) or found[path]))
     for path, owner in found.items():
-        _delete_dead(path, owner, flag, report)
+        _delete_dead(path, owner, report)
 
 
 def _touched(path):
@@ -270,15 +272,15 @@ def _touched(path):
         return None
 
 
-def _delete_dead(path, owner, flag, report):
+def _delete_dead(path, owner, report):
     """Delete the file unless another start was faster, and has its own there by now."""
     guard = path.with_name(f".{path.name}.taken")
     if not _create(guard, ""):
         with contextlib.suppress(FileNotFoundError):
             if abs(time.time() - guard.stat().st_mtime) < 60:  # a server's clock may be ahead
                 raise UserError(
-                    f"{flag}={path.parent}: another run starts in it at this moment; name another folder, or start "
-                    "again in a minute"
+                    f"`output_dir`={path.parent}: another run starts in it at this moment; name another folder, or "
+                    "start again in a minute"
                 )
             guard.unlink()  # of a start that died in between
         return
@@ -297,8 +299,8 @@ def _name(owner):
     return f"process {owner['pid']} on {owner['host']}{job}, started {owner.get('started')}"
 
 
-def _in_use(path, owner, flag):
+def _in_use(path, owner):
     return (
-        f"{flag}={path.parent} is in use by {_name(owner)}; wait for it, stop it, or name another folder (if it is "
-        f"known to be dead, or this is a copy of its folder, delete {path})"
+        f"`output_dir`={path.parent} is in use by {_name(owner)}; wait for it, stop it, or name another folder (if it "
+        f"is known to be dead, or this is a copy of its folder, delete {path})"
     )

@@ -33,7 +33,7 @@ def ddim_timesteps(num_ddim_timesteps, num_train_timesteps=1000):
     """
     if num_train_timesteps % num_ddim_timesteps:
         valid = ", ".join(str(n) for n in range(1, num_train_timesteps + 1) if num_train_timesteps % n == 0)
-        raise UserError(f"--num_ddim_timesteps={num_ddim_timesteps} must divide {num_train_timesteps}: one of {valid}")
+        raise UserError(f"`num_ddim_timesteps`={num_ddim_timesteps} must divide {num_train_timesteps}: one of {valid}")
     k = num_train_timesteps // num_ddim_timesteps
     return torch.arange(1, num_ddim_timesteps + 1) * k - 1
 

@@ -57,7 +57,7 @@ def test_curriculum_when_s1_is_no_power_of_two_times_s0():
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_run_too_short_for_its_curriculum_is_refused(steps):
-    with pytest.raises(UserError, match=f"--max_train_steps={steps} is too short for the 8 levels"):
+    with pytest.raises(UserError, match=f"`max_train_steps`={steps} is too short for the 8 levels"):
         consistency.discretization_steps(0, steps)
     assert consistency.discretization_steps(0, 8) == 11
 

@@ -18,7 +18,7 @@ from common.ct.scheduler import PreconditionedConsistencyScheduler
 from common.data import cached_latents
 from common.data.folders import IMAGE_KEYS
 from common.data.stream import TrainingData
-from common.errors import DataError
+from common.errors import UserError
 from common.keyed_random import keyed_generator
 from common.networks import performance
 from common.run import checkpointing, engine
@@ -666,7 +666,7 @@ def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):
     assert asked == [("cifar100", "cfg", "main", "/cache")] and shards == ["cifar100"]
     assert source.num_classes == 11 and len(source.keys) == 4 and source.read(1)["cls"] == str(images[1][1]).encode()
     monkeypatch.setattr(datasets, "load_dataset", lambda **kwargs: datasets.DatasetDict({"test": data}))
-    with pytest.raises(DataError, match="has no split named train, only test"):
+    with pytest.raises(UserError, match="has no split named train, only test"):
         open_images(None, "cifar100", image_column="img")
 
 
@@ -698,7 +698,7 @@ def test_cached_latents_are_called_by_their_name(tmp_path):
     cached_latents.write_shard(
         tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size}
     )
-    with pytest.raises(DataError, match="holds cached latents, and this script trains on images; name the shards"):
+    with pytest.raises(UserError, match="holds cached latents, and this script trains on images; name the shards"):
         open_images(str(tmp_path / "0.tar"))
 
 
@@ -715,7 +715,7 @@ def test_data_of_which_nothing_is_usable_are_called_by_their_flag(tmp_path, flag
 
 
 def test_a_folder_of_images_is_no_shards(image_folder):
-    with pytest.raises(DataError, match="pass images as --train_data_dir"):
+    with pytest.raises(UserError, match="pass images as `train_data_dir`"):
         open_images(str(image_folder))
 
 

@@ -38,7 +38,7 @@ from common.data.shards import (
     tar_samples,
 )
 from common.data.stream import TrainingData
-from common.errors import DataError
+from common.errors import UserError
 from common.keyed_random import keyed_generator, keyed_seed
 
 import fsspec
@@ -262,7 +262,7 @@ def test_credentials_in_addresses_are_sent_as_a_header_and_never_written(tmp_pat
         closed.bind(("127.0.0.1", 0))
         address = f"http://me:S3CRET@127.0.0.1:{closed.getsockname()[1]}/a.tar?X-Amz-Signature=S3CRET"
         data = make_data([address], num_lanes=1, skipped_log=tmp_path / "skipped.jsonl")
-        with pytest.raises(DataError, match="the last was: .*refused") as caught:
+        with pytest.raises(UserError, match="the last was: .*refused") as caught:
             next(iter(data))
     log = (tmp_path / "skipped.jsonl").read_text()
     assert "shard_open" in log and "S3CRET" not in log + str(caught.value)
@@ -320,7 +320,7 @@ def test_max_train_samples_takes_the_same_samples_in_every_epoch(tmp_path):
             epochs.setdefault(batch["epoch"], []).extend(batch["keys"])
         assert len(set(epochs[0])) == len(epochs[0]) == 19, name
         assert set(epochs[1]) == set(epochs[2]) == set(epochs[0]) and epochs[1] != epochs[0], name
-    with pytest.raises(DataError, match="--max_train_samples must be at least 8"):
+    with pytest.raises(UserError, match="`max_train_samples` must be at least 8"):
         make_data(shards, max_train_samples=7)
 
 
@@ -328,9 +328,9 @@ def test_identity_lanes_and_world_size_are_checked_on_resume(tmp_path):
     shards = make_shards(tmp_path, [20, 20, 8])
     sequence, state = run(shards, 1, 0, 10)
     for changed in [{"batch_size": 4}, {"num_lanes": 16}, {"shuffle_block_samples": 5}, {"max_train_samples": 30}]:
-        with pytest.raises(DataError, match="--data_seed"):
+        with pytest.raises(UserError, match="`data_seed`"):
             make_data(shards, **changed).load_state_dict(state)
-    with pytest.raises(DataError, match="train_shards_path_or_url.*--data_seed"):
+    with pytest.raises(UserError, match="train_shards_path_or_url.*`data_seed`"):
         make_data(shards[:2]).load_state_dict(state)
     signed, renewed, other = (
         f"https://h/{n}.tar?X-Amz-Date={d}&X-Amz-Signature={d}" for n, d in ((0, 1), (0, 2), (1, 1))
@@ -338,13 +338,13 @@ def test_identity_lanes_and_world_size_are_checked_on_resume(tmp_path):
     addressed = make_data([signed]).state_dict()
     addressed["cursors"] = state["cursors"]
     make_data([renewed]).load_state_dict(addressed)
-    with pytest.raises(DataError, match="train_shards_path_or_url.*--data_seed"):
+    with pytest.raises(UserError, match="train_shards_path_or_url.*`data_seed`"):
         make_data([other]).load_state_dict(addressed)
     addressed["identity"]["train_shards_path_or_url"] = hashlib.sha256(json.dumps([[signed], []]).encode()).hexdigest()
     make_data([signed]).load_state_dict(addressed)  # as it was written when the hash held signatures
-    with pytest.raises(DataError, match="8 lanes.*3 processes.*--data_seed"):
+    with pytest.raises(UserError, match="8 lanes.*3 processes.*`data_seed`"):
         make_data(shards, num_lanes=None, world_size=3).load_state_dict(state)
-    with pytest.raises(DataError, match="3 processes"):
+    with pytest.raises(UserError, match="3 processes"):
         make_data(shards, world_size=3)
 
     grown = make_data(shards, num_lanes=None, world_size=2)  # 16 lanes by itself, 8 as saved
@@ -361,7 +361,7 @@ def test_identity_lanes_and_world_size_are_checked_on_resume(tmp_path):
 
     states = [make_data(shards, rank=rank, world_size=2) for rank in range(2)]
     next(iter(states[0]))
-    with pytest.raises(DataError, match="different places"):
+    with pytest.raises(UserError, match="different places"):
         TrainingData.merge_state_dicts([rank.state_dict() for rank in states])
 
 
@@ -620,11 +620,11 @@ def test_what_is_wrong_with_the_layout_of_a_tar_is_said(tmp_path, layout, zipped
     tar = Path(write_tar(tmp_path / "0.tar", contents))
     if zipped:
         tar.write_bytes(gzip.compress(tar.read_bytes()))
-    with pytest.raises(DataError, match=re.escape(sentence)) as caught:
+    with pytest.raises(UserError, match=re.escape(sentence)) as caught:
         count_after([str(tar)], 9, max_skip_ratio=0.01, required=(IMAGE_KEYS, TEXT_KEYS))
     assert "the last was: 0.tar/" in str(caught.value)
     if layout != "a later one":
-        with pytest.raises(DataError, match=r"the last was: 0.tar/.*: no member .* \("):  # where a lane has no sample
+        with pytest.raises(UserError, match=r"the last was: 0.tar/.*: no member .* \("):  # where a lane has no sample
             count_after([str(tar)], 9, num_lanes=16)
     with open(tar, "rb") as file, tarfile.open(tar) as there:  # looking at the tar loses no sample and no byte
         found = [
@@ -652,7 +652,7 @@ def test_what_is_wrong_with_the_layout_of_a_tar_is_said(tmp_path, layout, zipped
 def test_what_is_no_tar_is_named(tmp_path, server, content, words):
     (tmp_path / "0.tar").write_bytes(content)
     for shard in (str(tmp_path / "0.tar"), f"{server[0]}/0.tar?sig=S3CRET", f"pipe:cat {tmp_path}/0.tar"):
-        with pytest.raises(DataError, match=f"shard_read 3.*the last was: 0.tar: .*no tar .* but {words}") as caught:
+        with pytest.raises(UserError, match=f"shard_read 3.*the last was: 0.tar: .*no tar .* but {words}") as caught:
             count_after([shard], 1)
         assert "S3CRET" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -662,7 +662,7 @@ def test_a_set_without_a_good_sample_stops_in_one_sentence(tmp_path, num_workers
     contents = [(f"{n}.{extension}", b"x") for n in range(300) for extension in ("jpg", "txt")]
     shards = [write_tar(tmp_path / f"{n}.tar", contents) for n in range(2)]
     data = make_data(shards, num_workers=num_workers, max_skip_ratio=1.0)
-    with pytest.raises(DataError, match=r"no usable sample in 3 whole epochs.*decode") as caught:
+    with pytest.raises(UserError, match=r"no usable sample in 3 whole epochs.*decode") as caught:
         next(iter(data))
     assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -672,7 +672,7 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
     shards = [write_tar(tmp_path / f"{n}.tar", contents) for n in range(4)]
     list(islice(make_data(shards, max_skip_ratio=0.3, num_lanes=4), 100))
     data, batches = make_data(shards, max_skip_ratio=0.2, num_lanes=4), []
-    with pytest.raises(DataError, match=r"of the last \d+ samples could not be read.*--max_skip_ratio"):
+    with pytest.raises(UserError, match=r"of the last \d+ samples could not be read.*`max_skip_ratio`"):
         for batch in islice(data, 100):
             batches.append(batch)
     assert 8 <= len(batches) <= 16  # judged after one epoch of 4 x 6 good samples in each lane
@@ -684,7 +684,7 @@ def test_the_skip_ratio_is_that_of_the_last_samples(tmp_path, monkeypatch):
     bad = [(f"{n}.{extension}", b"x") for n in range(1000, 1030) for extension in ("jpg", "txt")]
     shard = write_tar(tmp_path / "a.tar", members(0, 150) + bad)
     data = make_data([shard], num_lanes=1, batch_size=1, shuffle_block_samples=1, max_skip_ratio=0.3)
-    with pytest.raises(DataError, match="of the last"):  # 30 of 180 overall, 30 of 40 in the window
+    with pytest.raises(UserError, match="of the last"):  # 30 of 180 overall, 30 of 40 in the window
         list(islice(data, 200))
     assert data.counters["read"] > 150
     data = make_data([shard], num_lanes=1, batch_size=1, shuffle_block_samples=1, max_skip_ratio=0.8)
@@ -695,7 +695,7 @@ def test_one_endless_batch_of_bad_samples_is_stopped_in_the_middle(tmp_path, mon
     monkeypatch.setattr(stream_module, "SKIP_WINDOW", 50)
     bad = [(f"{n}.{extension}", b"x") for n in range(1000, 1200) for extension in ("jpg", "txt")]
     shard = write_tar(tmp_path / "a.tar", bad + members(0, 100))
-    with pytest.raises(DataError, match="50 of the last 50 samples"):
+    with pytest.raises(UserError, match="50 of the last 50 samples"):
         next(iter(make_data([shard], num_lanes=1, shuffle_block_samples=1)))
 
 
@@ -720,9 +720,9 @@ def test_a_killed_worker_and_a_silent_worker_end_in_one_sentence(tmp_path, monke
     monkeypatch.setattr(stream_module, "POLL_SECONDS", 0.3)
     shards = make_shards(tmp_path, [40])
     handler = signal.getsignal(signal.SIGCHLD)
-    with pytest.raises(DataError, match="data loading process died.*--dataloader_num_workers"):
+    with pytest.raises(UserError, match="data loading process died.*`dataloader_num_workers`"):
         next(iter(make_data(shards, decode=_die, num_workers=2)))
-    with pytest.raises(DataError, match="No batch came for 0.8 seconds.*--data_timeout"):
+    with pytest.raises(UserError, match="No batch came for 0.8 seconds.*`data_timeout`"):
         next(iter(make_data(shards, decode=_hang, num_workers=2, batch_size=1, data_timeout=0.8)))
     patient = make_data(shards, decode=_hang, num_workers=1, batch_size=1, data_timeout=60)
     assert next(iter(patient))["micro_batch"] == 0  # several polls passed
@@ -813,7 +813,7 @@ def test_http_shards_are_checked_for_their_length_and_tried_again(tmp_path, serv
     failures[0] = 10**9
     counters = count_after([good, f"{address}/00001.tar"], 20)
     assert counters["keys"] == {f"00000.tar/{n:06d}" for n in range(5)} and counters["shard_open"] >= 3
-    with pytest.raises(DataError, match="no usable sample in 3 whole epochs.*shard_open 3"):
+    with pytest.raises(UserError, match="no usable sample in 3 whole epochs.*shard_open 3"):
         count_after([f"{address}/00001.tar"], 1)
 
 
@@ -840,9 +840,9 @@ def test_fsspec_addresses(tmp_path, quick_retries):
     assert len(count_after(shards, 15)["keys"]) == 15
     filesystem.rm(f"/test_data/{1:05d}.tar")
     assert count_after(shards, 20)["shard_open"] >= 1
-    with pytest.raises(DataError, match="nothing matches"):
+    with pytest.raises(UserError, match="nothing matches"):
         expand_shards("memory://test_data/*.zip")
-    with pytest.raises(DataError, match="--train_shards_path_or_url.*nosuchprotocol"):
+    with pytest.raises(UserError, match="`train_shards_path_or_url`.*nosuchprotocol"):
         expand_shards("nosuchprotocol://bucket/*.tar")
 
 
@@ -879,7 +879,7 @@ def test_the_tars_of_a_folder(tmp_path, capsys):
     for word in ("train", "Val"):
         (tmp_path / "split" / word).mkdir(parents=True)
         shutil.copy(shards[0], tmp_path / "split" / word / "0.tar")
-    with pytest.raises(DataError, match="lie in Val, train, and Val is not for training by its name"):
+    with pytest.raises(UserError, match="lie in Val, train, and Val is not for training by its name"):
         expand_shards(str(tmp_path / "split"))
     shutil.move(tmp_path / "split/train/0.tar", tmp_path / "split/1.tar")
     assert expand_shards(f"{tmp_path}/split/") == [f"{tmp_path}/split/1.tar"]
@@ -906,9 +906,9 @@ def test_the_tars_of_a_folder(tmp_path, capsys):
 def test_expand_shards_refuses_what_is_not_there(tmp_path, spec, message):
     make_shards(tmp_path, [1, 1, 1])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=f"--train_shards_path_or_url.*{message}"):
+    with pytest.raises(UserError, match=f"`train_shards_path_or_url`.*{message}"):
         expand_shards(str(tmp_path / spec))
-    with pytest.raises(DataError, match="names no shard"):
+    with pytest.raises(UserError, match="names no shard"):
         expand_shards([])
 
 
@@ -973,19 +973,19 @@ def test_images_without_captions_and_captions_without_images_are_counted(tmp_pat
 def test_folders_that_cannot_be_used(tmp_path):
     images = tmp_path / "images"
     image_folder(images, 3, captions=None)
-    with pytest.raises(DataError, match="have no captions: add metadata.csv or metadata.jsonl.*.txt"):
+    with pytest.raises(UserError, match="have no captions: add metadata.csv or metadata.jsonl.*.txt"):
         expand_shards(str(images))
     (images / "metadata.csv").write_text("name,text\n000.png,x\n")
-    with pytest.raises(DataError, match="metadata.csv has no column file_name"):
+    with pytest.raises(UserError, match="metadata.csv has no column file_name"):
         expand_shards(str(images))
     (images / "metadata.csv").unlink()
     (images / "metadata.jsonl").write_text("{\n")
-    with pytest.raises(DataError, match="metadata.jsonl: line 1 is no JSON"):
+    with pytest.raises(UserError, match="metadata.jsonl: line 1 is no JSON"):
         expand_shards(str(images))
     folder = image_folder(tmp_path / "good", 3)
-    with pytest.raises(DataError, match="folder of images"):
+    with pytest.raises(UserError, match="folder of images"):
         make_data([folder, *make_shards(tmp_path, [5])])
-    with pytest.raises(DataError, match="holds 3 images and the data have 8 lanes"):
+    with pytest.raises(UserError, match="holds 3 images and the data have 8 lanes"):
         list(islice(make_data([folder]), 8))
 
 
@@ -1028,7 +1028,7 @@ def test_the_resize_is_within_one_grey_level_of_pillow(size, mode):
 def test_every_interpolation_type_works(mode):
     sample = decode_image(encode(smooth_image(90, 120)), 32, interpolation_type=mode)
     assert sample["images"].shape == (3, 32, 32) and sample["images"].dtype == torch.uint8
-    with pytest.raises(DataError, match="--interpolation_type 'box' is not one of bilinear, bicubic"):
+    with pytest.raises(UserError, match="`interpolation_type` 'box' is not one of bilinear, bicubic"):
         decode_image(encode(smooth_image(9, 12)), 8, interpolation_type="box")
 
 
@@ -1205,7 +1205,7 @@ def test_no_tar_can_do_harm(fuzz_folder, edits, cut, in_headers):
     try:
         for _ in islice(data, 14):
             used += 1
-    except DataError:
+    except UserError:
         pass
     skipped = sum(data.counters[name] for name in SAMPLE_SKIPS)
     assert data.counters["read"] == used + skipped

@@ -16,7 +16,7 @@ from common.data.images import FORMATS, decode_image_text, image_size, read_imag
 from common.data.shards import SampleError, expand_shards
 from common.data.stream import TrainingData
 from common.direct import pairs
-from common.errors import DataError
+from common.errors import UserError
 from common.tools.reference import iterate_images, reference_files, to_tensor
 from tests.test_data import encode, random_image, write_tar
 
@@ -163,7 +163,7 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
     folder = fill(tmp_path, "s/b.png")
     (tmp_path / "metadata.csv").write_text(f"file_name,text,image,prompt,seed\n{name},x,{name},x,1\n")
     said = f"1 of 1 row name no file, the first is {name!r}; "
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         TrainingData([folder], None, batch_size=1, seed=0)
     assert "2 of 2 samples cannot be used" in str(caught.value) and said in str(caught.value)
     assert hint in str(caught.value) and "or raise --max_skip_ratio" in str(caught.value)
@@ -199,7 +199,7 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
 def test_classes_are_the_subfolders(tmp_path, names, classes):
     listing = list_images(fill(tmp_path, *names))
     if isinstance(classes, str):
-        with pytest.raises(DataError, match=re.escape(classes)):
+        with pytest.raises(UserError, match=re.escape(classes)):
             class_folders(listing)
         return
     found, numbers = class_folders(listing)
@@ -238,7 +238,7 @@ def test_classes_that_count_from_1_are_found(tmp_path, classes, num_classes, sai
     ]
     shard = kind.format(write_tar(tmp_path / "0.tar", members))
     if "class 4" in said or "more" in said:
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(UserError, match=said):
             check_shard_classes([shard], num_classes, "label")
     else:
         found = check_shard_classes([shard], num_classes, "label")
@@ -253,7 +253,7 @@ def test_classes_that_count_from_1_end_the_stream_where_the_start_of_the_data_di
     for _ in range(4):
         with pytest.raises(SampleError, match="the class is 4"):
             decode(raw(4))
-    with pytest.raises(DataError, match="--num_classes=4: samples have the class 4"):
+    with pytest.raises(UserError, match="`num_classes`=4: samples have the class 4"):
         decode(raw(4))
 
 
@@ -280,7 +280,7 @@ def test_checkpoints_of_versions_that_numbered_the_images_go_on(tmp_path):
     data.load_state_dict(TrainingData.merge_state_dicts([state]))
     assert [next(iter(data))["keys"] for _ in range(1)] == expected
     state["identity"]["train_shards_path_or_url"] = "other"
-    with pytest.raises(DataError, match="another --train_shards_path_or_url"):
+    with pytest.raises(UserError, match="another `train_shards_path_or_url`"):
         data.load_state_dict(TrainingData.merge_state_dicts([state]))
 
 

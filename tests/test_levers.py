@@ -158,7 +158,7 @@ def test_selective_recomputes_every_second_block_of_a_transformer(name):
 
 def test_a_denoiser_that_cannot_be_recomputed_in_part_is_refused():
     denoisers = {"transformer": (type(tiny.make("HunyuanDiT").transformer), {})}
-    with pytest.raises(UserError, match="--gradient_checkpointing=selective: the teacher's transformer.*; pass full"):
+    with pytest.raises(UserError, match="`gradient_checkpointing`=selective: the teacher's transformer.*; pass full"):
         performance.check_denoisers(denoisers, "selective", False, False)
     performance.check_denoisers(denoisers, "full", False, False)
 

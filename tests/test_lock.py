@@ -29,7 +29,7 @@ def quick(monkeypatch):
 
 
 def take(folder, *part, report=lambda line: None):
-    return lock.take(folder, "--output_dir", part or (0, 1), report)
+    return lock.take(folder, part or (0, 1), report)
 
 
 def left_by(folder, name="RUNNING", **changes):

@@ -147,7 +147,7 @@ def test_target_modules_of_the_flag():
 
 @pytest.mark.parametrize("name", ["to_x", "attn1", "norm1", "q", "0"])
 def test_names_that_are_no_linear_or_convolution_are_refused(name):
-    with pytest.raises(UserError, match=f"--lora_target_modules: '{name}'"):
+    with pytest.raises(UserError, match=f"`lora_target_modules`: '{name}'"):
         lora.check_target_modules(SD, ("to_q", name))
 
 
@@ -448,7 +448,7 @@ def test_diffusers_names_of_sdxl_are_read_too(tmp_path):
 @pytest.mark.parametrize("file", [lora.WEIGHTS, lora.KOHYA_WEIGHTS])
 def test_a_start_that_does_not_fit_is_refused(tmp_path, file, rank, alpha, target_modules, message):
     lora.save_lora(tmp_path, make_student(make_unet(SD), 4, 2))
-    with pytest.raises(UserError, match=f"--init_lora=.*{message}"):
+    with pytest.raises(UserError, match=f"`init_lora`=.*{message}"):
         lora.check_lora(SD, rank, alpha, target_modules, str(tmp_path / file))
 
 

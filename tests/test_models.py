@@ -258,7 +258,7 @@ def test_init_unet_continues_an_earlier_student(teacher, tmp_path):
     with pytest.raises(UserError, match="no student of this teacher, its cross_attention_dim is 32"):
         teachers.check_init_unet(str(tmp_path / "run"), config, 64)
     for missing in (tmp_path / "nope", tmp_path / "nope.safetensors"):
-        with pytest.raises(UserError, match="--init_unet=.*neither a U-Net's folder"):
+        with pytest.raises(UserError, match="`init_unet`=.*neither a U-Net's folder"):
             teachers.check_init_unet(str(missing), config, 64)
 
 
@@ -271,14 +271,14 @@ def test_a_damaged_or_a_variant_only_part_is_found_without_loading(teacher, tmp_
         teachers.read_teacher_config(str(folder))
     weights.unlink()
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"no plain weights, only .*fp16.* \(pass its --variant\)"):
+    with pytest.raises(UserError, match=r"no plain weights, only .*fp16.* \(pass its `variant`\)"):
         teachers.read_teacher_config(str(folder))
 
 
 def test_another_vae_is_checked_without_loading(teacher, tmp_path):
     config = teachers.read_teacher_config(teacher())
     assert teachers.read_vae_config(teacher(), config)["vae"]["latent_channels"] == 4
-    with pytest.raises(UserError, match="--pretrained_vae_model_name_or_path=.*neither a VAE's folder"):
+    with pytest.raises(UserError, match="`pretrained_vae_model_name_or_path`=.*neither a VAE's folder"):
         teachers.read_vae_config(str(tmp_path / "nope"), config)
     vae = shutil.copytree(Path(teacher(), "vae"), tmp_path / "vae")
     edit_json(vae / "config.json", latent_channels=8)
@@ -451,7 +451,7 @@ def test_another_vae_is_used(teacher, tmp_path):
 def test_resolution_must_fit_the_vae(teacher):
     config = teachers.read_teacher_config(teacher())
     encoders.check_resolution(config, 16)
-    with pytest.raises(UserError, match="--resolution=17 is not a multiple of 8"):
+    with pytest.raises(UserError, match="`resolution`=17 is not a multiple of 8"):
         encoders.check_resolution(config, 17)
 
 
@@ -524,7 +524,7 @@ def test_the_default_resolution_is_what_the_stock_pipeline_samples_at(teacher, t
         assert teachers.default_resolution(config) == side
     else:
         side = size[0]
-        with pytest.raises(UserError, match="--resolution: the teacher's own images are 24 x 16 pixels"):
+        with pytest.raises(UserError, match="`resolution`: the teacher's own images are 24 x 16 pixels"):
             teachers.default_resolution(config)
     made, pipeline = [], diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None)
 

@@ -89,7 +89,7 @@ MIXED = {
 def test_seeds_of_other_results_are_refused(student, guide, kind, number, change):
     prompts, latents = guide[kind]
     made = Made(prompts[:number], change(range(number)), latents[:number])
-    with pytest.raises(UserError, match="seeds and results do not belong together.*pass --skip_pairs_check$"):
+    with pytest.raises(UserError, match="seeds and results do not belong together.*pass `skip_pairs_check`$"):
         check(student, made)
 
 

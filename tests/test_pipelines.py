@@ -401,5 +401,5 @@ def test_adapters_go_into_every_layer_of_the_blocks_or_where_they_are_told():
         path for path, _ in unet.named_modules() if path.endswith("to_q") or path == "conv_in"
     )
     for name in ("to_x", "norm1"):
-        with pytest.raises(UserError, match=f"--lora_target_modules: '{name}' does not select"):
+        with pytest.raises(UserError, match=f"`lora_target_modules`: '{name}' does not select"):
             pipelines.lora_targets(unet, [name])

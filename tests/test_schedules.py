@@ -68,7 +68,7 @@ def test_grid_is_that_of_the_lcm_scheduler(n):
 
 
 def test_grid_that_misses_the_last_timestep_is_refused():
-    with pytest.raises(UserError, match=r"--num_ddim_timesteps=30 must divide 1000: one of 1, 2, 4, 5, .* 1000"):
+    with pytest.raises(UserError, match=r"`num_ddim_timesteps`=30 must divide 1000: one of 1, 2, 4, 5, .* 1000"):
         ddim_timesteps(30)
 
 
@@ -177,7 +177,7 @@ def test_grids_that_segments_do_not_fit_are_refused_with_those_that_do(num_ddim_
 
 
 def test_segments_that_no_grid_carries():
-    with pytest.raises(UserError, match="--stage_segments=3,1: no grid of 1000 timesteps"):
+    with pytest.raises(UserError, match="`stage_segments`=3,1: no grid of 1000 timesteps"):
         segment_nodes(40, [3, 1])
 
 

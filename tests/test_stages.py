@@ -23,9 +23,9 @@ def test_default_edges_are_equal_parts_and_the_last_takes_the_rest():
 def test_steps_of_each_stage():
     assert edges(plan([5], 20)) == [0, 5, 10, 15, 20]
     assert edges(plan([1, 2, 3, 4], 10)) == [0, 1, 3, 6, 10]
-    with pytest.raises(UserError, match="--stage_steps add up to 10 updates and --max_train_steps is 11"):
+    with pytest.raises(UserError, match="`stage_steps` add up to 10 updates and `max_train_steps` is 11"):
         plan([1, 2, 3, 4], 11)
-    with pytest.raises(UserError, match="--max_train_steps=3 is too few for 4 stages"):
+    with pytest.raises(UserError, match="`max_train_steps`=3 is too few for 4 stages"):
         plan(max_train_steps=3)
 
 
@@ -65,7 +65,7 @@ def test_it_sees_the_start_in_the_first_part_of_a_stage(start, number):
 
 
 def test_a_stage_without_any_weight_is_refused():
-    with pytest.raises(UserError, match="--mse_weights and --adv_weights are 0 in stage-2-k2"):
+    with pytest.raises(UserError, match="`mse_weights` and `adv_weights` are 0 in stage-2-k2"):
         plan(mse=[1, 1, 0, 1], adv=[0.1, 0.1, 0, 0.1])
 
 

@@ -17,7 +17,7 @@ def write_card(output_dir, flags, command, global_step, total_batch_size, chosen
     stock = flags["noise_precond_type"] == flags["input_precond_type"] == "cm"
     notes = [
         f"Trained for {global_step} updates of {total_batch_size} images at {flags['resolution']} pixels, "
-        f"--objective={flags['objective']}"
+        f"`objective`={flags['objective']}"
         + (f", the first {flags['pretrain_steps']} as a diffusion model." if flags["pretrain_steps"] else "."),
         f"Two steps: `timesteps={two}` starts the second at sigma {flags['mid_sigma']:g}; `num_inference_steps=2` "
         f"would start it at {karras_sigmas(num_sigmas, *sigma_range).flip(0)[num_sigmas // 2]:.3g}.",
@@ -51,17 +51,17 @@ def list_warnings(flags, global_step, chosen, start_share, stock):
     warnings = []
     if global_step <= flags["pretrain_steps"]:
         warnings.append(
-            "every update was diffusion training (--pretrain_steps), so this is no consistency model yet: pass it as "
-            "--pretrained_model_name_or_path, or sample it with many steps."
+            "every update was diffusion training (`pretrain_steps`), so this is no consistency model yet: pass it as "
+            "`pretrained_model_name_or_path`, or sample it with many steps."
         )
     if flags["use_ema"] and chosen == "raw":
         warnings.append(
             f"the run is too short for its average, {start_share:.0%} of which is still its start; `unet/` holds the "
-            "last weights instead. Lower --ema_max_decay or train longer."
+            "last weights instead. Lower `ema_max_decay` or train longer."
         )
     if not stock:
         warnings.append(
-            "--noise_precond_type or --input_precond_type is not cm, which stock diffusers cannot sample: the "
+            "`noise_precond_type` or `input_precond_type` is not cm, which stock diffusers cannot sample: the "
             "scheduler is `PreconditionedConsistencyScheduler` of the training scripts' repository."
         )
     return warnings

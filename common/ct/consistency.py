@@ -31,7 +31,7 @@ def _ends(sigma_min, sigma_max, rho):
         return sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     except OverflowError:
         raise UserError(
-            f"--rho={rho}: --sigma_max={sigma_max} to the power of 1 / rho is no number; raise rho"
+            f"`rho`={rho}: `sigma_max`={sigma_max} to the power of 1 / rho is no number; raise rho"
         ) from None
 
 
@@ -42,13 +42,13 @@ def discretization_steps(step, max_train_steps, s_0=10, s_1=1280):
     UserError where K is too small for a single update per level, or s_1 < s_0.
     """
     if s_1 < s_0:
-        raise UserError(f"--discretization_s_1={s_1} is less than --discretization_s_0={s_0}; swap them")
+        raise UserError(f"`discretization_s_1`={s_1} is less than `discretization_s_0`={s_0}; swap them")
     doublings = math.log2(s_1 // s_0)
     length = math.floor(max_train_steps / (doublings + 1))
     if length == 0:
         raise UserError(
-            f"--max_train_steps={max_train_steps} is too short for the {math.ceil(doublings + 1)} levels from "
-            f"--discretization_s_0={s_0} to --discretization_s_1={s_1}; train longer, or lower s_1"
+            f"`max_train_steps`={max_train_steps} is too short for the {math.ceil(doublings + 1)} levels from "
+            f"`discretization_s_0`={s_0} to `discretization_s_1`={s_1}; train longer, or lower s_1"
         )
     return min(s_0 * 2 ** (step // length), s_1) + 1
 
@@ -63,7 +63,7 @@ def sigma_probabilities(sigmas, p_mean=-1.1, p_std=2.0, skip_steps=1):
     weights = cdf[skip_steps:] - cdf[: len(sigmas) - skip_steps]
     if not weights.sum() > 0:
         raise UserError(
-            f"--p_mean={p_mean}, --p_std={p_std}: no pair of noise levels between --sigma_min and --sigma_max is drawn"
+            f"`p_mean`={p_mean}, `p_std`={p_std}: no pair of noise levels between `sigma_min` and `sigma_max` is drawn"
         )
     return (weights / weights.sum()).clamp(min=0)
 
@@ -100,8 +100,8 @@ def sampling_timesteps(num_inference_steps, mid_sigma, num_sigmas, sigma_min=0.0
     indices = {round(last * i / max(num_inference_steps - 1, 1)) for i in range(num_inference_steps)}
     if len(indices) < num_inference_steps:
         raise UserError(
-            f"--eval_nfe={num_inference_steps} is more steps than there are noise levels above --mid_sigma={mid_sigma}"
-            "; take fewer, or a larger --discretization_s_1"
+            f"`eval_nfe`={num_inference_steps} is more steps than there are noise levels above `mid_sigma`={mid_sigma}"
+            "; take fewer, or a larger `discretization_s_1`"
         )
     return sorted(indices, reverse=True)
 

@@ -19,7 +19,7 @@ from common.data.cached_latents import read_manifest
 from common.data.folders import IMAGE_KEYS
 from common.data.images import MAX_IMAGE_PIXELS, _decode_square
 from common.data.shards import SampleError, expand_shards, is_remote, list_tars, open_shard, read_head, tar_samples
-from common.errors import DataError
+from common.errors import UserError
 
 import torch
 
@@ -32,7 +32,7 @@ class LabelledImages:
 
     dataset: a datasets.Dataset. image_column: of feature Image. label_column: whole numbers, or None to leave classes
     out; its feature may say how many. classes: those that rows have. has_names: whether the data say what the classes
-    are. `notes` and `unusable` are those of `folders.Samples`. DataError names `flag` where a column is missing or of
+    are. `notes` and `unusable` are those of `folders.Samples`. UserError names `flag` where a column is missing or of
     another kind.
     """
 
@@ -41,15 +41,15 @@ class LabelledImages:
 
         columns = ", ".join(dataset.column_names)
         if image_column not in dataset.column_names:
-            raise DataError(f"{flag} has no column {image_column}: --dataset_image_column_name is one of {columns}")
+            raise UserError(f"{flag} has no column {image_column}: `dataset_image_column_name` is one of {columns}")
         if not isinstance(dataset.features[image_column], datasets.Image):
-            raise DataError(f"{flag}: the column {image_column} does not hold images; its columns are {columns}")
+            raise UserError(f"{flag}: the column {image_column} does not hold images; its columns are {columns}")
         self._images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         self._column, self._labels, self.num_classes = image_column, None, None
         if label_column is not None:
             if label_column not in dataset.column_names:
-                raise DataError(
-                    f"{flag} has no column {label_column}: --dataset_class_label_column_name is one of {columns}, and "
+                raise UserError(
+                    f"{flag} has no column {label_column}: `dataset_class_label_column_name` is one of {columns}, and "
                     "an image folder has classes where its images lie in two or more subfolders"
                 )
             feature = dataset.features[label_column]
@@ -79,7 +79,7 @@ class LabelledFolder:
 
     label_column: None to leave classes out. Else they are whole numbers in a column of the folder's metadata, which is
     called so or `label`, or the subfolders as of `folders.class_folders`. Samples are in the order of the
-    metadata, else sorted by path. DataError names `flag`.
+    metadata, else sorted by path. UserError names `flag`.
     """
 
     def __init__(self, listing, flag, label_column=None, num_classes=None):
@@ -93,13 +93,13 @@ class LabelledFolder:
             else:
                 self._items = [(image, None) for image in folders.reference_images(listing)]
             if not self._items:
-                raise DataError(f"it holds no images ({', '.join(IMAGE_KEYS)}){'; '.join(['', *self.notes])}")
+                raise UserError(f"it holds no images ({', '.join(IMAGE_KEYS)}){'; '.join(['', *self.notes])}")
             if label_column and column is None:
                 names, classes = folders.class_folders(listing, num_classes)
                 self._items = list(zip(listing.files, classes, strict=True))
                 self.num_classes, self.classes, self.has_names = len(names), set(classes), True
-        except DataError as error:
-            raise DataError(f"{flag}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from None
         self.keys = [image for image, _ in self._items]
 
     def _read_rows(self, listing, rows, missing, column):
@@ -109,7 +109,7 @@ class LabelledFolder:
             with contextlib.suppress(ValueError):  # a csv has texts
                 value = int(value) if isinstance(value, str) else value
             if type(value) is not int:
-                raise DataError(f"{place} has the {column} {str(row.get(column))[:40]!r}, which is no whole number")
+                raise UserError(f"{place} has the {column} {str(row.get(column))[:40]!r}, which is no whole number")
             labels.append(value)
         self.classes = class_numbers(f"the metadata of {self.name}", column, labels)
         self.num_classes = max(self.classes) + 1
@@ -132,12 +132,12 @@ class LabelledFolder:
 
 
 def class_numbers(flag, column, labels):
-    """The set of classes of a column; DataError unless it has whole numbers and at least one class."""
+    """The set of classes of a column; UserError unless it has whole numbers and at least one class."""
     if not labels or any(type(label) is not int for label in labels):
-        raise DataError(f"{flag}: the column {column} must hold a whole number, the class, in each row")
+        raise UserError(f"{flag}: the column {column} must hold a whole number, the class, in each row")
     classes = {label for label in labels if label >= 0}
     if not classes:
-        raise DataError(f"{flag}: no row has a class, the column {column} holds only negative numbers")
+        raise UserError(f"{flag}: no row has a class, the column {column} holds only negative numbers")
     return classes
 
 
@@ -162,21 +162,21 @@ def load_labelled_images(
     """The training split of a data set of the hub or a folder (`dataset_name`), or an image folder (`train_data_dir`).
 
     A local folder is what `Dataset.save_to_disk` wrote, an image folder, or files that `datasets.load_dataset` reads
-    (parquet, csv with image paths, ...). Raises DataError when nothing is found or it is not as described.
+    (parquet, csv with image paths, ...). Raises UserError when nothing is found or it is not as described.
     """
-    flag = f"--train_data_dir={train_data_dir}" if dataset_name is None else f"--dataset_name={dataset_name}"
+    flag = f"`train_data_dir`={train_data_dir}" if dataset_name is None else f"`dataset_name`={dataset_name}"
     is_saved = dataset_name and any(Path(dataset_name, f).is_file() for f in ("state.json", "dataset_dict.json"))
     if dataset_name is None and not Path(train_data_dir).is_dir():
-        raise DataError(f"{flag}: there is no such folder")
+        raise UserError(f"{flag}: there is no such folder")
     if is_saved and dataset_config_name:
-        raise DataError(f"--dataset_config_name: {flag} was saved to disk without configurations; drop it")
+        raise UserError(f"`dataset_config_name`: {flag} was saved to disk without configurations; drop it")
     try:
         if dataset_name is None:
             listing = folders.list_images(train_data_dir)
         else:
             listing = None if is_saved or dataset_config_name else list_image_folder(dataset_name)
-    except DataError as error:
-        raise DataError(f"{flag}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     if listing is not None:
         return LabelledFolder(listing, flag, label_column, num_classes)
 
@@ -192,20 +192,20 @@ def load_labelled_images(
             )
     except Exception as error:  # of the hub, of parquet, of Arrow, of the file system: each has its own
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{flag} cannot be loaded ({type(error).__name__}: {reason}); check the name") from None
+        raise UserError(f"{flag} cannot be loaded ({type(error).__name__}: {reason}); check the name") from None
     if isinstance(dataset, dict):
         if "train" not in dataset:
-            raise DataError(f"{flag} has no split named train, only {', '.join(dataset)}")
+            raise UserError(f"{flag} has no split named train, only {', '.join(dataset)}")
         dataset = dataset["train"]
     if len(dataset) == 0:
-        raise DataError(f"{flag} holds no images")
+        raise UserError(f"{flag} holds no images")
     return LabelledImages(dataset, str(dataset_name), flag, image_column, label_column)
 
 
 def check_shard_classes(shards, num_classes, label_name):
     """A warning, or "", on the classes of some shards. Only the heads of remote ones are read, and no images.
 
-    DataError where the classes seem to count from 1, see `images.check_classes`.
+    UserError where the classes seem to count from 1, see `images.check_classes`.
     """
     seen, most = Counter(), min(len(shards), MAX_SHARDS)
     for shard in {shards[i * (len(shards) - 1) // max(1, most - 1)] for i in range(most)}:
@@ -221,7 +221,7 @@ def check_shard_classes(shards, num_classes, label_name):
         return (
             f"no sample of class 0 among the {seen.total()} that were looked at, and some of each other class: "
             "classes count from 0; if these count from 1, subtract one from each and pass "
-            f"--num_classes={num_classes - 1}"
+            f"`num_classes`={num_classes - 1}"
         )
     return ""
 
@@ -239,9 +239,9 @@ def open_images(
 ):
     """What TrainingData is to read: its list of shards, and the source beside it, None for shards.
 
-    One of `shards` (--train_shards_path_or_url), `dataset_name` and `train_data_dir` is given. label_column: None
+    One of `shards` (`train_shards_path_or_url`), `dataset_name` and `train_data_dir` is given. label_column: None
     where classes are not wanted. num_classes: as far as the user said.
-    DataError as from `expand_shards` and `load_labelled_images`.
+    UserError as from `expand_shards` and `load_labelled_images`.
     """
     if not shards:
         source = load_labelled_images(
@@ -257,13 +257,13 @@ def open_images(
         return [source.name], source
     folder = Path(str(shards))
     if folder.is_dir() and not list_tars(str(folder)):
-        raise DataError(
-            f"--train_shards_path_or_url={shards} is a folder without *.tar shards; pass images as --train_data_dir"
+        raise UserError(
+            f"`train_shards_path_or_url`={shards} is a folder without *.tar shards; pass images as `train_data_dir`"
         )
     found = expand_shards(shards)
     if read_manifest(found) is not None:
-        raise DataError(
-            f"--train_shards_path_or_url={shards} holds cached latents, and this script trains on images; name the "
+        raise UserError(
+            f"`train_shards_path_or_url`={shards} holds cached latents, and this script trains on images; name the "
             "shards that encode_shards read"
         )
     return found, None
@@ -288,7 +288,7 @@ def decode_image_label(
     The class is a whole number in the member `cls`, or under `label_name` in the member `json`. Returns `images` uint8
     (3, R, R) and, with `num_classes`, `class_labels` int64 (), from 0 to num_classes - 1. Draws from `rng` in a fixed
     order: flip, top, left. Raises SampleError: "decode" (also for a class that is missing or out of range),
-    "too_small", "too_big"; DataError as `check_classes` does, where `seen` counts the classes of this process.
+    "too_small", "too_big"; UserError as `check_classes` does, where `seen` counts the classes of this process.
     """
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
     label = {}
@@ -302,7 +302,7 @@ def decode_image_label(
 def decode_label(raw: dict[str, bytes], label_name: str, num_classes: int, seen: Counter | None = None) -> int:
     """The class of a raw sample, as in `decode_image_label`. Raises SampleError "decode".
 
-    seen: counts it, and is checked: DataError.
+    seen: counts it, and is checked: UserError.
     """
     try:
         label = int(raw["cls"].decode("utf-8-sig")) if "cls" in raw else json.loads(raw["json"])[label_name]
@@ -313,17 +313,17 @@ def decode_label(raw: dict[str, bytes], label_name: str, num_classes: int, seen:
         if label == num_classes:
             check_classes(seen, num_classes, least=5)
     if type(label) is not int or not 0 <= label < num_classes:
-        raise SampleError("decode", f"the class is {label!r}, not a whole number below --num_classes={num_classes}")
+        raise SampleError("decode", f"the class is {label!r}, not a whole number below `num_classes`={num_classes}")
     return label
 
 
 def check_classes(seen: Counter, num_classes: int, least: int) -> None:
-    """DataError where `seen`, {class: samples}, shows that the class `num_classes`, one too many, is no stray: it has
+    """UserError where `seen`, {class: samples}, shows that the class `num_classes`, one too many, is no stray: it has
     `least` samples, or 5 where there are some of class 0, and at least a tenth of what a class has on average."""
     beyond = seen[num_classes]
     if beyond >= (5 if seen[0] else least) and 10 * beyond * len(seen) >= seen.total():
-        raise DataError(
-            f"--num_classes={num_classes}: samples have the class {num_classes}, and classes count from 0 to "
+        raise UserError(
+            f"`num_classes`={num_classes}: samples have the class {num_classes}, and classes count from 0 to "
             f"{num_classes - 1}; if these run from 1 to {num_classes}, subtract one from each, else pass "
-            f"--num_classes={num_classes + 1} or more"
+            f"`num_classes`={num_classes + 1} or more"
         )

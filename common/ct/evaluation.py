@@ -125,7 +125,7 @@ class Evaluation:
 def record(output_dir, step, rows, checkpoint=None, metric="frechet_distance"):
     """Append the rows of `step` to metrics.jsonl and note the best evaluation so far in best_checkpoint.json.
 
-    Best is the lowest `metric` over all networks at the most steps measured; `--checkpoints_total_limit` spares its
+    Best is the lowest `metric` over all networks at the most steps measured; `checkpoints_total_limit` spares its
     checkpoint. checkpoint: the name of this step's, None where none is saved. Rows of later steps, and of this one,
     are those of a run that was killed and resumed: they are dropped. Returns the best row.
     """

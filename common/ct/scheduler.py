@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 
 
 class PreconditionedConsistencyScheduler(CMStochasticIterativeScheduler):
-    """CMStochasticIterativeScheduler with --noise_precond_type and --input_precond_type of the training.
+    """CMStochasticIterativeScheduler with `noise_precond_type` and `input_precond_type` of the training.
 
     noise_precond_type: what the network is told, see `consistency.noise_condition`. input_precond_type: "cm" scales
     the input by c_in, "none" does not. Everything else is the stock scheduler's.

@@ -63,8 +63,8 @@ def read_unet_config(
     if name is None:
         if resolution not in DEFAULT_CONFIGS:
             raise UserError(
-                f"--resolution={resolution}: there are default networks for 32 and 64 pixels only; pass "
-                "--model_config_name_or_path, the config.json of a UNet2DModel"
+                f"`resolution`={resolution}: there are default networks for 32 and 64 pixels only; pass "
+                "`model_config_name_or_path`, the config.json of a UNet2DModel"
             )
         config = dict(DEFAULT_CONFIGS[resolution])
     else:
@@ -119,13 +119,13 @@ def _check_pretrained(flag, name, config, resolution, num_classes, stock_schedul
     if scheduler not in (None, ours):
         raise UserError(
             f"{flag} was trained for {scheduler}: its weights mean another function; use a model of this script, such "
-            "as one of --pretrain_steps alone"
+            "as one of `pretrain_steps` alone"
         )
     if config.get("sample_size") not in (None, resolution):
-        raise UserError(f"{flag} is a network for {config['sample_size']} pixels; pass that as --resolution")
+        raise UserError(f"{flag} is a network for {config['sample_size']} pixels; pass that as `resolution`")
     if config.get("num_class_embeds") != num_classes:
         raise UserError(
-            f"{flag} has {config.get('num_class_embeds') or 'no'} classes; pass --class_conditional and --num_classes "
+            f"{flag} has {config.get('num_class_embeds') or 'no'} classes; pass `class_conditional` and `num_classes` "
             "as it was trained"
         )
 
@@ -144,7 +144,7 @@ def _check_config(flag, config):
     levels = len(channels)
     if config["sample_size"] % 2 ** (levels - 1):
         raise UserError(
-            f"{flag}: {levels} levels need a --resolution that {2 ** (levels - 1)} divides, "
+            f"{flag}: {levels} levels need a `resolution` that {2 ** (levels - 1)} divides, "
             f"not {config['sample_size']}"
         )
     try:
@@ -162,7 +162,7 @@ def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_d
         torch.nn.init.zeros_(unet.conv_out.weight)
         torch.nn.init.zeros_(unet.conv_out.bias)
         return unet
-    flag = f"--pretrained_model_name_or_path={pretrained_name}"
+    flag = f"`pretrained_model_name_or_path`={pretrained_name}"
     changes = {key: config[key] for key in ("dropout", "sample_size") if key in config}
     try:
         place = {"revision": revision, "variant": variant, "cache_dir": cache_dir}

@@ -25,7 +25,7 @@ from common import lock
 from common.data.folders import TEXT_KEYS
 from common.data.images import decode_caption
 from common.data.shards import SampleError, is_remote, read_head
-from common.errors import DataError, UserError
+from common.errors import UserError
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def check_folder(folder, settings):
 
     settings: of a manifest, or some of them. Returns the manifest that is there as bytes, or None where there is none.
     """
-    folder, flag = Path(folder), f"OUT={folder}"
+    folder, flag = Path(folder), f"`output_dir`={folder}"
     path = folder / MANIFEST
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
@@ -107,14 +107,14 @@ def write_manifest(folder, manifest):
             unfinished.unlink()
         _fsync(folder)
     except OSError as error:
-        raise UserError(f"OUT={folder} cannot be written to ({error.strerror}); name another folder") from None
+        raise UserError(f"`output_dir`={folder} cannot be written ({error.strerror}); name another folder") from None
     return check_folder(folder, manifest)
 
 
 def read_manifest(shards):
     """The manifest of cached shards, or None for shards of images; without any weight.
 
-    Every local shard is asked for its first member; of remote ones the first that answers. Raises DataError for lists
+    Every local shard is asked for its first member; of remote ones the first that answers. Raises UserError for lists
     that mix images and latents, or latents of several settings.
     """
     local = [shard for shard in shards if not is_remote(shard)]
@@ -125,22 +125,22 @@ def read_manifest(shards):
     cached = {shard: manifest for shard, manifest in found.items() if manifest is not None}
     if not cached:
         return None
-    flag = "--train_shards_path_or_url"
+    flag = "`train_shards_path_or_url`"
     others = [shard for shard in found if shard not in cached]
     damaged = next((shard for shard in others if not os.path.isdir(shard) and not _begins_as_tar(shard)), None)
     if damaged is not None:
-        raise DataError(
+        raise UserError(
             f"{flag}: {damaged} among the cached latents is damaged, or no tar; encode it again, or leave it out"
         )
     if others:
-        raise DataError(
+        raise UserError(
             f"{flag} mixes cached latents ({next(iter(cached))}) and images ({others[0]}); name the ones or the others"
         )
     first, manifest = next(iter(cached.items()))
     digests = {shard: manifest_digest(m) for shard, m in cached.items()}
     other = next((shard for shard in digests if digests[shard] != digests[first]), None)
     if other is not None:
-        raise DataError(f"{flag}: {first} and {other} hold latents of different settings; train on one of them")
+        raise UserError(f"{flag}: {first} and {other} hold latents of different settings; train on one of them")
     return manifest
 
 
@@ -170,10 +170,10 @@ def _parse_head(shard, head):
     except (ValueError, TypeError):
         known = False
     if not known:
-        raise DataError(f"--train_shards_path_or_url: the manifest in {shard} is damaged; encode this shard again")
+        raise UserError(f"`train_shards_path_or_url`: the manifest in {shard} is damaged; encode this shard again")
     if manifest["format"] != FORMAT:
-        raise DataError(
-            f"--train_shards_path_or_url: {shard} has format {manifest['format']!r}, this version reads {FORMAT}"
+        raise UserError(
+            f"`train_shards_path_or_url`: {shard} has format {manifest['format']!r}, this version reads {FORMAT}"
         )
     return manifest
 
@@ -187,22 +187,22 @@ def check_manifest(manifest, shape, dtype, image_flags):
     for name, value in image_flags.items():
         if name in IMAGE_FLAGS and manifest[name] != value:
             there = manifest[name]
-            made, way_out = f"with {there}, not {value}", f"pass --{name}={there}"
+            made, way_out = f"with {there}, not {value}", f"pass `{name}`={there}"
             if isinstance(there, bool):  # a switch takes no value
-                made, way_out = ("with it", f"add --{name}") if there else ("without it", f"drop --{name}")
-            raise DataError(
-                f"--{name}: the cached latents of --train_shards_path_or_url were made {made}; {way_out}, or encode "
+                made, way_out = ("with it", f"add `{name}`") if there else ("without it", f"drop `{name}`")
+            raise UserError(
+                f"`{name}`: the cached latents of `train_shards_path_or_url` were made {made}; {way_out}, or encode "
                 "the images again"
             )
     if list(manifest["shape"]) != list(shape):
-        raise DataError(
-            f"--train_shards_path_or_url: the cached latents of {manifest['vae']} have the shape {manifest['shape']}, "
+        raise UserError(
+            f"`train_shards_path_or_url`: the cached latents of {manifest['vae']} have the shape {manifest['shape']}, "
             f"this teacher's have {list(shape)}; encode the images with its VAE"
         )
     if getattr(torch, manifest["dtype"]).itemsize < dtype.itemsize:
-        raise DataError(
-            f"--train_shards_path_or_url: the VAE made the cached latents in {manifest['dtype']} and would compute in "
-            f"{str(dtype).removeprefix('torch.')} in this run; pass the same --mixed_precision, or encode them again"
+        raise UserError(
+            f"`train_shards_path_or_url`: the VAE made the cached latents in {manifest['dtype']} and would compute in "
+            f"{str(dtype).removeprefix('torch.')} in this run; pass the same `mixed_precision`, or encode them again"
         )
 
 
@@ -214,10 +214,10 @@ def use_cached(manifest, vae):
 
 
 def check_encoder(manifest, vae):
-    """DataError unless this VAE, in float32, has the encoder that made the latents."""
+    """UserError unless this VAE, in float32, has the encoder that made the latents."""
     if encoder_sha256(vae) != manifest["encoder_sha256"]:
-        raise DataError(
-            f"--train_shards_path_or_url: the VAE of {manifest['vae']}, revision {manifest['revision']}, made the "
+        raise UserError(
+            f"`train_shards_path_or_url`: the VAE of {manifest['vae']}, revision {manifest['revision']}, made the "
             "cached latents, and the encoder of this run's VAE has other weights; encode the images with it"
         )
 
@@ -312,7 +312,7 @@ def decode_cached(raw, rng, *, manifest, proportion_empty_prompts=0.0):
     posterior's `latent_means` and `latent_stds`, float16 (C, h, w).
 
     Draws from `rng` as `decode_image_text` does with the manifest's flags, so that the same captions are dropped.
-    Raises SampleError "decode" or "missing_caption", and DataError for a sample of another manifest.
+    Raises SampleError "decode" or "missing_caption", and UserError for a sample of another manifest.
     """
     for _ in range(2 + bool(manifest["random_flip"])):
         rng.random()
@@ -330,8 +330,8 @@ def decode_cached(raw, rng, *, manifest, proportion_empty_prompts=0.0):
     except Exception as error:  # hostile bytes make numpy raise nearly anything
         raise SampleError("decode", f"{type(error).__name__}: {error}") from error
     if digest != manifest_digest(manifest):
-        raise DataError(
-            "--train_shards_path_or_url: a shard holds cached latents of other settings than the first one; train on "
+        raise UserError(
+            "`train_shards_path_or_url`: a shard holds cached latents of other settings than the first one; train on "
             "shards of one manifest"
         )
     return {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.data.tables import read_table
-from common.errors import DataError, UserError
+from common.errors import UserError
 
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "jfif", "jpe", "bmp", "gif", "tif", "tiff", "avif")  # the first one counts
 TEXT_KEYS = ("text", "txt", "caption")
@@ -56,7 +56,7 @@ def walk(folder: str, places: dict | None = None) -> Iterator[tuple[str, str]]:
     """(path below the folder, name) of every file in it and below it, in no order. What is hidden is left out.
 
     Links are followed, but for those to a folder above. places: takes {real folder: its path below this one}. Raises
-    DataError where a folder cannot be listed.
+    UserError where a folder cannot be listed.
     """
     places, real = {} if places is None else places, os.path.realpath(folder)
     places[real], left = "", [("", (real,))]
@@ -82,7 +82,7 @@ def is_image(path: str) -> bool:
 
 
 def list_images(folder: str) -> Listing:
-    """List a folder and all folders below it. Raises DataError as `walk` does."""
+    """List a folder and all folders below it. Raises UserError as `walk` does."""
     folder, files, captions, found_tables, others, places = str(folder), [], set(), {}, Counter(), {}
     for path, name in walk(folder, places):
         stem, extension = os.path.splitext(path)
@@ -114,7 +114,7 @@ def _entries(folder):
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise DataError(f"{folder!r} cannot be listed ({error.strerror}); make it readable, or move it away") from None
+        raise UserError(f"{folder!r} cannot be listed ({error.strerror}); make it readable, or move it away") from None
 
 
 def _is_folder(entry):
@@ -143,7 +143,7 @@ def class_folders(listing: Listing, num_classes: int | None = None) -> tuple[lis
     """(class names, the class of each of `files`): the classes are the subfolders, by name.
 
     Folders that hold nothing but one folder are passed through. Where subfolders have subfolders of several names, the
-    number of classes says which of both are meant: `animals/cat`, or `cat/part1`. Raises DataError where it does not,
+    number of classes says which of both are meant: `animals/cat`, or `cat/part1`. Raises UserError where it does not,
     where there are fewer than two classes, or images beside them.
     """
     parts = [file.split("/") for file in listing.files]
@@ -153,12 +153,12 @@ def class_folders(listing: Listing, num_classes: int | None = None) -> tuple[lis
     beside = [file for file, part in zip(listing.files, parts, strict=True) if len(part) <= depth + 1]
     names = sorted({part[depth] for part in parts if len(part) > depth + 1})
     if len(names) < 2:
-        raise DataError(
+        raise UserError(
             f"it has no classes: its images lie in {count(len(names), 'subfolder')}; put those of each class into a "
             f"subfolder of their own, or add a metadata.csv with the columns file_name and label"
         )
     if beside:
-        raise DataError(
+        raise UserError(
             f"it has {count(len(beside), 'image')} beside its {len(names)} subfolders of classes, the first is "
             f"{beside[0]!r}; move them into one"
         )
@@ -168,8 +168,8 @@ def class_folders(listing: Listing, num_classes: int | None = None) -> tuple[lis
     if len(low_names) > 1 and len(set(zip(classes, lowest, strict=True))) > len(names):
         readings = {len(names): classes, len(low_names): lowest} if len(names) != len(low_names) else {}
         if num_classes not in readings:
-            way_out = f"pass --num_classes={len(names)} or {len(low_names)}"
-            raise DataError(
+            way_out = f"pass `num_classes`={len(names)} or {len(low_names)}"
+            raise UserError(
                 f"its subfolders have subfolders, and the classes may be the {len(names)} upper ones ({_some(names)}) "
                 f"or the {len(low_names)} lowest ({_some(low_names)}); "
                 + (way_out if readings else "say it in a metadata.csv with the columns file_name and label")
@@ -189,7 +189,7 @@ def metadata_rows(listing: Listing, columns=(), notes=None) -> tuple[list[tuple[
 
     image: as in `files`, or an absolute path outside the folder; a row whose file is not there keeps the name that it
     gives. place: in words. columns: those that a row must have, besides file_name. notes: takes what is to be said.
-    Raises DataError.
+    Raises UserError.
     """
     files, rows, missing, resolved = set(listing.files), [], 0, {}
     for table in listing.tables:
@@ -197,11 +197,11 @@ def metadata_rows(listing: Listing, columns=(), notes=None) -> tuple[list[tuple[
         try:
             found = read_table(path, columns=("file_name", *columns))
         except UserError as error:
-            raise DataError(str(error)) from None
+            raise UserError(str(error)) from None
         for place, row in found:
             name = row["file_name"]
             if not isinstance(name, str):
-                raise DataError(f"{path}: the file_name of {place} is no text but {str(name)[:40]!r}")
+                raise UserError(f"{path}: the file_name of {place} is no text but {str(name)[:40]!r}")
             image, is_there = _find(listing, files, os.path.dirname(table), name, resolved)
             if not is_there:
                 lost.append(name)
@@ -268,22 +268,22 @@ class Samples(NamedTuple):
 def read_samples(folder: str) -> Samples:
     """The images of a folder with their captions. Each row of the metadata is a sample, also of one image.
 
-    Raises DataError, naming --train_shards_path_or_url, where there are no images or no captions.
+    Raises UserError, naming `train_shards_path_or_url`, where there are no images or no captions.
     """
-    flag = "--train_shards_path_or_url"
+    flag = "`train_shards_path_or_url`"
     try:
         listing = list_images(folder)
-    except DataError as error:
-        raise DataError(f"{flag}: {error}.") from None
+    except UserError as error:
+        raise UserError(f"{flag}: {error}.") from None
     notes = list(listing.notes)
     rows, missing = metadata_rows(listing, ("text",), notes)
     items = []
     for image, place, row in rows:
         if not isinstance(row["text"], str | None):
-            raise DataError(f"{place} has a text that is no text but {str(row['text'])[:40]!r}")
+            raise UserError(f"{place} has a text that is no text but {str(row['text'])[:40]!r}")
         items.append((image, row["text"] or ""))
     if not listing.files and not items:
-        raise DataError(
+        raise UserError(
             f"{flag}: the folder {folder!r} holds neither *.tar shards nor images "
             f"({', '.join('*.' + key for key in IMAGE_KEYS)}, also in its subfolders)."
             + "".join(f" {note}." for note in notes)
@@ -300,7 +300,7 @@ def read_samples(folder: str) -> Samples:
             elif os.path.splitext(image)[0] not in listing.captions:
                 bare.append(image)
     if not rows and len(bare) == len(items):
-        raise DataError(
+        raise UserError(
             f"{flag}: the images in {folder!r} have no captions: add metadata.csv or metadata.jsonl with the columns "
             "file_name and text, or a .txt of the same name beside each image."
         )

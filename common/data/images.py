@@ -12,7 +12,7 @@ import warnings
 from common.data import tables
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS
 from common.data.shards import SampleError
-from common.errors import DataError
+from common.errors import UserError
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ def _decode_square(
 ):
     """The image uint8 (3, R, R), its source's (height, width), the crop's (top, left); top and left are fractions."""
     if interpolation_type not in INTERPOLATION_TYPES:
-        raise DataError(f"--interpolation_type {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
+        raise UserError(f"`interpolation_type` {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
     antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
     image_bytes = image_member(raw)
     with _sample_errors():

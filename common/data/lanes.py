@@ -4,7 +4,7 @@ import functools
 import random
 
 from common.data.shards import SKIP_CLASSES, SampleError
-from common.errors import DataError, mask_credentials
+from common.errors import UserError, mask_credentials
 from common.keyed_random import keyed_seed
 
 UNREADABLE = ("shard_open", "shard_read", "decode", "missing_caption", "too_big")  # what max_skip_ratio counts
@@ -112,11 +112,11 @@ class Lane:
             return
         empty = 0 if cursor["used"] else cursor["empty"] + 1
         if empty == MAX_EMPTY_EPOCHS:
-            flag = getattr(data._source, "flag", "--train_shards_path_or_url")
+            flag = getattr(data._source, "flag", "`train_shards_path_or_url`")
             last = last_detail(tally.skipped or data._first_skip())
-            raise DataError(
+            raise UserError(
                 f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
-                f"({listing(tally.counts)}): check {flag}, or pass fewer --data_lanes"
+                f"({listing(tally.counts)}): check {flag}, or pass fewer `data_lanes`"
                 f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{last}."
             )
         self.cursor = new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from common.data import tables
 from common.data.folders import expand_home, is_hidden, is_image, literal_folder, read_samples, walk
-from common.errors import DataError
+from common.errors import UserError
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -56,16 +56,16 @@ class RawSample(dict):
 
 
 def expand_shards(spec: str | list[str]) -> list[str]:
-    """List the shards that `--train_shards_path_or_url` means, in a fixed order.
+    """List the shards that `train_shards_path_or_url` means, in a fixed order.
 
     Brace patterns `{00000..00099}` are expanded everywhere, also inside `pipe:COMMAND`; globs in local paths and in
     fsspec addresses (s3://, gs://, hf://, ...); a folder means its tars, or the folder itself where it holds images.
     What exists as it is written, file or leading folders, is no pattern.
-    Raises DataError when a local file is missing or nothing matches.
+    Raises UserError when a local file is missing or nothing matches.
     """
     shards = [shard for one in ([spec] if isinstance(spec, str) else spec) for shard in _expand_spec(one)]
     if not shards:
-        raise DataError("--train_shards_path_or_url names no shard: give tars, a pattern, an address or a folder.")
+        raise UserError("`train_shards_path_or_url` names no shard: give tars, a pattern, an address or a folder.")
     return shards
 
 
@@ -75,7 +75,7 @@ def _expand_spec(spec: str) -> list[str]:
         folder, rest = ("", spec) if is_remote(spec) else literal_folder(spec)
         paths = [spec] if os.path.exists(spec) else [folder + one for one in braceexpand(rest, escape=False)]
     except UnbalancedBracesError:
-        raise DataError(f"--train_shards_path_or_url: the braces of {spec!r} do not match.") from None
+        raise UserError(f"`train_shards_path_or_url`: the braces of {spec!r} do not match.") from None
     shards, missing = [], []
     for path in paths:
         if is_remote(path):
@@ -91,8 +91,8 @@ def _expand_spec(spec: str) -> list[str]:
             shards += matches
             missing += [] if matches else [path]
     if missing:
-        raise DataError(
-            f"--train_shards_path_or_url: {len(missing)} of {len(paths)} paths match no file, the first is "
+        raise UserError(
+            f"`train_shards_path_or_url`: {len(missing)} of {len(paths)} paths match no file, the first is "
             f"{missing[0]!r}; correct the path or the range in braces."
         )
     return shards
@@ -113,17 +113,17 @@ def _expand_fsspec(address: str) -> list[str]:
             return [address]
         matches = sorted(filesystem.glob(path))
     except Exception as error:  # a missing package, wrong credentials, no network: each file system has its own
-        raise DataError(f"--train_shards_path_or_url: {address!r} cannot be listed ({error}).") from error
+        raise UserError(f"`train_shards_path_or_url`: {address!r} cannot be listed ({error}).") from error
     if not matches:
-        raise DataError(f"--train_shards_path_or_url: nothing matches {address!r}.")
+        raise UserError(f"`train_shards_path_or_url`: nothing matches {address!r}.")
     return [filesystem.unstrip_protocol(match) for match in matches]
 
 
 def _expand_folder(folder: str) -> list[str]:
     try:
         tars = training_tars(folder)
-    except DataError as error:
-        raise DataError(f"--train_shards_path_or_url: {error}") from None
+    except UserError as error:
+        raise UserError(f"`train_shards_path_or_url`: {error}") from None
     if not tars:
         read_samples(folder)
         return [folder]
@@ -133,7 +133,7 @@ def _expand_folder(folder: str) -> list[str]:
 def training_tars(folder: str) -> list[str]:
     """`list_tars` without those in folders that are held out by their names, which is said once a node.
 
-    Raises DataError where the folder has no tars of its own beside them.
+    Raises UserError where the folder has no tars of its own beside them.
     """
     tars = list_tars(folder)
     tops = {tar: os.path.relpath(tar, folder).rpartition(os.sep)[0].partition(os.sep)[0] for tar in tars}
@@ -146,7 +146,7 @@ def training_tars(folder: str) -> list[str]:
             )
         return kept
     if held_out and len(names := sorted(set(tops.values()))) > 1:
-        raise DataError(
+        raise UserError(
             f"the tars of {folder!r} lie in {', '.join(names)}, and {held_out[0]} is not for training by its name: "
             "pass one of these folders, or a pattern for those that are meant."
         )

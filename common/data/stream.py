@@ -41,7 +41,7 @@ from common.data.lanes import (
     seen_and_unreadable,
 )
 from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote, open_shard, tar_samples
-from common.errors import DataError, mask_credentials, without_credentials
+from common.errors import UserError, mask_credentials, without_credentials
 from common.keyed_random import keyed_seed
 
 import torch
@@ -66,7 +66,7 @@ class TrainingData:
     and read(index) -> {extension: bytes}, perhaps `flag`, the user's, for errors, and `unusable` and `notes` as of
     `folders.Samples`; `shards` then only says which data they are.
     skipped_log: JSON lines of the first 1,000 skipped samples; ranks above 0 write beside it, `NAME.rank1.jsonl`.
-    Raises DataError here, in `load_state_dict`, and while iterating.
+    Raises UserError here, in `load_state_dict`, and while iterating.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class TrainingData:
         self._given_lanes, self._given_workers = num_lanes, num_workers
         self.num_workers = num_workers  # or fewer, so that it divides the lanes
         if not self.shards:
-            raise DataError("--train_shards_path_or_url names no shard.")
+            raise UserError("`train_shards_path_or_url` names no shard.")
         if data_timeout <= 0:
-            raise DataError("--data_timeout must be above 0: it is the number of seconds to wait for a batch.")
+            raise UserError("`data_timeout` must be above 0: it is the number of seconds to wait for a batch.")
         folders = [shard for shard in self.shards if not is_remote(shard) and os.path.isdir(shard) and source is None]
         if folders and len(self.shards) > 1:
-            raise DataError(
-                f"--train_shards_path_or_url: {folders[0]!r} is a folder of images, which goes with no shards and "
+            raise UserError(
+                f"`train_shards_path_or_url`: {folders[0]!r} is a folder of images, which goes with no shards and "
                 "no other folder: put all images into one folder."
             )
         self._folder = folders[0] if folders else None
@@ -120,10 +120,10 @@ class TrainingData:
         for note in notes if rank == 0 else ():
             report(f"note: {note}.")
         if unusable > max_skip_ratio * len(self._items or ()):
-            flag = getattr(source, "flag", "--train_shards_path_or_url")
-            raise DataError(
+            flag = getattr(source, "flag", "`train_shards_path_or_url`")
+            raise UserError(
                 f"{flag}: {unusable} of {len(self._items)} samples cannot be used ({'; '.join(notes)}): correct that, "
-                "or raise --max_skip_ratio."
+                "or raise `max_skip_ratio`."
             )
         names = [name for name, _ in self._items or ()]
         unsigned = [without_credentials(shard) if is_remote(shard) else shard for shard in self.shards]
@@ -135,16 +135,16 @@ class TrainingData:
     def _start(self, num_lanes: int, micro_batch: int, cursors: dict[int, dict] | None):
         """Set the position: the next global micro-batch, and all lanes' cursors (None = the start of the data)."""
         if num_lanes % self.world_size:
-            raise DataError(
+            raise UserError(
                 f"The data's {num_lanes} lanes cannot be shared evenly by {self.world_size} processes: use a "
-                "number of processes that divides the lanes, or change --data_seed to start the data afresh."
+                "number of processes that divides the lanes, or change `data_seed` to start the data afresh."
             )
         if self.max_train_samples is not None and self.max_train_samples < num_lanes:
-            raise DataError(f"--max_train_samples must be at least {num_lanes}, the number of lanes.")
+            raise UserError(f"`max_train_samples` must be at least {num_lanes}, the number of lanes.")
         if self._items is not None and len(self._items) < num_lanes:
-            raise DataError(
+            raise UserError(
                 f"{self._folder} holds {len(self._items)} images and the data have {num_lanes} lanes: "
-                f"pass --data_lanes={self.world_size} or any multiple of it up to the number of images."
+                f"pass `data_lanes`={self.world_size} or any multiple of it up to the number of images."
             )
         self.num_lanes, self._first = num_lanes, micro_batch
         self._consumed = 0  # by this rank, since the start or the resume
@@ -153,7 +153,7 @@ class TrainingData:
         num_workers = max((k for k in range(1, self._given_workers + 1) if lanes % k == 0), default=0)
         if num_workers != self.num_workers and self.rank == 0:
             self.report(
-                f"--dataloader_num_workers {self._given_workers} is reduced to {num_workers}, "
+                f"`dataloader_num_workers` {self._given_workers} is reduced to {num_workers}, "
                 f"which divides the {lanes} lanes of a process."
             )
         self.num_workers = num_workers
@@ -251,7 +251,7 @@ class TrainingData:
             lane = lanes.setdefault(index, Lane(self, index, self._cursors[index]))
             try:
                 item = self._make_item(j, lane)
-            except DataError as error:
+            except UserError as error:
                 yield {"error": str(error), "skipped": lane.tally.skipped, "counts": lane.tally.counts}
                 return
             yield item
@@ -275,10 +275,10 @@ class TrainingData:
                 item = self._next_item(iterator)
                 if "error" in item:
                     self._count(item)
-                    raise DataError(item["error"])
+                    raise UserError(item["error"])
                 self._consume(item)
                 yield item["batch"]
-        except DataError as error:
+        except UserError as error:
             error.on_one_rank = True
             raise
         finally:
@@ -292,16 +292,16 @@ class TrainingData:
                 return next(iterator)
             except RuntimeError as error:
                 if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-                    raise DataError(
-                        "A data loading process died, often for lack of memory: lower --dataloader_num_workers, or "
+                    raise UserError(
+                        "A data loading process died, often for lack of memory: lower `dataloader_num_workers`, or "
                         f"look for a crash in the system's log ({str(error).splitlines()[0]})."
                     ) from None
                 if "timed out" not in str(error):
                     raise
             if time.monotonic() > deadline:
-                raise DataError(
+                raise UserError(
                     f"No batch came for {self.data_timeout:g} seconds: check that the storage of "
-                    "--train_shards_path_or_url answers, or raise --data_timeout."
+                    "`train_shards_path_or_url` answers, or raise `data_timeout`."
                 )
 
     def _consume(self, item: dict):
@@ -328,10 +328,10 @@ class TrainingData:
 
     def _check_skip_ratio(self, seen: int, unreadable: int, counts: dict[str, int], skipped: list[dict]):
         if unreadable > self.max_skip_ratio * seen:
-            raise DataError(
+            raise UserError(
                 f"{unreadable} of the last {seen} samples could not be read ({listing(counts)}): repair the data"
                 f"{' (skipped_samples.jsonl has the first)' if self.skipped_log else ''}, or raise "
-                f"--max_skip_ratio{last_detail(skipped)}."
+                f"`max_skip_ratio`{last_detail(skipped)}."
             )
 
     def _log_skipped(self, skipped: list[dict]):
@@ -372,10 +372,10 @@ class TrainingData:
     def merge_state_dicts(states: list[dict]) -> dict:
         """One state from those of all ranks, for any world size that divides the lanes.
 
-        Raises DataError when the ranks have not consumed the same number of micro-batches.
+        Raises UserError when the ranks have not consumed the same number of micro-batches.
         """
         if any(state[key] != states[0][key] for state in states for key in ("identity", "next_micro_batch")):
-            raise DataError("The ranks stand at different places of the data: save when all have done the same steps.")
+            raise UserError("The ranks stand at different places of the data: save when all have done the same steps.")
         cursors = {lane: cursor for state in states for lane, cursor in state["cursors"].items()}
         counters = {name: sum(state["counters"][name] for state in states) for name in states[0]["counters"]}
         assert len(cursors) == states[0]["identity"]["num_lanes"], "the states of some ranks are missing"
@@ -385,12 +385,12 @@ class TrainingData:
         """Continue at a merged state; before iterating. Rank 0 takes over the counters of all ranks.
 
         With another `seed` than the state's, the data start afresh (micro-batch numbers go on, counters start at 0).
-        Raises DataError when anything else of the identity differs, or the lanes cannot be shared by the ranks.
+        Raises UserError when anything else of the identity differs, or the lanes cannot be shared by the ranks.
         """
         saved = merged["identity"]
         if saved["data_seed"] != self.seed:
             if self.rank == 0:
-                self.report(f"--data_seed is {self.seed}, not {saved['data_seed']}: the data start afresh.")
+                self.report(f"`data_seed` is {self.seed}, not {saved['data_seed']}: the data start afresh.")
             self._start(self.num_lanes, merged["next_micro_batch"], None)
             return
         num_lanes = self._given_lanes or saved["num_lanes"]
@@ -399,9 +399,9 @@ class TrainingData:
             saved = saved | {"train_shards_path_or_url": self._shards_hash}
         changed = [name for name in identity if identity[name] != saved[name]]
         if changed:
-            raise DataError(
+            raise UserError(
                 f"The checkpoint's place in the data does not fit, for another {', '.join('--' + c for c in changed)} "
-                "was given: restore it, or change --data_seed to start the data afresh."
+                "was given: restore it, or change `data_seed` to start the data afresh."
             )
         cursors = {int(lane): dict(cursor) for lane, cursor in merged["cursors"].items()}
         self._start(num_lanes, merged["next_micro_batch"], cursors)

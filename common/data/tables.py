@@ -175,7 +175,7 @@ def read_prompts(path, name=None, column=None) -> list[str]:
         column = _prompt_column(name, rows[0][1], column)
         rows = [(place, row.get(column)) for place, row in rows]
     elif column is not None:
-        raise UserError(f"--prompt_column={column} is for a table, and {name} is none; drop it")
+        raise UserError(f"`prompt_column`={column} is for a table, and {name} is none; drop it")
     else:
         return read_lines(path, name)
     for place, prompt in rows:

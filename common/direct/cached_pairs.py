@@ -7,19 +7,17 @@ noise, and is refused. Left out: remote shards, since pairs are read in any orde
 one.
 """
 
-import contextlib
 import json
 import re
 import tarfile
 from pathlib import Path
 
-from common import errors
 from common.data import cached_latents
 from common.data.folders import TEXT_KEYS
 from common.data.images import decode_caption
 from common.data.shards import SampleError, expand_shards, is_remote
 from common.direct import pipelines
-from common.errors import DataError, UserError
+from common.errors import UserError, speaking_of
 from common.networks import encoders
 
 import torch
@@ -32,24 +30,15 @@ OF_A_SHARD = re.compile(r"(.+?)(\.tar|_stats\.json)(\.[0-9a-f]{32}\.tmp)?")
 
 
 def list_shards(spec):
-    """The paths of all shards that --pairs_dir names, or that were begun in its folder, whether they are there."""
+    """The paths of all shards that `pairs_dir` names, or that were begun in its folder, whether they are there."""
     if Path(spec).is_dir():
         found = (OF_A_SHARD.fullmatch(path.name) for path in Path(spec).iterdir())
         return sorted({Path(spec, f"{match[1]}.tar") for match in found if match})
-    with _about(f"--pairs_dir={spec}"):
+    with speaking_of(f"`pairs_dir`={spec}"):
         shards = expand_shards(str(spec))
     if any(map(is_remote, shards)):
-        raise UserError(f"--pairs_dir={spec}: pairs are read in any order; copy the shards to a disk, name the folder")
+        raise UserError(f"`pairs_dir`={spec}: pairs are read in any order; copy the shards to a disk, name the folder")
     return [Path(shard) for shard in shards]
-
-
-@contextlib.contextmanager
-def _about(flag):
-    """What `latents` and `shards` say of the flag that has the shards in other scripts, said of this one's."""
-    try:
-        yield
-    except DataError as error:
-        raise UserError(str(error).replace("--train_shards_path_or_url", flag)) from None
 
 
 class CachedPairs:
@@ -59,7 +48,7 @@ class CachedPairs:
     """
 
     def __init__(self, spec, shards, manifest):
-        self.flag, self.manifest, self.pipeline = f"--pairs_dir={spec}", manifest, None
+        self.flag, self.manifest, self.pipeline = f"`pairs_dir`={spec}", manifest, None
         self.prompts, self.seeds, self.hashes, self.steps, self._places = [], [], None, set(), []
         stats = [cached_latents.shard_stats(shard) for shard in shards]
         unfinished = [shard.name for shard, said in zip(shards, stats, strict=True) if said is None]
@@ -128,8 +117,8 @@ class CachedPairs:
         if self._changed:
             raise UserError(
                 f"{self.flag}: {len(self._changed)} of {len(self)} images were resized, cropped or flipped at "
-                f"--resolution={self.manifest['resolution']}, which parts them from their noise, the first is "
-                f"{self._changed[0]}; encode them with their own --resolution and no --random_flip, or any size with "
+                f"`resolution`={self.manifest['resolution']}, which parts them from their noise, the first is "
+                f"{self._changed[0]}; encode them with their own `resolution` and no `random_flip`, or any size with "
                 "encode_pairs"
             )
 
@@ -149,8 +138,9 @@ class CachedPairs:
                     cached_latents.read_npy(file.read(size), tuple(self.manifest["shape"]))
                 ).float()
         except Exception as error:  # hostile bytes make numpy raise nearly anything
-            raise errors.unreadable(
-                f"--pairs_dir: pair {index} in {shard} cannot be read ({error}); delete it and repeat encode_shards"
+            raise UserError(
+                f"`pairs_dir`: pair {index} in {shard} cannot be read ({error}); delete it and repeat encode_shards",
+                on_one_rank=True,
             ) from None
 
     def call_kwargs(self, indices):
@@ -174,10 +164,10 @@ def check_vae(data, name, dtype, revision=None, cache_dir=None):
     if config.get("_class_name") != "AutoencoderKL":
         raise UserError(
             f"{data.flag}: an AutoencoderKL made these cached latents, and the VAE of "
-            f"--pretrained_teacher_model={name} is {config.get('_class_name', 'none of diffusers')}; make pairs with "
+            f"`pretrained_teacher_model`={name} is {config.get('_class_name', 'none of diffusers')}; make pairs with "
             "generate_pairs, or from images with encode_pairs"
         )
-    with _about(data.flag):
+    with speaking_of(data.flag):
         cached_latents.check_manifest(
             data.manifest, encoders.latent_shape(config, data.manifest["resolution"]), dtype, {}
         )
@@ -187,5 +177,5 @@ def check_encoder(data, name, **place):
     """UserError unless the encoder of the teacher `name` has the weights that made the latents of `data`; the VAE is
     loaded for it. Nothing for pairs that are no CachedPairs. place: revision, variant, cache_dir."""
     if isinstance(data, CachedPairs):
-        with _about(data.flag):
+        with speaking_of(data.flag):
             cached_latents.check_encoder(data.manifest, pipelines.load_vae(name, **place))

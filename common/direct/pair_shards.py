@@ -32,7 +32,7 @@ def num_shards(config):
 
 def check_folder(folder):
     """UserError for a folder that no pairs can be written to, since it is a file or holds others; needs no teacher."""
-    folder, flag = Path(folder), f"--output_dir={folder}"
+    folder, flag = Path(folder), f"`output_dir`={folder}"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
     is_new = folder.is_dir() and not (folder / CONFIG).exists()
@@ -46,7 +46,7 @@ def write_config(folder, config):
     Raises UserError as `check_folder` does, and for a folder with pairs that other flags made.
     """
     check_folder(folder)
-    folder, flag = Path(folder), f"--output_dir={folder}"
+    folder, flag = Path(folder), f"`output_dir`={folder}"
     text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     if (folder / CONFIG).exists():
         there, here = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(text)
@@ -110,7 +110,7 @@ def report(who, own, config, folder):
 
 def read_config(folder):
     """CONFIG of a folder of pairs; UserError unless it is there and every shard is complete."""
-    flag, path = f"--pairs_dir={folder}", Path(folder, CONFIG)
+    flag, path = f"`pairs_dir`={folder}", Path(folder, CONFIG)
     if not path.is_file():
         raise UserError(
             f"{flag}: no {CONFIG} in it, nor cached latents; make pairs with `python -m common.tools.generate_pairs`, "

@@ -83,8 +83,8 @@ def check_pairing(rollout, data, scheduler, batch_size):
     )
     if probability >= SIGNIFICANT and pairs > FEW:
         raise UserError(
-            f"--pairs_dir, --dataset_metadata_path: seeds and results do not belong together: {found}; was it another "
-            "teacher, size, noise, or another order of rows? Where you are sure of the pairs, pass --skip_pairs_check"
+            f"`pairs_dir`, `dataset_metadata_path`: seeds and results do not belong together: {found}; was it another "
+            "teacher, size, noise, or another order of rows? Where you are sure of the pairs, pass `skip_pairs_check`"
         )
     if probability >= SIGNIFICANT:
         return f"WARNING: {found}: too few pairs to tell whether seeds and results belong together"

@@ -21,10 +21,10 @@ from common.data.folders import list_images, name_hint
 from common.data.images import image_size, read_image
 from common.data.shards import SampleError
 from common.direct import pair_shards
-from common.direct.cached_pairs import CachedPairs, _about, list_shards
+from common.direct.cached_pairs import CachedPairs, list_shards
 from common.direct.pair_shards import CONFIG, num_shards, read_config, shard_name
 from common.direct.pipelines import encode
-from common.errors import UserError, unreadable
+from common.errors import UserError, speaking_of
 from common.keyed_random import keyed_seed
 
 import numpy as np
@@ -48,11 +48,11 @@ class PairShards:
                 self._index(path)
             except (tarfile.TarError, ValueError, KeyError, TypeError, OSError) as error:
                 raise UserError(
-                    f"--pairs_dir={folder}: {path.name} is damaged ({error}); delete it and repeat generate_pairs"
+                    f"`pairs_dir`={folder}: {path.name} is damaged ({error}); delete it and repeat generate_pairs"
                 ) from None
         if len(self._places) != self.config["num_pairs"]:
             raise UserError(
-                f"--pairs_dir={folder}: {len(self._places)} pairs where {CONFIG} says {self.config['num_pairs']}"
+                f"`pairs_dir`={folder}: {len(self._places)} pairs where {CONFIG} says {self.config['num_pairs']}"
             )
 
     def _index(self, path):
@@ -86,8 +86,9 @@ class PairShards:
                     file.seek(offset)
                     found.append(load(file.read(size))["latents"])
             except (OSError, SafetensorError, KeyError) as error:
-                raise unreadable(
-                    f"--pairs_dir: pair {index} in {path} cannot be read ({error}); make it again"
+                raise UserError(
+                    f"`pairs_dir`: pair {index} in {path} cannot be read ({error}); make it again",
+                    on_one_rank=True,
                 ) from None
         return torch.stack(found)
 
@@ -101,7 +102,7 @@ class PairImages:
     """The pairs of a metadata table, by index; images are encoded when they are asked for, once `pipeline` is set."""
 
     def __init__(self, metadata_path, base_path=None, height=None, width=None, max_pixels=None):
-        flag, self.pipeline = f"--dataset_metadata_path={metadata_path}", None
+        flag, self.pipeline = f"`dataset_metadata_path`={metadata_path}", None
         self.base = Path(base_path if base_path is not None else Path(metadata_path).parent)
         table = tables.read_table(metadata_path, flag, COLUMNS)
         rows = [row for _, row in table]
@@ -135,12 +136,12 @@ class PairImages:
                 files = list_images(self.base).files
             raise UserError(
                 f"{flag}: {len(missing)} of {len(self.files)} rows name no file, the first is {missing[0]!r}; "
-                f"{name_hint(files, missing[0], f'--dataset_base_path={self.base}')}"
+                f"{name_hint(files, missing[0], f'`dataset_base_path`={self.base}')}"
             )
         self.sizes = [self._size(file, height, width, max_pixels) for file in self.files]
         if not max_pixels and len(set(self.sizes)) > 1:
             raise UserError(
-                f"{flag}: its images have {len(set(self.sizes))} sizes; pass --max_pixels with --train_batch_size=1"
+                f"{flag}: its images have {len(set(self.sizes))} sizes; pass `max_pixels` with `train_batch_size`=1"
             )
         self.hashes = None
 
@@ -148,14 +149,14 @@ class PairImages:
         try:
             size = image_size(self.base / file)
         except SampleError as error:
-            raise UserError(f"--dataset_base_path={self.base}: {file} cannot be read ({error.detail})") from None
+            raise UserError(f"`dataset_base_path`={self.base}: {file} cannot be read ({error.detail})") from None
         if height and size != (height, width):
             raise UserError(
-                f"--height={height} --width={width}: {file} has {size[0]} x {size[1]} pixels; resizing would part it "
+                f"`height`={height} `width`={width}: {file} has {size[0]} x {size[1]} pixels; resizing would part it "
                 "from its noise, generate it in this size"
             )
         if max_pixels and size[0] * size[1] > max_pixels:
-            raise UserError(f"--max_pixels={max_pixels}: {file} has {size[0]} x {size[1]}, and resizing is no option")
+            raise UserError(f"`max_pixels`={max_pixels}: {file} has {size[0]} x {size[1]}, and resizing is no option")
         return size
 
     def __len__(self):
@@ -173,8 +174,9 @@ class PairImages:
             try:
                 array = np.array(read_image(path.read_bytes()))
             except (OSError, SampleError) as error:
-                raise unreadable(
-                    f"--dataset_base_path: {path} cannot be read ({getattr(error, 'detail', error)}); make it again"
+                raise UserError(
+                    f"`dataset_base_path`: {path} cannot be read ({getattr(error, 'detail', error)}); make it again",
+                    on_one_rank=True,
                 ) from None
             pixels.append(torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1.0)
         return torch.stack(pixels)
@@ -224,19 +226,19 @@ def check_same_pairs(checkpoint, resumed, data):
     """UserError when `checkpoint`, of state `resumed`, was trained on other pairs, whatever their folder is called."""
     if resumed.get("pairs_sha256", fingerprint(data)) != fingerprint(data):
         raise UserError(
-            f"--resume_from_checkpoint={checkpoint} was trained on other pairs than --pairs_dir or "
-            "--dataset_metadata_path holds now; put them back, or name a new --output_dir"
+            f"`resume_from_checkpoint`={checkpoint} was trained on other pairs than `pairs_dir` or "
+            "`dataset_metadata_path` holds now; put them back, or name a new `output_dir`"
         )
 
 
 def open_pairs(spec):
-    """The pairs that --pairs_dir means: a `PairShards`, or a CachedPairs where it names cached latents, by their
-    folder or as `--train_shards_path_or_url` does. Raises UserError."""
+    """The pairs that `pairs_dir` means: a `PairShards`, or a CachedPairs where it names cached latents, by their
+    folder or as `train_shards_path_or_url` does. Raises UserError."""
     folder = Path(spec)
     if (folder / pair_shards.CONFIG).exists() or not (folder.is_dir() or folder.suffix == ".tar"):
         return PairShards(spec)
     shards = list_shards(spec)
-    with _about(f"--pairs_dir={spec}"):
+    with speaking_of(f"`pairs_dir`={spec}"):
         manifest = cached_latents.read_manifest([str(shard) for shard in shards if shard.exists()])
     if manifest is None and not (folder / cached_latents.MANIFEST).is_file():
         return PairShards(spec)  # neither: it says so

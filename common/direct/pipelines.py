@@ -38,7 +38,7 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
     name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when its
     weights are damaged or pickles, when diffusers has no such pipeline, or when its call cannot be distilled.
     """
-    flag = f"--pretrained_teacher_model={name}"
+    flag = f"`pretrained_teacher_model`={name}"
     options = {"revision": revision, "cache_dir": cache_dir}
     check_name(flag, name)
     if Path(name).exists() and not Path(name, "model_index.json").is_file():
@@ -91,7 +91,7 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     if "safety_checker" in index:
         skipped["requires_safety_checker"] = False
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
-    flag = f"--pretrained_teacher_model={name}"
+    flag = f"`pretrained_teacher_model`={name}"
     parts = [part for part, value in index.items() if isinstance(value, list)]
     loader = tasks.text_class(getattr(diffusers, index["_class_name"]), parts) or DiffusionPipeline
     try:
@@ -141,7 +141,7 @@ def exempt_vae(pipeline):
 
 
 def check_lora(config, rank, names=None):
-    """UserError for --lora_target_modules or --lora_rank that do not fit; config: as from `read_pipeline_config`."""
+    """UserError for `lora_target_modules` or `lora_rank` that do not fit; config: as from `read_pipeline_config`."""
     adapted = []
     for cls, values in config["denoisers"].values():
         with torch.device("meta"):
@@ -273,7 +273,7 @@ def lora_targets(module, names=None):
         paths = {path for path in layers if f".{path}".endswith(f".{name}")}
         if not paths or paths - fits:
             raise UserError(
-                f"--lora_target_modules: {name!r} does not select Linear or Conv2d modules of the teacher's denoiser; "
+                f"`lora_target_modules`: {name!r} does not select Linear or Conv2d modules of the teacher's denoiser; "
                 "name ends of module paths, like to_q,to_k,to_v"
             )
         selected |= paths
@@ -462,7 +462,7 @@ def check_encoding(rollout, data, indices, limit=0.5):
 
     data: a PairImages or CachedPairs. Returns the relative squared error. The images have one size.
     """
-    flag = "--dataset_metadata_path" if hasattr(data, "pixels") else "--pairs_dir"
+    flag = "`dataset_metadata_path`" if hasattr(data, "pixels") else "`pairs_dir`"
     prompts, options = [data.prompts[i] for i in indices], rollout.kwargs | data.call_kwargs(indices)
     latents, error = data.latents(indices), math.inf
     made = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))

@@ -50,7 +50,7 @@ def fit(pipeline, prompt, kwargs, size, notes):
         unbinned = {"use_resolution_binning": False}
         return unbinned | fit(pipeline, prompt, kwargs | unbinned, size, notes)
     raise UserError(
-        f"--pairs_dir, --dataset_metadata_path: a {name} makes {sizes}; images that were resized have lost their "
+        f"`pairs_dir`, `dataset_metadata_path`: a {name} makes {sizes}; images that were resized have lost their "
         "noise, make them in a size that it keeps"
     )
 

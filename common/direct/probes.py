@@ -81,8 +81,8 @@ def student_scheduler(base_class, config, class_name=None, changes=None):
     """
     base = base_class.__name__
     name = class_name or SINGLE_EVALUATION.get(base, base)
-    flag = "--student_scheduler_kwargs" if changes else "--student_scheduler"
-    made = make_scheduler(flag, scheduler_class("--student_scheduler", name), config, changes)
+    flag = "`student_scheduler_kwargs`" if changes else "`student_scheduler`"
+    made = make_scheduler(flag, scheduler_class("`student_scheduler`", name), config, changes)
     replaced = name != base and not class_name
     return made, [f"{base} asks the network more than once a step: the student gets {name}"] if replaced else []
 
@@ -92,7 +92,7 @@ def check_steps(scheduler, num_inference_steps):
     most = scheduler.config.get("num_train_timesteps")
     if most and num_inference_steps > most:
         raise UserError(
-            f"--num_inference_steps={num_inference_steps}: {type(scheduler).__name__} has {most} timesteps; ask for "
+            f"`num_inference_steps`={num_inference_steps}: {type(scheduler).__name__} has {most} timesteps; ask for "
             "at most so many"
         )
 
@@ -255,7 +255,7 @@ def guidance_off(pipeline, prompts, kwargs):
         if not guides(seen, len(prompts)):
             return candidate
     raise UserError(
-        f"--student_kwargs: nothing that was tried switches off the guidance of {type(pipeline).__name__} "
+        f"`student_kwargs`: nothing that was tried switches off the guidance of {type(pipeline).__name__} "
         f"({'; '.join(map(str, candidates))}); name the arguments that do"
     )
 

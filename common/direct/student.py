@@ -90,11 +90,11 @@ def check_pairs(config, pairs_config, folder):
     made_by = pairs_config["pipeline"]
     if made_by != config["class"].__name__:
         raise UserError(
-            f"--pairs_dir={folder}: a {made_by} made these pairs, --pretrained_teacher_model is a "
+            f"`pairs_dir`={folder}: a {made_by} made these pairs, `pretrained_teacher_model` is a "
             f"{config['class'].__name__}; name the teacher that made them"
         )
     recorded = pairs_config["scheduler"]
-    return scheduler_class("--pairs_dir: its scheduler", recorded["class"]), recorded["config"]
+    return scheduler_class("`pairs_dir`: its scheduler", recorded["class"]), recorded["config"]
 
 
 def check_same_weights(pipeline, pairs_config, folder):
@@ -110,7 +110,7 @@ def check_same_weights(pipeline, pairs_config, folder):
     )
     if not same:
         raise UserError(
-            f"--pairs_dir={folder}: {pairs_config['model']} made these pairs, and --pretrained_teacher_model has "
+            f"`pairs_dir`={folder}: {pairs_config['model']} made these pairs, and `pretrained_teacher_model` has "
             "other weights; name the teacher that made them"
         )
 
@@ -119,23 +119,23 @@ FROM_PAIRS = ("prompt", "generator", "latents", "height", "width", "num_frames",
 
 
 def check_overrides(pipeline_class, overrides, num_inference_steps):
-    """UserError for --student_kwargs that the pipeline's call does not take, or that are the script's own."""
+    """UserError for `student_kwargs` that the pipeline's call does not take, or that are the script's own."""
     for name in overrides:
         if name == "num_inference_steps":
-            raise UserError("--student_kwargs: num_inference_steps has a flag of its own, --num_inference_steps")
+            raise UserError("`student_kwargs`: num_inference_steps has a flag of its own, `num_inference_steps`")
         if name in FROM_PAIRS or name.endswith("_per_prompt"):
-            raise UserError(f"--student_kwargs: {name} comes from the pairs and the script; leave it out")
+            raise UserError(f"`student_kwargs`: {name} comes from the pairs and the script; leave it out")
         if name not in call_arguments(pipeline_class):
-            raise UserError(f"--student_kwargs: the call of {pipeline_class.__name__} has no {name}")
+            raise UserError(f"`student_kwargs`: the call of {pipeline_class.__name__} has no {name}")
     for name in {"sigmas", "timesteps"} & overrides.keys():
         if not isinstance(overrides[name], list) or len(overrides[name]) != num_inference_steps:
-            raise UserError(f"--student_kwargs: {name} must be a list of {num_inference_steps}, one for each step")
+            raise UserError(f"`student_kwargs`: {name} must be a list of {num_inference_steps}, one for each step")
 
 
 def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, overrides, repair=True):
     """The arguments of the student's call, and sentences on what was found out: (kwargs, [notes]).
 
-    teacher_kwargs: what the teacher was called with; overrides: --student_kwargs. repair: whether a wasted last step
+    teacher_kwargs: what the teacher was called with; overrides: `student_kwargs`. repair: whether a wasted last step
     is repaired, by changing `pipeline.scheduler`. Raises UserError when guidance stays on, when a step asks the
     denoiser more than once, or when sampling draws noise.
     """
@@ -151,13 +151,13 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
             {} if {"guidance_scale", "true_cfg_scale"} & overrides.keys() else guidance_off(pipeline, prompts, kwargs)
         )
         kwargs |= off | {"num_inference_steps": num_inference_steps}
-        check_draws("--student_scheduler", pipeline, prompts, **kwargs)
+        check_draws("`student_scheduler`", pipeline, prompts, **kwargs)
         before, after, change, added = repair_last_step(pipeline, prompts, kwargs) if repair else (0, 0, {}, {})
         kwargs |= added
         seen = observe(pipeline, prompts, **kwargs)
     except CALL_ERRORS as error:
         raise UserError(
-            f"--student_kwargs, --student_scheduler: the pipeline's call refuses {kwargs}: {error}"
+            f"`student_kwargs`, `student_scheduler`: the pipeline's call refuses {kwargs}: {error}"
         ) from error
     if change or added:
         notes.append(
@@ -167,13 +167,13 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
     elif is_wasted(seen.last_time, num_inference_steps):
         notes.append(
             f"WARNING: the last of {num_inference_steps} evaluations lies at {seen.last_time:.3f} of the noise range, "
-            "wasted; try --student_scheduler_kwargs, or --student_kwargs with sigmas"
+            "wasted; try `student_scheduler_kwargs`, or `student_kwargs` with sigmas"
         )
     if guides(seen, len(prompts)):
-        raise UserError(f"--student_kwargs: the student still guides with {kwargs}; leave guidance to the script")
+        raise UserError(f"`student_kwargs`: the student still guides with {kwargs}; leave guidance to the script")
     if seen.calls != num_inference_steps:
         raise UserError(
-            f"--student_scheduler: {type(pipeline.scheduler).__name__} asks the denoiser {seen.calls} times in "
+            f"`student_scheduler`: {type(pipeline.scheduler).__name__} asks the denoiser {seen.calls} times in "
             f"{num_inference_steps} steps; use one that asks once a step, such as DDIMScheduler"
         )
     for name in size:  # of each call's own images
@@ -187,7 +187,7 @@ def check_noise(data, latents, index):
     """UserError unless this machine draws the noise that pair `index` started from; latents: (1, ...) of that pair."""
     if data.hashes and noise_sha256(data.seeds[index], latents.numel()) != data.hashes[index]:
         raise UserError(
-            f"--pairs_dir: seed {data.seeds[index]} gives another noise here than where the pairs were made (another "
+            f"`pairs_dir`: seed {data.seeds[index]} gives another noise here than where the pairs were made (another "
             "version of torch or diffusers?); make the pairs with this installation"
         )
 
@@ -207,7 +207,7 @@ def freeze_unused(rollout, data, indices):
     unused = [name for name, p in trained.items() if p.grad is None]
     norms = [p.grad.float().norm() for p in trained.values() if p.grad is not None]
     if not norms or not torch.stack(norms).sum() > 0:
-        raise UserError("--pretrained_teacher_model: no gradient reaches its denoiser through the pipeline's call")
+        raise UserError("`pretrained_teacher_model`: no gradient reaches its denoiser through the pipeline's call")
     for name, parameter in trained.items():
         parameter.grad = None
         parameter.requires_grad_(name not in unused)

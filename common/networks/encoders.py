@@ -174,7 +174,7 @@ def check_resolution(config, resolution):
     """UserError unless `resolution` is a whole number of latents, and of 8, which the pipelines ask for."""
     multiple = math.lcm(vae_scale_factor(config["vae"]), 8)
     if resolution % multiple:
-        raise UserError(f"--resolution={resolution} is not a multiple of {multiple}, as VAE and pipeline need")
+        raise UserError(f"`resolution`={resolution} is not a multiple of {multiple}, as VAE and pipeline need")
 
 
 def latent_shape(vae_config, resolution):

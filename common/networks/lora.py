@@ -46,12 +46,12 @@ ADAPTER = "default"
 
 
 def parse_target_modules(text):
-    """Names from the comma list of --lora_target_modules; None means TARGET_MODULES."""
+    """Names from the comma list of `lora_target_modules`; None means TARGET_MODULES."""
     if text is None:
         return TARGET_MODULES
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise UserError("--lora_target_modules names no module; leave the flag out for LCM-LoRA's list")
+        raise UserError("`lora_target_modules` names no module; leave the flag out for LCM-LoRA's list")
     return names
 
 
@@ -68,7 +68,7 @@ def check_target_modules(unet_config, names):
         fits = all(isinstance(modules[path], (torch.nn.Linear, torch.nn.Conv2d)) for path in paths)
         if not fits or not (paths or tuple(names) == TARGET_MODULES):
             raise UserError(
-                f"--lora_target_modules: {name!r} does not select Linear or Conv2d modules of the teacher's U-Net; "
+                f"`lora_target_modules`: {name!r} does not select Linear or Conv2d modules of the teacher's U-Net; "
                 f"name ends of module paths, like {', '.join(TARGET_MODULES[:4])}"
             )
     return [path for path in modules if any(path in paths for paths in selected.values())]
@@ -79,14 +79,14 @@ def check_rank(rank, modules):
     most = max(min(m.weight.shape[0], m.weight[0].numel()) for m in modules)
     if rank > most:
         raise UserError(
-            f"--lora_rank={rank}: the largest of the adapted layers has rank {most}, so more than that cannot be "
+            f"`lora_rank`={rank}: the largest of the adapted layers has rank {most}, so more than that cannot be "
             f"learnt; pass at most {most}"
         )
 
 
 def check_lora(unet_config, rank, alpha, target_modules, init_lora=None):
     """UserError for modules that the U-Net does not have, for a rank that none of them can have, and unless the LoRA
-    of --init_lora can be the start; needs no weights of the U-Net."""
+    of `init_lora` can be the start; needs no weights of the U-Net."""
     paths = check_target_modules(unet_config, target_modules)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
@@ -257,7 +257,7 @@ def _atomic(path):
 
 def _read_lora(unet, source, rank, alpha):
     """Adapter tensors of a file, or of a folder's file, named as in `adapter_tensors`; UserError unless they fit."""
-    flag = f"--init_lora={source}"
+    flag = f"`init_lora`={source}"
     files = [Path(source)] if Path(source).is_file() else [Path(source, name) for name in (WEIGHTS, KOHYA_WEIGHTS)]
     file = next((file for file in files if file.is_file()), None)
     check_name(flag, source)
@@ -281,17 +281,17 @@ def _read_lora(unet, source, rank, alpha):
     if saved or missing:
         raise UserError(
             f"{flag}: it adapts other modules than this run ({len(missing)} tensors are missing and {len(saved)} are "
-            f"too many, like {[*saved, *missing][0]}); pass the --lora_target_modules it was trained with"
+            f"too many, like {[*saved, *missing][0]}); pass the `lora_target_modules` it was trained with"
         )
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
     if ranks != {rank}:
         raise UserError(
-            f"{flag}: its rank is {', '.join(map(str, sorted(ranks)))}, not {rank}; pass it as --lora_rank"
+            f"{flag}: its rank is {', '.join(map(str, sorted(ranks)))}, not {rank}; pass it as `lora_rank`"
         )
     alphas = alphas or {header.get("unet.lora_alpha", rank)}
     if any(abs(other - alpha) > 1e-6 * abs(alpha) for other in alphas):
         raise UserError(
-            f"{flag}: its alpha is {', '.join(map(str, sorted(alphas)))}, not {alpha}; pass it as --lora_alpha"
+            f"{flag}: its alpha is {', '.join(map(str, sorted(alphas)))}, not {alpha}; pass it as `lora_alpha`"
         )
     wrong = [name for name, tensor in tensors.items() if tensor.shape != targets[name].shape]
     if wrong:

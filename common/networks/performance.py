@@ -132,7 +132,7 @@ def check_denoisers(denoisers, gradient_checkpointing, compiles, has_channels_la
     for name, (cls, values) in denoisers.items():
         if gradient_checkpointing == "selective" and not getattr(cls, "_supports_gradient_checkpointing", False):
             raise UserError(
-                f"--gradient_checkpointing=selective: the teacher's {name}, a {cls.__name__}, can be recomputed as a "
+                f"`gradient_checkpointing`=selective: the teacher's {name}, a {cls.__name__}, can be recomputed as a "
                 "whole only; pass full"
             )
         if not compiles and not has_channels_last:
@@ -140,9 +140,9 @@ def check_denoisers(denoisers, gradient_checkpointing, compiles, has_channels_la
         with torch.device("meta"):
             network = cls.from_config(values)
         if compiles and not repeated_blocks(network):
-            raise UserError(f"--compile: the teacher's {name}, a {cls.__name__}, has no repeated blocks; drop it")
+            raise UserError(f"`compile`: the teacher's {name}, a {cls.__name__}, has no repeated blocks; drop it")
         if has_channels_last and not has_convolutions(network):
             raise UserError(
-                f"--channels_last is a layout of convolutions, and the teacher's {name}, a {cls.__name__}, is a "
+                f"`channels_last` is a layout of convolutions, and the teacher's {name}, a {cls.__name__}, is a "
                 "transformer without them; drop it"
             )

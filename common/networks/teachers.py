@@ -42,7 +42,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     name: a folder or hub repository in diffusers layout, or one `.safetensors` file. Raises UserError when it is
     missing, partial, not a text-to-image latent diffusion model, or cannot be distilled (see `check_schedule`).
     """
-    flag = f"--pretrained_teacher_model={name}"
+    flag = f"`pretrained_teacher_model`={name}"
     folder = Path(name)
     weights.check_name(flag, name)
     if folder.suffix == ".safetensors":
@@ -103,11 +103,11 @@ def _single_file_kind(name):
 
 
 def read_vae_config(name, config, revision=None, cache_dir=None):
-    """`config` with the configuration of the VAE that --pretrained_vae_model_name_or_path names instead of its own.
+    """`config` with the configuration of the VAE that `pretrained_vae_model_name_or_path` names instead of its own.
 
     Needs no weights. Raises UserError when that VAE is missing, partial, or has other latents than the teacher's.
     """
-    flag = f"--pretrained_vae_model_name_or_path={name}"
+    flag = f"`pretrained_vae_model_name_or_path`={name}"
     weights.check_name(flag, name)
     subfolder, options = vae_subfolder(name), {"revision": revision, "cache_dir": cache_dir}
     try:
@@ -133,8 +133,8 @@ def vae_subfolder(name):
 
 
 def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=None):
-    """UserError unless the U-Net of --init_unet has the teacher's shape and this embedding of w; needs no weights."""
-    flag = f"--init_unet={name}"
+    """UserError unless the U-Net of `init_unet` has the teacher's shape and this embedding of w; needs no weights."""
+    flag = f"`init_unet`={name}"
     weights.check_name(flag, name)
     subfolder = "unet" if Path(name, "unet").is_dir() else None
     options = {"revision": revision, "cache_dir": cache_dir}
@@ -147,7 +147,7 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     if unet.get("time_cond_proj_dim") != time_cond_proj_dim:
         raise UserError(
             f"{flag}: its time_cond_proj_dim is {unet.get('time_cond_proj_dim')}; pass the same number as "
-            "--unet_time_cond_proj_dim"
+            "`unet_time_cond_proj_dim`"
         )
     shape = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
     for key in (*shape, "down_block_types", "up_block_types", "addition_embed_type", "attention_head_dim"):
@@ -221,7 +221,7 @@ def check_unet(flag, unet, vae, text_encoder_2=None):
                 f"{gets}"
             )
     if unet.get("time_cond_proj_dim") is not None:
-        raise UserError(f"{flag}: its U-Net is already distilled (time_cond_proj_dim); use it as --init_unet instead")
+        raise UserError(f"{flag}: its U-Net is already distilled (time_cond_proj_dim); use it as `init_unet` instead")
 
 
 def check_schedule(flag, scheduler):
@@ -277,7 +277,7 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
     try:
         return _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced)
     except LOAD_ERRORS as error:
-        flag = f"--pretrained_teacher_model={name}" + (f", --pretrained_vae_model_name_or_path={vae}" if vae else "")
+        flag = f"`pretrained_teacher_model`={name}" + (f", `pretrained_vae_model_name_or_path`={vae}" if vae else "")
         raise UserError(f"{flag}: the weights cannot be loaded ({line_of(error)})") from error
 
 
@@ -288,7 +288,7 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
         plain = PLAIN[_single_file_kind(name) == "sdxl"]
         parts |= {"safety_checker": None} if plain is StableDiffusionPipeline else {}
         pipeline = plain.from_single_file(name, **parts)
-        weights.check_made(f"--pretrained_teacher_model={name}", pipeline)
+        weights.check_made(f"`pretrained_teacher_model`={name}", pipeline)
     else:
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
         plain = PLAIN[_check_kind(name, index)]
@@ -296,10 +296,10 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
         parts |= {part: None for part in NOT_TRAINED if part in takes}
         parts |= {"requires_safety_checker": False} if "safety_checker" in takes else {}
         parts |= {"variant": variant, "revision": revision, "cls": plain}
-        pipeline = load_checked(f"--pretrained_teacher_model={name}", name, index, **parts)
+        pipeline = load_checked(f"`pretrained_teacher_model`={name}", name, index, **parts)
     if vae is not None:
         place = {"subfolder": vae_subfolder(vae), "revision": vae_revision} | options
-        flag = f"--pretrained_vae_model_name_or_path={vae}"
+        flag = f"`pretrained_vae_model_name_or_path`={vae}"
         pipeline.vae = load_network(flag, AutoencoderKL, vae, **place)
     return frozen(pipeline)
 
@@ -361,7 +361,7 @@ def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None
     if init_unet is not None:
         subfolder = "unet" if Path(init_unet, "unet").is_dir() else None
         place = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir}
-        unet = load_network(f"--init_unet={init_unet}", UNet2DConditionModel, init_unet, **place)
+        unet = load_network(f"`init_unet`={init_unet}", UNet2DConditionModel, init_unet, **place)
         assert unet.config.time_cond_proj_dim == time_cond_proj_dim, "check_init_unet comes first"
         return unet.train()
     assert teacher_unet.dtype == torch.float32, "a student of rounded weights is not the teacher"
@@ -393,7 +393,7 @@ def default_resolution(config):
     height, width = native_size(config) or (DEFAULT_RESOLUTION[config["is_sdxl"]],) * 2
     if height != width:
         raise UserError(
-            f"--resolution: the teacher's own images are {height} x {width} pixels and those trained on are square; "
+            f"`resolution`: the teacher's own images are {height} x {width} pixels and those trained on are square; "
             "pass their side"
         )
     return height

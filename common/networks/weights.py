@@ -73,11 +73,11 @@ def check_pipeline(flag, name, index, variant=None, revision=None, cache_dir=Non
         return
     whole = downloaded or Path(name).is_dir()
     if whole and dry_run and _has_no_weights(folder, _parts(index, skip)):
-        print(f"WARNING: {flag} holds no weights; --dry_run needs none, the run itself does", flush=True)
+        print(f"WARNING: {flag} holds no weights; `dry_run` needs none, the run itself does", flush=True)
         return
     variants = {part: variant for part in index if variant and has_variant(folder / part, variant)}
     if variant and not variants and whole:
-        raise UserError(f"{flag}: it is partial, it has no weights of the variant {variant!r}; drop --variant")
+        raise UserError(f"{flag}: it is partial, it has no weights of the variant {variant!r}; drop `variant`")
     for part, (library, class_name) in _parts(index, skip).items():
         cls = _network_class(library, class_name)
         if cls is not None and (whole or _weight_files(folder / part)):
@@ -101,7 +101,7 @@ def has_variant(folder, variant):
 def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant_flag=True):
     """UserError unless the folder holds, as safetensors, the tensors that a `cls` of its configuration consists of.
 
-    of_pipeline: of a pipeline's part, the --variant that was asked for, or True; None of a network alone, which has
+    of_pipeline: of a pipeline's part, the `variant` that was asked for, or True; None of a network alone, which has
     has_variant_flag, or always takes the plain files.
     """
     where = f"{folder.name}/" if of_pipeline else ""  # of a part, what precedes its files' names
@@ -180,10 +180,10 @@ def _with_variant(name, variant):
 def _variant_advice(variant, of_pipeline, has_variant_flag):
     """(sentence without, sentence with the name of) the weights that are there under another variant's name."""
     if variant:
-        return "drop --variant"
+        return "drop `variant`"
     if of_pipeline not in (None, True):  # another variant was asked for, and this part has it not
         return f"it has neither these nor the variant {of_pipeline!r}: save the pipeline again as a whole"
-    return "pass its --variant" if has_variant_flag else "save it again without a variant"
+    return "pass its `variant`" if has_variant_flag else "save it again without a variant"
 
 
 def _find_files(flag, folder, where, cls, variant, advice):

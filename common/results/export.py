@@ -48,8 +48,8 @@ def after_weights(accelerator, output_dir, global_step):
         found = [path for path in output_dir.iterdir() if path.is_dir() and path.name.startswith(DENOISERS)]
         names = ", ".join(sorted(path.name for path in [*found, *output_dir.glob("*.safetensors")]))
         failure = UserError(
-            f"--output_dir={output_dir}: training is done and its weights are safe there ({names}), what follows them "
-            f"failed: {first_line(error)} ({FAILURE} says where); --resume_from_checkpoint=latest begins at step "
+            f"`output_dir`={output_dir}: training is done and its weights are safe there ({names}), what follows them "
+            f"failed: {first_line(error)} ({FAILURE} says where); `resume_from_checkpoint`=latest begins at step "
             f"{global_step} and writes the rest"
         )
         failure.on_one_rank = is_main
@@ -221,7 +221,7 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_mess
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"--push_to_hub: the upload failed ({reason}); the model is complete in {output_dir}, upload it with "
+            f"`push_to_hub`: the upload failed ({reason}); the model is complete in {output_dir}, upload it with "
             "`hf upload`"
         ) from error
     return str(repo)

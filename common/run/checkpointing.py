@@ -103,11 +103,11 @@ def open_output_dir(accelerator, output_dir, resume_from_checkpoint, dry_run=Fal
 
 
 def _take_output_dir(output_dir, resume_from_checkpoint, overwrite):
-    held = lock.take(output_dir, "--output_dir")
+    held = lock.take(output_dir)
     if overwrite and (moved := move_aside(output_dir)):
         held.path = moved / held.path.name
         held.release()
-        held = lock.take(output_dir, "--output_dir")
+        held = lock.take(output_dir)
     prepare_output_dir(output_dir, resume_from_checkpoint)
     return held.owner
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 def parse_args(argv=None):
     parser = flags.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument(
-        "metadata",
+        "dataset_metadata_path",
         type=flags.path,
         metavar="METADATA",
         help="csv, tsv, jsonl or json of image,prompt,seed,rand_device,...",
@@ -61,19 +61,14 @@ def main(args):
     # 1. The table and the teacher's configuration, before any weight is loaded.
     device = find_device(args.device)
     quiet_libraries()
-    try:  # any size: the images are grouped by it below
-        data = pairs.PairImages(args.metadata, args.dataset_base_path, max_pixels=2**62)
-    except UserError as error:
-        raise UserError(str(error).replace("--dataset_metadata_path", "METADATA")) from None
+    # any size: the images are grouped by it below
+    data = pairs.PairImages(args.dataset_metadata_path, args.dataset_base_path, max_pixels=2**62)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
     for note in teacher["notes"]:
         print(note, flush=True)
-    try:
-        pair_shards.check_folder(args.output_dir)
-    except UserError as error:
-        raise UserError(str(error).replace("--output_dir", "OUT")) from None
-    lock.take(args.output_dir, "OUT", (args.shard_index, args.num_shards))
+    pair_shards.check_folder(args.output_dir)
+    lock.take(args.output_dir, (args.shard_index, args.num_shards))
 
     # 2. The teacher, and that its decoder gives the images back.
     options = {"variant": args.variant, **place}
@@ -86,9 +81,9 @@ def main(args):
         kwargs, _ = student.student_kwargs(pipeline, data, {}, *(data.steps or {4}), {})
         pipelines.check_encoding(pipelines.Rollout(pipeline, **kwargs), data, [0])
     except UserError as error:
-        sentence = str(error).replace("--pairs_dir, ", "")
-        sentence = sentence.replace("--student_kwargs, --student_scheduler", "--dataset_metadata_path")
-        raise UserError(sentence.replace("--dataset_metadata_path", f"METADATA, {flag}")) from None
+        sentence = str(error).replace("`pairs_dir`, ", "")
+        sentence = sentence.replace("`student_kwargs`, `student_scheduler`", "`dataset_metadata_path`")
+        raise UserError(sentence.replace("`dataset_metadata_path`", f"METADATA, {flag}")) from None
     pipeline.scheduler = own_scheduler
     config = {
         "format": pair_shards.FORMAT,
@@ -106,10 +101,7 @@ def main(args):
         "dtype": args.dtype,
         "versions": versions(),
     }
-    try:
-        pair_shards.write_config(args.output_dir, config)
-    except UserError as error:
-        raise UserError(str(error).replace("--output_dir", "OUT")) from None
+    pair_shards.write_config(args.output_dir, config)
 
     # 3. The shards of this task that are not there yet, image by image: their bytes depend on nothing else.
     own = list(range(pair_shards.num_shards(config)))[args.shard_index :: args.num_shards]

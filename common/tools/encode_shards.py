@@ -4,8 +4,8 @@
         --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 --resolution=512 --center_crop
 
 and then --train_shards_path_or_url="latents/{00000..00099}.tar" with the same image flags. A shard becomes one of the
-same name; `common/data/cached_latents.py` says what is in it. Images that a teacher made, with the `seed` of their noise
-in their json, are pairs for `train_direct_distill.py --pairs_dir=latents`.
+same name; `common/data/cached_latents.py` says what is in it. Images of a teacher, with the `seed` of their noise in
+their json, are pairs for `train_direct_distill.py --pairs_dir=latents`.
 
 Shards are dealt to tasks that never wait for each other, and finished ones are skipped, so the same command goes on
 after an interruption. The bytes are the same for any number of tasks. Left out: text embeddings, which cost 0.2 % of a
@@ -38,7 +38,7 @@ from common.data.shards import (
     tar_samples,
     tar_suffix,
 )
-from common.errors import DataError, UserError, mask_credentials
+from common.errors import UserError, mask_credentials
 from common.keyed_random import keyed_seed
 from common.networks import encoders, teachers
 from common.results.export import versions
@@ -64,7 +64,7 @@ class Unit(NamedTuple):
 def parse_args(argv=None):
     parser = flags.ArgumentParser(__doc__.split("\n")[0])
     parser.add_argument(
-        "shards",
+        "train_shards_path_or_url",
         type=flags.path,
         metavar="IN",
         help="as --train_shards_path_or_url of training: tars, or image folder",
@@ -123,7 +123,7 @@ def main(args):
     own = units[args.shard_index :: args.num_shards]
     paths = {unit.name: Path(args.output_dir, f"{unit.name}.tar") for unit in units}
     check_sources(own, paths)
-    lock.take(args.output_dir, "OUT", (args.shard_index, args.num_shards))
+    lock.take(args.output_dir, (args.shard_index, args.num_shards))
 
     # 3. The VAE: nothing else of the teacher is loaded.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in training
@@ -150,34 +150,28 @@ def main(args):
             progress.update()
     report(args, own, paths)
     if failed:
-        error = DataError(
+        raise UserError(
             f"IN: {len(failed)} of {len(own)} shards could not be encoded, the first is {failed[0]}; repair them, and "
-            "repeat the command for these"
+            "repeat the command for these",
+            on_one_rank=True,
         )
-        error.on_one_rank = True
-        raise error
 
 
 def list_units(args):
     """The list of Unit; fills in --samples_per_shard of a folder. UserError where names are not clear."""
-    try:
-        shards = expand_shards(args.shards)
-        if cached_latents.read_manifest(shards) is not None:
-            raise DataError("--train_shards_path_or_url holds cached latents already; name the shards of the images")
-        folders = [shard for shard in shards if os.path.isdir(shard)]
-        if folders and len(shards) > 1:
-            raise DataError(f"--train_shards_path_or_url: {folders[0]} is a folder of images and goes with no shards")
-        items, unusable, notes = read_samples(folders[0]) if folders else ([], 0, [])
-        for note in notes:
-            print(f"note: {note}.", flush=True)
-        if folders and unusable == len(items):
-            raise DataError(
-                f"--train_shards_path_or_url: none of its {unusable} samples can be used: {'; '.join(notes)}"
-            )
-        if args.samples_per_shard and not folders:
-            raise DataError("--samples_per_shard: IN are shards, which stay what they are; drop it")
-    except DataError as error:
-        raise UserError(str(error).replace("--train_shards_path_or_url", "IN")) from None
+    shards = expand_shards(args.train_shards_path_or_url)
+    if cached_latents.read_manifest(shards) is not None:
+        raise UserError("IN holds cached latents already; name the shards of the images")
+    folders = [shard for shard in shards if os.path.isdir(shard)]
+    if folders and len(shards) > 1:
+        raise UserError(f"IN: {folders[0]} is a folder of images and goes with no shards")
+    items, unusable, notes = read_samples(folders[0]) if folders else ([], 0, [])
+    for note in notes:
+        print(f"note: {note}.", flush=True)
+    if folders and unusable == len(items):
+        raise UserError(f"IN: none of its {unusable} samples can be used: {'; '.join(notes)}")
+    if args.samples_per_shard and not folders:
+        raise UserError("--samples_per_shard: IN are shards, which stay what they are; drop it")
     if folders:
         args.samples_per_shard = args.samples_per_shard or 1000
         starts = range(0, len(items), args.samples_per_shard)

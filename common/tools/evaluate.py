@@ -294,7 +294,7 @@ def main(args):
     labels = [args.labels[i % len(args.labels)] for i in range(args.num_images)] if args.labels else None
 
     # 1. The networks that measure
-    lock.take(output_dir, "--output_dir")
+    lock.take(output_dir)
     network = load_network(args.feature_network, "--feature_network", args.device, args.cache_dir)
     clip_network = load_network(args.clip_model, "--clip_model", args.device, args.cache_dir)
     if clip_network is not None and clip_network.tokenizer is None:

@@ -18,7 +18,7 @@ from common.data import tables
 from common.data.folders import TEXT_KEYS
 from common.data.shards import SampleError, expand_shards, open_shard, tar_samples
 from common.direct import pair_shards, pipelines, pixels, probes, tasks
-from common.errors import UserError
+from common.errors import UserError, speaking_of
 from common.results.export import versions
 from common.run import training_run
 from common.tools.work import (
@@ -104,7 +104,7 @@ def main(args):
     scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
     probes.check_steps(scheduler, args.num_inference_steps)
     pair_shards.check_folder(args.output_dir)
-    lock.take(args.output_dir, "--output_dir", (rank, world_size))
+    lock.take(args.output_dir, (rank, world_size))
 
     # 3. The teacher, and what it does with these arguments.
     pipeline = pipelines.load_pipeline(
@@ -240,10 +240,8 @@ def read_prompts(spec, column=None):
 
 
 def _captions(spec):
-    try:
+    with speaking_of("--prompts"):
         shards = expand_shards(spec)
-    except UserError as error:
-        raise UserError(str(error).replace("--train_shards_path_or_url", "--prompts")) from None
     prompts = []
     for shard in shards:
         if os.path.isdir(shard):

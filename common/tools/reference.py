@@ -9,7 +9,7 @@ from pathlib import Path
 from common.data.folders import IMAGE_KEYS, list_images, reference_images
 from common.data.images import read_image
 from common.data.shards import SampleError, expand_shards, is_remote, tar_samples, training_tars
-from common.errors import UserError, mask_credentials
+from common.errors import UserError, mask_credentials, speaking_of
 from common.results.metrics import frechet_distance, image_features, kernel_distance, prompt_labels
 
 import numpy as np
@@ -47,10 +47,8 @@ def reference_files(reference):
         except UserError as error:
             raise UserError(f"--reference: {error}") from None
         return ("tar", tars) if tars else ("folder", reference_folder(path)[0])
-    try:
+    with speaking_of("--reference"):
         shards = expand_shards(reference)
-    except UserError as error:
-        raise UserError(str(error).replace("--train_shards_path_or_url", "--reference")) from None
     if remote := next(filter(is_remote, shards), None):
         raise UserError(f"--reference: {mask_credentials(remote)} is no local file, and only those are read: copy it")
     return "tar", [Path(shard) for shard in shards]

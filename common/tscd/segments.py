@@ -58,14 +58,14 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
     count = len(stage_segments)
     if edges is None:
         if max_train_steps < count:
-            raise UserError(f"--max_train_steps={max_train_steps} is too few for {count} stages of an update or more")
+            raise UserError(f"`max_train_steps`={max_train_steps} is too few for {count} stages of an update or more")
         steps = for_each(stage_steps or [max_train_steps // count], count)
         edges = [sum(steps[:i]) for i in range(count + 1)]
         if stage_steps is None:
             edges[-1] = max_train_steps
         if edges[-1] != max_train_steps:
             raise UserError(
-                f"--stage_steps add up to {edges[-1]} updates and --max_train_steps is {max_train_steps}; drop one"
+                f"`stage_steps` add up to {edges[-1]} updates and `max_train_steps` is {max_train_steps}; drop one"
             )
     tables = MSE_WEIGHTS, ADV_WEIGHTS[loss_type]
     defaults = [[table[max(key for key in table if key <= k)] for k in stage_segments] for table in tables]
@@ -75,7 +75,7 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
     for stage in stages:
         if stage.mse_weight == stage.adv_weight == 0:
             raise UserError(
-                f"--mse_weights and --adv_weights are 0 in {stage.name}: it would train nothing; change one"
+                f"`mse_weights` and `adv_weights` are 0 in {stage.name}: it would train nothing; change one"
             )
     return stages
 
@@ -116,13 +116,13 @@ def segment_nodes(num_ddim_timesteps, stage_segments, num_train_timesteps=1000):
     listed = ",".join(str(k) for k in stage_segments)
     if not valid:
         raise UserError(
-            f"--stage_segments={listed}: no grid of {num_train_timesteps} timesteps has so many equal segments; "
+            f"`stage_segments`={listed}: no grid of {num_train_timesteps} timesteps has so many equal segments; "
             "use divisors such as 8,4,2,1"
         )
     if num_ddim_timesteps not in valid:
         raise UserError(
-            f"--num_ddim_timesteps={num_ddim_timesteps} must divide {num_train_timesteps} and be a multiple of every "
-            f"number of --stage_segments={listed}: one of {', '.join(str(n) for n in valid)}"
+            f"`num_ddim_timesteps`={num_ddim_timesteps} must divide {num_train_timesteps} and be a multiple of every "
+            f"number of `stage_segments`={listed}: one of {', '.join(str(n) for n in valid)}"
         )
     step = num_train_timesteps // num_ddim_timesteps
     return torch.tensor([0] + [j * step - 1 for j in range(1, num_ddim_timesteps + 1)])

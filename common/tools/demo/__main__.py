@@ -180,7 +180,7 @@ def main(args):
 
     # 2. What earlier runs left.
     output_dir = Path(args.output_dir)
-    lock.take(output_dir, "--output_dir")
+    lock.take(output_dir)
     open_output_dir(output_dir, args.seed, args.rebuild)
     teacher_name, prediction_type, sdxl = TEACHERS[args.teacher]
     started = time.perf_counter()
