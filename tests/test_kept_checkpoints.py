@@ -10,7 +10,7 @@ import json
 import lzma
 from pathlib import Path
 
-from common.tools import digits
+from common.tools.demo import digits, stable_diffusion
 from tests.kept.folders import comparable, digest, filled, read, write
 from tests.test_ct import CONFIG, save_data_set
 from tests.test_direct import QUICK, ask
@@ -28,7 +28,7 @@ LOG = Path("out/nonfinite_updates.jsonl")
 def build_data(folder):
     """What the kept flags name, by relative paths."""
     folder.mkdir()
-    digits.build_teacher(folder / "teacher", **QUICK | {"vae_steps": 1, "unet_steps": 1})
+    stable_diffusion.build_teacher(folder / "teacher", **QUICK | {"vae_steps": 1, "unet_steps": 1})
     digits.write_shards(folder / "shards")
     save_data_set(folder / "data_set")
     (folder / "unet.json").write_text(json.dumps(CONFIG))
