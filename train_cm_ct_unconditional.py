@@ -29,20 +29,15 @@ from common.ct import unet as ct_unet
 from common.ct.data import decode_image_label
 from common.ct.scheduler import make_scheduler, save_result
 from common.data.folders import IMAGE_KEYS
-from common.data.shards import count_samples
 from common.data.stream import TrainingData
 from common.ema import MOST_OF_START, ema_decay, ema_start_share, ema_update
 from common.keyed_random import keyed_generator, keyed_seed
 from common.results import export, samples
-from common.run import checkpointing, engine, simulation, training_data, training_run
-from common.run.preemption import Stopper, job_deadline
-from common.run.training_run import RunningMeans
-from common.run.updates import UpdateGuard
+from common.run import engine, simulation, training_data
+from common.run.training_run import TrainingRun, user_errors
 from common.schedules import append_dims
 
 import torch
-from accelerate.utils import gather_object
-from tqdm import tqdm
 
 
 def parse_args(argv=None):
@@ -108,25 +103,18 @@ def parse_args(argv=None):
     return args
 
 
-@training_run.user_errors
+@user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
     accelerator = engine.make_accelerator(args)
-    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    is_main, device = accelerator.is_main_process, accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     with accelerator.main_process_first():
         shards, source = image_data.open_images(**ct_flags.image_options(args))
     ct_flags.resolve_num_classes(args, shards, source)
     unet_config = ct_unet.read_unet_config(**ct_flags.unet_options(args))
-    job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
-    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run, args.overwrite_output_dir
-    checkpoint = checkpointing.open_output_dir(accelerator, *folder)
-    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
-    args.seed = training_run.resolve_seed(args.seed, resumed["args"].get("seed"))
-    num_counted = len(source.keys) if source else None
-    training_data.resolve_data(args, resumed["args"], world_size, num_counted)
-    if checkpoint:
-        checkpointing.check_same_run(checkpoint, resumed["args"], flags.public_args(args))
+    run = TrainingRun(args, accelerator)
+    run.resolve_data(len(source.keys) if source else None)
     network = ct_flags.load_feature_network(args, device)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
@@ -136,22 +124,17 @@ def main(args):
     options = {"source": source, "required": ((IMAGE_KEYS, ("cls", "json")) if args.num_classes else (IMAGE_KEYS,))}
     augmented = functools.partial(decode, **training_data.image_options(args), seen=Counter())
     train_data = TrainingData(shards, augmented, **training_data.data_options(args, accelerator), **options)
-    if checkpoint:
-        train_data.load_state_dict(resumed["data"])
-    if num_counted is None and (args.max_train_steps is None or args.dry_run):
-        num_counted = count_samples(shards)
-    known = [number for number in (num_counted, args.max_train_samples) if number is not None]
-    num_samples = min(known) if num_counted is not None or args.max_train_steps is None and known else None
-    total_batch_size = training_data.resolve_steps(args, num_samples, world_size, resumed)
+    run.follow(train_data)
+    run.resolve_steps(training_data.epoch_size(args, shards, run.num_images))
     ct_flags.check_pretrain_steps(args)
     # How long the curriculum is; an extended run keeps the one that it began with.
-    tuning_steps = resumed.get("tuning_steps") or args.max_train_steps - args.pretrain_steps
+    tuning_steps = run.resumed.get("tuning_steps") or args.max_train_steps - args.pretrain_steps
     s_0 = args.discretization_s_0
     s_1 = s_0 if args.constant_discretization_steps else args.discretization_s_1
     discretization_steps = functools.partial(
         consistency.discretization_steps, max_train_steps=tuning_steps, s_0=s_0, s_1=s_1
     )
-    derived = ct_flags.derived_configuration(args, world_size, total_batch_size, num_samples)
+    derived = ct_flags.describe_average(args) | run.derived_configuration()
     sigma_range = {"sigma_min": args.sigma_min, "sigma_max": args.sigma_max, "rho": args.rho}
     timesteps = {
         k: consistency.sampling_timesteps(k, args.mid_sigma, args.discretization_s_1 + 1, **sigma_range)
@@ -161,15 +144,15 @@ def main(args):
         derived["noise levels"] = f"{discretization_steps(0)} to {discretization_steps(tuning_steps - 1)}"
         sigmas = consistency.karras_sigmas(s_0 + 1, **sigma_range)
         consistency.sigma_probabilities(sigmas, args.p_mean, args.p_std, args.skip_steps)
-    training_run.announce(args, derived, is_main)
+    run.announce(derived)
     batches = iter(train_data)
     first_batch = next(batches)
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         labels = f" Its classes: {first_batch['class_labels'].tolist()}." if args.class_conditional else ""
         accelerator.print(f"The first batch was read.{labels} Dry run: nothing is written.")
-        checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
+        run.checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
         if tuning_steps:  # updates with a target take more than those of diffusion training
-            resumed["global_step"] = max(resumed["global_step"], args.pretrain_steps)
+            run.global_step = max(run.global_step, args.pretrain_steps)
 
     # 3. Parametrisation, and the scheduler that samples with it. Noise levels and loss are float32 everywhere.
     f = functools.partial(
@@ -199,22 +182,19 @@ def main(args):
     dropout_devices = [device] if device.type == "cuda" else []
 
     # 5. Optimizer and learning rate.
-    optimizer = engine.make_optimizer(args, list(unet.parameters()), total_batch_size)
+    optimizer = engine.make_optimizer(args, list(unet.parameters()), run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     ema_options = ct_flags.ema_options(args)
 
     # 6. Prepare, resume, trackers, evaluation.
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    modules = {"ema_unet": ema_unet} if ema_unet else {}
-    objects, global_step = {"lr_scheduler": lr_scheduler}, resumed["global_step"]
-    if checkpoint:
-        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
-        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = training_run.start_run(args, accelerator, resumed, derived)
-    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
-    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
     networks = {"the student": accelerator.unwrap_model(unet)} | ({"its average": ema_unet} if ema_unet else {})
-    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
+    run.register(
+        networks=networks,
+        modules={"ema_unet": ema_unet} if ema_unet else {},
+        objects={"lr_scheduler": lr_scheduler},
+        tuning_steps=tuning_steps,
+    )
     unets = {"raw": accelerator.unwrap_model(unet)} | ({"ema": ema_unet} if ema_unet else {})
     grid_labels = [i % args.num_classes if args.num_classes else None for i in range(args.eval_batch_size)]
     grid = functools.partial(evaluation.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
@@ -227,12 +207,10 @@ def main(args):
         evaluate = evaluation.Evaluation(accelerator, network, reference, **ct_flags.evaluation_options(args))
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
-    means = RunningMeans()
     batches = itertools.chain([first_batch], batches)
     num_levels = sigmas = probabilities = None
     draw = functools.partial(consistency.lognormal_sigmas, sigma_min=args.sigma_min, sigma_max=args.sigma_max)
-    while global_step < args.max_train_steps and not stopper.stops:
+    while run.goes_on:
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Images. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
@@ -240,7 +218,7 @@ def main(args):
             generator = keyed_generator(args.seed, "ct", batch["micro_batch"], device)
             images = batch["images"].to(device, non_blocking=True).float() / 127.5 - 1  # (B, 3, H, W)
             class_labels = batch["class_labels"].to(device, non_blocking=True) if args.class_conditional else None
-            batch_size, step = len(images), global_step - args.pretrain_steps  # of the consistency training
+            batch_size, step = len(images), run.global_step - args.pretrain_steps  # of the consistency training
 
             # 7.2 Draw a pair of noise levels: sigma > target_sigma >= 0. 0 is the data.
             if step < 0:
@@ -290,69 +268,61 @@ def main(args):
                 weight = consistency.loss_weight(sigma, target_sigma, args.loss_weighting, args.sigma_data)
                 loss = (weight * consistency.pseudo_huber(model_pred, target, args.huber_c)).mean()
             accelerator.backward(loss)
-            finite = guard.step(optimizer, unet.parameters(), args.max_grad_norm, loss, batch["keys"])
+            finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
-        means.add({"loss": loss})
+        run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
         # 7.7 After an update: average, logs, evaluation, checkpoint, samples.
-        global_step += 1
         if ema_unet:
-            decay = ema_decay(global_step, **ema_options)
+            decay = ema_decay(run.global_step + 1, **ema_options)
             ema_update(ema_unet.parameters(), accelerator.unwrap_model(unet).parameters(), decay, finite)
         lr_scheduler.step()
-        progress.update()
-        is_last = stopper.check() or global_step == args.max_train_steps
-        if global_step % args.logging_steps == 0 or is_last:
-            logs = means.take(accelerator, args.train_batch_size * world_size) | progress_values
-            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            logs |= training_run.sum_counters(gather_object([train_data.counters]))
-            training_run.log_progress(accelerator, progress, logs, global_step)
-        saves = global_step % args.checkpointing_steps == 0 or is_last
-        if args.eval_steps and (global_step % args.eval_steps == 0 or is_last and not stopper.stops):
-            with samples.going_on(accelerator, global_step):
+        run.after_update()
+        if run.logs:
+            run.log(progress_values | {"lr": lr_scheduler.get_last_lr()[0]})
+        at_end = run.is_last and not run.stopped
+        if args.eval_steps and (run.global_step % args.eval_steps == 0 or at_end):
+            with samples.going_on(accelerator, run.global_step):
                 rows = evaluate(unets, scheduler, timesteps)
                 if is_main:
                     evaluation.record(
-                        args.output_dir, global_step, rows, f"checkpoint-{global_step}" if saves else None
+                        args.output_dir, run.global_step, rows, f"checkpoint-{run.global_step}" if run.saves else None
                     )
-                    accelerator.log(evaluation.flatten(rows), step=global_step)
-        if saves:
-            state = {"args": flags.public_args(args), "run_id": run_id, "tuning_steps": tuning_steps}
-            state["updates_skipped"] = guard.count()
-            state["total_batch_size"] = total_batch_size
-            state["data"] = TrainingData.merge_state_dicts(gather_object([train_data.state_dict()]))
-            limit = args.checkpoints_total_limit
-            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with samples.going_on(accelerator, global_step):
-                grid(step=global_step)
+                    accelerator.log(evaluation.flatten(rows), step=run.global_step)
+        if run.saves:
+            run.save()
+        if run.samples:
+            with samples.going_on(accelerator, run.global_step):
+                grid(step=run.global_step)
 
     # 8. Export: a pipeline that samples with the network's average, then what may fail: card, samples, upload.
-    progress.close()
-    if is_main and not stopper.stops:
-        start_share = ema_start_share(global_step, **ema_options) if ema_unet else 1.0
+    if is_main and not run.stopped:
+        start_share = ema_start_share(run.global_step, **ema_options) if ema_unet else 1.0
         chosen = "ema" if start_share <= MOST_OF_START else "raw"
         save_result(args.output_dir, unets[chosen].eval(), scheduler)
         for name in unets.keys() - {chosen}:
             unets[name].eval().save_pretrained(Path(args.output_dir, f"unet_{name}"))
-    if not stopper.stops:
-        with export.after_weights(accelerator, args.output_dir, global_step):
+    if not run.stopped:
+        with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
-                result = (global_step, total_batch_size, chosen, start_share, accelerator.print)
-                ct_card.write_card(args.output_dir, flags.public_args(args), flags.command_line(), *result)
-            images = grid(step=global_step)  # by every process
+                ct_card.write_card(
+                    args.output_dir,
+                    flags=run.flags,
+                    command=flags.command_line(),
+                    global_step=run.global_step,
+                    total_batch_size=run.total_batch_size,
+                    chosen=chosen,
+                    start_share=start_share,
+                    report=accelerator.print,
+                )
+            images = grid(step=run.global_step)  # by every process
             if is_main:
                 columns = ["" if label is None else str(label) for label in grid_labels]
                 export.save_grid(args.output_dir, images, columns)
-    if is_main and not stopper.stops:
-        training_run.upload(args, accelerator)
-    accelerator.wait_for_everyone()
-    unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
-    accelerator.end_training()
-    stopper.leave(global_step)
-    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+    unet, optimizer = accelerator.free_memory(unet, optimizer)
+    run.finish()
 
 
 if __name__ == "__main__":

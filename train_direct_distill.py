@@ -36,13 +36,11 @@ from common.errors import UserError
 from common.losses import LOSS_TYPES, distance
 from common.networks import lora, performance
 from common.results import export, samples
-from common.run import checkpointing, engine, simulation, training_data, training_run
-from common.run.preemption import Stopper, job_deadline
-from common.run.training_run import RunningMeans
-from common.run.updates import UpdateGuard, check_weights, networks_of
+from common.run import engine, simulation
+from common.run.training_run import TrainingRun, user_errors
+from common.run.updates import check_weights, networks_of
 
 import torch
-from tqdm import tqdm
 
 
 def parse_args(argv=None):
@@ -119,8 +117,13 @@ def read_data(args):
         if len(set(data.sizes)) > 1 and args.train_batch_size > 1:
             raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
     else:
-        size = args.height, args.width, args.max_pixels
-        data = pairs.PairImages(args.dataset_metadata_path, args.dataset_base_path, *size)
+        data = pairs.PairImages(
+            args.dataset_metadata_path,
+            args.dataset_base_path,
+            height=args.height,
+            width=args.width,
+            max_pixels=args.max_pixels,
+        )
     steps = set(data.steps)
     if args.num_inference_steps and steps - {args.num_inference_steps}:
         raise UserError(
@@ -134,19 +137,20 @@ def read_data(args):
     return data
 
 
-def derived_configuration(args, world_size, num_train, total_batch_size):
-    """What follows from the flags: {name: text}."""
+def derived_configuration(run, num_train):
+    """What follows from the flags: {name: text}. num_train: pairs to train on."""
+    derived, size = run.derived_configuration(), run.total_batch_size
     return {
-        "processes": str(world_size),
-        "samples per update": str(total_batch_size) + ("" if total_batch_size >= 32 else " (32 or more are better)"),
-        "updates": str(args.max_train_steps),
-        "pairs": f"{num_train} to train on, {args.num_held_out} held out",
-        "epochs": f"{args.max_train_steps * total_batch_size / num_train:.2f}",
-        "evaluations per sample": f"{args.num_inference_steps} with gradients",
+        "processes": derived["processes"],
+        "samples per update": str(size) + ("" if size >= 32 else " (32 or more are better)"),
+        "updates": derived["updates"],
+        "pairs": f"{num_train} to train on, {run.args.num_held_out} held out",
+        "epochs": derived["epochs"],
+        "evaluations per sample": f"{run.args.num_inference_steps} with gradients",
     }
 
 
-@training_run.user_errors
+@user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
     accelerator = engine.make_accelerator(args)
@@ -160,11 +164,7 @@ def main(args):
     performance.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     if args.lora_rank:
         pipelines.check_lora(config, args.lora_rank, target_names)
-    job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
-    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run
-    checkpoint = checkpointing.open_output_dir(accelerator, *folder)
-    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "global_step": 0}
-    args.seed = training_run.resolve_seed(args.seed, resumed["args"].get("seed"))
+    run = TrainingRun(args, accelerator)
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
 
     # 2. Pairs, and what follows from the flags.
@@ -179,19 +179,16 @@ def main(args):
         scheduler_class, scheduler_config, args.student_scheduler, args.student_scheduler_kwargs
     )
     probes.check_steps(scheduler, args.num_inference_steps)
-    if checkpoint:
-        checkpointing.check_same_run(checkpoint, resumed["args"], flags.public_args(args))
-        pairs.check_same_pairs(checkpoint, resumed, data)
+    run.check_flags()
+    if run.checkpoint:
+        pairs.check_same_pairs(run.checkpoint, run.resumed, data)
     train_indices, held_out = pairs.split(len(data), args.num_held_out)
     order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
-    total_batch_size = training_data.resolve_steps(
-        args, len(train_indices), world_size, resumed if checkpoint else None
-    )
-    derived = derived_configuration(args, world_size, len(train_indices), total_batch_size)
-    training_run.announce(args, derived, is_main)
+    run.resolve_steps(len(train_indices))
+    run.announce(derived_configuration(run, len(train_indices)))
     if args.dry_run:  # what follows runs on tensors without memory, for two updates
         accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing is written.")
-        checkpoint, _ = None, simulation.begin(args, accelerator)
+        run.checkpoint, _ = None, simulation.begin(args, accelerator)
 
     # 3. The teacher's pipeline with the student's scheduler, and what its call does; every change is reported.
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
@@ -249,7 +246,7 @@ def main(args):
     averaged = functools.partial(exchanged, weights if args.ema_decay else [], ema_weights)
 
     # 5. Optimizer and learning rate.
-    optimizer = engine.make_optimizer(args, weights, total_batch_size)
+    optimizer = engine.make_optimizer(args, weights, run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
@@ -257,24 +254,27 @@ def main(args):
     rollout, optimizer = accelerator.prepare(rollout, optimizer)
     if args.lora_rank:
         lora.register_adapter_checkpointing(accelerator, rollout)
-    modules, objects = {"ema": ema_weights} if args.ema_decay else {}, {"lr_scheduler": lr_scheduler}
-    global_step, micro_batch = resumed["global_step"], resumed.get("data", {}).get("next_micro_batch", 0)
-    if checkpoint:
-        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
-        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = training_run.start_run(args, accelerator, resumed, derived)
-    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
-    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
+    run.register(
+        networks=networks,
+        modules={"ema": ema_weights} if args.ema_decay else {},
+        objects={"lr_scheduler": lr_scheduler},
+        pairs_sha256=pairs.fingerprint(data),
+    )
+    micro_batch = run.resumed["data"].get("next_micro_batch", 0)
     sample = functools.partial(
-        sample_and_measure, accelerator, student, data, measured, shown, untrained, args.train_batch_size
+        sample_and_measure,
+        accelerator,
+        student,
+        data,
+        measured=measured,
+        shown=shown,
+        untrained=untrained,
+        batch_size=args.train_batch_size,
     )
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
-    means = RunningMeans()
     rollout.train()
-    while global_step < args.max_train_steps and not stopper.stops:
+    while run.goes_on:
         with accelerator.accumulate(rollout):
             # 7.1 Pairs: global micro-batch j, the same after a resume and for any number of processes.
             indices = [train_indices[i] for i in order[micro_batch + accelerator.process_index]]
@@ -291,9 +291,9 @@ def main(args):
 
             # 7.5 Backward, update.
             accelerator.backward(loss)
-            finite = guard.step(optimizer, weights, args.max_grad_norm, loss, [str(i) for i in indices])
+            finite = run.update(optimizer, weights, loss, [str(i) for i in indices])
             optimizer.zero_grad(set_to_none=True)
-        means.add({"loss": loss})
+        run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
@@ -301,52 +301,37 @@ def main(args):
         if args.ema_decay:
             ema_update(ema_weights, weights, args.ema_decay, finite)
         lr_scheduler.step()
-        global_step += 1
-        progress.update()
-        is_last = stopper.check() or global_step == args.max_train_steps
-        if global_step % args.logging_steps == 0 or is_last:
-            logs = means.take(accelerator, args.train_batch_size * world_size)
-            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            training_run.log_progress(accelerator, progress, logs, global_step)
-        if global_step % args.checkpointing_steps == 0 or is_last:
-            state = {"args": flags.public_args(args), "run_id": run_id, "total_batch_size": total_batch_size}
-            state |= {"data": {"next_micro_batch": micro_batch}, "updates_skipped": guard.count()}
-            state |= {"pairs_sha256": pairs.fingerprint(data)}
-            limit = args.checkpoints_total_limit
-            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with samples.going_on(accelerator, global_step), averaged():
-                sample(step=global_step)
+        run.after_update()
+        if run.logs:
+            run.log({"lr": lr_scheduler.get_last_lr()[0]})
+        if run.saves:
+            run.save(data={"next_micro_batch": micro_batch})
+        if run.samples:
+            with samples.going_on(accelerator, run.global_step), averaged():
+                sample(step=run.global_step)
 
     # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
-    progress.close()
     with averaged():
-        if is_main and not stopper.stops:
+        if is_main and not run.stopped:
             save = pipelines.save_lora if args.lora_rank else pipelines.save_denoisers
             files = save(args.output_dir, pipeline)
             pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
-        if not stopper.stops:
-            with export.after_weights(accelerator, args.output_dir, global_step):
+        if not run.stopped:
+            with export.after_weights(accelerator, args.output_dir, run.global_step):
                 if is_main and not args.lora_rank:
                     whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))
                     export.save_rest(whole, args.output_dir, written=(*files, "scheduler"))
-                images, relative_mse = sample(step=global_step)  # by every process
+                images, relative_mse = sample(step=run.global_step)  # by every process
                 result = {"held_out_pairs": len(held_out), "relative_mse": relative_mse, "untrained": untrained[0]}
                 if is_main:
                     Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
-                    write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result)
+                    write_card(args, pipeline, data, kwargs, files, run, result)
                     export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
-    if is_main and not stopper.stops:
-        training_run.upload(args, accelerator)
-    accelerator.wait_for_everyone()
-    # DDP that outlives its process group can deadlock
     rollout, optimizer = accelerator.free_memory(rollout, optimizer)
-    accelerator.end_training()
-    stopper.leave(global_step)
-    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+    run.finish()
 
 
-def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_size, result):
+def write_card(args, pipeline, data, kwargs, files, run, result):
     model, scheduler = export.model_code(args.output_dir, args.hub_model_id), type(pipeline.scheduler).__name__
     teacher = {"name": args.pretrained_teacher_model, "revision": args.revision, "variant": args.variant}
     size = data.call_kwargs([0]) if len(set(data.sizes)) == 1 else {}
@@ -367,7 +352,7 @@ def write_card(args, pipeline, data, kwargs, files, global_step, total_batch_siz
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {global_step} updates of {total_batch_size} samples.",
+            f"Trained for {run.global_step} updates of {run.total_batch_size} samples.",
             error,
             f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
             "guidance is distilled into the weights.",

@@ -24,17 +24,14 @@ from common.keyed_random import keyed_generator
 from common.losses import LOSS_TYPES, distance
 from common.networks import encoders, lora, teachers
 from common.results import export, samples
-from common.run import checkpointing, engine, simulation, training_data, training_run
-from common.run.preemption import Stopper
-from common.run.training_run import RunningMeans
-from common.run.updates import UpdateGuard, networks_of
+from common.run import engine, simulation, training_data
+from common.run.training_run import TrainingRun, user_errors
+from common.run.updates import networks_of
 from common.schedules import alpha_sigma, append_dims, boundary_scalings, ddim_timesteps, to_eps, to_x_0
 from common.solvers import DDIMSolver
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
-from tqdm import tqdm
 
 
 def parse_args(argv=None):
@@ -71,11 +68,11 @@ def resolve_defaults(args, config):
         raise UserError(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
 
 
-@training_run.user_errors
+@user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
     accelerator = engine.make_accelerator(args)
-    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    is_main, device = accelerator.is_main_process, accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
     teacher_options = flags.teacher_options(args)
@@ -86,29 +83,27 @@ def main(args):
     resolve_defaults(args, config)
     encoders.check_resolution(config, args.resolution)
     target_modules = lora.parse_target_modules(args.lora_target_modules)
-    lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora
-    lora.check_lora(config["unet"], *lora_settings)
+    lora_options = {"rank": args.lora_rank, "alpha": args.lora_alpha, "target_modules": target_modules}
+    lora.check_lora(config["unet"], **lora_options, init_lora=args.init_lora)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
     shards = expand_shards(args.train_shards_path_or_url)
-    checkpoint, resumed = training_run.open_run(args, accelerator, shards)
+    run = TrainingRun(args, accelerator)
+    run.resolve_data(training_data.images_in_folder(shards))
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     train_data = training_data.text_image_data(args, accelerator, shards, config, weight_dtype)
-    if checkpoint:
-        train_data.load_state_dict(resumed["data"])
-    total_batch_size, num_samples = training_data.resolve_epochs(args, shards, world_size, resumed)
-    derived = training_run.derived_configuration(
-        args, world_size, total_batch_size, num_samples, cached=train_data.cached
-    )
-    training_run.announce(args, derived, is_main)
+    run.follow(train_data)
+    run.resolve_steps(training_data.epoch_size(args, shards, run.num_images))
+    derived = run.derived_configuration() | {"latents": training_data.describe(train_data.cached)}
+    run.announce(derived)
     batches = iter(train_data)
     first_batch = next(batches)
-    prompts = training_run.resolve_prompts(args, resumed, first_batch["captions"])
+    prompts = run.resolve_prompts(first_batch["captions"])
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
-        checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
+        run.checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
@@ -120,61 +115,53 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    teacher.vae.to(device, encoders.vae_dtype(config, weight_dtype))
-    for text_encoder in encoders.text_encoders(teacher):
-        text_encoder.to(device, weight_dtype)
+    encoders.place(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
     teacher_unet = teacher.unet.to(device, teacher_dtype)
-    lora.add_lora(teacher_unet, args.lora_rank, args.lora_alpha, args.lora_dropout, target_modules, args.init_lora)
+    lora.add_lora(teacher_unet, **lora_options, dropout=args.lora_dropout, init_lora=args.init_lora)
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = teachers.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
     engine.apply_levers(args, [unet], [], teacher.vae)
 
     # 5. Optimizer and learning rate.
-    optimizer = engine.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)
+    optimizer = engine.make_optimizer(args, lora.lora_parameters(unet), run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
     lora.register_adapter_checkpointing(accelerator, unet)
-    modules, objects = {}, {"lr_scheduler": lr_scheduler}
-    global_step = resumed["global_step"]
-    if checkpoint:
-        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
-        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = training_run.start_run(args, accelerator, resumed, derived)
-    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
-    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks_of(teacher))
+    run.register(
+        networks=networks_of(teacher),
+        modules={},
+        objects={"lr_scheduler": lr_scheduler},
+        validation_prompts=prompts,
+    )
     sample = functools.partial(
         samples.sample_grid,
         accelerator,
         teacher,
-        {"student": accelerator.unwrap_model(unet)},
-        sampler,
-        prompts,
-        args.validation_num_inference_steps,
-        args.seed,
-        args.resolution,
+        unets={"student": accelerator.unwrap_model(unet)},
+        scheduler=sampler,
+        prompts=prompts,
+        num_inference_steps=args.validation_num_inference_steps,
+        seed=args.seed,
+        resolution=args.resolution,
         guidance_scale=1.0,
     )
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
-    means = RunningMeans()
     batches = itertools.chain([first_batch], batches)
-    while global_step < args.max_train_steps and not stopper.stops:
+    while run.goes_on:
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
             #     any number of processes, different on every rank.
             generator = keyed_generator(args.seed, "lcm", batch["micro_batch"], device)
             latents = encoders.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
-            origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
-            time_ids = encoders.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            time_ids = encoders.time_ids(batch, args.resolution, args.use_fix_crop_and_size)  # (B, 6), for SDXL
             cond = encoders.conditioning(teacher, batch["captions"], time_ids)
             batch_size = len(latents)
 
@@ -226,52 +213,39 @@ def main(args):
             # 7.10 Loss, backward, update.
             loss = distance(model_pred, target, args.loss_type, args.huber_c)
             accelerator.backward(loss)
-            guard.step(optimizer, lora.lora_parameters(unet), args.max_grad_norm, loss, batch["keys"])
+            run.update(optimizer, lora.lora_parameters(unet), loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
-        means.add({"loss": loss})
+        run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
         # 7.11 After an update: logs, checkpoint, validation.
         lr_scheduler.step()
-        global_step += 1
-        progress.update()
-        is_last = stopper.check() or global_step == args.max_train_steps
-        if global_step % args.logging_steps == 0 or is_last:
-            logs = means.take(accelerator, args.train_batch_size * world_size)
-            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            logs |= training_run.sum_counters(gather_object([train_data.counters]))
-            training_run.log_progress(accelerator, progress, logs, global_step)
-        if global_step % args.checkpointing_steps == 0 or is_last:
-            state = training_run.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
-            limit = args.checkpoints_total_limit
-            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with samples.going_on(accelerator, global_step):
-                sample(step=global_step)
+        run.after_update()
+        if run.logs:
+            run.log({"lr": lr_scheduler.get_last_lr()[0]})
+        if run.saves:
+            run.save()
+        if run.samples:
+            with samples.going_on(accelerator, run.global_step):
+                sample(step=run.global_step)
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
-    progress.close()
-    if is_main and not stopper.stops:
+    if is_main and not run.stopped:
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
-    if not stopper.stops:
-        with export.after_weights(accelerator, args.output_dir, global_step):
+    if not run.stopped:
+        with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
-                write_card(args, config, teacher_options, len(shards), global_step, total_batch_size)
-            images = sample(step=global_step)  # by every process
+                write_card(args, config, teacher_options, len(shards), run)
+            images = sample(step=run.global_step)  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, prompts)
-    if is_main and not stopper.stops:
-        training_run.upload(args, accelerator)
-    accelerator.wait_for_everyone()
-    unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
-    accelerator.end_training()
-    stopper.leave(global_step)
-    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+    unet, optimizer = accelerator.free_memory(unet, optimizer)
+    run.finish()
 
 
-def write_card(args, config, teacher_options, num_shards, global_step, total_batch_size):
+def write_card(args, config, teacher_options, num_shards, run):
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
     classes = ["LCMScheduler"]
@@ -289,7 +263,8 @@ image = pipe("a prompt", num_inference_steps={min(4, args.num_ddim_timesteps)}, 
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",
+            f"Trained for {run.global_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
+            f"w {w}.",
             "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
             f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "
             "`pytorch_lora_weights_kohya.safetensors` for ComfyUI and A1111.",

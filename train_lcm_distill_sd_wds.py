@@ -25,10 +25,9 @@ from common.keyed_random import keyed_generator
 from common.losses import LOSS_TYPES, distance
 from common.networks import encoders, teachers
 from common.results import export, samples
-from common.run import checkpointing, engine, simulation, training_data, training_run
-from common.run.preemption import Stopper
-from common.run.training_run import RunningMeans
-from common.run.updates import UpdateGuard, networks_of
+from common.run import engine, simulation, training_data
+from common.run.training_run import TrainingRun, user_errors
+from common.run.updates import networks_of
 from common.schedules import (
     alpha_sigma,
     append_dims,
@@ -41,9 +40,7 @@ from common.schedules import (
 from common.solvers import DDIMSolver
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
-from tqdm import tqdm
 
 
 def parse_args(argv=None):
@@ -80,11 +77,11 @@ def resolve_defaults(args, config):
         args.validation_guidance_scale = 8.0 if args.w_min <= 7.0 <= args.w_max else middle + 1.0
 
 
-@training_run.user_errors
+@user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
     accelerator = engine.make_accelerator(args)
-    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    is_main, device = accelerator.is_main_process, accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
     teacher_options = flags.teacher_options(args)
@@ -100,23 +97,21 @@ def main(args):
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
     shards = expand_shards(args.train_shards_path_or_url)
-    checkpoint, resumed = training_run.open_run(args, accelerator, shards)
+    run = TrainingRun(args, accelerator)
+    run.resolve_data(training_data.images_in_folder(shards))
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     train_data = training_data.text_image_data(args, accelerator, shards, config, weight_dtype)
-    if checkpoint:
-        train_data.load_state_dict(resumed["data"])
-    total_batch_size, num_samples = training_data.resolve_epochs(args, shards, world_size, resumed)
-    derived = training_run.derived_configuration(
-        args, world_size, total_batch_size, num_samples, cached=train_data.cached
-    )
-    training_run.announce(args, derived, is_main)
+    run.follow(train_data)
+    run.resolve_steps(training_data.epoch_size(args, shards, run.num_images))
+    derived = run.derived_configuration() | {"latents": training_data.describe(train_data.cached)}
+    run.announce(derived)
     batches = iter(train_data)
     first_batch = next(batches)
-    prompts = training_run.resolve_prompts(args, resumed, first_batch["captions"])
+    prompts = run.resolve_prompts(first_batch["captions"])
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
-        checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
+        run.checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
@@ -128,9 +123,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    teacher.vae.to(device, encoders.vae_dtype(config, weight_dtype))
-    for text_encoder in encoders.text_encoders(teacher):
-        text_encoder.to(device, weight_dtype)
+    encoders.place(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
@@ -141,47 +134,40 @@ def main(args):
     engine.apply_levers(args, [unet], [target_unet, teacher_unet], teacher.vae)
 
     # 5. Optimizer and learning rate.
-    optimizer = engine.make_optimizer(args, list(unet.parameters()), total_batch_size)
+    optimizer = engine.make_optimizer(args, list(unet.parameters()), run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    modules, objects = {"target_unet": target_unet}, {"lr_scheduler": lr_scheduler}
-    global_step = resumed["global_step"]
-    if checkpoint:
-        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
-        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = training_run.start_run(args, accelerator, resumed, derived)
-    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
-    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    networks = networks_of(teacher) | {"the student": accelerator.unwrap_model(unet), "the target": target_unet}
-    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
+    run.register(
+        networks=networks_of(teacher) | {"the student": accelerator.unwrap_model(unet), "the target": target_unet},
+        modules={"target_unet": target_unet},
+        objects={"lr_scheduler": lr_scheduler},
+        validation_prompts=prompts,
+    )
     sample = functools.partial(
         samples.sample_grid,
         accelerator,
         teacher,
-        {"student": accelerator.unwrap_model(unet), "target": target_unet},
-        sampler,
-        prompts,
-        args.validation_num_inference_steps,
-        args.seed,
-        args.resolution,
+        unets={"student": accelerator.unwrap_model(unet), "target": target_unet},
+        scheduler=sampler,
+        prompts=prompts,
+        num_inference_steps=args.validation_num_inference_steps,
+        seed=args.seed,
+        resolution=args.resolution,
         guidance_scale=args.validation_guidance_scale,
     )
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
-    means = RunningMeans()
     batches = itertools.chain([first_batch], batches)
-    while global_step < args.max_train_steps and not stopper.stops:
+    while run.goes_on:
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
             #     any number of processes, different on every rank.
             generator = keyed_generator(args.seed, "lcm", batch["micro_batch"], device)
             latents = encoders.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
-            origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
-            time_ids = encoders.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            time_ids = encoders.time_ids(batch, args.resolution, args.use_fix_crop_and_size)  # (B, 6), for SDXL
             cond = encoders.conditioning(teacher, batch["captions"], time_ids)
             batch_size = len(latents)
 
@@ -233,55 +219,42 @@ def main(args):
             # 7.10 Loss, backward, update.
             loss = distance(model_pred, target, args.loss_type, args.huber_c)
             accelerator.backward(loss)
-            finite = guard.step(optimizer, unet.parameters(), args.max_grad_norm, loss, batch["keys"])
+            finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
-        means.add({"loss": loss})
+        run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
         # 7.11 After an update: EMA of the target, logs, checkpoint, validation.
         ema_update(target_unet.parameters(), accelerator.unwrap_model(unet).parameters(), args.ema_decay, finite)
         lr_scheduler.step()
-        global_step += 1
-        progress.update()
-        is_last = stopper.check() or global_step == args.max_train_steps
-        if global_step % args.logging_steps == 0 or is_last:
-            logs = means.take(accelerator, args.train_batch_size * world_size)
-            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            logs |= training_run.sum_counters(gather_object([train_data.counters]))
-            training_run.log_progress(accelerator, progress, logs, global_step)
-        if global_step % args.checkpointing_steps == 0 or is_last:
-            state = training_run.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
-            limit = args.checkpoints_total_limit
-            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        if args.validation_steps and global_step % args.validation_steps == 0 and not is_last:
-            with samples.going_on(accelerator, global_step):
-                sample(step=global_step)
+        run.after_update()
+        if run.logs:
+            run.log({"lr": lr_scheduler.get_last_lr()[0]})
+        if run.saves:
+            run.save()
+        if run.samples:
+            with samples.going_on(accelerator, run.global_step):
+                sample(step=run.global_step)
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
-    progress.close()
-    if is_main and not stopper.stops:
+    if is_main and not run.stopped:
         parts = {"unet": accelerator.unwrap_model(unet).eval(), "scheduler": sampler}
         export.save_parts(args.output_dir, **parts, unet_target=target_unet)
-    if not stopper.stops:
-        with export.after_weights(accelerator, args.output_dir, global_step):
+    if not run.stopped:
+        with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
                 pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
-                write_card(args, config, len(shards), global_step, total_batch_size)
-            images = sample(step=global_step)  # by every process
+                write_card(args, config, len(shards), run)
+            images = sample(step=run.global_step)  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, prompts)
-    if is_main and not stopper.stops:
-        training_run.upload(args, accelerator)
-    accelerator.wait_for_everyone()
-    unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
-    accelerator.end_training()
-    stopper.leave(global_step)
-    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+    unet, optimizer = accelerator.free_memory(unet, optimizer)
+    run.finish()
 
 
-def write_card(args, config, num_shards, global_step, total_batch_size):
+def write_card(args, config, num_shards, run):
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     low, high = args.w_min + 1, args.w_max + 1
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
@@ -297,7 +270,8 @@ image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={scale:g}{s
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",
+            f"Trained for {run.global_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
+            f"w {w}.",
             f"`guidance_scale` is w + 1 and an input of the network: use {low:g} to {high:g}, the trained range.",
             "`unet_target/` holds the EMA of the student that made the targets.",
         ],

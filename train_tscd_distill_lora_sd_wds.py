@@ -23,11 +23,10 @@ from common.data.cached_latents import use_cached
 from common.data.shards import expand_shards
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import encoders, lora, teachers
-from common.results import export
-from common.results.samples import going_on, sample_grid
-from common.run import checkpointing, engine, simulation, training_data, training_run
-from common.run.preemption import Stopper
-from common.run.updates import UpdateGuard, discriminator_step, networks_of
+from common.results import export, samples
+from common.run import engine, simulation, training_data
+from common.run.training_run import TrainingRun, user_errors
+from common.run.updates import discriminator_step, networks_of
 from common.schedules import alpha_sigma, append_dims
 from common.solvers import TrajectorySolver
 from common.tscd import flags as tscd_flags
@@ -37,7 +36,6 @@ from common.tscd.segments import bottom_probability, draw_segment, heaviest_upda
 import torch
 from accelerate.utils import gather_object
 from diffusers import DDPMScheduler
-from tqdm import tqdm
 
 
 def parse_args(argv=None):
@@ -85,7 +83,7 @@ def parse_args(argv=None):
     return args
 
 
-@training_run.user_errors
+@user_errors
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
     accelerator = engine.make_accelerator(args)
@@ -101,33 +99,31 @@ def main(args):
     flags.resolve_teacher_defaults(args, config)
     encoders.check_resolution(config, args.resolution)
     target_modules = lora.parse_target_modules(args.lora_target_modules)
-    lora_settings = args.lora_rank, args.lora_alpha, target_modules, args.init_lora
-    lora.check_lora(config["unet"], *lora_settings)
+    lora_options = {"rank": args.lora_rank, "alpha": args.lora_alpha, "target_modules": target_modules}
+    lora.check_lora(config["unet"], **lora_options, init_lora=args.init_lora)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
-    checkpoint, resumed = training_run.open_run(args, accelerator, shards)
+    run = TrainingRun(args, accelerator)
+    run.resolve_data(training_data.images_in_folder(shards))
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     train_data = training_data.text_image_data(args, accelerator, shards, config, weight_dtype)
-    if checkpoint:
-        train_data.load_state_dict(resumed["data"])
-    total_batch_size, num_samples = training_data.resolve_epochs(args, shards, world_size, resumed)
-    stages = tscd_flags.resolve_stages(args, resumed)
+    run.follow(train_data)
+    run.resolve_steps(training_data.epoch_size(args, shards, run.num_images))
+    stages = tscd_flags.resolve_stages(args, run.resumed)
     adversarial = any(stage.adv_weight for stage in stages)
-    derived = training_run.derived_configuration(
-        args, world_size, total_batch_size, num_samples, cached=train_data.cached
-    )
+    derived = run.derived_configuration() | {"latents": training_data.describe(train_data.cached)}
     derived |= {stage.name: stage.summary for stage in stages}
-    training_run.announce(args, derived, is_main)
+    run.announce(derived)
     batches = iter(train_data)
     first_batch = next(batches)
-    prompts = training_run.resolve_prompts(args, resumed, first_batch["captions"])
+    prompts = run.resolve_prompts(first_batch["captions"])
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
-        checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
-        stages, resumed["global_step"] = heaviest_update(stages)
+        run.checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
+        stages, run.global_step = heaviest_update(stages)
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
@@ -137,9 +133,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    teacher.vae.to(device, encoders.vae_dtype(config, weight_dtype))
-    for text_encoder in encoders.text_encoders(teacher):
-        text_encoder.to(device, weight_dtype)
+    encoders.place(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
@@ -147,49 +141,56 @@ def main(args):
         latent_size = args.resolution // encoders.vae_scale_factor(config["vae"])
         discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the discriminator has its float32 weights
-    lora.add_lora(teacher_unet, args.lora_rank, args.lora_alpha, args.lora_dropout, target_modules, args.init_lora)
+    lora.add_lora(teacher_unet, **lora_options, dropout=args.lora_dropout, init_lora=args.init_lora)
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    trained = [unet, discriminator.encoder] if adversarial else [unet]
-    engine.apply_levers(args, trained, [], teacher.vae)
+    engine.apply_levers(args, [unet, *([discriminator.encoder] if adversarial else [])], [], teacher.vae)
 
     # 5. Optimizer and learning rate.
-    optimizer = engine.make_optimizer(args, lora.lora_parameters(unet), total_batch_size)
+    optimizer = engine.make_optimizer(args, lora.lora_parameters(unet), run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     lora.register_adapter_checkpointing(accelerator, unet)
     modules, objects = {}, {"lr_scheduler": lr_scheduler}
     if adversarial:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
-        rates = args.adv_learning_rate, args.adv_head_learning_rate
-        d_optimizer, d_scaler = discriminator.make_optimizer(*rates, use_scaler=weight_dtype == torch.float16)
+        d_optimizer, d_scaler = discriminator.make_optimizer(
+            learning_rate=args.adv_learning_rate,
+            head_learning_rate=args.adv_head_learning_rate,
+            use_scaler=weight_dtype == torch.float16,
+        )
         modules["discriminator"] = discriminator
         objects |= {"discriminator_optimizer": d_optimizer, "discriminator_scaler": d_scaler}
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    global_step = resumed["global_step"]
-    if checkpoint:
-        checkpointing.load_checkpoint(accelerator, checkpoint, modules, objects)
-        accelerator.print(f"resumed from {checkpoint} at step {global_step}")
-    run_id = training_run.start_run(args, accelerator, resumed, derived)
-    stopper = Stopper(accelerator, args.output_dir, args.stop_margin, global_step)
-    limits = args.max_nonfinite_steps, global_step, resumed.get("updates_skipped", 0)
-    networks = networks_of(teacher) | {f"the {name}": module for name, module in modules.items()}
-    guard = UpdateGuard(accelerator, args.output_dir, *limits, networks=networks)
+    run.register(
+        networks=networks_of(teacher) | {f"the {name}": module for name, module in modules.items()},
+        modules=modules,
+        objects=objects,
+        validation_prompts=prompts,
+        stage_edges=[0, *(each.end for each in stages)],
+    )
     shown = {"student": accelerator.unwrap_model(unet)}
 
-    def sample(stage, step):
-        steps = sorted({stage.num_segments, *(args.validation_num_inference_steps or [])})
-        place = sampler, prompts, steps, args.seed, args.resolution, step
-        return sample_grid(accelerator, teacher, shown, *place, guidance_scale=1.0)
+    def sample(stage):
+        return samples.sample_grid(
+            accelerator,
+            teacher,
+            unets=shown,
+            scheduler=sampler,
+            prompts=prompts,
+            num_inference_steps=sorted({stage.num_segments, *(args.validation_num_inference_steps or [])}),
+            seed=args.seed,
+            resolution=args.resolution,
+            step=run.global_step,
+            guidance_scale=1.0,
+        )
 
     # 7. The loop.
-    progress = tqdm(total=args.max_train_steps, initial=global_step, desc="steps", disable=not is_main or args.dry_run)
-    means = training_run.RunningMeans()
     batches, grid = itertools.chain([first_batch], batches), None
-    while global_step < args.max_train_steps and not stopper.stops:
-        stage = stage_at(stages, global_step)
-        if stage.adv_weight and global_step == stage.start and accelerator.sync_gradients:
+    while run.goes_on:
+        stage = stage_at(stages, run.global_step)
+        if stage.adv_weight and run.global_step == stage.start and accelerator.sync_gradients:
             discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
             d_optimizer.state.clear()
         batch = next(batches)
@@ -198,14 +199,18 @@ def main(args):
             #     any number of processes, different on every rank.
             generator = keyed_generator(args.seed, "tscd", batch["micro_batch"], device)
             latents = encoders.encode_batch(teacher.vae, batch, generator, args.vae_encode_batch_size)  # (B, 4, h, w)
-            origin = batch["original_sizes"], batch["crop_top_lefts"]  # both (B, 2), for SDXL
-            time_ids = encoders.time_ids(*origin, args.resolution, args.use_fix_crop_and_size)  # (B, 6)
+            time_ids = encoders.time_ids(batch, args.resolution, args.use_fix_crop_and_size)  # (B, 6), for SDXL
             cond = encoders.conditioning(teacher, batch["captions"], time_ids)
             batch_size = len(latents)
 
             # 7.2 Draw the nodes t > t' >= s of a segment, and its upper end.
-            options = args.num_ddim_timesteps, args.boundary_prob, batch_size, generator, device
-            drawn = draw_segment(stage.num_segments, *options)
+            drawn = draw_segment(
+                num_segments=stage.num_segments,
+                num_ddim_timesteps=args.num_ddim_timesteps,
+                boundary_prob=args.boundary_prob,
+                batch_size=batch_size,
+                generator=generator,
+            )
             start_timesteps, timesteps, end_timesteps, top_timesteps = (nodes[index] for index in drawn)  # (B,) each
             is_whole = drawn[3] - drawn[2] == args.num_ddim_timesteps // stage.num_segments  # s: the segment's end
             share_whole = bottom_probability(stage.num_segments, args.num_ddim_timesteps, args.boundary_prob)
@@ -253,100 +258,93 @@ def main(args):
             loss, adv_logged = stage.mse_weight * loss_mse, {}
             if stage.adv_weight:
                 adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
-                ends = end_timesteps, top_timesteps
-                adv_timesteps, q, adv_noise = losses.draw_renoising(alpha, *ends, latents.shape, adv_generator)
-                conditional = stage.is_conditional(global_step, args.adv_unconditional_start)
-                context = adv_timesteps, cond, noisy_latents, start_timesteps, conditional
-            if stage.adv_weight and not stage.is_warmup(global_step):
+                adv_timesteps, q, adv_noise = losses.draw_renoising(
+                    alpha,
+                    end_timesteps=end_timesteps,
+                    top_timesteps=top_timesteps,
+                    shape=latents.shape,
+                    generator=adv_generator,
+                )
+                context = {
+                    "timesteps": adv_timesteps,
+                    "cond": cond,
+                    "noisy_latents": noisy_latents,
+                    "start_timesteps": start_timesteps,
+                    "conditional": stage.is_conditional(run.global_step, args.adv_unconditional_start),
+                }
+            if stage.adv_weight and not stage.is_warmup(run.global_step):
                 mse_pred.retain_grad(), adv_pred.retain_grad()
                 with accelerator.autocast():
-                    (fake_logits,) = discriminator([q * adv_pred + adv_noise], *context)
+                    (fake_logits,) = discriminator([q * adv_pred + adv_noise], **context)
                 adv_losses = losses.generator_loss(fake_logits)  # (B,)
                 loss = loss + stage.adv_weight * losses.masked_mean(adv_losses, is_whole, batch_size * share_whole)
                 adv_logged["loss_adv"] = losses.masked_mean(adv_losses, is_whole)
             accelerator.backward(loss)
-            guard.step(optimizer, lora.lora_parameters(unet), args.max_grad_norm, loss, batch["keys"])
+            run.update(optimizer, lora.lora_parameters(unet), loss, batch["keys"])
             optimizer.zero_grad(set_to_none=True)
             if "loss_adv" in adv_logged and stage.mse_weight:
                 adv_logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
 
             #      The discriminator: softplus(-D(y)) + softplus(D(y^)), in every micro-batch too.
             if stage.adv_weight:
-                samples = [q * x + adv_noise for x in (target, model_pred.detach())]
+                renoised = [q * x + adv_noise for x in (target, model_pred.detach())]
                 with discriminator.trainable():
                     with accelerator.autocast():
-                        real_logits, fake_logits = discriminator(samples, *context)
+                        real_logits, fake_logits = discriminator(renoised, **context)
                     d_losses = losses.discriminator_loss(real_logits, fake_logits)  # (B,)
                     loss_discriminator = losses.masked_mean(d_losses, is_whole, batch_size * share_whole)
                     d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
-                    guard.watch(discriminator_step(d_optimizer, d_scaler, world_size))
+                    run.guard.watch(discriminator_step(d_optimizer, d_scaler, world_size))
                 adv_logged["loss_discriminator"] = losses.masked_mean(d_losses, is_whole)
                 adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
                 adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
-        means.add({"loss": loss, "loss_mse": loss_mse})
-        means.add(adv_logged, weight=is_whole.sum())
+        run.means.add({"loss": loss, "loss_mse": loss_mse})
+        run.means.add(adv_logged, weight=is_whole.sum())
         if not accelerator.sync_gradients:
             continue
 
         # 7.11 After an update: logs, the stage's model, checkpoint, validation.
         lr_scheduler.step()
-        global_step += 1
-        progress.update()
-        is_last = stopper.check() or global_step == args.max_train_steps
-        if global_step % args.logging_steps == 0 or is_last:
-            logs = means.take(accelerator, args.train_batch_size * world_size) | {"stage": stage.index}
-            logs |= {"lr": lr_scheduler.get_last_lr()[0], "updates_skipped": guard.count()}
-            logs |= training_run.sum_counters(gather_object([train_data.counters]))
-            training_run.log_progress(accelerator, progress, logs, global_step)
-        ends_stage = global_step == stage.end or global_step == args.max_train_steps
-        if ends_stage:  # before the checkpoint: a resumed run goes on after it
+        run.after_update()
+        if run.logs:
+            run.log({"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
+        if run.global_step in (stage.end, args.max_train_steps):  # before the checkpoint: a resume goes on after it
             folder, grid = Path(args.output_dir, stage.name), None
-            about = args, config, teacher_options, stage, folder, len(shards), global_step, total_batch_size
             if is_main:
                 lora.save_lora(folder, unet)
                 sampler.save_pretrained(folder / "scheduler")
-                with going_on(accelerator, global_step):
-                    write_card(*about)
-            with going_on(accelerator, global_step):
-                grid = sample(stage, global_step)  # by every process
+                with samples.going_on(accelerator, run.global_step):
+                    write_card(args, config, teacher_options, stage, folder, len(shards), run)
+            with samples.going_on(accelerator, run.global_step):
+                grid = sample(stage)  # by every process
                 if is_main:
                     export.save_grid(folder, grid, prompts)
-        if global_step % args.checkpointing_steps == 0 or global_step == stage.end or is_last:
-            state = training_run.run_state(args, run_id, prompts, total_batch_size, train_data, guard.count())
-            state["stage_edges"] = [0, *(each.end for each in stages)]
-            limit = args.checkpoints_total_limit
-            checkpointing.save_checkpoint(accelerator, args.output_dir, global_step, state, modules, objects, limit)
-        at_step = args.validation_steps and global_step % args.validation_steps == 0
-        if at_step and global_step != stage.end and not is_last:
-            with going_on(accelerator, global_step):
-                sample(stage, global_step)
+        if run.saves or run.global_step == stage.end:
+            run.save()
+        if run.samples and run.global_step != stage.end:
+            with samples.going_on(accelerator, run.global_step):
+                sample(stage)
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
-    progress.close()
-    stage = stage_at(stages, global_step - 1)
-    if is_main and not stopper.stops:
+    stage = stage_at(stages, run.global_step - 1)
+    if is_main and not run.stopped:
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
-    if not stopper.stops:
-        with export.after_weights(accelerator, args.output_dir, global_step):
+    if not run.stopped:
+        with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
-                write_card(args, config, teacher_options, stage, None, len(shards), global_step, total_batch_size)
+                write_card(args, config, teacher_options, stage, None, len(shards), run)
             if not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
-                grid = sample(stage, global_step)  # by every process
+                grid = sample(stage)  # by every process
             if is_main:
                 for folder in (args.output_dir, Path(args.output_dir, stage.name)):
                     export.save_grid(folder, grid, prompts)
-    if is_main and not stopper.stops:
-        training_run.upload(args, accelerator)
-    accelerator.wait_for_everyone()
-    unet, optimizer = accelerator.free_memory(unet, optimizer)  # DDP that outlives its process group can deadlock
-    accelerator.end_training()
-    stopper.leave(global_step)
-    accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+    unet, optimizer = accelerator.free_memory(unet, optimizer)
+    run.finish()
 
 
-def write_card(args, config, teacher_options, stage, stage_folder, num_shards, global_step, total_batch_size):
+def write_card(args, config, teacher_options, stage, stage_folder, num_shards, run):
     """README.md of the LoRA in --output_dir, or of one stage's in its folder there."""
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
@@ -368,7 +366,8 @@ image = pipe("a prompt", num_inference_steps={k}, guidance_scale=1, eta=0.0{size
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {global_step} updates of {total_batch_size} samples at {args.resolution} pixels, w {w}.",
+            f"Trained for {run.global_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
+            f"w {w}.",
             steps_note(k, args.boundary_prob),
             "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
             f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "

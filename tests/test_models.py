@@ -217,7 +217,9 @@ def test_student_of_a_teacher_whose_configuration_is_older_than_w(teacher, tmp_p
 def test_sdxl_student_equals_the_teacher_at_step_0_and_samples(sdxl, tmp_path):
     pipeline = teachers.load_teacher(sdxl)
     student = teachers.make_student(pipeline.unet, 256).eval()
-    time_ids = encoders.time_ids(torch.tensor([[40, 30], [16, 16]]), torch.tensor([[3, 0], [0, 0]]), 16)
+    time_ids = encoders.time_ids(
+        {"original_sizes": torch.tensor([[40, 30], [16, 16]]), "crop_top_lefts": torch.tensor([[3, 0], [0, 0]])}, 16
+    )
     cond = encoders.conditioning(pipeline, ["a handwritten four", "zero"], time_ids)
     z = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
@@ -336,7 +338,9 @@ def test_the_guided_teacher_is_asked_what_the_pipeline_asks(sdxl, force_zeros):
     captions = ["the digit two written by hand", "seven"]
     sizes = {"original_size": (40, 30), "crops_coords_top_left": (5, 7)}
     pipeline(captions, num_inference_steps=1, guidance_scale=3.0, output_type="latent", **sizes)
-    time_ids = encoders.time_ids(torch.tensor([[40, 30]] * 2), torch.tensor([[5, 7]] * 2), 16)
+    time_ids = encoders.time_ids(
+        {"original_sizes": torch.tensor([[40, 30]] * 2), "crop_top_lefts": torch.tensor([[5, 7]] * 2)}, 16
+    )
     both = encoders.concat_conditioning(
         encoders.conditioning(pipeline, captions, time_ids), encoders.uncond_conditioning(pipeline)
     )
@@ -349,7 +353,9 @@ def test_the_guided_teacher_is_asked_what_the_pipeline_asks(sdxl, force_zeros):
 
 def test_one_forward_over_both_halves_equals_two(sdxl):
     pipeline = teachers.load_teacher(sdxl)
-    time_ids = encoders.time_ids(torch.tensor([[400, 300], [16, 16]]), torch.tensor([[3, 0], [0, 9]]), 16)
+    time_ids = encoders.time_ids(
+        {"original_sizes": torch.tensor([[400, 300], [16, 16]]), "crop_top_lefts": torch.tensor([[3, 0], [0, 9]])}, 16
+    )
     cond, uncond = encoders.conditioning(pipeline, ["two", "six"], time_ids), encoders.uncond_conditioning(pipeline)
     z = torch.randn(2, 4, 8, 8)
     zeros = {"text_embeds": torch.zeros(2, 32), "time_ids": time_ids}
@@ -367,7 +373,9 @@ def test_half_precision_conditioning_keeps_the_sizes_exact(sdxl):
     pipeline = teachers.load_teacher(sdxl)
     for module in (pipeline.unet, *encoders.text_encoders(pipeline)):
         module.to(torch.bfloat16)
-    time_ids = encoders.time_ids(torch.tensor([[1001, 1531]]), torch.tensor([[257, 0]]), 1024)
+    time_ids = encoders.time_ids(
+        {"original_sizes": torch.tensor([[1001, 1531]]), "crop_top_lefts": torch.tensor([[257, 0]])}, 1024
+    )
     cond = encoders.conditioning(pipeline, ["two"], time_ids)
     both = encoders.concat_conditioning(cond, encoders.uncond_conditioning(pipeline), torch.bfloat16)
     assert both["encoder_hidden_states"].dtype == both["added_cond_kwargs"]["text_embeds"].dtype == torch.bfloat16
@@ -384,9 +392,11 @@ def test_time_ids_are_the_pipelines(sdxl):
         pipeline._get_add_time_ids(tuple(size), tuple(crop), (1024, 1024), torch.int64, 32)
         for size, crop in zip(sizes.tolist(), crops.tolist(), strict=True)
     ]
-    assert torch.equal(encoders.time_ids(sizes, crops, 1024), torch.cat(rows))
+    assert torch.equal(encoders.time_ids({"original_sizes": sizes, "crop_top_lefts": crops}, 1024), torch.cat(rows))
     fixed = pipeline._get_add_time_ids((1024, 1024), (0, 0), (1024, 1024), torch.int64, 32).expand(2, 6)
-    assert torch.equal(encoders.time_ids(sizes, crops, 1024, fix_crop_and_size=True), fixed)
+    assert torch.equal(
+        encoders.time_ids({"original_sizes": sizes, "crop_top_lefts": crops}, 1024, fix_crop_and_size=True), fixed
+    )
     assert sizes.tolist() == [[400, 300], [1200, 1601]]  # the batch is as it was
 
 

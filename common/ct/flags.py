@@ -10,7 +10,6 @@ from common.ct import data as image_data
 from common.ema import MOST_OF_START, ema_start_share
 from common.errors import UserError
 from common.results import metrics
-from common.run import training_run
 
 import torch
 from accelerate import PartialState
@@ -263,12 +262,12 @@ def evaluation_options(args):
     }
 
 
-def derived_configuration(args, world_size, total_batch_size, num_samples):
-    """`args.derived_configuration`, and how much of the average is its start."""
-    average = {}
-    if args.use_ema:
-        share = ema_start_share(args.max_train_steps, **ema_options(args))
-        average["average"] = f"{share:.0%} of it still its start at the end"
-        if share > MOST_OF_START:
-            average["average"] += ": too much, the result will be the last weights; lower --ema_max_decay"
-    return average | training_run.shared_configuration(args, world_size, total_batch_size, num_samples)
+def describe_average(args):
+    """{name: text}: how much of the average is its start."""
+    if not args.use_ema:
+        return {}
+    share = ema_start_share(args.max_train_steps, **ema_options(args))
+    text = f"{share:.0%} of it still its start at the end"
+    if share > MOST_OF_START:
+        text += ": too much, the result will be the last weights; lower --ema_max_decay"
+    return {"average": text}

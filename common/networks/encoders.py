@@ -31,6 +31,13 @@ def text_encoders(pipeline):
     return [pipeline.text_encoder, pipeline.text_encoder_2] if is_sdxl(pipeline) else [pipeline.text_encoder]
 
 
+def place(pipeline, config, device, weight_dtype):
+    """The VAE and the text encoders of a teacher on `device`, in the dtype that they compute in."""
+    pipeline.vae.to(device, vae_dtype(config, weight_dtype))
+    for text_encoder in text_encoders(pipeline):
+        text_encoder.to(device, weight_dtype)
+
+
 def vae_dtype(config, weight_dtype):
     """The dtype that the VAE computes in: `weight_dtype`, but float32 for a VAE of SDXL that overflows in float16, as
     its `force_upcast` says. The Stable Diffusion pipeline does not ask for that, whose VAEs do not overflow.
@@ -101,14 +108,15 @@ def concat_conditioning(cond, uncond, dtype=None):
     return both
 
 
-def time_ids(original_sizes, crop_top_lefts, resolution, fix_crop_and_size=False):
+def time_ids(batch, resolution, fix_crop_and_size=False):
     """What SDXL is told of a sample's origin: int64 (B, 6), original height and width, crop top
     and left, target height and width.
 
-    original_sizes: int64 (B, 2), (height, width) before the resize. crop_top_lefts: int64 (B, 2), (top, left) of the
-    crop. resolution: in pixels. fix_crop_and_size: say of every sample that it was never resized or cropped, as the
-    pipeline does by default. Integers, so that no cast to a half precision rounds them.
+    batch: with `original_sizes` int64 (B, 2), (height, width) before the resize, and `crop_top_lefts` int64 (B, 2),
+    (top, left) of the crop. resolution: in pixels. fix_crop_and_size: say of every sample that it was never resized
+    or cropped, as the pipeline does by default. Integers, so that no cast to a half precision rounds them.
     """
+    original_sizes, crop_top_lefts = batch["original_sizes"], batch["crop_top_lefts"]
     target_sizes = torch.full_like(original_sizes, resolution)
     if fix_crop_and_size:
         original_sizes, crop_top_lefts = target_sizes, torch.zeros_like(crop_top_lefts)

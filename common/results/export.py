@@ -27,12 +27,6 @@ def versions():
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def write_config(output_dir, flags, derived):
-    """Write training_config.json: the run's flags, what follows from them, the versions of what it runs on."""
-    config = {"flags": flags, "derived": derived, "versions": versions()}
-    Path(output_dir, CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-
-
 @contextlib.contextmanager
 def after_weights(accelerator, output_dir, global_step):
     """What follows once the main process has written a finished run's weights; entered by every process. Whatever
@@ -225,6 +219,3 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_mess
             "`hf upload`"
         ) from error
     return str(repo)
-
-
-CONFIG = "training_config.json"  # what a run writes first

@@ -18,7 +18,7 @@ from common.data.folders import expand_home
 from common.data.stream import SKIPPED
 from common.errors import UserError, without_credentials
 from common.flags import DATA_FLAGS, MAY_CHANGE
-from common.results.export import CONFIG
+from common.results.export import versions
 from common.run import preemption
 
 import torch
@@ -28,9 +28,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch.optim import Optimizer
 
+CONFIG = "training_config.json"  # what a run writes first
 COMPLETE = "COMPLETE"
 STATE = "training_state.json"
 BEST = "best_checkpoint.json"  # what an evaluation notes: {"checkpoint": name or null, ...}
+
+
+def write_config(output_dir, flags, derived):
+    """Write training_config.json: the run's flags, what follows from them, the versions of what it runs on."""
+    config = {"flags": flags, "derived": derived, "versions": versions()}
+    Path(output_dir, CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
 
 def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):

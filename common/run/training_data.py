@@ -60,6 +60,18 @@ def text_image_data(args, accelerator, shards, config, weight_dtype):
     return data
 
 
+def describe(cached):
+    """What is trained on, in words. cached: the manifest of cached latents, or None."""
+    if cached is None:
+        return "encoded in each step"
+    return f"cached, made by the VAE of {cached['vae']} in {cached['dtype']}"
+
+
+def images_in_folder(shards):
+    """How many images `shards`, as from `expand_shards`, hold where they are a folder; None where they are tars."""
+    return count_samples(shards) if Path(shards[0]).is_dir() else None
+
+
 def resolve_data(args, saved_args, world_size, num_images=None):
     """Fill in --data_seed and --data_lanes, from the resumed run's flags where there is one.
 
@@ -76,16 +88,14 @@ def resolve_data(args, saved_args, world_size, num_images=None):
         args.data_lanes = world_size * max(1, min(8, batches))
 
 
-def resolve_epochs(args, shards, world_size, resumed):
-    """`resolve_steps` for shards, counting them only where that is needed (it reads every local tar).
-
-    Returns the total batch size, and how many distinct samples an epoch has, or None where that is not known.
-    """
+def epoch_size(args, shards, num_counted):
+    """How many distinct samples an epoch has, or None where that is not known. num_counted: of an image folder or the
+    like; None for tars, which are counted, by reading all local ones, only where that is needed."""
     is_needed = args.max_train_steps is None
-    num_counted = count_samples(shards) if is_needed or args.dry_run or Path(shards[0]).is_dir() else None
+    if num_counted is None and (is_needed or args.dry_run):
+        num_counted = count_samples(shards)
     known = [number for number in (num_counted, args.max_train_samples) if number is not None]
-    num_samples = min(known) if known and (is_needed or num_counted is not None) else None
-    return resolve_steps(args, num_samples, world_size, resumed), num_samples
+    return min(known) if known and (is_needed or num_counted is not None) else None
 
 
 def resolve_steps(args, num_samples, world_size, resumed=None):

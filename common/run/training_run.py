@@ -12,17 +12,16 @@ import uuid
 from pathlib import Path
 
 from common import lock
-from common.data.shards import count_samples
-from common.data.stream import TrainingData
 from common.errors import UserError
 from common.flags import exit_with, public_args
 from common.results import export
-from common.run import checkpointing, preemption, simulation
-from common.run.training_data import resolve_data
+from common.run import checkpointing, preemption, simulation, training_data
+from common.run.updates import UpdateGuard
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 DISK_ERRORS = "No space left on device|Disk quota exceeded|File too large|Read-only file system"
 
@@ -65,16 +64,199 @@ def user_errors(main, is_tool=False):
 tool_errors = functools.partial(user_errors, is_tool=True)
 
 
-def run_state(args, run_id, prompts, total_batch_size, train_data, num_skipped):
-    """What a checkpoint says of the run beside its weights; called by every rank."""
-    return {
-        "updates_skipped": num_skipped,
-        "args": public_args(args),
-        "run_id": run_id,
-        "validation_prompts": prompts,
-        "total_batch_size": total_batch_size,
-        "data": TrainingData.merge_state_dicts(gather_object([train_data.state_dict()])),
-    }
+class TrainingRun:
+    """A run of a script: its folder, seeds, checkpoints, trackers and counts.
+
+    A script opens it, registers with it once what it trains, and asks it in its own loop what is due. It has no loop,
+    calls nothing back, and has no subclass. Every method is called by every process, at the same place.
+
+    checkpoint: the folder that the run goes on from, or None. resumed: the state in it; of a new run global_step 0 and
+    no flags. global_step: updates that are done. total_batch_size: samples per update.
+    """
+
+    def __init__(self, args, accelerator):
+        """Check and create --output_dir, find what --resume_from_checkpoint means, fill in --seed.
+
+        UserError where the folder or the checkpoint cannot be used.
+        """
+        preemption.job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
+        self.args, self.accelerator = args, accelerator
+        self.checkpoint = checkpointing.open_output_dir(
+            accelerator,
+            args.output_dir,
+            args.resume_from_checkpoint,
+            args.dry_run,
+            overwrite=getattr(args, "overwrite_output_dir", False),
+        )
+        self.resumed = {"args": {}, "data": {}, "global_step": 0}
+        if self.checkpoint:
+            self.resumed = checkpointing.read_state(self.checkpoint)
+        self.global_step, self.is_last, self.data = self.resumed["global_step"], False, None
+        args.seed = resolve_seed(args.seed, self.resumed["args"].get("seed"))
+
+    def resolve_data(self, num_images):
+        """Fill in --data_seed and --data_lanes, then `check_flags`. num_images: as of `training_data.resolve_data`."""
+        self.num_images = num_images
+        training_data.resolve_data(self.args, self.resumed["args"], self.accelerator.num_processes, num_images)
+        self.check_flags()
+
+    def check_flags(self):
+        """UserError for a flag that differs from the resumed run's and may not, or from that of finished stages."""
+        if self.checkpoint:
+            checkpointing.check_same_run(self.checkpoint, self.resumed["args"], public_args(self.args))
+        else:
+            checkpointing.check_same_start(self.args.output_dir, public_args(self.args))
+
+    def follow(self, data):
+        """Set a `TrainingData` to where the resumed run was; its position is saved and its counts are logged."""
+        self.data = data
+        if self.checkpoint:
+            data.load_state_dict(self.resumed["data"])
+
+    def resolve_steps(self, num_samples):
+        """Fill in --max_train_steps; num_samples: of an epoch, or None. See `training_data.resolve_steps`."""
+        self.num_samples, world_size = num_samples, self.accelerator.num_processes
+        self.total_batch_size = training_data.resolve_steps(self.args, num_samples, world_size, self.resumed)
+
+    def derived_configuration(self):
+        """What follows from the flags, for people to check before a long run: {name: text}."""
+        updates, num_samples = self.args.max_train_steps, self.num_samples
+        known = num_samples is not None
+        return {
+            "processes": str(self.accelerator.num_processes),
+            "samples per update": str(self.total_batch_size),
+            "updates": str(updates),
+            "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
+            "updates per epoch": f"{num_samples / self.total_batch_size:.1f}" if known else "not known",
+            "epochs": f"{updates * self.total_batch_size / num_samples:.2f}" if num_samples else "not known",
+        }
+
+    def resolve_prompts(self, captions):
+        """What is sampled: --validation_prompts, the resumed run's prompts, or up to 4 captions of the first batch."""
+        captions = [caption for caption in captions if caption] or [""]
+        return self.args.validation_prompts or self.resumed.get("validation_prompts") or captions[:4]
+
+    def announce(self, derived):
+        """Print the flags and what follows from them, {name: text}, and keep both as training_config.json."""
+        self.flags, self.derived = public_args(self.args), derived
+        if not self.accelerator.is_main_process:
+            return
+        echo("Flags", self.flags)
+        echo("What follows from them", derived)
+        if warning := warmup_warning(self.args):
+            print(warning, flush=True)
+        if not self.args.dry_run:
+            checkpointing.write_config(self.args.output_dir, self.flags, derived)
+
+    def register(self, networks, modules, objects, **state):
+        """After `accelerator.prepare`: load the checkpoint, start the trackers, and watch updates and stops.
+
+        networks: {name: module} of all that the loss depends on. modules and objects: as of
+        `checkpointing.save_checkpoint`. state: what a checkpoint says besides, JSON-able.
+        """
+        args, accelerator = self.args, self.accelerator
+        self.modules, self.objects, self.state = modules, objects, state
+        if self.checkpoint:
+            checkpointing.load_checkpoint(accelerator, self.checkpoint, modules, objects)
+            accelerator.print(f"resumed from {self.checkpoint} at step {self.global_step}")
+        self.run_id = broadcast_object_list([self.resumed.get("run_id") or uuid.uuid4().hex])[0]
+        if accelerator.is_main_process and not args.dry_run:
+            start_trackers(accelerator, args.tracker_project_name, self.flags | self.derived, self.run_id)
+        self.stopper = preemption.Stopper(accelerator, args.output_dir, args.stop_margin, self.global_step)
+        self.guard = UpdateGuard(
+            accelerator,
+            args.output_dir,
+            limit=args.max_nonfinite_steps,
+            global_step=self.global_step,
+            num_skipped=self.resumed.get("updates_skipped", 0),
+            networks=networks,
+        )
+        self.progress = tqdm(
+            total=args.max_train_steps,
+            initial=self.global_step,
+            desc="steps",
+            disable=not accelerator.is_main_process or args.dry_run,
+        )
+        self.means = RunningMeans()
+
+    @property
+    def goes_on(self):
+        """Whether there is another update to do."""
+        return self.global_step < self.args.max_train_steps and not self.stopped
+
+    @property
+    def stopped(self):
+        """Whether the run ends early: see `preemption.Stopper`."""
+        return self.stopper.stops
+
+    def update(self, optimizer, parameters, loss, keys):
+        """After each backward: clip and update, once the gradients are complete; see `updates.UpdateGuard.step`."""
+        return self.guard.step(optimizer, parameters, self.args.max_grad_norm, loss, keys)
+
+    def after_update(self):
+        """Count an update, and agree with the other processes on whether it is the last."""
+        self.global_step += 1
+        self.progress.update()
+        self.is_last = self.stopper.check() or self.global_step == self.args.max_train_steps
+
+    @property
+    def logs(self):
+        """Whether a log entry is due."""
+        return self._is_due(self.args.logging_steps) or self.is_last
+
+    @property
+    def saves(self):
+        """Whether a checkpoint is due."""
+        return self._is_due(self.args.checkpointing_steps) or self.is_last
+
+    @property
+    def samples(self):
+        """Whether samples are due, besides those of the end."""
+        return self._is_due(self.args.validation_steps) and not self.is_last
+
+    def _is_due(self, interval):
+        return interval > 0 and self.global_step % interval == 0
+
+    def log(self, values):
+        """Send the means since the last entry, {name: number} `values` and the counts to trackers and progress bar."""
+        samples_per_batch = self.args.train_batch_size * self.accelerator.num_processes
+        logs = self.means.take(self.accelerator, samples_per_batch) | values
+        logs["updates_skipped"] = self.guard.count()
+        if self.data:
+            logs |= sum_counters(gather_object([self.data.counters]))
+        self.accelerator.log(logs, step=self.global_step)
+        self.progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()})
+
+    def save(self, **state):
+        """Write a checkpoint; state: what it says besides what was registered, JSON-able."""
+        state = self.state | state
+        state |= {"args": self.flags, "run_id": self.run_id, "total_batch_size": self.total_batch_size}
+        state["updates_skipped"] = self.guard.count()
+        if self.data:
+            state["data"] = self.data.merge_state_dicts(gather_object([self.data.state_dict()]))
+        checkpointing.save_checkpoint(
+            self.accelerator,
+            self.args.output_dir,
+            self.global_step,
+            state,
+            self.modules,
+            self.objects,
+            self.args.checkpoints_total_limit,
+        )
+
+    def finish(self):
+        """Upload what is asked for, end the trackers, and leave: with another exit code where the run was stopped.
+
+        After `accelerator.free_memory`: DDP that outlives its process group can deadlock.
+        """
+        args, accelerator = self.args, self.accelerator
+        if accelerator.is_main_process and args.push_to_hub and not self.stopped:
+            address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+            accelerator.print(f"uploaded to {address}")
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        self.stopper.leave(self.global_step)
+        accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
 
 
 def resolve_seed(seed, saved_seed=None):
@@ -82,47 +264,6 @@ def resolve_seed(seed, saved_seed=None):
     if seed is None:
         seed = saved_seed if saved_seed is not None else secrets.randbelow(2**32)
     return broadcast_object_list([seed])[0]
-
-
-def open_run(args, accelerator, shards):
-    """Check and create --output_dir, find what --resume_from_checkpoint means, fill in seeds and lanes.
-
-    Returns (the checkpoint's folder or None, its state; that of a new run has global_step 0 and no flags). Raises
-    UserError where the folder, the checkpoint or a flag that differs from its run's cannot be used.
-    """
-    preemption.job_deadline(args.stop_margin)  # known now, rather than after the weights are loaded
-    folder = args.output_dir, args.resume_from_checkpoint, args.dry_run
-    checkpoint = checkpointing.open_output_dir(accelerator, *folder)
-    resumed = checkpointing.read_state(checkpoint) if checkpoint else {"args": {}, "data": {}, "global_step": 0}
-    args.seed = resolve_seed(args.seed, resumed["args"].get("seed"))
-    num_images = count_samples(shards) if Path(shards[0]).is_dir() else None
-    resolve_data(args, resumed["args"], accelerator.num_processes, num_images)
-    if checkpoint:
-        checkpointing.check_same_run(checkpoint, resumed["args"], public_args(args))
-    else:
-        checkpointing.check_same_start(args.output_dir, public_args(args))
-    return checkpoint, resumed
-
-
-def resolve_prompts(args, resumed, captions):
-    """What is sampled: --validation_prompts, the resumed run's prompts, or up to 4 captions of the first batch."""
-    captions = [caption for caption in captions if caption] or [""]
-    return args.validation_prompts or resumed.get("validation_prompts") or captions[:4]
-
-
-def start_run(args, accelerator, resumed, derived):
-    """Start the trackers; called by every rank. Returns the run's id, that of the resumed run where there is one."""
-    run_id = broadcast_object_list([resumed.get("run_id") or uuid.uuid4().hex])[0]
-    if accelerator.is_main_process and not args.dry_run:
-        start_trackers(accelerator, args.tracker_project_name, public_args(args) | derived, run_id)
-    return run_id
-
-
-def upload(args, accelerator):
-    """What --push_to_hub asks for. Main process only."""
-    if args.push_to_hub:
-        address = export.push_to_hub(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-        accelerator.print(f"uploaded to {address}")
 
 
 def start_trackers(accelerator, project_name, config, run_id):
@@ -148,24 +289,6 @@ def sum_counters(counters):
     return {"samples_read": read, "samples_skipped": sum(total.values())} | classes
 
 
-def log_progress(accelerator, progress, values, step):
-    """Send {name: number} to the trackers and show it on the progress bar."""
-    accelerator.log(values, step=step)
-    progress.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-
-
-def announce(args, derived, is_main):
-    """On the main process, print the flags and what follows from them, and keep both as training_config.json."""
-    if not is_main:
-        return
-    echo("Flags", public_args(args))
-    echo("What follows from them", derived)
-    if warning := warmup_warning(args):
-        print(warning, flush=True)
-    if not args.dry_run:
-        export.write_config(args.output_dir, public_args(args), derived)
-
-
 def warmup_warning(args):
     """A sentence where the learning rate warms up for half of the run or more, as by the default in a short one."""
     steps, updates = args.lr_warmup_steps, args.max_train_steps
@@ -176,31 +299,6 @@ def warmup_warning(args):
         f"Warning: --lr_warmup_steps={steps} is {steps / updates:.0%} of the run's {updates} updates, in which the "
         f"learning rate rises{reached and ': '}{reached}; pass less, such as --lr_warmup_steps={updates // 10}"
     )
-
-
-def derived_configuration(args, world_size, total_batch_size, num_samples, cached=None):
-    """What follows from the flags, for people to check before a long run: {name: text}.
-
-    num_samples: of an epoch, or None. cached: the manifest of cached latents, for which the VAE encodes nothing, or
-    None.
-    """
-    made = cached and f"cached, made by the VAE of {cached['vae']} in {cached['dtype']}"
-    return shared_configuration(args, world_size, total_batch_size, num_samples) | {
-        "latents": made or "encoded in each step",
-    }
-
-
-def shared_configuration(args, world_size, total_batch_size, num_samples):
-    """`derived_configuration` of every script that trains on samples."""
-    known = num_samples is not None
-    return {
-        "processes": str(world_size),
-        "samples per update": str(total_batch_size),
-        "updates": str(args.max_train_steps),
-        "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
-        "updates per epoch": f"{num_samples / total_batch_size:.1f}" if known else "not known",
-        "epochs": f"{args.max_train_steps * total_batch_size / num_samples:.2f}" if num_samples else "not known",
-    }
 
 
 def tracker_config(values):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.networks import teachers, weights
-from common.results.export import CONFIG
+from common.run.checkpointing import CONFIG
 
 import numpy as np
 import torch

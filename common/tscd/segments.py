@@ -128,7 +128,7 @@ def segment_nodes(num_ddim_timesteps, stage_segments, num_train_timesteps=1000):
     return torch.tensor([0] + [j * step - 1 for j in range(1, num_ddim_timesteps + 1)])
 
 
-def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, generator, device=None):
+def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, generator):
     """Indices of nodes for a batch, int64 (B,) each: start n, previous i = n - 1, end m, and top of the segment.
 
     Hyper-SD (2404.13686), Algorithm 1, on node indices instead of timesteps: i ~ U{0..N-1}, n = i + 1, the segment of
@@ -136,7 +136,7 @@ def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, ge
     m ~ U{b..i}. Always b <= m <= i < n <= b + L. (The paper's formula, on timesteps, finds no m for the k lowest
     starts of the segments.)
     """
-    options = {"generator": generator, "device": device}
+    options = {"generator": generator, "device": generator.device}
     length = num_ddim_timesteps // num_segments
     previous = torch.randint(num_ddim_timesteps, (batch_size,), **options)
     bottom = previous // length * length
