@@ -391,15 +391,20 @@ def test_steps_follow_from_epochs(shards):
     args = argparse.Namespace(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=None)
     vars(args).update(num_train_epochs=3, data_seed=1, dry_run=False, max_train_samples=None)
     files = expand_shards(shards)
-    assert training_data.resolve_epochs(args, files, 2, {"args": {}}) == (16, 1437) and args.max_train_steps == 270
-    assert training_data.resolve_epochs(args, files, 2, {"args": {}}) == (16, None)  # not counted without need
+
+    def resolve_epochs(args, shards, world_size, resumed):
+        num_samples = training_data.epoch_size(args, shards, None)
+        return training_data.resolve_steps(args, num_samples, world_size, resumed), num_samples
+
+    assert resolve_epochs(args, files, 2, {"args": {}}) == (16, 1437) and args.max_train_steps == 270
+    assert resolve_epochs(args, files, 2, {"args": {}}) == (16, None)  # not counted without need
     args.max_train_steps, args.max_train_samples = None, 100
-    assert training_data.resolve_epochs(args, files, 2, {"args": {}}) == (16, 100) and args.max_train_steps == 21
+    assert resolve_epochs(args, files, 2, {"args": {}}) == (16, 100) and args.max_train_steps == 21
     args.max_train_steps = None
-    assert training_data.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
+    assert resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
     args.max_train_steps, args.max_train_samples = None, None
     with pytest.raises(errors.UserError, match="--max_train_steps is needed"):
-        training_data.resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}})
+        resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}})
 
 
 @pytest.mark.parametrize(("scale_lr", "expected"), [(False, 0.001), (True, 0.008)])
@@ -476,12 +481,11 @@ def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
         ("constant", None, 10, None),
     ],
 )
-def test_a_warmup_of_half_the_run_is_said(scheduler, warmup, updates, sentence, capsys):
+def test_a_warmup_of_half_the_run_is_said(scheduler, warmup, updates, sentence):
     words = [*REQUIRED, f"--lr_scheduler={scheduler}", f"--max_train_steps={updates}", "--dry_run"]
     args = script(SCRIPTS[0]).parse_args([*words, *([] if warmup is None else [f"--lr_warmup_steps={warmup}"])])
-    training_run.announce(args, {"updates": str(updates)}, is_main=True)
-    out = capsys.readouterr().out
-    assert re.search(f"(?m)^Warning: {sentence}", out) if sentence else "Warning" not in out
+    warning = training_run.warmup_warning(args)
+    assert re.match(f"Warning: {sentence}", warning) if sentence else warning is None
     assert args.lr_warmup_steps == (500 if warmup is None else warmup)
 
 

@@ -122,6 +122,7 @@ def parse(name, words):
     if name == "common.tools.plan":
         args = importlib.import_module(name).parse_args(words)
         name, words = args.script.removesuffix(".py"), args.flags
+    name += ".__main__" if name == "common.tools.demo" else ""
     return importlib.import_module(name).parse_args(words)
 
 
