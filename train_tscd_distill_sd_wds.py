@@ -350,8 +350,13 @@ def write_card(args, config, teacher_options, stage, stage_folder, num_shards, r
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
     k, load = stage.num_segments, export.pipeline_code(model)
     if stage_folder:
-        teacher = args.pretrained_teacher_model, config["is_sdxl"]
-        load = export.stage_code(*teacher, model=model, stage=stage.name, **teacher_options)
+        load = export.stage_code(
+            args.pretrained_teacher_model,
+            is_sdxl=config["is_sdxl"],
+            model=model,
+            stage=stage.name,
+            **teacher_options,
+        )
     snippet = f"""{load}
 image = pipe("a prompt", num_inference_steps={k}, guidance_scale={scale:g}, eta=0.0{size}).images[0]
 """

@@ -44,7 +44,7 @@ def what_is(head: bytes) -> str:
 
 
 def read_text(path, name=None) -> str:
-    """The text of a UTF-8 file, line ends as they are. name: what an error calls it, such as "--flag=PATH".
+    """The text of a UTF-8 file, line ends as they are. name: what an error calls it.
 
     Raises UserError where it cannot be read, is not UTF-8, or is a pointer or web page in place of the file.
     """
