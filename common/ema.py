@@ -4,7 +4,6 @@ import contextlib
 import math
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
 MOST_OF_START = math.exp(-3)  # of an average that is used; a constant decay reaches it after 3 / (1 - decay) updates
@@ -18,9 +17,9 @@ def ema_update(target_parameters, source_parameters, decay, finite=None):
     device.
 
     Both are equally long iterables of tensors of the same shapes and dtypes (float32: a step of 1 - decay times an
-    update of 1e-6 is lost in half precision). Works on the sharded parameters themselves under FSDP.
+    update of 1e-6 is lost in half precision).
     """
-    targets, sources = ([_local(p) for p in each] for each in (target_parameters, source_parameters))
+    targets, sources = ([p.detach() for p in each] for each in (target_parameters, source_parameters))
     if decay < 0.5:  # the first updates of a warm-up: exact where it is a copy, a kernel for each tensor
         weight = 1.0 - decay if finite is None else [(1.0 - decay) * finite] * len(targets)
         torch._foreach_lerp_(targets, sources, weight)
@@ -34,10 +33,6 @@ def ema_update(target_parameters, source_parameters, decay, finite=None):
     options = {"has_sparse_grad": False, "foreach": False, "fused": True, "grad_scale": None, "found_inf": found_inf}
     options |= {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": True}
     sgd(targets, sources, [None] * len(targets), lr=1.0 - decay, **options)
-
-
-def _local(parameter):
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def ema_decay(step, max_decay, min_decay=None, inv_gamma=None, power=0.75, gamma=None):

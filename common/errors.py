@@ -18,11 +18,11 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def blame(what, *library_errors, way_out=""):
-    """What libraries raise inside becomes a UserError: `what` cannot be read, their first line, and the way out."""
+    """What libraries raise inside becomes a UserError: what is wrong, their first line, and the way out."""
     try:
         yield
     except library_errors as error:
-        raise UserError(f"{what} ({first_line(error)}){way_out and '; ' + way_out}") from error
+        raise UserError(f"{what} ({line_of(error)}){way_out and '; ' + way_out}") from error
 
 
 @contextlib.contextmanager
@@ -76,6 +76,11 @@ def _unsigned(query):
         return query
     kept = [part for part in parts if part not in signature and not re.match(rf"(?i)(?:{SIGNED})=", part)]
     return "?" + "&".join(kept) if kept else ""
+
+
+def line_of(error):
+    """The first line of what a library says."""
+    return str(error).strip().split("\n")[0]
 
 
 def first_line(error):

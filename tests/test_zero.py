@@ -8,12 +8,14 @@ import train_direct_distill as direct
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 from common.errors import UserError
-from common.run import zero
+from common.run import engine, zero
 from tests.test_scripts import ROOT, flags
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import DistributedType
 
 __all__ = ["flags"]
 ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "RANK": "0"}
@@ -144,3 +146,9 @@ def test_the_documented_configuration_is_one_of_accelerates():
     assert config.distributed_type.value == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == 2
     assert yaml.safe_load(path.read_text())["mixed_precision"] == "bf16"
     assert config.deepspeed_config["deepspeed_multinode_launcher"] == "standard"  # not pdsh: job files start each node
+
+
+def test_an_engine_that_would_split_the_student_is_refused(tmp_path, flags, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="FSDP is not supported.* use DeepSpeed's ZeRO-2, or plain data parallel"):
+        engine.make_accelerator(lcm.parse_args(flags(tmp_path)))

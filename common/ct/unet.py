@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from common.data import tables
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.networks import teachers, weights
 
 import torch
@@ -87,10 +87,8 @@ def read_unet_config(
 
 def _load_config(flag, name, revision, cache_dir):
     if Path(name).is_file():
-        try:
+        with blame(f"{flag}: the file is not JSON", ValueError, RecursionError):
             config = json.loads(tables.read_text(name, flag))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{flag}: the file is not JSON ({error})") from None
     else:
         options = {"revision": revision, "cache_dir": cache_dir, "subfolder": _subfolder(name)}
         try:

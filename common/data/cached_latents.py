@@ -25,7 +25,7 @@ from common import lock
 from common.data.folders import TEXT_KEYS
 from common.data.images import decode_caption
 from common.data.shards import SampleError, is_remote, read_head
-from common.errors import UserError
+from common.errors import UserError, blame
 
 import numpy as np
 import torch
@@ -71,11 +71,9 @@ def check_folder(folder, settings):
             raise UserError(f"{flag} holds other files and no {MANIFEST}; name an empty or new folder")
         if not path.is_file():  # nor has another task written it in between
             return None
-    try:
+    with blame(f"{flag}: its {MANIFEST} cannot be read", OSError, ValueError, TypeError, way_out="name a new folder"):
         text = path.read_bytes()
         there = dict(json.loads(text))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{flag}: its {MANIFEST} cannot be read ({error}); name a new folder") from None
     here = json.loads(json.dumps(settings))
     changed = [key for key in sorted(here) if key not in FREE_KEYS and there.get(key) != here[key]]
     if changed:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from common.data import tables
 from common.data.folders import expand_home, is_hidden, is_image, literal_folder, read_samples, walk
-from common.errors import UserError
+from common.errors import UserError, blame
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
@@ -107,13 +107,13 @@ def _uses_fsspec(shard: str) -> bool:
 
 
 def _expand_fsspec(address: str) -> list[str]:
-    try:
+    with blame(
+        f"`train_shards_path_or_url`: {address!r} cannot be listed", Exception
+    ):  # a missing package, wrong credentials, no network: each file system has its own
         filesystem, path = fsspec.core.url_to_fs(address)
         if not glob.has_magic(path):
             return [address]
         matches = sorted(filesystem.glob(path))
-    except Exception as error:  # a missing package, wrong credentials, no network: each file system has its own
-        raise UserError(f"`train_shards_path_or_url`: {address!r} cannot be listed ({error}).") from error
     if not matches:
         raise UserError(f"`train_shards_path_or_url`: nothing matches {address!r}.")
     return [filesystem.unstrip_protocol(match) for match in matches]

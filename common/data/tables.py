@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, blame
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 FORMATS = "csv, tsv, jsonl, json (a list of objects or of texts), parquet or txt (one text a line)"
@@ -112,12 +112,12 @@ def _separated(text, name, columns, delimiter):
     rows, header = [], None
     while True:
         place = f"row {len(rows) + 1} (line {reader.line_num + 1})" if header else "its first row"
-        try:
+        with blame(
+            f"{name}: {place} cannot be read",
+            csv.Error,
+            way_out='text that holds quotes is written as "say ""hello"""',
+        ):
             cells = next(reader, None)
-        except csv.Error as error:
-            raise UserError(
-                f'{name}: {place} cannot be read ({error}); text that holds quotes is written as "say ""hello"""'
-            ) from None
         if cells is None:
             return rows
         if not any(map(str.strip, cells)):
@@ -154,10 +154,8 @@ def _json(text, name):
     rows = []
     for number, line in enumerate(_lines(text), 1):
         if line.strip():
-            try:
+            with blame(f"{name}: line {number} is no JSON", ValueError, RecursionError):
                 rows.append((f"line {number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{name}: line {number} is no JSON ({error})") from None
     return rows
 
 

@@ -17,7 +17,7 @@ from common.data.folders import TEXT_KEYS
 from common.data.images import decode_caption
 from common.data.shards import SampleError, expand_shards, is_remote
 from common.direct import pipelines
-from common.errors import UserError, speaking_of
+from common.errors import UserError, blame, speaking_of
 from common.networks import encoders
 
 import torch
@@ -63,12 +63,8 @@ class CachedPairs:
             raise UserError(f"{self.flag} names a shard twice; name each once")
         self._seedless, self._changed = [], []
         for shard, said in zip(shards, stats, strict=True):
-            try:
+            with blame(f"{self.flag}: {shard.name} is damaged", *DAMAGE, way_out="delete it and repeat encode_shards"):
                 self._index(shard, said["successes"])
-            except DAMAGE as error:
-                raise UserError(
-                    f"{self.flag}: {shard.name} is damaged ({error}); delete it and repeat encode_shards"
-                ) from None
         self._check()
         self.sizes = [(manifest["resolution"],) * 2] * len(self)
 

@@ -24,7 +24,7 @@ from common.direct import pair_shards
 from common.direct.cached_pairs import CachedPairs, list_shards
 from common.direct.pair_shards import CONFIG, num_shards, read_config, shard_name
 from common.direct.pipelines import encode
-from common.errors import UserError, speaking_of
+from common.errors import UserError, blame, speaking_of
 from common.keyed_random import keyed_seed
 
 import numpy as np
@@ -44,12 +44,16 @@ class PairShards:
         self.prompts, self.seeds, self.hashes, self.sizes, self._places = [], [], [], [], []
         for shard in range(num_shards(self.config)):
             path = self.folder / shard_name(shard)
-            try:
+            with blame(
+                f"`pairs_dir`={folder}: {path.name} is damaged",
+                tarfile.TarError,
+                ValueError,
+                KeyError,
+                TypeError,
+                OSError,
+                way_out="delete it and repeat generate_pairs",
+            ):
                 self._index(path)
-            except (tarfile.TarError, ValueError, KeyError, TypeError, OSError) as error:
-                raise UserError(
-                    f"`pairs_dir`={folder}: {path.name} is damaged ({error}); delete it and repeat generate_pairs"
-                ) from None
         if len(self._places) != self.config["num_pairs"]:
             raise UserError(
                 f"`pairs_dir`={folder}: {len(self._places)} pairs where {CONFIG} says {self.config['num_pairs']}"

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from common.direct import tasks
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.networks import teachers
 from common.networks.lora import ADAPTER, WEIGHTS, check_rank, lora_layers
 from common.networks.weights import check_name, check_parts, check_pipeline
@@ -410,10 +410,8 @@ def public_kwargs(kwargs):
 
 def parse_kwargs(flag, text):
     """The dict of a flag that holds a JSON object; UserError otherwise."""
-    try:
+    with blame(f"{flag}={text} is no JSON", ValueError, way_out="write it like '{\"guidance_scale\": 1}'"):
         value = json.loads(text or "{}")
-    except ValueError as error:
-        raise UserError(f"{flag}={text} is no JSON ({error}); write it like '{{\"guidance_scale\": 1}}'") from None
     if not isinstance(value, dict):
         raise UserError(f"{flag}={text} is no JSON object; write it like '{{\"guidance_scale\": 1}}'")
     return value

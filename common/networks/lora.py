@@ -10,11 +10,10 @@ import json
 import os
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.networks.weights import check_name
 
 import torch
-from accelerate.utils import DistributedType
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -263,12 +262,10 @@ def _read_lora(unet, source, rank, alpha):
     check_name(flag, source)
     if file is None:
         raise UserError(f"{flag}: neither a LoRA file nor a folder with {WEIGHTS} or {KOHYA_WEIGHTS}")
-    try:
+    with blame(f"{flag}: {file.name} cannot be read", SafetensorError, ValueError):
         saved = load_file(file)
         with safe_open(file, "pt") as opened:
             header = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{flag}: {file.name} cannot be read ({error})") from None
     targets, tensors, alphas = adapter_tensors(unet), {}, set()
     spellings = [{path: kohya_key(path) for path in lora_layers(unet)}, kohya_keys(unet.config, lora_layers(unet))]
     for path, key in [pair for spelling in spellings for pair in spelling.items()]:
@@ -309,11 +306,8 @@ def register_adapter_checkpointing(accelerator, unet):
     """Make save_state write the adapters of `unet` (prepared or not) as adapters.safetensors, without the base.
 
     load_state copies them back in place, bit by bit; the base is the teacher's again and is not in the checkpoint.
-    Other prepared models are saved as ever. Call it once, before save_state or load_state. Under FSDP and DeepSpeed
-    it does nothing: they save and load the whole network themselves.
+    Other prepared models are saved as ever. Call it once, before save_state or load_state.
     """
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return
     unet = _unwrap(unet)
 
     def position(models):

@@ -5,10 +5,9 @@ import inspect
 import types
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, blame, line_of
 from common.networks import weights
 from common.networks.encoders import NUM_TIME_IDS, is_sdxl, vae_scale_factor
-from common.networks.weights import line_of
 from common.schedules import PREDICTION_TYPES
 
 import torch
@@ -50,16 +49,21 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{flag}: the folder has no model_index.json, so it is not a pipeline in diffusers layout")
     options = {"revision": revision, "cache_dir": cache_dir}
-    try:
+    with blame(f"{flag}: neither a folder nor a model that the hub gives", OSError, ValueError):
         index = DiffusionPipeline.load_config(name, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({line_of(error)})") from None
     if not isinstance(index, dict):
         raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
     sdxl = _check_kind(flag, index)
     parts = {part: index[part] for part in PARTS[: len(PARTS) if sdxl else -2] if part in index}
     weights.check_parts(flag, name, parts)  # a ControlNet or an adapter beside them is not loaded
-    try:
+    with blame(
+        f"{flag}: a part of the teacher is missing or unreadable",
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        StrictDataclassError,
+    ):
         configs = {
             "unet": UNet2DConditionModel.load_config(name, subfolder="unet", **options),
             "vae": AutoencoderKL.load_config(name, subfolder="vae", **options),
@@ -67,8 +71,6 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
         }
         for part in ("text_encoder", "text_encoder_2")[: 1 + sdxl]:
             configs[part] = CLIPTextConfig.from_pretrained(name, subfolder=part, **options)
-    except (OSError, ValueError, AttributeError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{flag}: a part of the teacher is missing or unreadable ({line_of(error)})") from None
     config = _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
     weights.check_pipeline(flag, name, parts, variant, **options)
     return config
@@ -77,18 +79,16 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
 def _read_single_file(flag, name, cache_dir):
     if not Path(name).is_file():
         raise UserError(f"{flag}: there is no such file")
-    try:
+    with blame(f"{flag}: the file is damaged or no safetensors file", SafetensorError):
         if _single_file_kind(name) == "refiner":
             raise UserError(f"{flag}: {REFINER}")
-    except SafetensorError as error:
-        raise UserError(f"{flag}: the file is damaged or no safetensors file ({line_of(error)})") from None
-    try:  # one file holds no configuration: diffusers fetches that of the kind of model that the weights show
+    with blame(
+        f"{flag}: the file cannot be loaded",
+        *LOAD_ERRORS,
+        way_out="a single file needs the hub, or a cache, for its configuration: convert it once to a folder in "
+        "diffusers layout where there is no network",
+    ):  # one file holds no configuration: diffusers fetches that of the kind of model that the weights show
         pipeline = _load_teacher(name, None, None, cache_dir, None, None, {})
-    except LOAD_ERRORS as error:
-        raise UserError(
-            f"{flag}: the file cannot be loaded ({line_of(error)}); a single file needs the hub, or a cache, for its "
-            "configuration: convert it once to a folder in diffusers layout where there is no network"
-        ) from None
     configs = {"is_sdxl": is_sdxl(pipeline), "model_index": dict(pipeline.config)}
     configs |= {part: dict(getattr(pipeline, part).config) for part in ("unet", "vae", "scheduler")}
     names = ("text_encoder", "text_encoder_2")[: 1 + is_sdxl(pipeline)]
@@ -110,10 +110,8 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
     flag = f"`pretrained_vae_model_name_or_path`={name}"
     weights.check_name(flag, name)
     subfolder, options = vae_subfolder(name), {"revision": revision, "cache_dir": cache_dir}
-    try:
+    with blame(f"{flag}: neither a VAE's folder nor a model that the hub gives", OSError, ValueError):
         vae = AutoencoderKL.load_config(name, subfolder=subfolder, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: neither a VAE's folder nor a model that the hub gives ({line_of(error)})") from None
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != config["unet"]["in_channels"]:
         raise UserError(f"{flag}: not an AutoencoderKL with {config['unet']['in_channels']} latent channels")
     _check_alone(flag, name, AutoencoderKL, subfolder, **options)
@@ -138,12 +136,8 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     weights.check_name(flag, name)
     subfolder = "unet" if Path(name, "unet").is_dir() else None
     options = {"revision": revision, "cache_dir": cache_dir}
-    try:
+    with blame(f"{flag}: neither a U-Net's folder nor a model that the hub gives", OSError, ValueError):
         unet = UNet2DConditionModel.load_config(name, subfolder=subfolder, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{flag}: neither a U-Net's folder nor a model that the hub gives ({line_of(error)})"
-        ) from None
     if unet.get("time_cond_proj_dim") != time_cond_proj_dim:
         raise UserError(
             f"{flag}: its time_cond_proj_dim is {unet.get('time_cond_proj_dim')}; pass the same number as "

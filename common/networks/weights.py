@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, blame
 
 import accelerate
 import diffusers
@@ -107,10 +107,15 @@ def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant
     where = f"{folder.name}/" if of_pipeline else ""  # of a part, what precedes its files' names
     if issubclass(cls, transformers.PreTrainedModel) and (folder / "adapter_config.json").is_file():
         raise UserError(f"{flag}: {where or 'it'} was saved with a LoRA on it (adapter_config.json); {FUSE}")
-    try:
+    with blame(
+        f"{flag}: {where or 'it '}has no configuration that can be read",
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        KeyError,
+    ):
         config = _load_config(folder, cls)
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"{flag}: {where or 'it '}has no configuration that can be read ({line_of(error)})") from None
     advice = _variant_advice(variant, of_pipeline, has_variant_flag)
     files, named = _find_files(flag, folder, where, cls, variant, advice)
     shapes = {}
@@ -121,10 +126,17 @@ def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant
         raise UserError(f"{flag}: its file {where}{named} was saved with a LoRA on it ({adapters[0]}); {FUSE}")
     if _of(config, "quantization_config") is not None:
         return
-    try:
+    with blame(
+        f"{flag}: {where}config.json describes no {cls.__name__}",
+        AttributeError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        KeyError,
+        IndexError,
+        ZeroDivisionError,
+    ):
         missing, unexpected, mismatched = _compare(cls, config, shapes, sharded=named.endswith(".json"))
-    except (AttributeError, ValueError, TypeError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{flag}: {where}config.json describes no {cls.__name__} ({line_of(error)})") from None
     _refuse(f"{flag}: its file {where}{named}", cls, missing, unexpected, mismatched)
 
 
@@ -209,11 +221,11 @@ def _find_files(flag, folder, where, cls, variant, advice):
         raise UserError(f"{flag}: it is partial, {place} has no {what}")
     if named == single:
         return [folder / named], named
-    try:
+    with blame(
+        f"{flag}: its file {where}{named} is damaged", OSError, ValueError, KeyError, TypeError, AttributeError
+    ):
         names = sorted(set(json.loads((folder / named).read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{flag}: its file {where}{named} is damaged ({line_of(error)})") from None
     if missing:
         raise UserError(f"{flag}: it is partial, {where}{missing[0]} is missing, which {named} names")
     return [folder / name for name in names], named
@@ -221,16 +233,9 @@ def _find_files(flag, folder, where, cls, variant, advice):
 
 def _read_header(flag, path, where):
     """{name: shape} of a file's tensors; its length is checked too."""
-    try:
+    with blame(f"{flag}: its file {where}{path.name} is damaged", SafetensorError, OSError):
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{flag}: its file {where}{path.name} is damaged ({line_of(error)})") from None
-
-
-def line_of(error):
-    """The first line of what a library says."""
-    return str(error).strip().split("\n")[0]
 
 
 def _load_config(folder, cls):
@@ -347,11 +352,11 @@ def _check_vocabulary(flag, folder, tokenizer, encoder, class_name):
     """UserError for a tokenizer that gives numbers for which the text encoder has no embedding."""
     if not (folder / encoder / "config.json").is_file() or not (folder / tokenizer).is_dir():
         return
-    try:
+    with blame(
+        f"{flag}: its folder {tokenizer}/ cannot be read", Exception
+    ):  # the tokenizers' library raises bare ones for files that are none
         count = len(getattr(transformers, class_name).from_pretrained(folder / tokenizer))
         vocab_size = transformers.CLIPTextConfig.from_pretrained(folder / encoder).vocab_size
-    except Exception as error:  # the tokenizers' library raises bare ones for files that are none
-        raise UserError(f"{flag}: its folder {tokenizer}/ cannot be read ({line_of(error)})") from None
     if count > vocab_size:
         raise UserError(
             f"{flag}: its {tokenizer} has {count} tokens, its {encoder} only {vocab_size} embeddings; save it again "

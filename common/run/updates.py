@@ -12,7 +12,6 @@ from common.run.zero import ZeroOptimizer
 
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.tensor import DTensor
 
 LOG = "nonfinite_updates.jsonl"
 MAX_PENDING = 1_000  # updates after which the host asks in any case
@@ -25,12 +24,8 @@ REPAIR = (
 
 
 def total_norm(parameters):
-    """The norm of all gradients as a plain scalar tensor, over all shards where they are sharded."""
-    return _whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-
-
-def _whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The norm of all gradients, a scalar tensor."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def step_if(finite, optimizer):
@@ -113,7 +108,7 @@ class UpdateGuard:
             norm = total_norm(parameters)
         else:
             norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
-            norm = _whole(torch.as_tensor(norm))
+            norm = torch.as_tensor(norm)
         finite = norm.isfinite()
         if accelerator.scaler is None:
             step_if(finite, optimizer)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import flags, lock
 from common.direct import pair_shards, pairs, pipelines, probes, student
-from common.errors import UserError
+from common.errors import UserError, blame
 from common.results.export import versions
 from common.run import training_run
 from common.tools.generate_pairs import public_config
@@ -120,10 +120,8 @@ def main(args):
 def encoded(data, indices, args, progress):
     """(index, prompt, seed, latents, None, (height, width)) of a shard's images."""
     for index in indices:
-        try:
+        with blame(f"METADATA: {data.files[index]} cannot be read", OSError, ValueError, way_out="repair or drop it"):
             latents = data.latents([index])[0].cpu()
-        except (OSError, ValueError) as error:
-            raise UserError(f"METADATA: {data.files[index]} cannot be read ({error}); repair or drop it") from None
         if not torch.isfinite(latents).all():
             raise UserError(f"--dtype={args.dtype}: the VAE gave NaN for {data.files[index]}; use another")
         yield index, data.prompts[index], data.seeds[index], latents, None, data.sizes[index]

@@ -38,7 +38,7 @@ from common.data.shards import (
     tar_samples,
     tar_suffix,
 )
-from common.errors import UserError, mask_credentials
+from common.errors import UserError, blame, mask_credentials
 from common.keyed_random import keyed_seed
 from common.networks import encoders, teachers
 from common.results.export import versions
@@ -235,10 +235,8 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
         said |= {"seeds": account["seeds"]} if account["seeds"] else {}  # of sources without any, nothing new is said
         return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
 
-    try:
+    with blame(f"OUT: {path} cannot be written", OSError, way_out="make room and repeat the command"):
         cached_latents.write_shard(path, manifest_bytes, samples, stats)
-    except OSError as error:
-        raise UserError(f"OUT: {path} cannot be written ({error}); make room and repeat the command") from error
 
 
 def raw_samples(unit, args, account):

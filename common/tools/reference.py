@@ -9,7 +9,7 @@ from pathlib import Path
 from common.data.folders import IMAGE_KEYS, list_images, reference_images
 from common.data.images import read_image
 from common.data.shards import SampleError, expand_shards, is_remote, tar_samples, training_tars
-from common.errors import UserError, mask_credentials, speaking_of
+from common.errors import UserError, blame, mask_credentials, speaking_of
 from common.results.metrics import frechet_distance, image_features, kernel_distance, prompt_labels
 
 import numpy as np
@@ -172,10 +172,17 @@ def reference_features(reference, network, height, width, batch_size=64, limit=N
 
 
 def read_batch(images, batch_size, reference):
-    try:
+    with blame(
+        f"--reference {reference} is damaged or no file of images",
+        SampleError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        ValueError,
+        way_out="make it anew",
+    ):
         return list(itertools.islice(images, batch_size))
-    except (SampleError, tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-        raise UserError(f"--reference {reference} is damaged or no file of images ({error}): make it anew") from None
 
 
 def checked_count(features, reference):
