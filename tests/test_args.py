@@ -14,6 +14,7 @@ from common import flags as flags_module
 from common.data.shards import expand_shards
 from common.flags import command_line, public_args, resolve_teacher_defaults
 from common.run import engine, training_data, training_run
+from common.tscd import flags as tscd_flags
 
 import pytest
 import torch
@@ -205,7 +206,8 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         script(name).parse_args(["--help"])
     assert stopped.value.code == 0
     flags = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) - {"local_rank"}
-    source = open(script(name).__file__).read() + open(flags_module.__file__).read()
+    modules = (script(name), flags_module, engine, training_run, training_data, tscd_flags)
+    source = "".join(open(module.__file__).read() for module in modules)
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 55 and not dead
 

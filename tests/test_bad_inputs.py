@@ -25,7 +25,6 @@ from common.data.shards import SKIP_CLASSES
 from common.data.stream import TrainingData
 from common.direct import pipelines
 from common.networks import teachers
-from common.results import export
 from common.run import checkpointing, simulation
 from common.tools.demo import stable_diffusion
 from tests.cases import CASES, command
@@ -134,7 +133,7 @@ class World:
             train(self.flags(self.tmp_path / "plan", dry_run=True), self.script)
         folder = self.out / "checkpoint-2"
         folder.mkdir(parents=True)
-        (self.out / export.CONFIG).write_text("{}")
+        (self.out / checkpointing.CONFIG).write_text("{}")
         content = {"global_step": 2, "args": {}, "data": {}, "rng_digests": [1], "total_batch_size": 4} | state
         (folder / checkpointing.STATE).write_text(json.dumps(content))
         for file in ("model.safetensors", "random_states_0.pkl"):

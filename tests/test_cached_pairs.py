@@ -204,7 +204,7 @@ ENCODED = {  # what is done to the images, flags of encode_shards, the sentence
     "larger": (
         lambda s: with_image(s, random_image(0, 32, 32)),
         {},
-        "1 of 24 images were resized, cropped or flipped at --resolution=16, which parts them from their noise, the "
+        "1 of 24 images were resized, cropped or flipped at `resolution`=16, which parts them from their noise, the "
         "first is 000000011 in 00001.tar (original_size [32, 32]); encode them with their own",
     ),
     "wider": (
@@ -212,7 +212,7 @@ ENCODED = {  # what is done to the images, flags of encode_shards, the sentence
         {"center_crop": True},
         "(original_size [16, 40], crop_top_left [0, 12]); encode",
     ),
-    "flipped": (lambda s: None, {"random_flip": True}, "(flip True); encode them with their own --resolution and no"),
+    "flipped": (lambda s: None, {"random_flip": True}, "(flip True); encode them with their own `resolution` and no"),
     "another size": (lambda s: None, {"resolution": 32}, "24 of 24 images were resized, cropped or flipped"),
 }
 
@@ -392,7 +392,7 @@ def test_another_encoder_is_refused_before_the_rest_is_loaded(
     teacher = other_vae(direct_teacher(), tmp_path / "teacher")
     (teacher / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
     words = flags(tmp_path / "run", pairs_dir=cached, pretrained_teacher_model=teacher, **options)
-    monkeypatch.setattr("common.networks.weights.check_pipeline", lambda *args, **options: None)
+    monkeypatch.setattr("common.direct.pipelines.check_pipeline", lambda *args, **options: None)
     said = sentence(capsys, run, words)
     assert (
         f"--pairs_dir={cached}: the VAE of " in said and "this run's VAE has other weights; encode the images" in said

@@ -21,7 +21,7 @@ from common.data.stream import TrainingData
 from common.errors import UserError
 from common.keyed_random import keyed_generator
 from common.networks import performance
-from common.run import checkpointing, engine
+from common.run import checkpointing, engine, training_data, training_run
 from common.tools.demo import __main__ as demo
 from common.tools.demo import consistency as ct_demo
 from common.tools.demo import digits, measuring, stable_diffusion
@@ -237,7 +237,9 @@ def test_help_runs_and_every_flag_is_read_somewhere(capsys):
         ct.parse_args(["--help"])
     assert stopped.value.code == 0
     flags = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) - {"local_rank", "prediction_type"}
-    source = "".join(open(module.__file__).read() for module in (ct, flags_module, ct_flags))
+    source = "".join(
+        open(module.__file__).read() for module in (ct, flags_module, ct_flags, engine, training_run, training_data)
+    )
     source += open(ct_flags.__file__.replace("flags", "card")).read()
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 80 and not dead
@@ -646,7 +648,7 @@ def test_unreadable_images_and_classes_are_skipped_and_counted(tmp_path, flags):
     train(flags(tmp_path / "out", dataset_name=tmp_path / "bad", max_train_steps=20, checkpointing_steps=20))
     log = [json.loads(line) for line in (tmp_path / "out" / "skipped_samples.jsonl").read_text().splitlines()]
     assert {line["key"] for line in log} == {"00000003", "00000005", "00000007"}
-    assert any("--num_classes=10" in line["detail"] for line in log)
+    assert any("`num_classes`=10" in line["detail"] for line in log)
 
 
 def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):
@@ -792,7 +794,7 @@ def test_other_preconditionings_train_and_are_saved_with_their_scheduler(tmp_pat
     train(flags(tmp_path / "out", validation_steps=4, **changes))
     out = tmp_path / "out"
     card = (out / "README.md").read_text()
-    assert "Warning: --noise_precond_type or --input_precond_type is not cm" in card
+    assert "Warning: `noise_precond_type` or `input_precond_type` is not cm" in card
     assert not (out / "model_index.json").exists()
     snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
     names = {}

@@ -23,7 +23,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from common.data import lanes
 from common.data import shards as shards_module
 from common.data import stream as stream_module
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS
@@ -354,7 +353,7 @@ def test_identity_lanes_and_world_size_are_checked_on_resume(tmp_path):
     lines = []
     afresh = make_data(shards[:2], seed=8, batch_size=2, report=lines.append)
     afresh.load_state_dict(state)
-    assert lines == ["--data_seed is 8, not 7: the data start afresh."]
+    assert lines == ["`data_seed` is 8, not 7: the data start afresh."]
     batch = next(iter(afresh))
     assert batch["micro_batch"] == 10 and batch["epoch"] == 0
     assert set(afresh.state_dict()["cursors"]["3"].values()) == {0}
@@ -368,7 +367,7 @@ def test_identity_lanes_and_world_size_are_checked_on_resume(tmp_path):
 def test_workers_that_do_not_divide_the_lanes_are_reduced_with_a_line(tmp_path):
     lines = []
     data = make_data(make_shards(tmp_path, [20]), num_workers=3, report=lines.append)
-    assert data.num_workers == 2 and len(lines) == 1 and "--dataloader_num_workers 3 is reduced to 2" in lines[0]
+    assert data.num_workers == 2 and len(lines) == 1 and "`dataloader_num_workers` 3 is reduced to 2" in lines[0]
 
 
 def test_batches_are_collated(tmp_path):
@@ -432,7 +431,7 @@ def test_every_bad_sample_is_counted_and_logged(tmp_path):
 
 
 def test_the_log_of_skipped_samples_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(lanes, "MAX_LOGGED_SKIPS", 5)
+    monkeypatch.setattr(stream_module, "MAX_LOGGED_SKIPS", 5)
     log = tmp_path / "skipped.jsonl"
     shard = write_tar(tmp_path / "a.tar", bad_members(0))
     data = make_data([shard], num_lanes=1, max_skip_ratio=1.0, skipped_log=log)

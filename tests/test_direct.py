@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 import train_direct_distill as direct
-from common.direct import pair_shards, pairs, pipelines, probes
+from common.direct import pair_shards, pairs, pipelines, probes, student
 from common.direct.student import check_same_weights
 from common.errors import UserError
 from common.run import checkpointing
@@ -161,7 +161,7 @@ def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
         [
             "import os, signal, sys",
             f"sys.path.insert(0, {str(ROOT)!r})",
-            "from common import pairs",
+            "from common.direct import pair_shards as pairs",
             "from common.tools import generate_pairs as g",
             "shards, fsync = [], os.fsync",
             "def killed(fd):",
@@ -218,7 +218,7 @@ def test_prompts_from_every_source(tmp_path, shards):
     for name, column, sentence in [
         ("p.csv", "prompt", "no column 'prompt'"),
         ("p.parquet", "text", "no column 'text'"),
-        ("p.txt", "text", "--prompt_column=text is for a table, and --prompts=.* is none; drop it"),
+        ("p.txt", "text", "`prompt_column`=text is for a table, and --prompts=.* is none; drop it"),
         ("none.txt", None, "--prompts: 1 of 1 paths match no file"),
     ]:
         with pytest.raises(UserError, match=sentence):
@@ -521,7 +521,7 @@ def test_pairs_with_wrong_seeds_are_refused(tmp_path, flags, made, capsys):
 
 
 def test_another_noise_is_refused(tmp_path, flags, capsys, monkeypatch):
-    monkeypatch.setattr(probes, "noise_sha256", lambda seed, numel: "0" * 64)
+    monkeypatch.setattr(student, "noise_sha256", lambda seed, numel: "0" * 64)
     with pytest.raises(SystemExit):
         run(flags(tmp_path / "out"))
     assert "gives another noise here than where the pairs were made" in capsys.readouterr().err

@@ -166,7 +166,7 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
     with pytest.raises(UserError) as caught:
         TrainingData([folder], None, batch_size=1, seed=0)
     assert "2 of 2 samples cannot be used" in str(caught.value) and said in str(caught.value)
-    assert hint in str(caught.value) and "or raise --max_skip_ratio" in str(caught.value)
+    assert hint in str(caught.value) and "or raise `max_skip_ratio`" in str(caught.value)
     with pytest.raises(Exception, match="1 of 1 rows name no file") as caught:
         pairs.PairImages(tmp_path / "metadata.csv")
     assert hint in str(caught.value)
@@ -223,7 +223,7 @@ def test_the_number_of_classes_says_which_subfolders_they_are(tmp_path):
     [
         ([1, 2, 3, 4] * 3, 4, "samples have the class 4, and classes count from 0 to 3; if these run from 1 to 4"),
         ([1, 1, 1, 4], 4, "samples have the class 4"),  # sorted by class, cut off
-        ([0, 1, 2, 3, 4] * 5, 4, "pass --num_classes=5 or more"),
+        ([0, 1, 2, 3, 4] * 5, 4, "pass `num_classes`=5 or more"),
         ([1, 2, 3] * 3, 4, "no sample of class 0 among the 9 that were looked at"),
         ([0, 1, 2, 3] * 5 + [4], 4, ""),  # a stray
         ([3] * 30 + [4], 5, ""),

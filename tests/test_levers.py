@@ -15,7 +15,6 @@ import train_tscd_distill_sd_wds as tscd
 from common.direct import pipelines
 from common.errors import UserError
 from common.networks import performance
-from common.results import export
 from common.run import checkpointing, engine
 from common.run.preemption import Stopper
 from common.tscd.discriminator import copy_encoder
@@ -226,7 +225,7 @@ def check_compiled(tmp_path, command, monkeypatch, name):
     train(command(name, tmp_path / "b", **changes), SCRIPTS[name])
     (tmp_path / "c").mkdir()
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "c" / "checkpoint-2")
-    shutil.copy(tmp_path / "a" / export.CONFIG, tmp_path / "c")
+    shutil.copy(tmp_path / "a" / checkpointing.CONFIG, tmp_path / "c")
     train(command(name, tmp_path / "c", **changes, resume_from_checkpoint="latest"), SCRIPTS[name])
     a, b, c = (state_of(tmp_path / x / "checkpoint-4") for x in "abc")
     assert a.keys() == b.keys() == c.keys()
@@ -298,7 +297,7 @@ def test_channels_last_reaches_activations_of_every_network_and_changes_little(t
     for x, y, extra in (("a", "c", {}), ("b", "d", {"channels_last": True})):
         (tmp_path / y).mkdir()
         shutil.copytree(tmp_path / x / "checkpoint-2", tmp_path / y / "checkpoint-2")
-        shutil.copy(tmp_path / x / export.CONFIG, tmp_path / y)
+        shutil.copy(tmp_path / x / checkpointing.CONFIG, tmp_path / y)
         train(command("lcm", tmp_path / y, resume_from_checkpoint="latest", **extra), lcm)
         assert list(scalars(tmp_path / y, "loss").values()) == pytest.approx(b[2:], rel=1e-4)
     unets = [DiffusionPipeline.from_pretrained(tmp_path / x).unet for x in "ab"]
@@ -414,7 +413,7 @@ class Pulls(TorchDispatchMode):
 ALLOWED = {
     # RAdam is not fused, so that the host decides whether it steps, and torch reads its step count, which the host
     # holds; noise levels and their shares are the host's too
-    "ct": {"nonfinite.py", "consistency.py"},
+    "ct": {"updates.py", "consistency.py"},
     # inside a pipeline's call: how its scheduler finds its place; the order of pairs is the host's
     "direct": {"pipelines.py", "pairs.py"},
 }

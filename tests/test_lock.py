@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 from common import lock
 from common.errors import UserError
-from common.results import export
 from common.run import checkpointing, training_run
 from tests.forks import end_of, fork, is_running
 from tests.test_data import encode, random_image
@@ -81,7 +80,7 @@ def test_a_living_owner_is_named_and_a_dead_one_followed(tmp_path, monkeypatch, 
             assert json.loads(path.read_text()) == held.owner and "which is dead" in lines[-1]
         else:
             with pytest.raises(
-                UserError, match=f"--output_dir={tmp_path}/out is in use by process [0-9]+ on [^;]+; wait "
+                UserError, match=f"`output_dir`={tmp_path}/out is in use by process [0-9]+ on [^;]+; wait "
             ):
                 take(tmp_path / "out", report=lines.append)
             assert path.read_text() == before
@@ -231,9 +230,9 @@ def test_the_owner_shows_that_it_lives_and_ends_where_its_folder_was_taken(tmp_p
 def test_a_run_that_is_moved_aside_takes_no_lock_with_it(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / export.CONFIG).write_text("{}")
+    (out / checkpointing.CONFIG).write_text("{}")
     checkpointing.open_output_dir(Accelerator(cpu=True), out, None, overwrite=True)
-    assert os.listdir(tmp_path / "out.1") == [export.CONFIG] and os.listdir(out) == ["RUNNING"]
+    assert os.listdir(tmp_path / "out.1") == [checkpointing.CONFIG] and os.listdir(out) == ["RUNNING"]
     with pytest.raises(UserError, match="is in use"):
         checkpointing.open_output_dir(Accelerator(cpu=True), out, None, overwrite=True)
     checkpointing.open_output_dir(Accelerator(cpu=True), out, "latest", dry_run=True)  # which writes nothing
@@ -267,7 +266,10 @@ def test_every_process_resumes_from_what_the_main_one_finds(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("tool", ["demo", "encode_pairs", "encode_shards", "evaluate", "generate_pairs"])
 def test_a_tool_is_not_started_twice_in_one_folder(tmp_path, teacher, shards, monkeypatch, capsys, tool):
-    module, out = importlib.import_module(f"common.tools.{tool}"), tmp_path / "out"
+    module, out = (
+        importlib.import_module(f"common.tools.{tool}" + (".__main__" if tool == "demo" else "")),
+        tmp_path / "out",
+    )
     (tmp_path / "1.png").write_bytes(encode(random_image(0, 16, 16)))
     (tmp_path / "pairs.csv").write_text("image,prompt,seed\n1.png,one,1\n")
     (tmp_path / "prompts.txt").write_text("one\n")

@@ -124,7 +124,7 @@ def test_direct_distillation_refuses_the_refiner_too(sdxl, tmp_path):
 def check_refusal(folder, message):
     with pytest.raises(UserError, match=message) as error:
         teachers.read_teacher_config(str(folder))
-    assert "--pretrained_teacher_model=" in str(error.value) and "\n" not in str(error.value)
+    assert "`pretrained_teacher_model`=" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_variant_is_named(teacher):

@@ -10,7 +10,7 @@ from common.data.stream import TrainingData
 from common.ema import ema_update
 from common.errors import UserError
 from common.networks import encoders
-from common.run import checkpointing, updates
+from common.run import checkpointing, training_run, updates
 from common.run.training_run import RunningMeans
 from common.run.updates import UpdateGuard, check_weights, discriminator_step, step_if
 from tests.test_ct import data_set, no_cache_at_home
@@ -265,8 +265,10 @@ def test_weights_that_are_not_finite_are_named_and_no_sample_is(tmp_path, comman
         poison(networks)
         check_weights(networks)
 
-    what, with_what = ("check_weights", check_poisoned) if at_start else ("UpdateGuard", guard_of_poisoned)
-    monkeypatch.setattr(SCRIPTS[name], what, with_what)
+    if at_start:
+        monkeypatch.setattr(SCRIPTS[name], "check_weights", check_poisoned)
+    else:
+        monkeypatch.setattr(training_run, "UpdateGuard", guard_of_poisoned)
     words = command(name, tmp_path / "out", max_train_steps=8 if name == "ct" else 4, report_to="none")
     with pytest.raises(SystemExit) as stopped:
         train([*words, "--logging_steps=1"], SCRIPTS[name])

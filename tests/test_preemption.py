@@ -132,9 +132,9 @@ def test_a_stop_at_the_last_step_saves_and_the_next_start_exports(tmp_path, flag
 # Signals of real processes. After the given update, one rank sends it: to itself, to the launcher, or to all.
 SENDS = """
 import os, signal
-from common import models
-from common.preemption import Stopper
-check, encode, calls = Stopper.check, models.encode_images, []
+from common.networks import encoders
+from common.run.preemption import Stopper
+check, encode, calls = Stopper.check, encoders.encode_images, []
 rank = int(os.environ.get("RANK", "0"))
 def checked(self):
     calls.append(1)
@@ -145,7 +145,7 @@ Stopper.check = checked
 def poisoned(*args):
     latents = encode(*args)
     return latents * float("nan") if {poison} and not calls and rank == 1 else latents
-models.encode_images = poisoned
+encoders.encode_images = poisoned
 """
 
 

@@ -171,7 +171,7 @@ def test_segment_nodes_are_the_grid_and_its_lower_end():
 )
 def test_grids_that_segments_do_not_fit_are_refused_with_those_that_do(num_ddim_timesteps, segments, valid):
     with pytest.raises(
-        UserError, match=f"--num_ddim_timesteps={num_ddim_timesteps} must divide 1000.*: one of.*{valid}"
+        UserError, match=f"`num_ddim_timesteps`={num_ddim_timesteps} must divide 1000.*: one of.*{valid}"
     ):
         segment_nodes(num_ddim_timesteps, segments)
 

@@ -395,7 +395,7 @@ def test_a_run_can_be_extended_and_passes_its_first_end(tmp_path, flags, capsys)
 
 KILLED = """
 import os, signal
-import common.checkpointing as c
+import common.run.checkpointing as c
 fsync, calls = c._fsync, []
 def dying(path):
     calls.append(path)
@@ -437,7 +437,7 @@ def prepared(self, *args, **kwargs):
     return prepare(self, *args, **kwargs)
 Accelerator.prepare = prepared
 
-import common.discriminator as d
+import common.run.updates as d
 step = d.discriminator_step
 def step_and_compare(optimizer, scaler, world_size):
     finite = step(optimizer, scaler, world_size)

@@ -99,7 +99,7 @@ def test_a_teacher_runs_no_code(tmp_path, teacher, what):
             getattr(module, read)(str(folder))
             getattr(module, load)(str(folder))
         except UserError as error:
-            assert "--pretrained_teacher_model=" in str(error)
+            assert "`pretrained_teacher_model`=" in str(error)
         else:
             assert what == "tokenizer"  # CLIPTokenizer is named by its class, and the map is not looked at
         assert not trap.exists()
@@ -120,7 +120,7 @@ def test_a_data_set_runs_no_code(tmp_path, monkeypatch, what):
     if what == "tar of pickles":
         write_tar(folder / "0.tar", pickle_members(trap))
     for name in (folder, folder / "own.py") if what == "script" else (folder,):
-        with pytest.raises(UserError, match="--dataset_name="):
+        with pytest.raises(UserError, match="`dataset_name`="):
             open_images(None, str(name), image_column="image", label_column="label")
     assert not trap.exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 from common.networks import lora, teachers
-from common.run import simulation, zero
+from common.run import engine, simulation
 from tests.benchmarks import synthetic
 from tests.test_levers import (  # noqa: F401
     SCRIPTS,
@@ -132,7 +132,7 @@ def test_zero_keeps_a_part_of_16_bytes_a_weight_and_the_buckets(tmp_path, flags,
     plain = simulate(flags(tmp_path / "out", dry_run=True))
     for overlap, buckets in ((False, 1), (True, 2)):
         settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlap}
-        monkeypatch.setattr(zero, "take_settings", lambda args, settings=settings: settings)
+        monkeypatch.setattr(engine, "take_settings", lambda args, settings=settings: settings)
         result = simulate(flags(tmp_path / "out", dry_run=True), processes=4)
         (name,) = (name for name in result.parts if name.startswith("ZeRO-2"))
         assert result.parts[name] == pytest.approx(16 * plain.trained / 4 + buckets * 4 * 1000, rel=0.01)
@@ -238,7 +238,7 @@ def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monk
     last.unlink()
     assert "holds no weights" not in capsys.readouterr().out
     check(**variant)
-    assert "holds no weights; --dry_run needs none" in capsys.readouterr().out
+    assert "holds no weights; `dry_run` needs none" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train(flags(tmp_path / "out", **variant))
     assert "no weights of the variant" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -93,7 +93,7 @@ def test_each_mistake_is_one_sentence(tmp_path, name, content, sentence):
         ("p.csv", b"id,p\n1,a\n", None, "has no column prompt, text or caption; its columns are id, p"),
         ("p.csv", b"id,p\n1,a\n", "q", "has no column 'q'; its columns are id, p"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}\n', None, "the prompt of line 2 is no text but '7'"),
-        ("p.txt", b"a\n", "q", "--prompt_column=q is for a table, and --p is none; drop it"),
+        ("p.txt", b"a\n", "q", "`prompt_column`=q is for a table, and --p is none; drop it"),
         ("p.txt", b"a\nH\xfchner\n", None, "--p is not UTF-8 text .line 2"),
         ("p.parquet", b"PAR1", None, "--p cannot be read"),
     ],

@@ -202,8 +202,8 @@ def test_what_lacks_something_is_refused_in_one_sentence_before_it_is_loaded(cop
     change, variant, sentence = REFUSED[row]
     folder = str(copy(change))
     for read, flag in (
-        (teachers.read_teacher_config, f"--pretrained_teacher_model={folder}: "),
-        (pipelines.read_pipeline_config, f"--pretrained_teacher_model={folder}: "),
+        (teachers.read_teacher_config, f"`pretrained_teacher_model`={folder}: "),
+        (pipelines.read_pipeline_config, f"`pretrained_teacher_model`={folder}: "),
         (evaluate.check_weights, f"--pretrained_model {folder}: "),
     ):
         with pytest.raises(UserError, match=sentence) as error:

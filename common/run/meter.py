@@ -37,7 +37,7 @@ CPU_ATTENTION = {
 LIBRARIES = Path(torch.__file__).parents[1]
 OWN = Path(__file__).parent
 # Functions that may ask: for optimizers that cannot skip an update on their own, and for a table on the host.
-AGREED = {("nonfinite.py", "step_if"), ("consistency.py", "sigma_probabilities")}
+AGREED = {("updates.py", "step_if"), ("consistency.py", "sigma_probabilities")}
 TABLES = {aten.arange, aten.linspace}  # small ones are made for real, so that what is looked up in them is known
 
 

@@ -20,7 +20,7 @@ TWO = {"train_batch_size": 2, "max_train_steps": 6, "checkpointing_steps": 3, "g
 # At a save each process says what it holds of the optimizer's states, held before of the gradients, and in what its
 # weights are.
 HOLDS = """
-from common.zero import ZeroAccelerator, ZeroOptimizer
+from common.run.zero import ZeroAccelerator, ZeroOptimizer
 save, step, gradients = ZeroAccelerator.save_state, ZeroOptimizer.clip_and_step, [0]
 def stepped(self):
     gradients[0] = sum(tensor.numel() for tensor in self.zero.averaged_gradients[0])
@@ -37,7 +37,7 @@ ZeroAccelerator.save_state, ZeroOptimizer.clip_and_step = told, stepped
 # The second process's first micro-batch is not a number.
 POISONED = """
 import os
-from common.zero import ZeroAccelerator
+from common.run.zero import ZeroAccelerator
 backward, calls = ZeroAccelerator.backward, []
 def poisoned(self, loss):
     calls.append(loss)
