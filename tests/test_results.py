@@ -4,8 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
+import train_direct_distill as direct
 from common.ct import evaluation
-from common.direct import student
 from common.errors import UserError
 from common.networks import teachers
 from common.results import export, samples
@@ -69,7 +69,7 @@ def test_sampling_that_fails_loses_nothing_and_the_code_of_every_card_runs(
         for module, function in (
             (samples, "sample_images"),
             (evaluation, "sample"),
-            (student, "sample_and_measure"),
+            (direct, "sample_and_measure"),
         ):
             broken.setattr(module, function, fail, raising=False)
         with pytest.raises(SystemExit) as stopped:

@@ -397,10 +397,10 @@ class TrainingData:
         identity = self._identity() | {"num_lanes": num_lanes}
         if saved["train_shards_path_or_url"] == self._older_hash:
             saved = saved | {"train_shards_path_or_url": self._shards_hash}
-        changed = [name for name in identity if identity[name] != saved[name]]
+        changed = [f"`{name}`" for name in identity if identity[name] != saved[name]]
         if changed:
             raise UserError(
-                f"The checkpoint's place in the data does not fit, for another {', '.join('--' + c for c in changed)} "
+                f"The checkpoint's place in the data does not fit, for another {', '.join(changed)} "
                 "was given: restore it, or change `data_seed` to start the data afresh."
             )
         cursors = {int(lane): dict(cursor) for lane, cursor in merged["cursors"].items()}

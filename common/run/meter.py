@@ -35,7 +35,7 @@ CPU_ATTENTION = {
     ),
 }
 LIBRARIES = Path(torch.__file__).parents[1]
-OWN = Path(__file__).parent
+OWN = {Path(__file__).with_name(name) for name in ("meter.py", "simulation.py", "stand_ins.py")}
 # Functions that may ask: for optimizers that cannot skip an update on their own, and for a table on the host.
 AGREED = {("updates.py", "step_if"), ("consistency.py", "sigma_probabilities")}
 TABLES = {aten.arange, aten.linspace}  # small ones are made for real, so that what is looked up in them is known
@@ -171,7 +171,7 @@ def calling_line():
         if LIBRARIES in path.parents:
             package = path.relative_to(LIBRARIES).parts[0]
             library = library or (f" (in {package})" if package != "torch" else "")
-        elif path.is_absolute() and OWN not in path.parents and path.exists():
+        elif path.is_absolute() and path not in OWN and path.exists():
             if (path.name, name) in AGREED:
                 return None
             code = linecache.getline(str(path), frame.f_lineno).strip()

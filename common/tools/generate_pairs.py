@@ -217,10 +217,6 @@ def make_pairs(pipeline, indices, prompts, args, kwargs, progress):
         progress.update(len(batch))
 
 
-if __name__ == "__main__":
-    main(parse_args())
-
-
 def read_prompts(spec, column=None):
     """Prompts of --prompts: a text file (one a line), a column of a table, or captions of shards.
 
@@ -264,3 +260,7 @@ def _captions(spec):
 
 def prompts_sha256(prompts):
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main(parse_args())
