@@ -1,4 +1,16 @@
-"""What the training scripts share. Nothing here imports a script."""
+"""What the training scripts share. Each room imports those above it alone; `tests/test_architecture.py` holds that.
+
+    schedules solvers losses ema keyed_random    the maths: torch alone; errors and lock are what every room may use
+    networks/    teachers, encoders, LoRA, memory and speed, what a folder of weights holds
+    data/        where samples come from: folders, tar shards, tables, decoding, the stream, cached latents
+    results/     samples, metrics, what is exported
+    flags        the parser and the flags that scripts share
+    run/         the run object, checkpoints, updates, stopping, simulation
+    ct/ direct/ tscd/    for one method's scripts each
+    tools/       programs: `python -m common.tools.NAME`
+
+Nothing here imports a script.
+"""
 
 import logging
 import os

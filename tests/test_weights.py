@@ -159,7 +159,7 @@ REFUSED = {  # (how it is spoiled, variant, sentence)
         None, "index.json is damaged",
     ),
     "a variant alone": (as_variant(UNET, TEXT, VAE), None, r"no plain weights, only .*pass its `variant`"),
-    "a variant of one part, not asked for": (as_variant(UNET), None, r"folder unet/ has no plain weights.*--variant"),
+    "a variant of one part, not asked for": (as_variant(UNET), None, r"folder unet/ has no plain weights.*`variant`"),
     "a variant that is not there": (lambda f: None, "fp16", "no weights of the variant 'fp16'; drop `variant`"),
     "two variants": (
         lambda f: [as_variant(UNET)(f), as_variant(VAE, variant="bf16")(f)],

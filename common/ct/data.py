@@ -205,7 +205,7 @@ def load_labelled_images(
 def check_shard_classes(shards, num_classes, label_name):
     """A warning, or "", on the classes of some shards. Only the heads of remote ones are read, and no images.
 
-    UserError where the classes seem to count from 1, see `images.check_classes`.
+    UserError where the classes seem to count from 1, see `check_classes`.
     """
     seen, most = Counter(), min(len(shards), MAX_SHARDS)
     for shard in {shards[i * (len(shards) - 1) // max(1, most - 1)] for i in range(most)}:

@@ -1,6 +1,6 @@
 """Flags of consistency training besides the method's own, their cross-checks, and what follows from them.
 
-Beside `args.py`, so that the script holds the method: data with classes, network, average, evaluation.
+Beside `common/flags.py`, so that the script holds the method: data with classes, network, average, evaluation.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def place(args):
 
 
 def image_options(args):
-    """The flags of `image_data.open_images`."""
+    """The flags of `ct.data.open_images`."""
     return {
         "shards": args.train_shards_path_or_url,
         "dataset_name": args.dataset_name,

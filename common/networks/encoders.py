@@ -10,7 +10,7 @@ VAE_ENCODE_BATCH_SIZE = {False: 32, True: 2}  # by whether it is an SDXL, whose 
 
 
 def repeat_conditioning(cond, times):
-    """`models.conditioning`'s keyword arguments for the same B samples `times` over."""
+    """`conditioning`'s keyword arguments for the same B samples `times` over."""
     return {
         name: repeat_conditioning(value, times)
         if isinstance(value, dict)

@@ -2,8 +2,8 @@
 
 `begin` is called by a script's main() where its checks are over. From there on everything that main() does, it does
 simulated: networks are built from their configurations, no weight is opened, nothing is written, and after the second
-update `Finished` is raised, which `args.user_errors` turns into the report. So what is simulated is the script as it
-stands, an edited copy too. The parts of the report are named as main()'s variables are.
+update `Finished` is raised, which `training_run.user_errors` turns into the report. So what is simulated is the script
+as it stands, an edited copy too. The parts of the report are named as main()'s variables are.
 
 Stated rules instead of a run: several processes have the buckets of DistributedDataParallel, in which gradients live;
 ZeRO-2 has this process's part of gradients, states and weights, and its buckets; 8-bit AdamW's states are those of

@@ -15,7 +15,7 @@ from common.networks.encoders import VAE_ENCODE_BATCH_SIZE
 
 
 def image_options(args):
-    """The flags of `images.decode_image_text`, or, without captions, of `images.decode_image_label`."""
+    """The flags of `images.decode_image_text`, or, without captions, of `ct.data.decode_image_label`."""
     names = ("resolution", "interpolation_type", "center_crop", "random_flip", "proportion_empty_prompts")
     return {name: getattr(args, name) for name in (*names, "min_image_size") if hasattr(args, name)}
 

@@ -39,7 +39,7 @@ class Discriminator(torch.nn.Module):
     def forward(self, samples, timesteps, cond, noisy_latents, start_timesteps, conditional):
         """float32 logits (M, B) of M alternatives for the same B places on trajectories.
 
-        samples: M tensors (B, C, h, w) noised to `timesteps` (B,). cond: as from `models.conditioning`, for B.
+        samples: M tensors (B, C, h, w) noised to `timesteps` (B,). cond: as from `encoders.conditioning`, for B.
         noisy_latents, start_timesteps: x_t (B, C, h, w) and t (B,), whose features stand beside a sample's where
         `conditional`, and zeros else. While the discriminator trains, all go through the encoder as one batch; for
         the student's loss, x_t goes on its own, so that its activations are not kept.
