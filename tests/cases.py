@@ -9,7 +9,7 @@ from typing import NamedTuple
 import train_cm_ct_unconditional as ct
 import train_direct_distill as direct
 from common.run import checkpointing
-from tests.test_scripts import OWN_FLAGS, SCRIPTS, fingerprint
+from tests.scripts.test_stable_diffusion import OWN_FLAGS, SCRIPTS, fingerprint
 
 import accelerate
 import torch

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from tests.test_scripts import train
+from tests.scripts.test_stable_diffusion import train
 
 
 def life(words, script, log, hook=lambda: None):

@@ -232,7 +232,7 @@ def test_the_python_of_the_guides_runs(page, users_folder, teacher):
     """In a page's order, on a CPU, on small students: what a reader pastes after the page's commands."""
     names = {}
     for code in blocks(page, "python"):
-        if "import ray" in code:  # tests/test_encode.py runs it
+        if "import ray" in code:  # tests/tools/test_encode_shards.py runs it
             continue
         code = code.replace('.to("cuda")', "").replace("torch.float16", "torch.float32")
         code = code.replace("runwayml/stable-diffusion-v1-5", teacher())

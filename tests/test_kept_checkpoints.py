@@ -12,9 +12,9 @@ from pathlib import Path
 
 from common.tools.demo import digits, stable_diffusion
 from tests.kept.folders import comparable, digest, filled, read, write
-from tests.test_ct import CONFIG, save_data_set
-from tests.test_direct import QUICK, ask
-from tests.test_scripts import train
+from tests.scripts.test_ct import CONFIG, save_data_set
+from tests.scripts.test_direct import QUICK, ask
+from tests.scripts.test_stable_diffusion import train
 
 import pytest
 import torch

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from common import lock
 from common.errors import UserError
 from common.run import checkpointing, training_run
+from tests.data.test_stream import encode, random_image
 from tests.forks import end_of, fork, is_running
-from tests.test_data import encode, random_image
 
 import pytest
 from accelerate import Accelerator

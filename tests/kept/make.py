@@ -11,7 +11,7 @@ from pathlib import Path
 from tests import test_kept_checkpoints as kept
 from tests.cases import CASES, command
 from tests.kept.folders import comparable, filled, read, skeleton, write
-from tests.test_scripts import train
+from tests.scripts.test_stable_diffusion import train
 
 import numpy as np
 import pytest

@@ -4,8 +4,8 @@ import json
 
 from common.tools.demo import digits, stable_diffusion
 from tests import forks
-from tests.test_ct import CONFIG, save_data_set
-from tests.test_direct import QUICK, ask
+from tests.scripts.test_ct import CONFIG, save_data_set
+from tests.scripts.test_direct import QUICK, ask
 
 import pytest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.run import checkpointing
 from tests.cases import CASES, command, contents
-from tests.test_scripts import ROOT, launch, scalars, train
+from tests.scripts.test_stable_diffusion import ROOT, launch, scalars, train
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Levers where it takes longer: every script compiled, kernels of the real compiler, two processes."""
 
-from tests.test_levers import (  # noqa: F401
+from tests.networks.test_performance import (  # noqa: F401
     SCRIPTS,
     check_compiled,
     command,
@@ -13,7 +13,7 @@ from tests.test_levers import (  # noqa: F401
     made,
     prompts_file,
 )
-from tests.test_scripts import NO_DDP_LEFT, launch, scalars, train
+from tests.scripts.test_stable_diffusion import NO_DDP_LEFT, launch, scalars, train
 
 import pytest
 

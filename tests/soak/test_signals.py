@@ -7,8 +7,8 @@ import re
 
 from tests.cases import CASES, command, contents
 from tests.forks import run
-from tests.test_preemption import SENDS, saved_at_a_stop
-from tests.test_scripts import launch
+from tests.run.test_preemption import SENDS, saved_at_a_stop
+from tests.scripts.test_stable_diffusion import launch
 
 import pytest
 

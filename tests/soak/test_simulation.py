@@ -4,8 +4,7 @@ import signal
 
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_tscd_distill_sd_wds as tscd
-from tests.test_scripts import launch
-from tests.test_simulation import (  # noqa: F401
+from tests.run.test_simulation import (  # noqa: F401
     GIB,
     MORE,
     check_case,
@@ -21,6 +20,7 @@ from tests.test_simulation import (  # noqa: F401
     real_shape,
     simulate,
 )
+from tests.scripts.test_stable_diffusion import launch
 
 import pytest
 

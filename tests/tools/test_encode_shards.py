@@ -19,11 +19,11 @@ from common.data.shards import SampleError, expand_shards
 from common.errors import UserError
 from common.networks import encoders, teachers
 from common.tools import encode_shards
-from tests.test_bad_inputs import Trap
-from tests.test_data import encode, random_image, server, write_tar
-from tests.test_models import edit_json
-from tests.test_scripts import ROOT, SCRIPTS, digests, flags, scalars, train
-from tests.test_slurm import FOLDER
+from tests.data.test_stream import encode, random_image, server, write_tar
+from tests.networks.test_teachers import edit_json
+from tests.run.test_slurm import FOLDER
+from tests.scripts.test_bad_inputs import Trap
+from tests.scripts.test_stable_diffusion import ROOT, SCRIPTS, digests, flags, scalars, train
 
 import numpy as np
 import pytest

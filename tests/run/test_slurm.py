@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "docs" / "slurm"
+FOLDER = Path(__file__).parents[2] / "docs" / "slurm"
 JOBS = sorted(path.name for path in FOLDER.glob("*.sbatch"))
 
 # Stands for a training run: it notes its command, waits for STOP or for its time, and leaves what a run leaves.

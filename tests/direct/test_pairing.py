@@ -6,7 +6,7 @@ from common.direct import pairing, pipelines, probes
 from common.direct.student import student_kwargs
 from common.errors import UserError
 from common.tools import generate_pairs
-from tests.test_direct import direct_teacher, prompts_file
+from tests.scripts.test_direct import direct_teacher, prompts_file
 
 import numpy as np
 import pytest

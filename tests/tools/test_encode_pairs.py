@@ -7,9 +7,19 @@ from pathlib import Path
 
 from common.direct import pairs, pipelines
 from common.tools import encode_pairs
-from tests import test_direct
-from tests.test_direct import direct_teacher, flags, from_table, made, members, pictured, prompts_file, run, table
-from tests.test_scripts import scalars
+from tests.scripts import test_direct
+from tests.scripts.test_direct import (
+    direct_teacher,
+    flags,
+    from_table,
+    made,
+    members,
+    pictured,
+    prompts_file,
+    run,
+    table,
+)
+from tests.scripts.test_stable_diffusion import scalars
 
 import pytest
 import torch

@@ -11,10 +11,10 @@ from common.networks import teachers
 from common.results import export, samples
 from common.run import checkpointing
 from tests.cases import CASES, command
-from tests.test_bad_inputs import made_for_all
-from tests.test_ct import data_set, no_cache_at_home
-from tests.test_direct import direct_teacher, made, prompts_file
-from tests.test_scripts import train
+from tests.scripts.test_bad_inputs import made_for_all
+from tests.scripts.test_ct import data_set, no_cache_at_home
+from tests.scripts.test_direct import direct_teacher, made, prompts_file
+from tests.scripts.test_stable_diffusion import train
 
 import diffusers
 import pytest

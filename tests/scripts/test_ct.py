@@ -26,11 +26,11 @@ from common.tools.demo import __main__ as demo
 from common.tools.demo import consistency as ct_demo
 from common.tools.demo import digits, measuring, stable_diffusion
 from tests.fork_server import run_processes
-from tests.test_args import gpu  # noqa: F401  (a fixture)
-from tests.test_args import test_mistakes_end_in_one_sentence_and_exit_code_2 as mistakes
-from tests.test_preemption import stop_after
-from tests.test_scripts import NO_DDP_LEFT, fingerprint, scalars
-from tests.test_scripts import train as run_script
+from tests.run.test_preemption import stop_after
+from tests.scripts.test_flags import gpu  # noqa: F401  (a fixture)
+from tests.scripts.test_flags import test_mistakes_end_in_one_sentence_and_exit_code_2 as mistakes
+from tests.scripts.test_stable_diffusion import NO_DDP_LEFT, fingerprint, scalars
+from tests.scripts.test_stable_diffusion import train as run_script
 
 import datasets
 import numpy as np

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.run import checkpointing, preemption
 from common.run.preemption import Stopper
 from tests.fork_server import run_processes
-from tests.test_scripts import digests, flags, launch, train
+from tests.scripts.test_stable_diffusion import digests, flags, launch, train
 
 import pytest
 import torch

@@ -8,14 +8,14 @@ from pathlib import Path
 from common.data import cached_latents
 from common.direct import pairs, pipelines, student
 from common.tools import encode_shards
-from tests import test_encode_pairs
 from tests import tiny_pipelines as tiny
-from tests.test_data import encode, random_image, write_tar
-from tests.test_direct import digests, direct_teacher, flags, made, pictured, prompts_file, run, table
-from tests.test_encode import array, other_vae, read_tar, rewritten
-from tests.test_encode_pairs import sentence
-from tests.test_models import edit_json
-from tests.test_scripts import scalars
+from tests.data.test_stream import encode, random_image, write_tar
+from tests.networks.test_teachers import edit_json
+from tests.scripts.test_direct import digests, direct_teacher, flags, made, pictured, prompts_file, run, table
+from tests.scripts.test_stable_diffusion import scalars
+from tests.tools import test_encode_pairs
+from tests.tools.test_encode_pairs import sentence
+from tests.tools.test_encode_shards import array, other_vae, read_tar, rewritten
 
 import numpy as np
 import pytest

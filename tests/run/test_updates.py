@@ -13,10 +13,10 @@ from common.networks import encoders
 from common.run import checkpointing, training_run, updates
 from common.run.training_run import RunningMeans
 from common.run.updates import UpdateGuard, check_weights, discriminator_step, step_if
-from tests.test_ct import data_set, no_cache_at_home
-from tests.test_direct import direct_teacher, made, prompts_file
-from tests.test_levers import SCRIPTS, command, ct_flags, direct_flags
-from tests.test_scripts import digests, flags, scalars, train
+from tests.networks.test_performance import SCRIPTS, command, ct_flags, direct_flags
+from tests.scripts.test_ct import data_set, no_cache_at_home
+from tests.scripts.test_direct import direct_teacher, made, prompts_file
+from tests.scripts.test_stable_diffusion import digests, flags, scalars, train
 
 import pytest
 import torch

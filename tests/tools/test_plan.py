@@ -6,7 +6,7 @@ import train_lcm_distill_sd_wds as lcm
 from common.errors import UserError
 from common.run import simulation
 from common.tools import plan
-from tests.test_scripts import flags  # noqa: F401
+from tests.scripts.test_stable_diffusion import flags  # noqa: F401
 
 import pytest
 from PIL import Image

@@ -2,7 +2,7 @@
 
 The table is walked with every script that a row applies to.
 
-Flags that argparse alone can judge are in test_args.py; here are those that `main` meets.
+Flags that argparse alone can judge are in test_flags.py; here are those that `main` meets.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from common.networks import teachers
 from common.run import checkpointing, simulation
 from common.tools.demo import stable_diffusion
 from tests.cases import CASES, command
-from tests.test_ct import CONFIG, data_set, no_cache_at_home
-from tests.test_data import encode, pickle_members, png_header, random_image, write_tar
-from tests.test_direct import direct_teacher, made, prompts_file
-from tests.test_models import edit_json
-from tests.test_scripts import SCRIPTS, flags, train
+from tests.data.test_stream import encode, pickle_members, png_header, random_image, write_tar
+from tests.networks.test_teachers import edit_json
+from tests.scripts.test_ct import CONFIG, data_set, no_cache_at_home
+from tests.scripts.test_direct import direct_teacher, made, prompts_file
+from tests.scripts.test_stable_diffusion import SCRIPTS, flags, train
 
 import pytest
 import torch

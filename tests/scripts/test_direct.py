@@ -22,8 +22,8 @@ from common.tools import generate_pairs
 from common.tools.demo import digits, dit, stable_diffusion
 from tests import tiny_pipelines as tiny
 from tests.fork_server import run_processes
-from tests.test_preemption import stop_after
-from tests.test_scripts import KILLED, NO_DDP_LEFT, fingerprint, scalars, train
+from tests.run.test_preemption import stop_after
+from tests.scripts.test_stable_diffusion import KILLED, NO_DDP_LEFT, fingerprint, scalars, train
 
 import numpy as np
 import pytest

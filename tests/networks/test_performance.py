@@ -18,11 +18,11 @@ from common.networks import performance
 from common.run import checkpointing, engine
 from common.run.preemption import Stopper
 from common.tscd.discriminator import copy_encoder
-from tests import test_ct, test_direct
 from tests import tiny_pipelines as tiny
-from tests.test_ct import data_set, no_cache_at_home  # noqa: F401
-from tests.test_direct import direct_teacher, made, prompts_file  # noqa: F401
-from tests.test_scripts import digests, fingerprint, flags, scalars, train  # noqa: F401
+from tests.scripts import test_ct, test_direct
+from tests.scripts.test_ct import data_set, no_cache_at_home  # noqa: F401
+from tests.scripts.test_direct import direct_teacher, made, prompts_file  # noqa: F401
+from tests.scripts.test_stable_diffusion import digests, fingerprint, flags, scalars, train  # noqa: F401
 
 import numpy as np
 import pytest

@@ -4,7 +4,7 @@ from common.run.updates import discriminator_step
 from common.schedules import alpha_sigma
 from common.tscd.discriminator import Discriminator, copy_encoder, make_head
 from common.tscd.segments import bottom_probability, draw_segment
-from tests.test_lora import SD, SDXL, make_unet
+from tests.networks.test_lora import SD, SDXL, make_unet
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The TSCD scripts: what is theirs alone. What they share with the others is in test_scripts.py."""
+"""The TSCD scripts: what is theirs alone. What they share with the others is in test_stable_diffusion.py."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from common.networks import lora, teachers
 from common.run import checkpointing
 from common.tscd import segments as segments_module
 from common.tscd.discriminator import Discriminator
-from tests.test_scripts import digests, flags, scalars, train
+from tests.scripts.test_stable_diffusion import digests, flags, scalars, train
 
 import numpy as np
 import pytest

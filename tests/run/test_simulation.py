@@ -15,7 +15,7 @@ import train_lcm_distill_sd_wds as lcm
 from common.networks import lora, teachers
 from common.run import engine, simulation
 from tests.benchmarks import synthetic
-from tests.test_levers import (  # noqa: F401
+from tests.networks.test_performance import (  # noqa: F401
     SCRIPTS,
     command,
     ct_flags,
@@ -26,7 +26,7 @@ from tests.test_levers import (  # noqa: F401
     made,
     prompts_file,
 )
-from tests.test_scripts import train
+from tests.scripts.test_stable_diffusion import train
 
 import diffusers
 import pytest

@@ -26,7 +26,7 @@ from common.keyed_random import keyed_generator
 from common.networks import lora, teachers
 from common.run import checkpointing
 from tests.fork_server import run_processes
-from tests.test_args import GUIDES
+from tests.scripts.test_flags import GUIDES
 
 import numpy as np
 import pytest

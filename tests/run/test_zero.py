@@ -9,7 +9,7 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 from common.errors import UserError
 from common.run import engine, zero
-from tests.test_scripts import ROOT, flags
+from tests.scripts.test_stable_diffusion import ROOT, flags
 
 import pytest
 import yaml
