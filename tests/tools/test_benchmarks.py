@@ -22,7 +22,7 @@ def configuration(shape):
 def test_flops_of_stable_diffusion_1_5_are_the_known_ones(monkeypatch):
     """803 G forward at 64 x 64 latents, 1117 G for the VAE; a LoRA needs no gradients of the base's weights."""
     config = configuration(synthetic.SHAPES["sd15"])
-    monkeypatch.setattr(synthetic.models, "read_teacher_config", lambda folder: config)
+    monkeypatch.setattr(synthetic.teachers, "read_teacher_config", lambda folder: config)
     assert synthetic.unet_flops(config, 512)[1] == pytest.approx(2407e9, rel=2e-3)
     assert synthetic.step_flops("", "lcm", 512) == pytest.approx(5947e9, rel=1e-3)
     assert synthetic.step_flops("", "lcm_lora", 512, cached=True) == pytest.approx(4507e9, rel=4e-3)
