@@ -107,9 +107,8 @@ def _uses_fsspec(shard: str) -> bool:
 
 
 def _expand_fsspec(address: str) -> list[str]:
-    with blame(
-        f"`train_shards_path_or_url`: {address!r} cannot be listed", Exception
-    ):  # a missing package, wrong credentials, no network: each file system has its own
+    # a missing package, wrong credentials, no network: each file system has its own exceptions
+    with blame(f"`train_shards_path_or_url`: {address!r} cannot be listed", Exception):
         filesystem, path = fsspec.core.url_to_fs(address)
         if not glob.has_magic(path):
             return [address]

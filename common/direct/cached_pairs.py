@@ -107,7 +107,7 @@ class CachedPairs:
         if self._seedless:
             raise UserError(
                 f"{self.flag}: {len(self._seedless)} of {len(self)} images have no seed, the first is "
-                f"{self._seedless[0]}; write the seed of its noise, a whole number, as `seed` into the json beside "
+                f"{self._seedless[0]}; write the seed of its noise, a whole number, as 'seed' into the json beside "
                 "each image, and encode them into a new folder"
             )
         if self._changed:

@@ -82,12 +82,13 @@ def _read_single_file(flag, name, cache_dir):
     with blame(f"{flag}: the file is damaged or no safetensors file", SafetensorError):
         if _single_file_kind(name) == "refiner":
             raise UserError(f"{flag}: {REFINER}")
+    # one file holds no configuration: diffusers fetches that of the kind of model that the weights show
     with blame(
         f"{flag}: the file cannot be loaded",
         *LOAD_ERRORS,
         way_out="a single file needs the hub, or a cache, for its configuration: convert it once to a folder in "
         "diffusers layout where there is no network",
-    ):  # one file holds no configuration: diffusers fetches that of the kind of model that the weights show
+    ):
         pipeline = _load_teacher(name, None, None, cache_dir, None, None, {})
     configs = {"is_sdxl": is_sdxl(pipeline), "model_index": dict(pipeline.config)}
     configs |= {part: dict(getattr(pipeline, part).config) for part in ("unet", "vae", "scheduler")}

@@ -352,9 +352,8 @@ def _check_vocabulary(flag, folder, tokenizer, encoder, class_name):
     """UserError for a tokenizer that gives numbers for which the text encoder has no embedding."""
     if not (folder / encoder / "config.json").is_file() or not (folder / tokenizer).is_dir():
         return
-    with blame(
-        f"{flag}: its folder {tokenizer}/ cannot be read", Exception
-    ):  # the tokenizers' library raises bare ones for files that are none
+    # the tokenizers' library raises bare exceptions for files that are none
+    with blame(f"{flag}: its folder {tokenizer}/ cannot be read", Exception):
         count = len(getattr(transformers, class_name).from_pretrained(folder / tokenizer))
         vocab_size = transformers.CLIPTextConfig.from_pretrained(folder / encoder).vocab_size
     if count > vocab_size:

@@ -200,7 +200,12 @@ def with_image(samples, image, key="000000011"):
 
 
 ENCODED = {  # what is done to the images, flags of encode_shards, the sentence
-    "no seeds": (without_seed, {}, "2 of 24 images have no seed, the first is 000000010 in 00001.tar; write the seed"),
+    "no seeds": (
+        without_seed,
+        {},
+        "2 of 24 images have no seed, the first is 000000010 in 00001.tar; write the seed of its noise, a whole "
+        "number, as 'seed' into the json",  # of an image: no flag is meant
+    ),
     "larger": (
         lambda s: with_image(s, random_image(0, 32, 32)),
         {},
