@@ -105,7 +105,10 @@ class Evaluation:
             labels = self.labels[start : start + self.batch_size]
             seed = keyed_seed(self.seed, "evaluation", index)
             images = sample(unet, scheduler, labels, timesteps, seed, self.accelerator.autocast)
-            hits = metrics.prompt_accuracy(self.network, images, labels) * len(labels) if self.class_accuracy else 0.0
+            hits = 0.0
+            if self.class_accuracy:
+                allowed = [(label,) for label in labels]
+                hits = metrics.class_statistics(self.network, images, allowed)["accuracy"] * len(labels)
             return metrics.image_features(self.network, images).numpy(), hits
 
         batches = list(enumerate(range(0, len(self.labels), self.batch_size)))

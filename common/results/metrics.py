@@ -8,6 +8,7 @@ recall.
 """
 
 import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -183,17 +184,30 @@ def prompt_labels(id2label, prompts):
     return [found[prompt] for prompt in prompts]
 
 
-def prompt_accuracy(network, images, labels, batch_size=64):
-    """Fraction of images that the classifier assigns to the class named by their prompt.
+def class_statistics(network, images, allowed, batch_size=64):
+    """What a classifier sees in images: whether they fit their prompts, how varied and how clear they are.
 
-    network: a classifier from `load_feature_network`; images: uint8 (N, 3, H, W); labels: N class indices, as
-    `prompt_labels` finds them. Returns a float between 0 and 1.
+    network: a classifier from `load_feature_network`; images: uint8 (N, 3, H, W); allowed: for each image the tuple of
+    class indices that its prompt allows. Returns {"accuracy": the fraction of images whose most likely class is
+    allowed, "classes": exp(-sum p log p) over the p of the classes that were seen among those a prompt allows, its
+    mean over the distinct prompts (at most their number), "confidence": the mean probability of the likeliest class}.
     """
-    labels = torch.as_tensor(labels)
-    if labels.shape != (len(images),):
-        raise ValueError(f"{len(images)} images need as many labels, not {tuple(labels.shape)}")
-    predicted = class_logits(network, images, batch_size).argmax(1)
-    return (predicted == labels.cpu()).double().mean().item()
+    if len(allowed) != len(images):
+        raise ValueError(f"{len(images)} images need as many tuples of allowed classes, not {len(allowed)}")
+    confidence, predicted = class_logits(network, images, batch_size).double().softmax(1).max(1)
+    predicted, seen = predicted.tolist(), {classes: Counter() for classes in allowed}
+    for classes, index in zip(allowed, predicted, strict=True):
+        seen[classes][index] += index in classes
+    numbers = []
+    for counts in seen.values():
+        p = torch.tensor([n for n in counts.values() if n] or [1], dtype=torch.float64)
+        numbers.append(torch.special.entr(p / p.sum()).sum().exp().item())
+    hits = sum(counts.total() for counts in seen.values())
+    return {
+        "accuracy": hits / len(images),
+        "classes": sum(numbers) / len(numbers),
+        "confidence": confidence.mean().item(),
+    }
 
 
 def _run_network(network, images, batch_size, forward):

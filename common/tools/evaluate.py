@@ -32,12 +32,12 @@ from common.flags import (
 from common.flags import path as path_type
 from common.networks import teachers, weights
 from common.results.metrics import (
+    class_statistics,
     clip_score,
     frechet_distance,
     image_features,
     kernel_distance,
     load_feature_network,
-    prompt_accuracy,
 )
 from common.results.samples import image_grid
 from common.run.training_run import tool_errors
@@ -73,6 +73,7 @@ COLUMNS = {
     "frechet_distance": "Fréchet distance",
     "kernel_distance": "kernel distance",
     "accuracy": "prompt accuracy",
+    "confidence": "confidence",
     "clip_score": "CLIP score",
     "seconds_per_image": "s/image",
 }
@@ -251,7 +252,7 @@ def measure(images, prompts, reference_features=None, network=None, labels=None,
 
     images: uint8 (N, 3, H, W); prompts: N strings, read by CLIP only.
     reference_features, float32 (M, d) of the same network: frechet_distance and kernel_distance.
-    labels, N class indices as `prompt_labels` finds them: accuracy, by the network, a classifier.
+    labels, N class indices as `prompt_labels` finds them: accuracy and confidence, by the network, a classifier.
     clip_network: clip_score.
     """
     result = {"images": len(images)}
@@ -260,7 +261,8 @@ def measure(images, prompts, reference_features=None, network=None, labels=None,
         result["frechet_distance"] = frechet_distance(features, reference_features)
         result["kernel_distance"] = kernel_distance(features, reference_features)
     if labels is not None:
-        result["accuracy"] = prompt_accuracy(network, images, labels, batch_size)
+        seen = class_statistics(network, images, [(label,) for label in labels], batch_size)
+        result |= {name: seen[name] for name in ("accuracy", "confidence")}
     if clip_network is not None:
         result["clip_score"] = clip_score(clip_network, images, prompts, batch_size)
     return result

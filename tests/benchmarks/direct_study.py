@@ -52,8 +52,8 @@ def few_pairs(pairs_dir, folder, num_pairs):
 
 
 def run(args, judge, teacher, method, changes, seed, folder):
-    recipe, teacher_dir = demo.METHODS[method], args.demo / demo.TEACHERS[teacher][0]
-    pairs_dir = args.demo / demo.TEACHERS[teacher][0].replace("teacher", "pairs")
+    recipe, teacher = demo.METHODS[method], demo.TEACHERS[teacher]
+    teacher_dir, pairs_dir = args.demo / teacher.folder, args.demo / teacher.folder.replace("teacher", "pairs")
     if not (folder / "metrics.json").exists():
         flags = recipe["flags"] | changes | {"report_to": "none", "validation_steps": 0, "seed": seed}
         if num_pairs := flags.pop("num_pairs", None):
@@ -64,7 +64,7 @@ def run(args, judge, teacher, method, changes, seed, folder):
         command = [sys.executable, str(ROOT / recipe["script"]), *(f"--{k}={v}" for k, v in flags.items())]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         pipeline = measuring.load_student(folder, teacher_dir)
-        results, _ = measuring.measure(judge, pipeline, recipe["steps"], recipe["guidance_scale"], 0)
+        results, _ = measuring.measure(judge, pipeline, recipe["steps"], recipe["guidance_scale"], 0, teacher.captions)
         (folder / "metrics.json").write_text(json.dumps(results, indent=1))
     measured = json.loads((folder / "metrics.json").read_text())["rows"][0]
     held_out = json.loads((folder / "held_out.json").read_text())

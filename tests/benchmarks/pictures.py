@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-METHODS = {"lcm": "LCM", "lcm_lora": "LCM LoRA", "tscd": "TSCD", "direct": "direct"}
+METHODS = {"lcm": "LCM", "lcm_lora": "LCM LoRA", "tscd": "TSCD", "tscd_lora": "TSCD LoRA", "direct": "direct"}
 SHOWN = {"teacher": (50, 4, 1), "student": (4, 2, 1)}
 COLOURS = ["#444444", "#d1495b", "#edae49", "#00798c", "#7b4b94"]
 SCALE, GAP, LEFT = 3, 4, 170
@@ -31,7 +31,7 @@ def measured(demo, teacher):
 
 
 def draw_samples(models):
-    """A row of samples for each model and number of steps, a wider gap between models."""
+    """A row of samples for each model and number of steps, a wider gap between models, and over them the prompts."""
     rows = []
     for label, (results, images) in models.items():
         shown = SHOWN.get(label, SHOWN["student"])
@@ -94,5 +94,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("demo", help="a folder of the demo")
     parser.add_argument("output_dir", help="where the pictures go")
-    parser.add_argument("--teacher", default="teacher", help="its folder in the demo's")
+    parser.add_argument("--teacher", default="teacher_parity", help="its folder in the demo's")
     main(parser.parse_args())

@@ -40,7 +40,11 @@ VARIANTS = {
 def run(method, changes, folder, args):
     """One short run: (samples per second of its last log entry, largest resident set in MiB)."""
     recipe = demo.METHODS[method]
-    flags = recipe["flags"] | {"validation_steps": 0, "max_train_steps": args.steps, "logging_steps": args.steps // 2}
+    flags = demo.flags_of(recipe, demo.TEACHERS["sd"]) | {
+        "validation_steps": 0,
+        "max_train_steps": args.steps,
+        "logging_steps": args.steps // 2,
+    }
     flags |= {"checkpointing_steps": 10**6, "seed": 0, "output_dir": folder, "lr_warmup_steps": 0} | changes
     flags |= {"pretrained_teacher_model": args.demo / "teacher"}
     flags |= {"train_shards_path_or_url": args.demo / "shards" / "train"}

@@ -1,15 +1,17 @@
 """common/results/metrics.py against independent references, on random networks of a few thousand weights."""
 
 import json
+import math
 
+from common.results import metrics
 from common.results.metrics import (
     class_logits,
+    class_statistics,
     clip_score,
     frechet_distance,
     image_features,
     kernel_distance,
     load_feature_network,
-    prompt_accuracy,
     prompt_labels,
 )
 from common.results.samples import image_grid
@@ -247,15 +249,25 @@ def test_prompt_labels():
             prompt_labels(LABELS, [prompt])
 
 
-def test_prompt_accuracy(resnet_dir):
-    network = load_feature_network(resnet_dir)
-    images = make_images(8)
-    predicted = class_logits(network, images).argmax(1)
-    labels = predicted.clone()
-    labels[:2] = (labels[:2] + 1) % 3
-    assert prompt_accuracy(network, images, labels.tolist()) == 0.75
-    with pytest.raises(ValueError, match="8 images need as many labels"):
-        prompt_accuracy(network, images, [0])
+def test_class_statistics(resnet_dir, monkeypatch):
+    """Two prompts: classes 0 and 1 fit the first, 2 the second; the first's six images show 0 three times, 1, 2, 1."""
+    network, images = load_feature_network(resnet_dir), make_images(8)
+    shares = torch.tensor([[0.5, 0.25, 0.25]] * 3 + [[0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.25, 0.5, 0.25]])
+    shares = torch.cat([shares, torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])])
+    monkeypatch.setattr(metrics, "class_logits", lambda *_: shares.log())
+    seen = class_statistics(network, images, [(0, 1)] * 6 + [(2,)] * 2)
+    assert seen["accuracy"] == 6 / 8 and seen["confidence"] == pytest.approx((6 * 0.5 + 2) / 8)
+    assert seen["classes"] == pytest.approx((math.exp(scipy.stats.entropy([3, 2])) + 1) / 2)
+    with pytest.raises(ValueError, match="8 images need as many tuples"):
+        class_statistics(network, images, [(0,)])
+
+
+def test_class_statistics_are_those_of_the_classifier(resnet_dir):
+    network, images = load_feature_network(resnet_dir), make_images(8)
+    probabilities = class_logits(network, images).softmax(1)
+    seen = class_statistics(network, images, [(label,) for label in probabilities.argmax(1).tolist()])
+    assert seen["accuracy"] == seen["classes"] == 1
+    assert seen["confidence"] == pytest.approx(probabilities.max(1).values.mean().item(), rel=1e-5)
 
 
 def test_images_of_another_kind_are_refused(resnet_dir):

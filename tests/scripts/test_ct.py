@@ -1050,7 +1050,7 @@ def test_script_length():
 def test_the_demo_measures_what_it_was_told_to_train(tmp_path, classifier, monkeypatch):
     """The three runs of the demo, short; the reference is sampled with Heun, the others through the stock pipeline."""
     shutil.copytree(classifier, tmp_path / "classifier")
-    (tmp_path / "demo.json").write_text('{"seed": 3}')
+    (tmp_path / "demo.json").write_text(json.dumps({"seed": 3, "format": demo.FORMAT}))
     short = {"max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 8, "validation_steps": 0}
     monkeypatch.setattr(ct_demo, "FLAGS", ct_demo.FLAGS | short)
     changed = {"ict": {}, "ect": {"pretrain_steps": 4}, "diffusion": {"pretrain_steps": 8}}

@@ -123,7 +123,7 @@ def test_the_small_sdxl_is_told_what_its_pipeline_tells_it():
     vae, calls = stable_diffusion.train_vae(torch.zeros(64, 3, 16, 16), steps=1), []
     pipeline = stable_diffusion.untrained_pipeline(vae, "epsilon", (16, 32), sdxl=True)
     pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    captions = [digits.CANONICAL_TEMPLATE.format(word) for word in digits.WORDS] + [""]
+    captions = [*digits.canonical_prompts(10), ""]
     token_ids = [
         stable_diffusion.tokenize(tokenizer, captions) for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
     ]
@@ -169,9 +169,11 @@ def test_the_same_seed_builds_the_same_teacher(tmp_path, prediction_type):
 def test_classifier_is_read_as_a_feature_network(tmp_path):
     stable_diffusion.build_classifier(tmp_path / "classifier", steps=5)
     judge = measuring.Judge(tmp_path / "classifier")
-    assert judge.train_features.shape == (1437, 64) and judge.floor > 0
-    images = digits.load_split()[1][0][:10]
-    assert 0 <= judge.accuracy(images, digits.canonical_prompts(10)) <= 1
+    assert judge.train_features.shape == (1437, 64)
+    for captions in (digits.PARITY, digits.NAMED):
+        scores = judge.held_out(captions)
+        assert scores["frechet_distance"] > 0 and 0 <= scores["prompt_accuracy"] <= 1
+        assert 1 <= scores["classes"] <= len(captions.digits[0])
 
 
 def fake_results(path, steps, distance):
@@ -181,11 +183,14 @@ def fake_results(path, steps, distance):
             "frechet_distance": distance / n,
             "frechet_distance_std": 0.01,
             "prompt_accuracy": 0.99,
+            "classes": 4.9,
+            "confidence": 0.9,
             "seconds_per_image": 0.002 * n,
         }
         for n in steps
     ]
-    results = {"guidance_scale": 2.0, "num_sets": 3, "set_size": 360, "batch_size": 60, "threads": 1, "floor": 0.27}
+    results = {"guidance_scale": 2.0, "num_sets": 3, "set_size": 360, "batch_size": 60, "threads": 1}
+    results["held_out"] = {"frechet_distance": 0.27, "prompt_accuracy": 1.0, "classes": 5.0, "confidence": 0.94}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(results | {"rows": rows}))
     np.save(path.with_suffix(".npy"), np.full((len(steps), 10, 16, 16, 3), 128, np.uint8))
@@ -196,11 +201,18 @@ def test_report_holds_every_method_that_was_measured(tmp_path, capsys):
     demo.write_report(tmp_path)
     teacher_only = (tmp_path / "report.md").read_text()
     fake_results(tmp_path / "lcm" / "metrics", measuring.STUDENT_STEPS, 2.0)
+    fake_results(tmp_path / "teacher_parity_metrics", [50], 50.0)
     demo.write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
-    assert teacher_only.count("\n| ") == 1 + 5 and report.count("\n| ") == 1 + 5 + 3
-    assert "| lcm | 4 | 0.50 ± 0.01 | 0.990 | 0.0080 |" in report
-    assert "0.27" in report and "1,080 samples" in report and "CC BY 4.0" in report and "lcm 2" in report
+    assert teacher_only.count("\n| ") == 2 + 5 and report.count("\n| ") == 2 + 5 + 3 + 2 + 1
+    assert "| lcm | 4 | 0.50 ± 0.01 | 0.990 | 4.90 | 0.900 | 0.0080 |" in report
+    assert '"a photo of an even digit" to "a photo of an odd digit". 5 digits fit each.' in report
+    assert (
+        report.count("| held-out digits |  | 0.27 | 1.000 | 5.00 | 0.940 |  |") == 2
+        and "3 sets of 360 samples" in report
+        and "CC BY 4.0" in report
+        and "lcm 2" in report
+    )
     width, height = Image.open(tmp_path / "report.png").size
     assert width > 480 and height > 8 * 48
     assert "report.png" in capsys.readouterr().out
@@ -247,8 +259,10 @@ def test_rebuild_removes_the_demos_files_only(tmp_path, capsys):
 @pytest.mark.parametrize("method", list(demo.METHODS))
 def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monkeypatch):
     monkeypatch.chdir(measuring.ROOT)
-    recipe = demo.METHODS[method]
-    command = demo.training_command(recipe, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3)
+    recipe, teacher = demo.METHODS[method], measuring.TEACHERS["parity"]
+    command = demo.training_command(
+        recipe, teacher, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3
+    )
     start = command.index(recipe["script"])
     script = __import__(recipe["script"].removesuffix(".py"))
     args = script.parse_args(command[start + 1 :])
@@ -258,8 +272,12 @@ def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monk
         else args.train_shards_path_or_url.removesuffix("/{00000..00007}.tar")
     )
     assert args.seed == 3 and args.resume_from_checkpoint is None and data == str(tmp_path / "train")
+    if not method.startswith("direct"):
+        assert (args.w_min, args.w_max) == ((0.0, 1.0) if method == "lcm" else (0.5, 0.5))
     (tmp_path / "student" / "checkpoint-100").mkdir(parents=True)
-    command = demo.training_command(recipe, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3)
+    command = demo.training_command(
+        recipe, teacher, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3
+    )
     assert command[-1] == "--resume_from_checkpoint=latest"
 
 
@@ -349,16 +367,19 @@ def test_every_stages_model_is_measured_at_its_own_number_of_steps(tmp_path, mon
         (tmp_path / name).mkdir()
     monkeypatch.setattr(measuring, "load_student", lambda folder, teacher_dir: folder.name)
 
-    def measure(judge, pipeline, steps, guidance_scale, seed):
+    def measure(judge, pipeline, steps, guidance_scale, seed, captions):
         rows = [{"of": pipeline, "steps": n, "guidance_scale": guidance_scale} for n in steps]
         return {"rows": rows, "seed": seed}, np.zeros((len(steps), 10, 2, 2, 3))
 
     monkeypatch.setattr(measuring, "measure", measure)
     recipe = demo.METHODS["tscd"]
-    results, images = measuring.measure_student(None, tmp_path, None, recipe, 3)
+    results, images = measuring.measure_student(None, tmp_path, None, recipe, 3, measuring.TEACHERS["parity"])
     assert [(row["of"], row["steps"]) for row in results["rows"]] == [
         ("stage-0-k8", 8), ("stage-1-k4", 4), ("stage-2-k1", 1)
     ]  # fmt: skip
     assert len(images) == 3 and results["seed"] == 3 and results["rows"][0]["guidance_scale"] == 1.0
-    results, _ = measuring.measure_student(None, tmp_path / "unet", None, demo.METHODS["lcm"], 3)
+    results, _ = measuring.measure_student(
+        None, tmp_path / "unet", None, demo.METHODS["lcm"], 3, measuring.TEACHERS["parity"]
+    )
     assert [row["steps"] for row in results["rows"]] == list(measuring.STUDENT_STEPS)
+    assert results["rows"][0]["guidance_scale"] == 1.5

@@ -7,11 +7,11 @@ import tarfile
 from pathlib import Path
 
 from common.results.metrics import (
+    class_statistics,
     frechet_distance,
     image_features,
     kernel_distance,
     load_feature_network,
-    prompt_accuracy,
 )
 from common.tools.evaluate import format_table, main, measure, parse_args
 from common.tools.reference import iterate_images, reference_features, reference_floor
@@ -154,7 +154,8 @@ def test_end_to_end(root, tmp_path, capsys):
         features, reference_of = image_features(network, images), image_features(network, reference)
         assert row["frechet_distance"] == pytest.approx(frechet_distance(features, reference_of), rel=0.02, abs=1e-6)
         assert row["kernel_distance"] == pytest.approx(kernel_distance(features, reference_of), rel=0.02, abs=1e-6)
-        assert row["accuracy"] == prompt_accuracy(network, images, [0, 1, 0, 1, 0])
+        seen = class_statistics(network, images, [(0,), (1,), (0,), (1,), (0,)])
+        assert row["accuracy"] == seen["accuracy"] and row["confidence"] == pytest.approx(seen["confidence"], rel=1e-5)
         assert -100 <= row["clip_score"] <= 100
         assert row["images"] == 5 and row["seconds_per_image"] > 0 and row["scheduler"] == "DDIMScheduler"
         assert row["guidance_scale"] == 2 and row["eta"] == 0.0
@@ -390,7 +391,8 @@ def test_measure_returns_what_was_asked_for(root):
     assert result["frechet_distance"] == pytest.approx(0.0, abs=1e-6)
     # features that were computed again, in other memory
     assert result["kernel_distance"] == pytest.approx(kernel_distance(features, features), rel=1e-3, abs=1e-6)
-    assert result["accuracy"] == prompt_accuracy(network, images, [1] * 6) and "clip_score" not in result
+    seen = class_statistics(network, images, [(1,)] * 6)
+    assert result["accuracy"] == seen["accuracy"] and "clip_score" not in result
 
 
 def test_format_table():

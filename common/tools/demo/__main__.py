@@ -5,8 +5,11 @@
 builds, once, a teacher, a classifier and WebDataset shards (see `digits.py`), and pairs of the teacher for direct
 distillation; launches the method's training script as anybody would; measures the teacher at 50, 8, 4, 2 and 1 steps
 and the student at 4, 2 and 1, direct ones at the steps they were trained for; writes `demo/report.md` and
-`demo/report.png`. Whatever is complete is reused by the next run. Left out: several seeds; the numbers of one run
-say that a method works, not by how much it beats another.
+`demo/report.png`. Whatever is complete is reused by the next run.
+
+There are two judges. The prompts of the teacher "parity" say "even" or "odd" and leave five digits open: its single
+step is a smear, and blur and lost digits show. Those of all other teachers name the digit, which is easy. Left out:
+several seeds; the numbers of one run say that a method works, not by how much it beats another.
 """
 
 import json
@@ -26,9 +29,9 @@ from common.results import samples
 from common.run import training_run
 from common.tools.demo import consistency, digits, dit, stable_diffusion
 from common.tools.demo.measuring import (
-    GUIDANCE_SCALE,
     ROOT,
     TEACHER_STEPS,
+    TEACHERS,
     Judge,
     build_once,
     measure_once,
@@ -39,19 +42,16 @@ from common.tools.demo.measuring import (
 
 import numpy as np
 import torch
+from PIL import Image
 
-# --teacher: folder, what its U-Net predicts, whether it is in SDXL's layout
-TEACHERS = {
-    "sd": ("teacher", "epsilon", False),
-    "v_prediction": ("teacher_v_prediction", "v_prediction", False),
-    "sdxl": ("teacher_sdxl", "epsilon", True),
-    "dit": ("teacher_dit", "flow", False),
-}
-# One entry per method: its script, its flags beyond the folders, and its student's guidance_scale in the report.
+FORMAT = 2  # of what the folder holds: another one's measurements cannot be read
+# One entry per method: its script, its flags beyond the folders, its student's guidance_scale (1: the teacher's is
+# distilled into it; None: the teacher's), and how far the w of training may be from the teacher's (None: it has no w).
 METHODS = {
     "lcm": {
         "script": "train_lcm_distill_sd_wds.py",
-        "guidance_scale": GUIDANCE_SCALE,
+        "guidance_scale": None,
+        "w_range": 0.5,
         "flags": {
             "resolution": digits.RESOLUTION,
             "train_batch_size": 32,
@@ -60,14 +60,13 @@ METHODS = {
             "adam_weight_decay": 0.0,
             "loss_type": "huber",
             "ema_decay": 0.95,
-            "w_min": 0.5,
-            "w_max": 1.5,
             "validation_steps": 400,
         },
     },
     "lcm_lora": {
         "script": "train_lcm_distill_lora_sd_wds.py",
-        "guidance_scale": 1.0,  # baked in: w = 1, the teacher's guidance_scale of 2
+        "guidance_scale": 1.0,
+        "w_range": 0.0,
         "flags": {
             "resolution": digits.RESOLUTION,
             "train_batch_size": 32,
@@ -79,14 +78,13 @@ METHODS = {
             "lr_warmup_steps": 20,
             "adam_weight_decay": 0.0,
             "loss_type": "huber",
-            "w_min": 1.0,
-            "w_max": 1.0,
             "validation_steps": 400,
         },
     },
     "tscd": {
         "script": "train_tscd_distill_sd_wds.py",
-        "guidance_scale": 1.0,  # baked in
+        "guidance_scale": 1.0,
+        "w_range": 0.0,
         "flags": {
             "resolution": digits.RESOLUTION,
             "train_batch_size": 32,
@@ -97,8 +95,6 @@ METHODS = {
             "adam_weight_decay": 0.0,
             "loss_type": "huber",
             "ema_decay": 0.8,
-            "w_min": 1.0,
-            "w_max": 1.0,
             "adv_learning_rate": 1e-4,
             "adv_head_learning_rate": 1e-3,
             "validation_steps": 0,
@@ -107,6 +103,7 @@ METHODS = {
     "tscd_lora": {
         "script": "train_tscd_distill_lora_sd_wds.py",
         "guidance_scale": 1.0,
+        "w_range": 0.0,
         "flags": {
             "resolution": digits.RESOLUTION,
             "train_batch_size": 32,
@@ -118,18 +115,17 @@ METHODS = {
             "lr_warmup_steps": 20,
             "adam_weight_decay": 0.0,
             "loss_type": "huber",
-            "w_min": 1.0,
-            "w_max": 1.0,
             "adv_learning_rate": 1e-4,
             "adv_head_learning_rate": 1e-3,
             "validation_steps": 0,
         },
     },
 }
-PAIRS = {"num_pairs": 2048, "num_inference_steps": 50, "guidance_scale": GUIDANCE_SCALE, "batch_size": 64}
+PAIRS = {"num_pairs": 2048, "num_inference_steps": 50, "batch_size": 64}
 DIRECT = {
     "script": "train_direct_distill.py",
-    "guidance_scale": 1.0,  # distilled: the teacher's guidance_scale of 2
+    "guidance_scale": 1.0,
+    "w_range": None,
     "steps": (4,),
     "flags": {
         "num_inference_steps": 4,
@@ -157,7 +153,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--output_dir", type=flags_module.path, default="demo", help="everything that is built and measured")
     add("--method", choices=[*METHODS, "ct"], default="lcm", help="which training script to run; ct needs no teacher")
-    add("--teacher", choices=list(TEACHERS), default="sd", help="sd predicts the noise, as SD1.5 and SDXL do")
+    add("--teacher", choices=list(TEACHERS), default="parity", help="parity is the hard judge's; sd names the digit")
     add("--teacher_only", action="store_true", help="build teacher, classifier and shards, measure the teacher, stop")
     add("--rebuild", action="store_true", help="first remove what earlier runs left in --output_dir")
     add("--seed", type=flags_module.seed, default=0)
@@ -179,10 +175,9 @@ def main(args):
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
     # 2. What earlier runs left.
-    output_dir = Path(args.output_dir)
+    output_dir, teacher = Path(args.output_dir), TEACHERS[args.teacher]
     lock.take(output_dir)
     open_output_dir(output_dir, args.seed, args.rebuild)
-    teacher_name, prediction_type, sdxl = TEACHERS[args.teacher]
     started = time.perf_counter()
     if args.method == "ct":
         consistency.run(output_dir, args.seed)
@@ -190,43 +185,38 @@ def main(args):
         return
 
     # 3. Data, classifier, teacher.
-    build_once(output_dir / "shards", lambda folder: digits.write_shards(folder, seed=args.seed))
+    shards_dir, teacher_dir = output_dir / teacher.shards, output_dir / teacher.folder
+    build_once(shards_dir, lambda folder: digits.write_shards(folder, args.seed, teacher.captions))
     build_once(output_dir / "classifier", lambda folder: stable_diffusion.build_classifier(folder, seed=args.seed))
-    teacher_dir = output_dir / teacher_name
-    if args.teacher == "dit":
-        build_once(teacher_dir, lambda folder: dit.build_teacher(folder, seed=args.seed))
-    else:
-        build_once(
-            teacher_dir,
-            lambda folder: stable_diffusion.build_teacher(folder, prediction_type, seed=args.seed, sdxl=sdxl),
-        )
-    (output_dir / "prompts.txt").write_text("\n".join(digits.canonical_prompts(len(digits.WORDS))) + "\n")
+    build_once(teacher_dir, lambda folder: teacher.build(folder, args.seed))
+    prompts = digits.canonical_prompts(len(teacher.captions.words), teacher.captions)
+    (output_dir / f"{teacher.shards.replace('shards', 'prompts')}.txt").write_text("\n".join(prompts) + "\n")
     judge = Judge(output_dir / "classifier")
 
     # 4. The teacher, measured once.
     measure_once(
-        output_dir / f"{teacher_name}_metrics",
-        lambda: measure_teacher(judge, teacher_dir, TEACHER_STEPS, args.seed),
+        output_dir / f"{teacher.folder}_metrics",
+        lambda: measure_teacher(judge, teacher_dir, TEACHER_STEPS, args.seed, teacher),
     )
     if args.teacher_only:
         write_report(output_dir)
         return
 
     # 5. The student.
-    student_dir = output_dir / teacher_name.replace("teacher", args.method)
+    student_dir = output_dir / teacher.folder.replace("teacher", args.method)
     recipe = METHODS[args.method]
     if (student_dir / "README.md").exists():  # the card, which the scripts write last
         print(f"{student_dir} is complete and reused; --rebuild starts over", flush=True)
     else:
-        data_dir = output_dir / "shards" / "train"
+        data_dir = shards_dir / "train"
         if recipe["script"] == DIRECT["script"]:
             data_dir = generate_pairs(
-                teacher_dir, data_dir, output_dir / teacher_name.replace("teacher", "pairs"), args.seed
+                teacher, teacher_dir, data_dir, output_dir / teacher.folder.replace("teacher", "pairs"), args.seed
             )
-        train(recipe, teacher_dir, data_dir, student_dir, args.seed)
+        train(recipe, teacher, teacher_dir, data_dir, student_dir, args.seed)
     measure_once(
         student_dir / "metrics",
-        lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed),
+        lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed, teacher),
     )
 
     # 6. The report.
@@ -246,19 +236,22 @@ def open_output_dir(output_dir, seed, rebuild):
                 (output_dir / f"{name}_metrics").with_suffix(suffix).unlink(missing_ok=True)
     elif stamp.exists():
         try:
-            built_seed = json.loads(stamp.read_text())["seed"]
-        except (ValueError, TypeError, KeyError):
+            built = json.loads(stamp.read_text())
+            built_seed, is_ours = built["seed"], built.get("format") == FORMAT
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{stamp} cannot be read; add --rebuild, or another --output_dir") from None
+        if not is_ours:
+            raise UserError(f"{output_dir} is of another version of the demo; add --rebuild, or another --output_dir")
         if built_seed != seed:
             raise UserError(f"{output_dir} was built with --seed={built_seed}; add --rebuild, or another --output_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps({"seed": seed}) + "\n")
+    stamp.write_text(json.dumps({"seed": seed, "format": FORMAT}) + "\n")
 
 
 def built_names():
-    teachers = [name for name, *_ in TEACHERS.values()]
+    teachers = [teacher.folder for teacher in TEACHERS.values()]
     return [
-        "shards",
+        *{teacher.shards for teacher in TEACHERS.values()},
         "classifier",
         *consistency.built_names(),
         *teachers,
@@ -266,7 +259,13 @@ def built_names():
     ]
 
 
-def training_command(recipe, teacher_dir, data_dir, student_dir, seed):
+def flags_of(recipe, teacher):
+    """{name: value}: a method's flags, with w, or the range of w, around the teacher's guidance_scale - 1."""
+    w, w_range = teacher.guidance_scale - 1, recipe["w_range"]
+    return recipe["flags"] | ({} if w_range is None else {"w_min": w - w_range, "w_max": w + w_range})
+
+
+def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
     """The words after `accelerate`, as a user would type them; data_dir: shards, or a direct method's pairs."""
     last = digits.NUM_TRAIN_SHARDS - 1
     data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
@@ -278,7 +277,7 @@ def training_command(recipe, teacher_dir, data_dir, student_dir, seed):
         f"--pretrained_teacher_model={teacher_dir}",
         data,
         f"--output_dir={student_dir}",
-        *(f"--{name}={value}" for name, value in recipe["flags"].items()),
+        *(f"--{name}={value}" for name, value in flags_of(recipe, teacher).items()),
         f"--seed={seed}",
     ]
     if student_dir.is_dir() and any(student_dir.iterdir()):
@@ -286,13 +285,14 @@ def training_command(recipe, teacher_dir, data_dir, student_dir, seed):
     return command
 
 
-def generate_pairs(teacher_dir, shards_dir, pairs_dir, seed):
+def generate_pairs(teacher, teacher_dir, shards_dir, pairs_dir, seed):
     """Let the teacher answer the captions of the training digits; what is there is kept. Returns pairs_dir."""
-    is_dit = teacher_dir.name == TEACHERS["dit"][0]
+    is_dit = teacher.prediction_type == "flow"
     # the samplers that the teachers are measured with at 50 steps; the students begin with the same
     own = {"teacher_kwargs": json.dumps(dit.CALL_KWARGS)} if is_dit else {"scheduler": "DDIMScheduler"}
     own |= {} if is_dit else {"scheduler_kwargs": json.dumps({"timestep_spacing": "trailing"})}
     flags = {"pretrained_teacher_model": teacher_dir, "prompts": shards_dir, "output_dir": pairs_dir} | PAIRS | own
+    flags |= {"guidance_scale": teacher.guidance_scale}
     # far from the seeds that the samples of `measure` are drawn with
     words = [f"--{name}={value}" for name, value in (flags | {"seed": 10**6 * (seed + 1)}).items()]
     print("python -m common.tools.generate_pairs " + " \\\n    ".join(map(shlex.quote, words)), flush=True)
@@ -302,8 +302,8 @@ def generate_pairs(teacher_dir, shards_dir, pairs_dir, seed):
     return pairs_dir
 
 
-def train(recipe, teacher_dir, data_dir, student_dir, seed):
-    command = training_command(recipe, teacher_dir, data_dir, student_dir, seed)
+def train(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
+    command = training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed)
     print("accelerate " + " \\\n    ".join(shlex.quote(word) for word in command), flush=True)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command])
@@ -313,54 +313,66 @@ def train(recipe, teacher_dir, data_dir, student_dir, seed):
 
 
 def write_report(output_dir):
-    """report.md and report.png over everything that has been measured in this folder so far."""
-    measured = {}
-    for teacher, *_ in TEACHERS.values():
-        measured[teacher] = output_dir / f"{teacher}_metrics.json"
-        measured |= {
-            name: output_dir / name / "metrics.json" for name in (teacher.replace("teacher", m) for m in METHODS)
-        }
-    results = {name: json.loads(path.read_text()) for name, path in measured.items() if path.exists()}
-    lines = report_lines(results)
+    """report.md and report.png over everything that has been measured in this folder so far, judge by judge."""
+    judged, pictures = [], []
+    for captions in (digits.PARITY, digits.NAMED):
+        teachers = [teacher.folder for teacher in TEACHERS.values() if teacher.captions is captions]
+        measured = {}
+        for teacher in teachers:
+            measured[teacher] = output_dir / f"{teacher}_metrics.json"
+            students = (teacher.replace("teacher", method) for method in METHODS)
+            measured |= {name: output_dir / name / "metrics.json" for name in students}
+        results = {name: json.loads(path.read_text()) for name, path in measured.items() if path.exists()}
+        if results:
+            labels = [f"{name}, {row['steps']} steps" for name, result in results.items() for row in result["rows"]]
+            images = [to_tensor(row) for name in results for row in np.load(measured[name].with_suffix(".npy"))]
+            columns = [captions.words[i % len(captions.words)] for i in range(10)]
+            pictures.append(samples.image_grid(images, labels, columns, scale=3))
+            judged.append((captions, results))
+    lines = report_lines(judged)
     (output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    labels = [f"{name}, {row['steps']} steps" for name, result in results.items() for row in result["rows"]]
-    images = [to_tensor(row) for name in results for row in np.load(measured[name].with_suffix(".npy"))]
-    samples.image_grid(images, labels, list(digits.WORDS), scale=3).save(output_dir / "report.png")
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for number, picture in enumerate(pictures):
+        whole.paste(picture, (0, sum(p.height for p in pictures[:number])))
+    whole.save(output_dir / "report.png")
     print("\n".join(lines), flush=True)
     print(f"\nwritten: {output_dir / 'report.md'}, {output_dir / 'report.png'}", flush=True)
 
 
-def report_lines(results):
+def report_lines(judged):
+    """judged: [(captions, {model: results})]."""
+    lines = ["# Few-step samplers of handwritten digits"]
+    for captions, results in judged:
+        prompts = [f'"{prompt}"' for prompt in digits.canonical_prompts(len(captions.words), captions)]
+        most = len(captions.digits[0])
+        many = f" {most} digits fit each." if most > 1 else ""
+        heads = ["model", "steps", "Fréchet distance", "prompt accuracy", f"digits of {most}", "confidence", "s/image"]
+        lines += ["", f"Prompts: {prompts[0]} to {prompts[-1]}.{many}", "", "| " + " | ".join(heads) + " |"]
+        lines.append("|---" * len(heads) + "|")
+        held_out = {"steps": "", "seconds_per_image": None} | next(iter(results.values()))["held_out"]
+        rows = [("held-out digits", held_out)]
+        rows += [(name, row) for name, result in results.items() for row in result["rows"]]
+        for name, row in rows:
+            spread, seconds = row.get("frechet_distance_std"), row["seconds_per_image"]
+            distance = f"{row['frechet_distance']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+            seen = f"{row['prompt_accuracy']:.3f} | {row['classes']:.2f} | {row['confidence']:.3f}"
+            seconds = "" if seconds is None else f"{seconds:.4f}"
+            lines.append(f"| {name} | {row['steps']} | {distance} | {seen} | {seconds} |")
+    results = {name: result for _, results in judged for name, result in results.items()}
     first = next(iter(results.values()))
     num_sets, set_size = first["num_sets"], first["set_size"]
-    lines = [
-        "# Few-step samplers of handwritten digits",
-        "",
-        "| model | steps | Fréchet distance | prompt accuracy | s/image |",
-        "|---|---|---|---|---|",
-    ]
-    for name, result in results.items():
-        for row in result["rows"]:
-            distance = f"{row['frechet_distance']:.2f} ± {row['frechet_distance_std']:.2f}"
-            lines.append(
-                f"| {name} | {row['steps']} | {distance} | {row['prompt_accuracy']:.3f} | "
-                f"{row['seconds_per_image']:.4f} |"
-            )
+    guidance = ", ".join(f"{name} {result['guidance_scale']:g}" for name, result in results.items())
     lines += [
         "",
-        f"Floor: the {set_size} held-out digits are at distance {first['floor']:.2f} from the training digits.",
-        "",
-        f"- Every row: {num_sets * set_size:,} samples in {num_sets} sets of {set_size}, as many as held-out "
-        "digits; each set is compared with the 1,437 training digits. The distance is the mean over the sets, ± their "
-        "standard deviation.",
-        "- Features: the 64 pooled outputs of `classifier/`; they compare with no other network's.",
-        f'- Prompts: "{digits.CANONICAL_TEMPLATE.format("zero")}" to "nine", equally often; accuracy is how often the '
-        "classifier sees the digit that the prompt names.",
+        "- The held-out digits show what is within reach.",
+        "- Fréchet distance to the 1,437 training digits, on the 64 pooled outputs of `classifier/`.",
+        f"- A row is the mean of {num_sets} sets of {set_size} samples, ± their standard deviation; at 50 steps, one.",
+        "- Prompt accuracy: how often the classifier sees a digit that the prompt allows.",
+        "- Digits: the effective number of those it sees for a prompt, exp of their entropy. Fewer are lost digits.",
+        "- Confidence: the mean probability of the likeliest digit. Blur lowers it.",
         "- Teachers are sampled with DDIM (trailing timesteps), the flow-matching one with its own scheduler (below "
-        "20 steps ending as an even schedule does), students with the scheduler they were saved with; "
-        "guidance_scale: "
-        + ", ".join(f"{name} {result['guidance_scale']:g}" for name, result in results.items())
-        + ".",
+        "20 steps ending as an even schedule does), students with the scheduler they were saved with.",
+        f"- guidance_scale: {guidance}.",
         f"- Seconds: on the CPU, {first['threads']} thread(s), batches of {first['batch_size']}, text and decoding "
         "included.",
         f"- Data: {digits.DATA_NOTE}.",

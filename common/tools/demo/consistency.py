@@ -154,7 +154,9 @@ def measure(judge, folder, name, seed):
             images = enlarge(images)
             distances.append(judge.distance(images))
             accuracies.append(
-                metrics.prompt_accuracy(judge.network, measuring.to_tensor(images), labels.tolist(), 256)
+                metrics.class_statistics(
+                    judge.network, measuring.to_tensor(images), [(label,) for label in labels.tolist()], 256
+                )["accuracy"]
             )
             if index == 0:
                 shown.append(images[:10])
@@ -170,7 +172,7 @@ def measure(judge, folder, name, seed):
         )
     trained = folder / "seconds.json"
     results = {
-        "floor": judge.floor,
+        "floor": judge.held_out(digits.NAMED)["frechet_distance"],
         "training_seconds": json.loads(trained.read_text()) if trained.exists() else None,
         "rows": rows,
     }

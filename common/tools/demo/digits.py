@@ -13,6 +13,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +26,8 @@ RESOLUTION = 16
 NUM_HELD_OUT = 360
 NUM_TRAIN_SHARDS, NUM_HELD_OUT_SHARDS = 8, 2
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CANONICAL_TEMPLATE = "a photo of the digit {}"
 TEMPLATES = (
-    CANONICAL_TEMPLATE,
+    "a photo of the digit {}",
     "a handwritten {}",
     "the number {}",
     "a picture of the number {}",
@@ -35,6 +35,39 @@ TEMPLATES = (
     "{}, white on black",
     "a small image of a {}",
     "a scan of a handwritten {}",
+)
+
+
+class Captions(NamedTuple):
+    """What captions say: one of `words`, in one of `templates`, the first of which makes the prompts."""
+
+    words: tuple
+    templates: tuple
+    digits: tuple  # digits[i]: those of which words[i] is true
+
+    def word_of(self, digit):
+        """The index of the word for a digit; digit: an integer, or an array of them."""
+        table = np.empty(len(WORDS), dtype=np.int64)
+        for index, members in enumerate(self.digits):
+            table[list(members)] = index
+        return table[digit]
+
+
+NAMED = Captions(WORDS, TEMPLATES, tuple((digit,) for digit in range(10)))
+# The hard judge's: five digits fit each caption, so that an average of them is seen to be none.
+PARITY = Captions(
+    ("even", "odd"),
+    (
+        "a photo of an {} digit",
+        "an {} handwritten digit",
+        "an {} number",
+        "a picture of an {} number",
+        "an {} digit written by hand",
+        "an {} digit, white on black",
+        "a small image of an {} digit",
+        "a scan of an {} number",
+    ),
+    ((0, 2, 4, 6, 8), (1, 3, 5, 7, 9)),
 )
 DATA_NOTE = (
     "Optical Recognition of Handwritten Digits, UCI Machine Learning Repository (E. Alpaydin, C. Kaynak), CC BY 4.0"
@@ -65,9 +98,9 @@ def _enlarge(image):
     return np.asarray(grey.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC).convert("RGB"))
 
 
-def canonical_prompts(num_samples):
-    """`num_samples` prompts that go through the ten digits in turn."""
-    return [CANONICAL_TEMPLATE.format(WORDS[i % 10]) for i in range(num_samples)]
+def canonical_prompts(num_samples, captions=NAMED):
+    """`num_samples` prompts that go through the words of the captions in turn."""
+    return [captions.templates[0].format(captions.words[i % len(captions.words)]) for i in range(num_samples)]
 
 
 def to_tensor(images):
@@ -81,7 +114,7 @@ def write_card(folder, title, text):
     (Path(folder) / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
 
 
-def write_shards(output_dir, seed=0):
+def write_shards(output_dir, seed=0, captions=NAMED):
     """Write `train/` and `heldout/`: NNNNN.tar and NNNNN_stats.json, the same bytes every time."""
     train, held_out = load_split()
     rng = np.random.default_rng(seed)
@@ -89,11 +122,12 @@ def write_shards(output_dir, seed=0):
         ("train", train, NUM_TRAIN_SHARDS),
         ("heldout", held_out, NUM_HELD_OUT_SHARDS),
     ):
-        captions = [TEMPLATES[rng.integers(len(TEMPLATES))].format(WORDS[label]) for label in labels]
+        words = [captions.words[index] for index in captions.word_of(labels)]
+        texts = [captions.templates[rng.integers(len(captions.templates))].format(word) for word in words]
         folder = Path(output_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
         for shard, members in enumerate(np.array_split(np.arange(len(images)), num_shards)):
-            _write_shard(folder, shard, [(images[i], captions[i]) for i in members])
+            _write_shard(folder, shard, [(images[i], texts[i]) for i in members])
     write_card(
         output_dir,
         "Handwritten digits in WebDataset shards",
@@ -131,13 +165,13 @@ def _write_shard(folder, shard, samples):
     (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4) + "\n")
 
 
-def build_tokenizer(pad_token="<|endoftext|>"):
+def build_tokenizer(pad_token="<|endoftext|>", captions=NAMED):
     """A CLIPTokenizer with one token for each word of the captions; any other text falls back to its bytes."""
-    words = sorted({word for template in TEMPLATES for word in template.replace(",", "").split()} - {"{}"})
+    words = sorted({word for template in captions.templates for word in template.replace(",", "").split()} - {"{}"})
     letters = list(_byte_letters())
     tokens = letters + [letter + "</w>" for letter in letters]
     merges = []
-    for word in (*WORDS, *words):
+    for word in (*captions.words, *words):
         symbols = [*word[:-1], word[-1] + "</w>"]
         merged = symbols[0]
         for symbol in symbols[1:]:

@@ -40,7 +40,7 @@ def build_teacher(
         "A small Stable Diffusion 3 of handwritten digits",
         f"{digits.RESOLUTION} pixels, flow matching, seed {seed}: {vae_steps} steps of the autoencoder, {steps} of "
         f"transformer and text encoders (batch {batch_size}), 10 % empty prompts. "
-        f'Prompts such as "{digits.CANONICAL_TEMPLATE.format("three")}"; guidance_scale 2, {T5_LENGTH} T5 tokens.',
+        f'Prompts such as "{digits.canonical_prompts(1)[0]}"; guidance_scale 2, {T5_LENGTH} T5 tokens.',
     )
 
 

@@ -4,10 +4,11 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from common.direct import probes
 from common.results import metrics
-from common.tools.demo import digits, dit
+from common.tools.demo import digits, dit, stable_diffusion
 from common.tools.sampling import load_pipeline
 
 import numpy as np
@@ -18,10 +19,43 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER_STEPS = (50, 8, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
-GUIDANCE_SCALE = 2.0  # w = 1
 # A set is as large as the held-out part of the data, so that every distance here is biased alike, the floor's too.
 NUM_SETS, SET_SIZE = 3, digits.NUM_HELD_OUT
+LONG_STEPS = 20  # above, one set: it takes as long as all rows of few steps
 SAMPLE_BATCH_SIZE = 60
+
+
+class Teacher(NamedTuple):
+    """A teacher of the demo: its folder, what its denoiser predicts, what its captions say, how it is sampled."""
+
+    folder: str
+    prediction_type: str = "epsilon"
+    sdxl: bool = False  # in SDXL's layout
+    captions: digits.Captions = digits.NAMED
+    guidance_scale: float = 2.0
+
+    @property
+    def shards(self):
+        """The folder of its captioned images."""
+        return "shards" if self.captions is digits.NAMED else self.folder.replace("teacher", "shards")
+
+    def build(self, folder, seed):
+        """Train it and save it as a pipeline."""
+        if self.prediction_type == "flow":
+            return dit.build_teacher(folder, seed=seed)
+        return stable_diffusion.build_teacher(
+            folder, self.prediction_type, seed=seed, sdxl=self.sdxl, captions=self.captions
+        )
+
+
+# The first is the hard judge's: its prompts leave five digits open, and its single step is a smear.
+TEACHERS = {
+    "parity": Teacher("teacher_parity", captions=digits.PARITY, guidance_scale=1.5),
+    "sd": Teacher("teacher"),
+    "v_prediction": Teacher("teacher_v_prediction", "v_prediction"),
+    "sdxl": Teacher("teacher_sdxl", sdxl=True),
+    "dit": Teacher("teacher_dit", "flow"),
+}
 
 
 def build_once(folder, build):
@@ -51,13 +85,13 @@ def measure_once(path, measure):
 
 
 class Judge:
-    """The classifier with what it sees in the training images, and the distance of the held-out ones: the floor."""
+    """The classifier with what it sees in the training images."""
 
     def __init__(self, folder):
-        (train_images, _), (held_out_images, _) = digits.load_split()
+        (train_images, _), (held_out_images, held_out_labels) = digits.load_split()
         self.network = metrics.load_feature_network(folder)
         self.train_features = self.features(train_images)
-        self.floor = self.distance(held_out_images)
+        self.held_out_images, self.held_out_labels = held_out_images, held_out_labels
 
     def features(self, images):
         return metrics.image_features(self.network, to_tensor(images), batch_size=256)
@@ -65,9 +99,16 @@ class Judge:
     def distance(self, images):
         return metrics.frechet_distance(self.features(images), self.train_features)
 
-    def accuracy(self, images, prompts):
-        labels = metrics.prompt_labels(self.network.model.config.id2label, prompts)
-        return metrics.prompt_accuracy(self.network, to_tensor(images), labels, batch_size=256)
+    def scores(self, images, words, captions):
+        """The distance and what the classifier sees, see `metrics.class_statistics`; words: N indices in captions."""
+        allowed = [captions.digits[word] for word in words]
+        seen = metrics.class_statistics(self.network, to_tensor(images), allowed, batch_size=256)
+        return {"frechet_distance": self.distance(images), "prompt_accuracy": seen.pop("accuracy")} | seen
+
+    def held_out(self, captions):
+        """The scores of the held-out digits: the best that a model can be expected to reach."""
+        words = captions.word_of(self.held_out_labels)
+        return self.scores(self.held_out_images, words.tolist(), captions)
 
 
 def to_tensor(images):
@@ -83,18 +124,22 @@ def load_student(folder, teacher_dir):
     return load_pipeline(str(teacher_dir), **({"unet": unet} if unet.is_dir() else {"lora": folder}))
 
 
-def measure_student(judge, folder, teacher_dir, recipe, seed):
-    """The student at its method's numbers of steps, or the model of every stage at the number that it is for."""
+def measure_student(judge, folder, teacher_dir, recipe, seed, teacher):
+    """The student at its method's numbers of steps, or the model of every stage at the number that it is for.
+
+    teacher: the `Teacher` in teacher_dir.
+    """
+    guidance_scale = recipe["guidance_scale"] or teacher.guidance_scale
     stages = {stage: [int(stage.name.split("-k")[1])] for stage in sorted(folder.glob("stage-*"))}
     measured = [
-        measure(judge, load_student(part, teacher_dir), steps, recipe["guidance_scale"], seed)
+        measure(judge, load_student(part, teacher_dir), steps, guidance_scale, seed, teacher.captions)
         for part, steps in (stages or {folder: recipe.get("steps", STUDENT_STEPS)}).items()
     ]
     rows = [row for results, _ in measured for row in results["rows"]]
     return measured[0][0] | {"rows": rows}, np.concatenate([images for _, images in measured])
 
 
-def measure_teacher(judge, folder, steps, seed):
+def measure_teacher(judge, folder, steps, seed, teacher):
     """As well as it samples in few steps. With DDIM from the last timestep down: the checkpoint's own spacing never
     sees noise at one and two steps. A flow's few steps end at an even schedule's last sigma instead of at the data.
     """
@@ -102,28 +147,30 @@ def measure_teacher(judge, folder, steps, seed):
     shipped = pipeline.scheduler
     if hasattr(shipped, "alphas_cumprod"):
         pipeline.scheduler = DDIMScheduler.from_config(shipped.config, clip_sample=False, timestep_spacing="trailing")
-        return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed)
+        return measure(judge, pipeline, steps, teacher.guidance_scale, seed, teacher.captions)
 
     def schedule(num_inference_steps):
         change = probes.repairs(shipped, num_inference_steps)[-1] if 1 < num_inference_steps < 20 else {}
         pipeline.scheduler = type(shipped).from_config(shipped.config, **change)
 
-    return measure(judge, pipeline, steps, GUIDANCE_SCALE, seed, schedule)
+    return measure(judge, pipeline, steps, teacher.guidance_scale, seed, teacher.captions, schedule)
 
 
-def measure(judge, pipeline, steps, guidance_scale, seed, schedule=None):
+def measure(judge, pipeline, steps, guidance_scale, seed, captions=digits.NAMED, schedule=None):
     """Sample NUM_SETS sets at every number of steps. Returns the results, and images (len(steps), 10, H, W, 3).
 
     schedule: called with each number of steps before it is sampled, to change the pipeline's scheduler.
     """
-    prompts = digits.canonical_prompts(SET_SIZE)
+    prompts = digits.canonical_prompts(SET_SIZE, captions)
+    words = [index % len(captions.words) for index in range(SET_SIZE)]
     rows, shown = [], []
     for num_inference_steps in steps:
-        distances, accuracies, seconds = [], [], 0.0
+        scores, seconds = [], 0.0
+        num_sets = 1 if num_inference_steps > LONG_STEPS else NUM_SETS
         if schedule:
             schedule(num_inference_steps)
-        with tqdm(total=NUM_SETS * SET_SIZE, desc=f"{num_inference_steps} steps", unit="image") as progress:
-            for index in range(NUM_SETS):
+        with tqdm(total=num_sets * SET_SIZE, desc=f"{num_inference_steps} steps", unit="image") as progress:
+            for index in range(num_sets):
                 generator = torch.Generator().manual_seed(seed * NUM_SETS + index)
                 images = []
                 for start in range(0, SET_SIZE, SAMPLE_BATCH_SIZE):
@@ -133,18 +180,15 @@ def measure(judge, pipeline, steps, guidance_scale, seed, schedule=None):
                     seconds += time.perf_counter() - started
                     progress.update(len(batch))
                 images = np.concatenate(images)
-                distances.append(judge.distance(images))
-                accuracies.append(judge.accuracy(images, prompts))
+                scores.append(judge.scores(images, words, captions))
                 if index == 0:
                     shown.append(images[:10])
+        spread = np.std([score["frechet_distance"] for score in scores]) if num_sets > 1 else None
         rows.append(
-            {
-                "steps": num_inference_steps,
-                "frechet_distance": float(np.mean(distances)),
-                "frechet_distance_std": float(np.std(distances)),
-                "prompt_accuracy": float(np.mean(accuracies)),
-                "seconds_per_image": seconds / (NUM_SETS * SET_SIZE),
-            }
+            {"steps": num_inference_steps}
+            | {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+            | {"frechet_distance_std": None if spread is None else float(spread)}
+            | {"seconds_per_image": seconds / (num_sets * SET_SIZE)}
         )
     results = {
         "guidance_scale": guidance_scale,
@@ -152,7 +196,7 @@ def measure(judge, pipeline, steps, guidance_scale, seed, schedule=None):
         "set_size": SET_SIZE,
         "batch_size": SAMPLE_BATCH_SIZE,
         "threads": torch.get_num_threads(),
-        "floor": judge.floor,
+        "held_out": judge.held_out(captions),
         "rows": rows,
     }
     return results, np.stack(shown)

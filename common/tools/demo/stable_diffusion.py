@@ -5,11 +5,11 @@ from pathlib import Path
 
 from common.networks import encoders
 from common.tools.demo.digits import (
-    CANONICAL_TEMPLATE,
+    NAMED,
     RESOLUTION,
-    TEMPLATES,
     WORDS,
     build_tokenizer,
+    canonical_prompts,
     load_split,
     save_tokenizer_files,
     to_tensor,
@@ -52,6 +52,7 @@ def build_teacher(
     unet_batch_size=64,
     unet_learning_rate=2e-3,
     sdxl=False,
+    captions=NAMED,
 ):
     """Train the autoencoder, then text encoders and U-Net together; save a StableDiffusion(XL)Pipeline."""
     torch.manual_seed(seed)
@@ -59,8 +60,9 @@ def build_teacher(
     pixels, labels = to_tensor(images), torch.from_numpy(labels)
 
     vae = train_vae(pixels, vae_steps)
-    pipeline = untrained_pipeline(vae, prediction_type, unet_channels, sdxl)
-    train_unet(pipeline, pixels, labels, unet_steps, unet_batch_size, unet_learning_rate)
+    pipeline = untrained_pipeline(vae, prediction_type, unet_channels, sdxl, captions)
+    words = torch.from_numpy(captions.word_of(labels.numpy()))
+    train_unet(pipeline, pixels, words, unet_steps, unet_batch_size, unet_learning_rate, captions)
     pipeline.save_pretrained(output_dir)
     for name in ("tokenizer", "tokenizer_2")[: 1 + sdxl]:
         save_tokenizer_files(getattr(pipeline, name), Path(output_dir) / name)
@@ -71,14 +73,14 @@ def build_teacher(
         f"A small {kind} of handwritten digits",
         f"{RESOLUTION} pixels, prediction_type {prediction_type}, seed {seed}: {vae_steps} steps of the autoencoder, "
         f"{unet_steps} of U-Net and text encoder (batch {unet_batch_size}), {empty}. "
-        f'Prompts such as "{CANONICAL_TEMPLATE.format("three")}"; guidance_scale 2.',
+        f'Prompts such as "{canonical_prompts(1, captions)[0]}"; guidance_scale 1.5 to 2.',
     )
 
 
-def untrained_pipeline(vae, prediction_type, unet_channels, sdxl):
+def untrained_pipeline(vae, prediction_type, unet_channels, sdxl, captions=NAMED):
     """`vae` and random weights: one text encoder 64 wide, or, as in SDXL, two that are 32 wide, one of them pooled."""
     width = 32 if sdxl else 64
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(captions=captions)
     text_encoder = CLIPTextModel(text_config(tokenizer, width))
     addition = {
         "addition_embed_type": "text_time",
@@ -104,7 +106,7 @@ def untrained_pipeline(vae, prediction_type, unet_channels, sdxl):
         return StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    parts["tokenizer_2"] = build_tokenizer(pad_token="!")
+    parts["tokenizer_2"] = build_tokenizer(pad_token="!", captions=captions)
     parts["text_encoder_2"] = CLIPTextModelWithProjection(text_config(parts["tokenizer_2"], width))
     return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True, add_watermarker=False)
 
@@ -195,14 +197,18 @@ def encode(vae, pixels):
     return torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
 
 
-def train_unet(pipeline, pixels, labels, steps, batch_size, learning_rate):
-    """Ordinary diffusion training, with one caption template a step; what stays in the models is their average."""
+def train_unet(pipeline, pixels, words, steps, batch_size, learning_rate, captions=NAMED):
+    """Ordinary diffusion training, with one caption template a step; what stays in the models is their average.
+
+    words: (N,) int64, the index in captions.words of each image's.
+    """
     vae, unet = pipeline.vae, pipeline.unet
     text_encoders = encoders.text_encoders(pipeline)
     tokenizers = [getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2")[: len(text_encoders)]]
     latent_mean, latent_std = encode(vae, pixels)
-    captions = [[template.format(word) for word in WORDS] + [""] for template in TEMPLATES]
-    token_ids = [[tokenize(tokenizer, texts) for tokenizer in tokenizers] for texts in captions]  # each (11, 77)
+    templates, empty = captions.templates, len(captions.words)
+    texts = [[template.format(word) for word in captions.words] + [""] for template in templates]
+    token_ids = [[tokenize(tokenizer, each) for tokenizer in tokenizers] for each in texts]  # each (W + 1, 77)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.view(-1, 1, 1, 1)
     prediction_type = pipeline.scheduler.config.prediction_type
 
@@ -213,7 +219,7 @@ def train_unet(pipeline, pixels, labels, steps, batch_size, learning_rate):
     schedule = cosine_schedule(optimizer, steps)
     progress = tqdm(range(steps), desc="U-Net and text encoder", unit="step")
     for step in progress:
-        index = torch.randint(len(labels), (batch_size,))
+        index = torch.randint(len(words), (batch_size,))
         latents = latent_mean[index] + latent_std[index] * torch.randn_like(latent_mean[index])
         latents = latents * vae.config.scaling_factor
         noise = torch.randn_like(latents)
@@ -222,8 +228,8 @@ def train_unet(pipeline, pixels, labels, steps, batch_size, learning_rate):
         alpha_t, sigma_t = alphas_cumprod[timesteps].sqrt(), (1 - alphas_cumprod[timesteps]).sqrt()
         noisy_latents = alpha_t * latents + sigma_t * noise
 
-        prompt = torch.where(torch.rand(batch_size) < 0.1, 10, labels[index])  # 10 % empty
-        template = torch.randint(len(TEMPLATES), ()).item()
+        prompt = torch.where(torch.rand(batch_size) < 0.1, empty, words[index])  # 10 % empty
+        template = torch.randint(len(templates), ()).item()
         prediction = unet(noisy_latents, timesteps, **condition(text_encoders, token_ids[template], prompt)).sample
         if prediction_type == "epsilon":
             loss = F.mse_loss(prediction, noise)
@@ -248,15 +254,15 @@ def train_unet(pipeline, pixels, labels, steps, batch_size, learning_rate):
 
 
 def condition(text_encoders, token_ids, prompt):
-    """What the U-Net is told, with gradients: the captions `prompt` (B,) out of eleven, the last of them empty.
+    """What the U-Net is told, with gradients: the captions `prompt` (B,) out of W + 1, the last of them empty.
 
-    token_ids: (11, 77) for each encoder. As in SDXL, two encoders give their states before the last layer, the second
-    its pooled state too, and no caption is all zeros.
+    token_ids: (W + 1, 77) for each encoder. As in SDXL, two encoders give their states before the last layer, the
+    second its pooled state too, and no caption is all zeros.
     """
     if len(text_encoders) == 1:
         return {"encoder_hidden_states": text_encoders[0](token_ids[0])[0][prompt]}  # (B, 77, 64)
     outputs = [e(ids, output_hidden_states=True) for e, ids in zip(text_encoders, token_ids, strict=True)]
-    has_caption = (prompt < 10).float().view(-1, 1)
+    has_caption = (prompt < len(token_ids[0]) - 1).float().view(-1, 1)
     prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)[prompt]  # (B, 77, 64)
     time_ids = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]).expand(len(prompt), -1)
     return {
