@@ -170,10 +170,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_other_pairs_are_refused(
 
 def test_dry_run_loads_and_writes_nothing(tmp_path, flags, cached, capsys, monkeypatch):
     monkeypatch.setattr(ModelMixin, "from_pretrained", None)
-    for spec in (cached, f"{cached}/{{00000..00002}}.tar"):
-        run(flags(tmp_path / "out", pairs_dir=spec, dry_run=True))
-        out = capsys.readouterr().out
-        assert "20 to train on, 4 held out" in out and "The first prompts" in out and not (tmp_path / "out").exists()
+    run(flags(tmp_path / "out", pairs_dir=f"{cached}/{{00000..00002}}.tar", dry_run=True))
+    out = capsys.readouterr().out
+    assert "20 to train on, 4 held out" in out and "The first prompts" in out and not (tmp_path / "out").exists()
 
 
 def test_seeds_of_64_bits_have_others_beside_them():

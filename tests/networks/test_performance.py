@@ -193,7 +193,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", ["lcm_lora", "ct"])  # the others: tests/soak
+@pytest.mark.parametrize("name", ["ct"])  # the others: tests/soak
 def test_nothing_is_compiled_after_the_first_updates_and_results_are_the_same(
     tmp_path, command, monkeypatch, compiles_at_once, name
 ):
@@ -319,9 +319,7 @@ def test_resumed_optimizer_states_have_their_parameters_layout():
     assert torch.equal(state["exp_avg"], expected) and state["step"].ndim == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "refused"), [("direct", "dit", True), ("direct", "sd", False), ("lcm", None, False)]
-)
+@pytest.mark.parametrize(("name", "kind", "refused"), [("direct", "dit", True), ("direct", "sd", False)])
 def test_channels_last_is_for_convolutions(tmp_path, command, capsys, monkeypatch, name, kind, refused):
     extra = {"kind": kind} if kind else {}
     words = command(name, tmp_path / "out", channels_last=True, dry_run=True, **extra)

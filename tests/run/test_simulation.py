@@ -55,13 +55,13 @@ CASES = {
         "lcm",
         BF16 | {"gradient_accumulation_steps": 2, "gradient_checkpointing": "selective"},
     ),
-    "lcm LoRA, channels_last": ("lcm_lora", BF16 | {"channels_last": True}),
-    "tscd": ("tscd", {}),
     "tscd LoRA, frozen discriminator": ("tscd_lora", BF16 | {"freeze_discriminator_backbone": True}),
     "ct, 8-bit": ("ct", {"use_8bit_adam": True}),
     "direct LoRA, full": ("direct", {"kind": "dit", "lora_rank": 8, "gradient_checkpointing": True, **BF16}),
 }
 MORE = {  # in tests/soak
+    "lcm LoRA, channels_last": ("lcm_lora", BF16 | {"channels_last": True}),
+    "tscd": ("tscd", {}),
     "lcm": ("lcm", {}),
     "lcm, 8-bit, full": ("lcm", BF16 | {"use_8bit_adam": True, "gradient_checkpointing": True}),
     "lcm LoRA, SDXL, 8-bit": ("lcm_lora", BF16 | {"use_8bit_adam": True, "pretrained_teacher_model": "sdxl"}),

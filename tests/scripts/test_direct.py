@@ -184,6 +184,7 @@ def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
     assert (tmp_path / "killed" / "00000.tar").stat().st_mtime_ns == first  # kept, not made again
 
 
+@pytest.mark.soak
 def test_accelerate_launches_it_on_two_processes(direct_teacher, prompts_file, made, tmp_path):
     words = ask(tmp_path / "config", direct_teacher(), prompts_file, save_images=True)
     words = [word.replace("/config", "/out") for word in words]
@@ -378,11 +379,9 @@ def test_gradient_checkpointing_and_bf16(tmp_path, flags):
     run(flags(tmp_path / "b", gradient_checkpointing=True))
     a, b = (list(scalars(tmp_path / name, "loss").values()) for name in "ab")
     assert a == pytest.approx(b, rel=1e-4)
-    for rank in (0, 4):
-        run(flags(tmp_path / f"c{rank}", mixed_precision="bf16", lora_rank=rank, max_train_steps=2))
-        c = list(scalars(tmp_path / f"c{rank}", "loss").values())
-        assert c[0] == pytest.approx(a[0], rel=0.05)
-    saved = load_file(tmp_path / "c0" / "unet" / "diffusion_pytorch_model.safetensors")
+    run(flags(tmp_path / "c", mixed_precision="bf16", max_train_steps=1))
+    assert scalars(tmp_path / "c", "loss")[1] == pytest.approx(a[0], rel=0.05)
+    saved = load_file(tmp_path / "c" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 

@@ -43,6 +43,15 @@ ROOT = Path(lcm.__file__).parent
 SCRIPTS = {"lcm": lcm, "lcm_lora": lcm_lora, "tscd": tscd, "tscd_lora": tscd_lora}
 LORA_SCRIPTS = (lcm_lora, tscd_lora)
 every_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+# The others differ from these two in what cheaper tests look at.
+two_scripts_and_soak = pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=() if name in ("lcm", "tscd_lora") else pytest.mark.soak)
+        for name, script in SCRIPTS.items()
+    ],
+    ids=SCRIPTS,
+)
 every_lcm_script = pytest.mark.parametrize("script", [lcm, lcm_lora], ids=["lcm", "lcm_lora"])
 # What a script needs on top of the flags that all of them share.
 OWN_FLAGS = {
@@ -272,7 +281,7 @@ def test_only_adapters_train_and_one_network_is_resident(tmp_path, flags, teache
     assert 0.9 * expected < alive < 1.25 * expected  # a second U-Net would make it 1.5 times or more
 
 
-@every_script
+@two_scripts_and_soak
 def test_sdxl_teachers_run_in_the_same_script(tmp_path, flags, teacher, script):
     changes = {"pretrained_teacher_model": teacher("sdxl"), "use_fix_crop_and_size": True, "mixed_precision": "bf16"}
     train(flags(tmp_path / "a", script, **changes, validation_steps=2), script)
@@ -450,7 +459,7 @@ d.discriminator_step = step_and_compare
 """
 
 
-@every_script
+@two_scripts_and_soak
 def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(tmp_path, flags, script):
     two = {"train_batch_size": 2, "data_lanes": 8, "checkpointing_steps": 3}  # 3 micro-batches are half of an update
     done = run_processes(flags(tmp_path / "two", script, **two), script, 2, NO_DDP_LEFT)
@@ -620,7 +629,7 @@ def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, s
     command = command.replace("fp16", "bf16").replace("wandb", "tensorboard").replace("=512", "=16")
     start, end = command.index("pipe:"), command.index("?download=true")
     command = command[:start] + "pipe:cat " + shards + command[end + len("?download=true") :]
-    command = re.sub(r"max_train_steps=\d+", "max_train_steps=4", command)
+    command = re.sub(r"max_train_steps=\d+", "max_train_steps=4", command).replace("workers=8", "workers=2")
     words = shlex.split(command.replace("\\\n", ""))
     start = words.index(f"{script.__name__}.py") + 1
     train(words[start:], script)

@@ -18,7 +18,7 @@ from tests.scripts.test_stable_diffusion import NO_DDP_LEFT, launch, scalars, tr
 import pytest
 
 
-@pytest.mark.parametrize("name", ["lcm", "tscd", "tscd_lora", "direct"])
+@pytest.mark.parametrize("name", ["lcm", "lcm_lora", "tscd", "tscd_lora", "direct"])
 def test_nothing_is_compiled_after_the_first_updates(tmp_path, command, monkeypatch, compiles_at_once, name):  # noqa: F811
     check_compiled(tmp_path, command, monkeypatch, name)
 
@@ -34,8 +34,8 @@ def test_kernels_of_the_compiler_give_the_same_losses(tmp_path, command, name): 
 WATCHED = """
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
-from common import levers
-levers.COMPILE_OPTIONS = levers.COMPILE_OPTIONS | {"backend": "eager"}
+from common.networks import performance
+performance.COMPILE_OPTIONS = performance.COMPILE_OPTIONS | {"backend": "eager"}
 made, no_sync = DDP.__init__, DDP.no_sync
 def watched(self, *args, **options):
     assert options["gradient_as_bucket_view"], options
