@@ -264,6 +264,7 @@ def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monk
         recipe, teacher, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3
     )
     start = command.index(recipe["script"])
+    assert (measuring.ROOT / recipe["script"]).is_file()
     script = __import__(recipe["script"].removesuffix(".py"))
     args = script.parse_args(command[start + 1 :])
     data = (

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TEACHER_STEPS = (50, 8, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
 # A set is as large as the held-out part of the data, so that every distance here is biased alike, the floor's too.
