@@ -163,7 +163,8 @@ def main(args):
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
     performance.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     if args.lora_rank:
-        pipelines.check_lora(config, args.lora_rank, target_names)
+        for network_class, values in config["denoisers"].values():
+            lora.check_lora(values, args.lora_rank, args.lora_alpha, target_names, network_class=network_class)
     run = TrainingRun(args, accelerator)
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
 

@@ -13,16 +13,14 @@ from pathlib import Path
 
 from common.direct import tasks
 from common.errors import UserError, blame
-from common.networks import teachers
-from common.networks.lora import ADAPTER, WEIGHTS, check_rank, lora_layers
+from common.networks import lora, teachers
 from common.networks.weights import check_name, check_parts, check_pipeline
 from common.results import export
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
-from peft.utils import get_peft_model_state_dict
+from peft import PeftConfig
 from safetensors.torch import save_file
 
 LOWERED = torch.nn.Linear, torch.nn.modules.conv._ConvNd  # by autocast to a half precision
@@ -88,8 +86,6 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     """
     index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
     skipped = {part: None for part in teachers.NOT_TRAINED if part in index}
-    if "safety_checker" in index:
-        skipped["requires_safety_checker"] = False
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir, "dtype": dtype}
     flag = f"`pretrained_teacher_model`={name}"
     parts = [part for part, value in index.items() if isinstance(value, list)]
@@ -140,16 +136,6 @@ def exempt_vae(pipeline):
     vae.decode = decode
 
 
-def check_lora(config, rank, names=None):
-    """UserError for `lora_target_modules` or `lora_rank` that do not fit; config: as from `read_pipeline_config`."""
-    adapted = []
-    for cls, values in config["denoisers"].values():
-        with torch.device("meta"):
-            module = cls.from_config(values)
-        adapted += [module.get_submodule(path) for path in lora_targets(module, names)]
-    check_rank(rank, adapted)
-
-
 def denoisers(pipeline):
     """{name: module} of the networks that denoise, in the order of DENOISERS."""
     parts = {name: getattr(pipeline, name, None) for name in DENOISERS}
@@ -187,7 +173,16 @@ def call(pipeline, prompts, seeds, output_type="latent", **kwargs):
         kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(prompts)
     drawn = seeds if isinstance(seeds[0], torch.Generator) else generators(seeds)
     options = {"generator": drawn, "output_type": output_type, "return_dict": False}
-    return undecorated(type(pipeline))(pipeline, prompt=list(prompts), **options, **kwargs)[0]
+    try:
+        answer = undecorated(type(pipeline))(pipeline, prompt=list(prompts), **options, **kwargs)[0]
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        answer = error  # bare, as diffusers raises where a pipeline knows no latents: LDM3D, which makes depth too
+    if output_type == "latent" and not isinstance(answer, torch.Tensor):
+        name, why = type(pipeline).__name__, str(answer) if isinstance(answer, Exception) else type(answer).__name__
+        raise UserError(f"`pretrained_teacher_model`: a {name} cannot be distilled, its call gives no latents ({why})")
+    return answer
 
 
 class Rollout(torch.nn.Module):
@@ -204,7 +199,7 @@ class Rollout(torch.nn.Module):
         adapters' dropout follows."""
         super().train(False)
         self.training = mode
-        for layer in lora_layers(self).values():
+        for layer in lora.lora_layers(self).values():
             layer.lora_dropout.train(mode)
         return self
 
@@ -254,50 +249,10 @@ def to_pixels(images):
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def lora_targets(module, names=None):
-    """Full paths of the modules of a denoiser that get adapters.
-
-    names: ends of paths, as in PEFT; None: every Linear and Conv2d in a repeated block, a member of a ModuleList.
-    Raises UserError for a name that selects nothing, or anything but Linear and Conv2d.
-    """
-    layers = {path: m for path, m in module.named_modules() if path}
-    fits = {
-        p
-        for p, m in layers.items()
-        if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and getattr(m, "groups", 1) == 1
-    }
-    if names is None:
-        return sorted(path for path in fits if any(part.isdigit() for part in path.split(".")))
-    selected = set()
-    for name in names:
-        paths = {path for path in layers if f".{path}".endswith(f".{name}")}
-        if not paths or paths - fits:
-            raise UserError(
-                f"`lora_target_modules`: {name!r} does not select Linear or Conv2d modules of the teacher's denoiser; "
-                "name ends of module paths, like to_q,to_k,to_v"
-            )
-        selected |= paths
-    return sorted(selected)
-
-
 def add_lora(pipeline, rank, alpha, dropout=0.0, names=None):
-    """Attach float32 adapters to every denoiser, in place; B starts at zero, so the student starts as the teacher."""
+    """Attach adapters to every denoiser, in place; names: see `lora.target_paths`."""
     for module in denoisers(pipeline).values():
-        attach_lora(module, rank, alpha, dropout, names)
-
-
-def attach_lora(module, rank, alpha, dropout=0.0, names=None):
-    """`add_lora` for one denoiser, which is frozen but for its adapters; names: see `lora_targets`."""
-    targets = lora_targets(module, names)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-    module.requires_grad_(False)
-    if hasattr(module, "add_adapter"):
-        module.add_adapter(config, ADAPTER)
-    else:
-        inject_adapter_in_model(config, module, ADAPTER)
-    for layer in lora_layers(module).values():
-        for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-            part.float().requires_grad_(True)
+        lora.add_lora(module, rank, alpha, dropout, lora.target_paths(module, names))
 
 
 def lora_files(pipeline_class, names):
@@ -309,9 +264,13 @@ def lora_files(pipeline_class, names):
     files = {}
     for name in names:
         if f"{name}_lora_layers" in arguments:
-            files[name] = WEIGHTS, name, {}
+            files[name] = lora.WEIGHTS, name, {}
         else:  # Wan 2.2: the second transformer's LoRA is a file of its own
-            files[name] = WEIGHTS.replace(".", f"_{name}.", 1), name.rpartition("_")[0], {f"load_into_{name}": True}
+            files[name] = (
+                lora.WEIGHTS.replace(".", f"_{name}.", 1),
+                name.rpartition("_")[0],
+                {f"load_into_{name}": True},
+            )
     return files
 
 
@@ -324,24 +283,19 @@ def save_lora(output_dir, pipeline):
     output_dir, parts = Path(output_dir), denoisers(pipeline)
     files, written = lora_files(type(pipeline), parts), []
     for name, module in parts.items():
-        tensors = {
-            k: v.detach().cpu().contiguous()
-            for k, v in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()
-        }
-        config = module.peft_config[ADAPTER]
+        tensors = lora.saved_tensors(module)
         if files:
             file, keyword, _ = files[name]
-            # Not config.to_dict(): another version of PEFT refuses fields that it does not know.
-            header = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
-            layers = {f"{keyword}_lora_layers": tensors, f"{keyword}_lora_adapter_metadata": header}
+            metadata = {f"{keyword}_lora_adapter_metadata": lora.saved_metadata(module)}
+            layers = {f"{keyword}_lora_layers": tensors} | metadata
             type(pipeline).save_lora_weights(output_dir, weight_name=file, **layers)
             written.append(file)
             continue
         folder = output_dir / f"{name}_adapter"
         folder.mkdir(parents=True, exist_ok=True)
         save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
-        PeftConfig.save_pretrained(config, folder)
-        merged_denoiser(module).save_pretrained(output_dir / name)
+        PeftConfig.save_pretrained(module.peft_config[lora.ADAPTER], folder)
+        lora.merged(module).save_pretrained(output_dir / name)
         written += [f"{name}_adapter", name]
     return written
 
@@ -386,21 +340,6 @@ def student_code(pipeline, model, kwargs, files=(), teacher=None):
     for file, extra in lora_load_calls(pipeline, files):
         lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{extra})')
     return "\n".join([*lines, f'images = pipe("a prompt", {public_kwargs(kwargs)})[0]'])
-
-
-@torch.no_grad()
-def merged_denoiser(module):
-    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT."""
-    weights = {}
-    layers = lora_layers(module)
-    for path, tensor in module.state_dict().items():
-        if ".lora_" not in path:
-            weights[path.replace(".base_layer.", ".")] = tensor.detach().float().cpu()
-    for path, layer in layers.items():
-        weights[f"{path}.weight"] = weights[f"{path}.weight"] + layer.get_delta_weight(ADAPTER).float().cpu()
-    copy = type(module).from_config(module.config)
-    copy.load_state_dict(weights)
-    return copy
 
 
 def public_kwargs(kwargs):

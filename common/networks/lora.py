@@ -1,8 +1,8 @@
-"""LoRA on a U-Net: which modules, attach, switch off for the teacher, save for other programs, checkpoint.
+"""LoRA on a denoiser: which modules, attach, switch off for the teacher, save for other programs, checkpoint.
 
 The base is frozen in any dtype, the adapters are float32 and the only thing that trains. One network is both student
 (adapters on) and teacher (`adapters_off`). Left out: LoRA on text encoders, DoRA, several adapters at once; and
-FSDP and DeepSpeed save the whole network in checkpoints.
+FSDP and DeepSpeed save the whole network in checkpoints. Files for other programs and `init_lora` are a U-Net's alone.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from common.networks.weights import check_name
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -54,59 +54,62 @@ def parse_target_modules(text):
     return names
 
 
-def check_target_modules(unet_config, names):
-    """The paths of the modules that `names` select in the U-Net of this configuration; needs no weights.
+def target_paths(network, names=None):
+    """The paths of the modules of a denoiser that get adapters, sorted; needs no weights.
 
-    A name selects the modules whose path is it or ends with it, as in PEFT. Raises UserError for a name that selects
-    nothing, or anything but Linear and Conv2d; of TARGET_MODULES itself, what a U-Net does not have is left out.
+    names: each selects the modules whose path is it or ends with it, as in PEFT; None: every Linear and Conv2d in a
+    repeated block, a member of a ModuleList. Raises UserError for a name that selects nothing, or anything but Linear
+    and Conv2d; of TARGET_MODULES itself, what a network does not have is left out.
     """
-    with torch.device("meta"):
-        modules = dict(UNet2DConditionModel.from_config(unet_config).named_modules())
-    selected = {name: [path for path in modules if f".{path}".endswith(f".{name}")] for name in names}
+    modules = dict(network.named_modules())
+    layers = {path: m for path, m in modules.items() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    fits = {path for path, layer in layers.items() if getattr(layer, "groups", 1) == 1}
+    if names is None:
+        return sorted(path for path in fits if any(part.isdigit() for part in path.split(".")))
+    selected = {name: {path for path in modules if f".{path}".endswith(f".{name}")} for name in names}
     for name, paths in selected.items():
-        fits = all(isinstance(modules[path], (torch.nn.Linear, torch.nn.Conv2d)) for path in paths)
-        if not fits or not (paths or tuple(names) == TARGET_MODULES):
+        if paths - fits or not (paths or tuple(names) == TARGET_MODULES):
             raise UserError(
-                f"`lora_target_modules`: {name!r} does not select Linear or Conv2d modules of the teacher's U-Net; "
-                f"name ends of module paths, like {', '.join(TARGET_MODULES[:4])}"
+                f"`lora_target_modules`: {name!r} does not select Linear or Conv2d modules of the teacher's denoiser; "
+                f"name ends of module paths, like {','.join(TARGET_MODULES[:3])}"
             )
-    return [path for path in modules if any(path in paths for paths in selected.values())]
+    return sorted(set().union(*selected.values()))
 
 
-def check_rank(rank, modules):
-    """UserError for a rank above what any of `modules`, each Linear or Conv2d, can have: it adds memory alone."""
-    most = max(min(m.weight.shape[0], m.weight[0].numel()) for m in modules)
+def check_lora(config, rank, alpha, target_modules, init_lora=None, network_class=UNet2DConditionModel):
+    """UserError for modules that the denoiser does not have, for a rank above what any of them can have, which adds
+    memory alone, and unless the LoRA of `init_lora` can be the start; needs no weights of the denoiser."""
+    with torch.device("meta"):
+        network = network_class.from_config(config)
+    weights = [network.get_submodule(path).weight for path in target_paths(network, target_modules)]
+    most = max(min(weight.shape[0], weight[0].numel()) for weight in weights)
     if rank > most:
         raise UserError(
             f"`lora_rank`={rank}: the largest of the adapted layers has rank {most}, so more than that cannot be "
             f"learnt; pass at most {most}"
         )
-
-
-def check_lora(unet_config, rank, alpha, target_modules, init_lora=None):
-    """UserError for modules that the U-Net does not have, for a rank that none of them can have, and unless the LoRA
-    of `init_lora` can be the start; needs no weights of the U-Net."""
-    paths = check_target_modules(unet_config, target_modules)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-    check_rank(rank, [unet.get_submodule(path) for path in paths])
-    add_lora(unet, rank, alpha, 0.0, target_modules, init_lora)
-
-
-def add_lora(unet, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, init_lora=None):
-    """Freeze `unet` and attach float32 adapters to it, in place; they add alpha / rank * B A x to each module.
-
-    B starts at zero, so that student and teacher agree at step 0. init_lora: a folder with an earlier run's LoRA, or
-    one file in either format, whose adapters are the start instead; UserError when it does not fit.
-    """
-    unet.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules))
-    unet.add_adapter(config, ADAPTER)
-    for parameter in lora_parameters(unet):
-        parameter.data = parameter.data.float()
-    unet._lora_layers = list(lora_layers(unet).values())  # for adapters_off, which runs at every step
     if init_lora is not None:
-        start_from(unet, init_lora, rank, alpha)
+        add_lora(network, rank, alpha, 0.0, target_modules, init_lora)
+
+
+def add_lora(network, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, init_lora=None):
+    """Freeze a denoiser and attach float32 adapters to it, in place; they add alpha / rank * B A x to each module.
+
+    B starts at zero, so that student and teacher agree at step 0. target_modules: as in PEFT. init_lora: a folder with
+    an earlier run's LoRA, or one file in either format, whose adapters are the start instead; UserError when it does
+    not fit.
+    """
+    network.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules))
+    if hasattr(network, "add_adapter"):
+        network.add_adapter(config, ADAPTER)
+    else:
+        inject_adapter_in_model(config, network, ADAPTER)
+    for parameter in lora_parameters(network):
+        parameter.data = parameter.data.float()
+    network._lora_layers = list(lora_layers(network).values())  # for adapters_off, which runs at every step
+    if init_lora is not None:
+        start_from(network, init_lora, rank, alpha)
 
 
 def start_from(unet, init_lora, rank, alpha):
@@ -115,7 +118,7 @@ def start_from(unet, init_lora, rank, alpha):
 
 
 def lora_layers(unet):
-    """{path: LoraLayer} of a U-Net, which may be wrapped by DDP or torch.compile."""
+    """{path: LoraLayer} of a denoiser, which may be wrapped by DDP or torch.compile."""
     return {path: module for path, module in _unwrap(unet).named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -151,6 +154,32 @@ def adapters_off(unet):
             layer._disable_adapters = False
 
 
+@torch.no_grad()
+def merged(network):
+    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT."""
+    weights = {}
+    for path, tensor in network.state_dict().items():
+        if ".lora_" not in path:
+            weights[path.replace(".base_layer.", ".")] = tensor.detach().float().cpu()
+    for path, layer in lora_layers(network).items():
+        weights[f"{path}.weight"] += layer.get_delta_weight(ADAPTER).float().cpu()
+    copy = type(network).from_config(network.config)
+    copy.load_state_dict(weights)
+    return copy
+
+
+def saved_tensors(network, dtype=torch.float32):
+    """`adapter_tensors` as they stand in files."""
+    return {name: p.detach().cpu().to(dtype).contiguous() for name, p in adapter_tensors(network).items()}
+
+
+def saved_metadata(network):
+    """What stands beside the tensors. Not config.to_dict(): another version of PEFT refuses fields that it does not
+    know."""
+    config = _unwrap(network).peft_config[ADAPTER]
+    return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+
+
 def _unwrap(model):
     while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
@@ -168,10 +197,7 @@ def save_lora(output_dir, unet, dtype=torch.float32):
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     unet = _unwrap(unet)
-    config = unet.peft_config[ADAPTER]
-    tensors = {name: p.detach().cpu().to(dtype).contiguous() for name, p in adapter_tensors(unet).items()}
-    # Not config.to_dict(): another version of PEFT refuses fields that it does not know.
-    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    config, tensors, metadata = unet.peft_config[ADAPTER], saved_tensors(unet, dtype), saved_metadata(unet)
     with _atomic(output_dir / WEIGHTS) as tmp:
         StableDiffusionPipeline.save_lora_weights(
             tmp.parent, unet_lora_layers=tensors, weight_name=tmp.name, unet_lora_adapter_metadata=metadata
@@ -316,8 +342,7 @@ def register_adapter_checkpointing(accelerator, unet):
     def save(models, weights, output_dir):
         weights.pop(position(models))  # what is left in the list is what accelerate writes
         if accelerator.is_main_process:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(unet).items()}
-            save_file(tensors, Path(output_dir, CHECKPOINT))
+            save_file(saved_tensors(unet), Path(output_dir, CHECKPOINT))
 
     def load(models, input_dir):
         models.pop(position(models))

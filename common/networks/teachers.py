@@ -289,7 +289,6 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
         plain = PLAIN[_check_kind(name, index)]
         takes = inspect.signature(plain.__init__).parameters
         parts |= {part: None for part in NOT_TRAINED if part in takes}
-        parts |= {"requires_safety_checker": False} if "safety_checker" in takes else {}
         parts |= {"variant": variant, "revision": revision, "cls": plain}
         pipeline = load_checked(f"`pretrained_teacher_model`={name}", name, index, **parts)
     if vae is not None:
@@ -300,16 +299,20 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
 
 
 def load_checked(flag, name, index, cls=DiffusionPipeline, dtype=torch.float32, **options):
-    """`cls.from_pretrained` of safetensors, without a repository's code, after a check of the weights.
+    """`cls.from_pretrained` of safetensors, without a repository's code, after a check of the weights, and without the
+    safety checker, which would replace images by black ones.
 
     index: its model_index.json. dtype: as there. options: variant, revision, cache_dir, and parts that are not loaded.
     """
     options |= {"use_safetensors": True, "trust_remote_code": False}
+    parts = index if cls is DiffusionPipeline else inspect.signature(cls.__init__).parameters
+    if "safety_checker" in parts:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
     if not Path(name).is_dir():  # a folder's were checked before
         cls.download(name, **options)
         place = {key: options.get(key) for key in ("variant", "revision", "cache_dir")}
         if cls is not DiffusionPipeline:  # which takes what the index names
-            index = {part: index[part] for part in inspect.signature(cls.__init__).parameters if part in index}
+            index = {part: index[part] for part in parts if part in index}
         weights.check_pipeline(flag, name, index, **place, skip=(*NOT_TRAINED, *options), downloaded=True)
     return cls.from_pretrained(name, dtype=dtype, **options)
 

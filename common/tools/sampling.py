@@ -52,7 +52,7 @@ def load_pipeline(
     path, unet=None, lora=None, scheduler="keep", dtype=torch.float32, device="cpu", revision=None, variant=None,
     cache_dir=None,
 ):  # fmt: skip
-    """A stock diffusers pipeline without its safety checker, which would replace images by black ones.
+    """A stock diffusers pipeline without its safety checker.
 
     unet: folder that replaces its U-Net; lora: folder or file; with the scheduler beside either, where there is one;
     scheduler: keep, ddim, lcm or tcd, the last three made from the configuration of the pipeline's own, ddim from the
@@ -63,8 +63,6 @@ def load_pipeline(
     where = {"revision": revision, "cache_dir": cache_dir}
     parts = {}
     index = load_index(path, where)
-    if "safety_checker" in index:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
     if unet:
         parts["unet"] = load_unet(index, unet, dtype)
     flag = f"--pretrained_model {path}"

@@ -9,8 +9,7 @@ from common.direct.pixels import fit, rounded
 from common.direct.student import freeze_unused, roll_out
 from common.errors import UserError
 from common.losses import distance
-from common.networks import performance
-from common.networks.lora import lora_layers
+from common.networks import lora, performance
 from tests import tiny_pipelines as tiny
 
 import diffusers
@@ -112,8 +111,8 @@ def test_lora_round_trip_through_stock_diffusers(name, tmp_path):
         untrained = pipelines.call(pipeline, PROMPTS, [3, 4], **kwargs)
     pipelines.add_lora(pipeline, rank=2, alpha=3.0)
     for module in pipelines.denoisers(pipeline).values():
-        assert lora_layers(module)
-        for layer in lora_layers(module).values():
+        assert lora.lora_layers(module)
+        for layer in lora.lora_layers(module).values():
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
     with torch.no_grad():
         trained = pipelines.call(pipeline, PROMPTS, [3, 4], **kwargs)
@@ -322,6 +321,17 @@ def test_perturbed_attention_is_switched_off_for_the_student():
     assert torch.equal(probes.observe(pipeline, PROMPTS, **options, pag_scale=0.0).latents, expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_that_gives_no_latents_is_refused():
+    """LDM3D makes depth beside images, and raises a bare Exception where it is asked for latents."""
+    plain = tiny.make("SD1.5")
+    pipeline = diffusers.StableDiffusionLDM3DPipeline(**plain.components, requires_safety_checker=False)
+    pipeline.encode_prompt = plain.encode_prompt
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(UserError, match="a StableDiffusionLDM3DPipeline cannot be distilled, its call gives no laten"):
+        student_module.student_kwargs(pipeline, Pairs(), tiny.SIZE, 4, {})
+
+
 # --- sizes
 
 
@@ -394,12 +404,12 @@ def test_guidance_that_the_user_leaves_on_is_refused():
 
 def test_adapters_go_into_every_layer_of_the_blocks_or_where_they_are_told():
     unet = tiny.make("SD1.5").unet
-    targets = pipelines.lora_targets(unet)
+    targets = lora.target_paths(unet)
     assert "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" in targets and "conv_in" not in targets
     assert "mid_block.resnets.0.conv1" in targets and "up_blocks.0.upsamplers.0.conv" in targets
-    assert pipelines.lora_targets(unet, ["to_q", "conv_in"]) == sorted(
+    assert lora.target_paths(unet, ["to_q", "conv_in"]) == sorted(
         path for path, _ in unet.named_modules() if path.endswith("to_q") or path == "conv_in"
     )
     for name in ("to_x", "norm1"):
         with pytest.raises(UserError, match=f"`lora_target_modules`: '{name}' does not select"):
-            pipelines.lora_targets(unet, [name])
+            lora.target_paths(unet, [name])

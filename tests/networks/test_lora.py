@@ -132,7 +132,7 @@ def assert_same(one, other):
 
 def test_lcm_lora_on_sd15_is_67_million_parameters():
     unet = full_unet(FULL_SD)
-    paths = lora.check_target_modules(dict(unet.config), lora.TARGET_MODULES)
+    paths = lora.target_paths(unet, lora.TARGET_MODULES)
     lora.add_lora(unet, 64, 64)
     assert set(paths) == adapted(unet) and len(paths) == 278
     assert sum(parameter.numel() for parameter in lora.lora_parameters(unet)) == 67_252_224
@@ -148,13 +148,13 @@ def test_target_modules_of_the_flag():
 @pytest.mark.parametrize("name", ["to_x", "attn1", "norm1", "q", "0"])
 def test_names_that_are_no_linear_or_convolution_are_refused(name):
     with pytest.raises(UserError, match=f"`lora_target_modules`: '{name}'"):
-        lora.check_target_modules(SD, ("to_q", name))
+        lora.target_paths(make_unet(SD), ("to_q", name))
 
 
 @pytest.mark.parametrize("names", [ATTENTION, lora.TARGET_MODULES, ("conv_in", "linear_1", "upsamplers.0.conv")])
 def test_checked_modules_are_those_that_get_adapters(names):
     unet = make_unet(SD)
-    paths = lora.check_target_modules(SD, names)
+    paths = lora.target_paths(unet, names)
     lora.add_lora(unet, 2, 2, 0.0, names)
     assert set(paths) == adapted(unet) and len(paths) == len(set(paths)) > 2
 
@@ -338,7 +338,7 @@ def test_kohya_names_of_sdxl_are_the_original_checkpoints():
     unet = full_unet(FULL_SDXL)
     others = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1",
               "add_embedding.linear_2")  # fmt: skip
-    paths = lora.check_target_modules(dict(unet.config), lora.TARGET_MODULES)
+    paths = lora.target_paths(unet, lora.TARGET_MODULES)
     assert len(paths) == 788
     keys = lora.kohya_keys(unet.config, [*paths, *others])
     assert len(set(keys.values())) == len(paths) + len(others)
@@ -373,7 +373,7 @@ def test_networks_laid_out_unlike_sdxl_keep_the_diffusers_names(other):
 @pytest.mark.parametrize("config", [FULL_SD, FULL_SDXL], ids=["sd15", "sdxl"])
 def test_diffusers_finds_every_module_of_the_full_networks_in_a_kohya_file(config):
     unet = full_unet(config)
-    paths = lora.check_target_modules(dict(unet.config), lora.TARGET_MODULES)
+    paths = lora.target_paths(unet, lora.TARGET_MODULES)
     tensors = {}
     for key in lora.kohya_keys(unet.config, paths).values():
         tensors |= {f"{key}.{end}": torch.ones(()) for end in ("lora_down.weight", "lora_up.weight", "alpha")}
