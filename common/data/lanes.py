@@ -57,10 +57,12 @@ def last_detail(skipped: list[dict]) -> str:
 
 
 class Lane:
-    """One lane's raw samples, endlessly, from a cursor on."""
+    """One lane's raw samples, endlessly, from a cursor on. shelf: a `fetch.Shelf`, where its first shard begins."""
 
-    def __init__(self, data, index: int, cursor: dict[str, int]):
-        self.data, self.index, self.cursor = data, index, dict(cursor)
+    def __init__(self, data, index: int, cursor: dict[str, int], shelf):
+        self.data, self.index, self.cursor, self.shelf = data, index, dict(cursor), shelf
+        if data._folder is None:
+            shelf.begin(index, data.next_shard(index, cursor["epoch"], cursor["unit"]))
         self.reader = None  # of the epoch; opened at the cursor
         self.block, self.after = [], None  # the permuted block, and (unit, position) where the next one starts
 
@@ -89,7 +91,8 @@ class Lane:
     def _read_block(self, tally: Tally):
         data, cursor = self.data, self.cursor
         if self.reader is None:
-            self.reader = data._raw_samples(self.index, cursor["epoch"], cursor["unit"], cursor["position"])
+            place = cursor["epoch"], cursor["unit"], cursor["position"]
+            self.reader = data._raw_samples(self.index, *place, self.shelf)
         self.after = cursor["unit"], cursor["position"]
         left = data._quota(self.index) - cursor["taken"]
         most, size = min(data.shuffle_block_samples, left), 0

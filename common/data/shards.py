@@ -1,25 +1,16 @@
-"""Where training samples come from: listing, opening and reading tar shards; folders of images are in `folders`.
+"""Where training samples come from: listing and reading tar shards; `fetch` opens them, `folders` are of images.
 
 A raw sample is {member extension: bytes}. Nothing is unpickled, and members that nobody asked for are never read.
-Remote shards are fetched whole into a temporary file (TMPDIR) before they are read, so a failed transfer is an error
-of the shard and never a short shard. Left out: writing shards.
 """
 
-import base64
 import contextlib
 import glob
 import itertools
 import json
 import os
 import re
-import shutil
-import signal
-import subprocess
 import tarfile
-import tempfile
-import time
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +27,6 @@ SKIP_CLASSES = ("shard_open", "shard_read", "decode", "missing_caption", "too_sm
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # in any case
 HELD_OUT = ("test", "val", "valid", "validation", "eval", "dev")  # folders that are not for training, beside others
 MAX_MEMBER_BYTES = 1 << 28  # larger members of a tar are not read: their sample is too_big
-DOWNLOAD_TRIES, DOWNLOAD_BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
-SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
 
 
 class SampleError(Exception):
@@ -79,7 +68,7 @@ def _expand_spec(spec: str) -> list[str]:
     shards, missing = [], []
     for path in paths:
         if is_remote(path):
-            shards += _expand_fsspec(path) if _uses_fsspec(path) else [path]
+            shards += _expand_fsspec(path) if uses_fsspec(path) else [path]
             continue
         if os.path.isdir(path):
             shards += _expand_folder(path)
@@ -102,7 +91,7 @@ def is_remote(shard: str) -> bool:
     return shard.startswith("pipe:") or "://" in shard
 
 
-def _uses_fsspec(shard: str) -> bool:
+def uses_fsspec(shard: str) -> bool:
     return not shard.startswith(("pipe:", "http://", "https://"))
 
 
@@ -199,88 +188,6 @@ def _count_tar(path: str) -> int:
     return count
 
 
-def open_shard(shard: str, pipe_timeout: float):
-    """A seekable binary file. A remote shard is copied whole to an unlinked temporary file first."""
-    if not is_remote(shard):
-        try:
-            return open(shard, "rb")
-        except OSError as error:
-            raise SampleError("shard_open", str(error)) from error
-    for attempt in range(DOWNLOAD_TRIES):
-        file = tempfile.TemporaryFile()
-        try:
-            _copy_remote(shard, file, pipe_timeout)
-            file.seek(0)
-            return file
-        except Exception as error:  # each protocol has its own; all of them mean "not this time"
-            file.close()
-            if attempt == DOWNLOAD_TRIES - 1:
-                raise SampleError("shard_open", f"{type(error).__name__}: {error}") from error
-        time.sleep(DOWNLOAD_BACKOFF * 2**attempt)
-
-
-def read_head(shard: str, size: int = 1 << 16, pipe_timeout: float = 60) -> bytes:
-    """The first bytes of a shard, without the rest; b"" for one that does not answer: the stream will say why."""
-    with contextlib.suppress(Exception):
-        if not is_remote(shard):
-            with open(shard, "rb") as file:
-                return file.read(size)
-        if shard.startswith("pipe:"):
-            with tempfile.TemporaryFile() as file:
-                command = shard.removeprefix("pipe:")
-                _run_pipe(f"set +o pipefail\n({command}\n) | head -c {size}", file, pipe_timeout)
-                file.seek(0)
-                return file.read()
-        with _open_remote(shard)[0] as source:
-            return source.read(size)
-    return b""
-
-
-def _request(url: str) -> urllib.request.Request:
-    """user:password@ of an address becomes the header that it stands for."""
-    parts = urllib.parse.urlsplit(quote_address(url))
-    request = urllib.request.Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
-    if parts.username is not None:
-        login = ":".join(urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
-        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
-    return request
-
-
-def _copy_remote(shard: str, file, pipe_timeout: float):
-    if shard.startswith("pipe:"):
-        _run_pipe(shard.removeprefix("pipe:"), file, pipe_timeout)
-        return
-    source, expected = _open_remote(shard)
-    with source:
-        shutil.copyfileobj(source, file, 1 << 20)
-    if expected is not None and file.tell() != int(expected):
-        raise OSError(f"{file.tell()} of {expected} bytes received")
-
-
-def _open_remote(address: str):
-    """(open binary file, its length or None) of an address that is no pipe."""
-    if _uses_fsspec(address):
-        filesystem, path = fsspec.core.url_to_fs(address)
-        return filesystem.open(path, "rb"), filesystem.size(path)
-    source = urllib.request.urlopen(_request(address), timeout=SOCKET_TIMEOUT)
-    return source, source.headers["Content-Length"]
-
-
-def _run_pipe(command: str, file, timeout: float):
-    arguments, nothing = ["bash", "-o", "pipefail", "-c", command], subprocess.DEVNULL
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(arguments, stdin=nothing, stdout=file, stderr=errors, start_new_session=True)
-        try:
-            code = process.wait(timeout)
-        finally:  # a command that hangs goes, with all that it started
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if code:
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 150))
-            raise OSError(f"exit code {code}: {errors.read().decode(errors='replace').strip()}")
-
-
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[int, str, str, tarfile.TarInfo]]:
     """(sample's index in the shard, key, extension, member) of the regular files, in order, reading headers only.
 
@@ -346,11 +253,11 @@ def tar_samples(file, required, part: int = 0, parts: int = 1, start: int = 0) -
                 raw[extension] = None
                 if member.size <= MAX_MEMBER_BYTES:
                     raw[extension] = _read_member(tar, member)
-    except SampleError:
-        raise
-    except Exception as error:  # hostile bytes make tarfile raise nearly anything
+    except Exception as error:  # hostile bytes make tarfile raise nearly anything; SampleError: the rest does not come
         if raw and missing_group(raw, required) is None and None not in raw.values():
             yield current, current_key, raw  # the sample before the damage is whole
+        if isinstance(error, SampleError):
+            raise
         raise SampleError("shard_read", f"{type(error).__name__}: {error}") from error
     if raw is not None and current >= 0:
         yield done()

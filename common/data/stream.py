@@ -8,10 +8,10 @@ random is keyed by numbers that a checkpoint holds: (seed, epoch), (seed, lane, 
 cursor is the start of its block, in raw samples, and the offset in the permuted block.
 
 Limits. Resuming reads each lane's block again, after a scan of at most one shard. Lanes drift apart: one may be in its
-second epoch while another is in its first. A remote shard that cannot be fetched is counted and left out, so such a
+second epoch while another is in its first. A remote shard that breaks off is counted and the rest left out, so such a
 run repeats exactly only if the error does. The window of `max_skip_ratio` starts anew on resume.
 Memory of a worker: its lanes x (`shuffle_block_bytes` + one sample) undecoded, and two finished micro-batches.
-Temporary disk space (TMPDIR), for remote shards only: one shard per lane.
+Temporary disk space (TMPDIR), for remote shards only: two shards per lane.
 
 Left out: video and audio, ICC profiles, writing shards, and any decoding of members that `required` does not name.
 """
@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.data.fetch import Shelf, open_shard
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
 from common.data.lanes import (
     MAX_LOGGED_SKIPS,
@@ -40,7 +41,7 @@ from common.data.lanes import (
     permutation,
     seen_and_unreadable,
 )
-from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote, open_shard, tar_samples
+from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote, tar_samples
 from common.errors import UserError, mask_credentials, without_credentials
 from common.keyed_random import keyed_seed
 
@@ -61,7 +62,7 @@ class TrainingData:
     required: groups of member extensions, of which a sample needs one each. num_lanes: default 8 * world_size, or
     those of the loaded state. max_train_samples: at most that many distinct samples, the same in each epoch.
     max_skip_ratio: share of unreadable samples among the last 10,000 above which the run stops. data_timeout: seconds
-    without a batch from the workers, or without an end of a pipe's command, after which it is given up.
+    without a batch from the workers, or without a byte from a pipe's command, after which it is given up.
     source: samples that are neither shards nor a folder with captions: `name`, `keys` (list of str, in a fixed order)
     and read(index) -> {extension: bytes}, perhaps `flag`, the user's, for errors, and `unusable` and `notes` as of
     `folders.Samples`; `shards` then only says which data they are.
@@ -172,23 +173,32 @@ class TrainingData:
             return math.inf
         return self.max_train_samples // self.num_lanes + (lane < self.max_train_samples % self.num_lanes)
 
-    def _raw_samples(self, lane: int, epoch: int, unit: int, position: int) -> Iterator[tuple]:
+    def _units(self, lane: int, epoch: int) -> list[tuple[str, int, int]]:
+        """(shard, part of it, number of parts), in the order in which the lane reads them in an epoch."""
+        parts = math.ceil(self.num_lanes / len(self.shards))
+        order_epoch = 0 if self.max_train_samples is not None else epoch
+        units = permutation(self.seed, "units", order_epoch, len(self.shards) * parts)[lane :: self.num_lanes]
+        return [(self.shards[unit // parts], unit % parts, parts) for unit in units]
+
+    def next_shard(self, lane: int, epoch: int, unit: int) -> str:
+        """The shard that the lane opens at a place, which may be the end of an epoch."""
+        units = self._units(lane, epoch)
+        return (units[unit] if unit < len(units) else self._units(lane, epoch + 1)[0])[0]
+
+    def _raw_samples(self, lane: int, epoch: int, unit: int, position: int, shelf: Shelf) -> Iterator[tuple]:
         """(unit, position, shard, key, raw) of a lane's epoch in plan order, from a position on.
 
         unit and position stand behind the sample; raw is a SampleError where the rest of a shard is lost.
         """
-        order_epoch = 0 if self.max_train_samples is not None else epoch
         if self._folder is not None:
+            order_epoch = 0 if self.max_train_samples is not None else epoch
             order = permutation(self.seed, "items", order_epoch, len(self._items))[lane :: self.num_lanes]
             for index in range(position, len(order)):
                 yield 0, index + 1, self._folder, *self._folder_sample(order[index])
             return
-        parts = math.ceil(self.num_lanes / len(self.shards))
-        units = permutation(self.seed, "units", order_epoch, len(self.shards) * parts)[lane :: self.num_lanes]
-        for unit_index in range(unit, len(units)):
-            shard, part = self.shards[units[unit_index] // parts], units[unit_index] % parts
+        for unit_index, (shard, part, parts) in list(enumerate(self._units(lane, epoch)))[unit:]:
             try:
-                with open_shard(shard, self.data_timeout) as file:
+                with shelf.open(lane, shard, self.next_shard(lane, epoch, unit_index + 1)) as file:
                     for index, key, raw in tar_samples(file, self.required, part, parts, position):
                         yield unit_index, index + 1, shard, f"{shard.rsplit('/', 1)[-1]}/{key}", raw
             except SampleError as error:
@@ -244,23 +254,28 @@ class TrainingData:
 
     def _make_items(self, worker: int, num_workers: int) -> Iterator[dict]:
         """Every num_workers-th micro-batch of the rank from the position on; its lanes are no other worker's."""
-        lanes = {}
-        for n in itertools.count(self._consumed + worker, num_workers):
-            j = self._first + n * self.world_size + self.rank
-            index = j % self.num_lanes
-            lane = lanes.setdefault(index, Lane(self, index, self._cursors[index]))
-            try:
-                item = self._make_item(j, lane)
-            except UserError as error:
-                yield {"error": str(error), "skipped": lane.tally.skipped, "counts": lane.tally.counts}
-                return
-            yield item
+        count = self.num_lanes // self.world_size // num_workers
+        steps = itertools.count(self._consumed + worker, num_workers)
+        numbers = (self._first + n * self.world_size + self.rank for n in steps)
+        with contextlib.closing(Shelf(self.data_timeout)) as shelf:
+            first = list(itertools.islice(numbers, count))  # one of each lane
+            own = [j % self.num_lanes for j in first]
+            lanes = {lane: Lane(self, lane, self._cursors[lane], shelf) for lane in own}
+            for j in itertools.chain(first, numbers):
+                lane = lanes[j % self.num_lanes]
+                try:
+                    item = self._make_item(j, lane)
+                except UserError as error:
+                    yield {"error": str(error), "skipped": lane.tally.skipped, "counts": lane.tally.counts}
+                    return
+                yield item
 
     # ----- consuming: in the training process
 
     def __iter__(self) -> Iterator[dict]:
+        items = _Items(self)
         loader = DataLoader(
-            _Items(self),
+            items,
             batch_size=None,
             num_workers=self.num_workers,
             timeout=min(POLL_SECONDS, self.data_timeout) if self.num_workers else 0,
@@ -284,6 +299,8 @@ class TrainingData:
         finally:
             if self.num_workers:  # not left to the collector: in the traceback of an error it can wait for 10 s
                 iterator._shutdown_workers()
+            elif items.made is not None:
+                items.made.close()
 
     def _next_item(self, iterator) -> dict:
         deadline = time.monotonic() + self.data_timeout
@@ -411,11 +428,12 @@ class TrainingData:
 
 class _Items(IterableDataset):
     def __init__(self, data: TrainingData):
-        self.data = data
+        self.data, self.made = data, None
 
     def __iter__(self):
         worker = get_worker_info()
-        return self.data._make_items(worker.id, worker.num_workers) if worker else self.data._make_items(0, 1)
+        self.made = self.data._make_items(worker.id, worker.num_workers) if worker else self.data._make_items(0, 1)
+        return self.made
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from common import flags, lock
 from common.data import cached_latents
+from common.data.fetch import open_shard
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
 from common.data.images import decode_image_text
 from common.data.shards import (
@@ -34,7 +35,6 @@ from common.data.shards import (
     check_members,
     expand_shards,
     is_remote,
-    open_shard,
     tar_samples,
     tar_suffix,
 )

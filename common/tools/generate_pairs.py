@@ -15,8 +15,9 @@ from pathlib import Path
 
 from common import errors, flags, lock
 from common.data import tables
+from common.data.fetch import open_shard
 from common.data.folders import TEXT_KEYS
-from common.data.shards import SampleError, expand_shards, open_shard, tar_samples
+from common.data.shards import SampleError, expand_shards, tar_samples
 from common.direct import pair_shards, pipelines, pixels, probes, tasks
 from common.errors import UserError, speaking_of
 from common.results.export import versions

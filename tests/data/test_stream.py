@@ -23,17 +23,17 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from common.data import fetch as fetch_module
 from common.data import shards as shards_module
 from common.data import stream as stream_module
+from common.data.fetch import _request, read_head
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS
 from common.data.images import INTERPOLATION_TYPES, decode_image_text
 from common.data.shards import (
     SKIP_CLASSES,
     SampleError,
-    _request,
     count_samples,
     expand_shards,
-    read_head,
     tar_samples,
 )
 from common.data.stream import TrainingData
@@ -733,22 +733,7 @@ def test_a_killed_worker_and_a_silent_worker_end_in_one_sentence(tmp_path, monke
 
 @pytest.fixture
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(shards_module, "DOWNLOAD_BACKOFF", 0.01)
-
-
-def test_pipes_are_whole_or_nothing(tmp_path, quick_retries):
-    good, other = make_shards(tmp_path, [5, 5])
-    full = {f"00000.tar/{n:06d}" for n in range(5)}
-    keys = count_after([f"pipe:cat {good}"], 20)
-    assert len(keys["keys"]) == 5 and keys["shard_open"] == 0
-    for command in [
-        "exit 3",
-        f"cat {other}; exit 1",
-        f"(cat {other}; exit 1) | cat",
-        f"head -c 9000 {other} && false",
-    ]:
-        counters = count_after([good, f"pipe:{command}"], 20)
-        assert counters["keys"] == full and counters["shard_open"] >= 3, command
+    monkeypatch.setattr(fetch_module, "BACKOFF", 0.01)
 
 
 def test_a_pipe_is_tried_again(tmp_path, quick_retries):
@@ -801,19 +786,6 @@ def server(tmp_path):
     httpd.shutdown()
     httpd.server_close()
     thread.join()
-
-
-def test_http_shards_are_checked_for_their_length_and_tried_again(tmp_path, server, quick_retries):
-    address, requests, failures = server
-    good, remote = make_shards(tmp_path, [5, 5])
-    failures[0] = 2
-    counters = count_after([f"{address}/00001.tar"], 5)
-    assert counters["shard_open"] == counters["shard_read"] == 0 and len(counters["keys"]) == 5 and len(requests) == 3
-    failures[0] = 10**9
-    counters = count_after([good, f"{address}/00001.tar"], 20)
-    assert counters["keys"] == {f"00000.tar/{n:06d}" for n in range(5)} and counters["shard_open"] >= 3
-    with pytest.raises(UserError, match="no usable sample in 3 whole epochs.*shard_open 3"):
-        count_after([f"{address}/00001.tar"], 1)
 
 
 def test_http_addresses_with_blanks_and_umlauts(tmp_path, server):

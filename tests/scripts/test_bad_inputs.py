@@ -654,7 +654,7 @@ def quick(monkeypatch):
         raise simulation.Finished(None)
 
     monkeypatch.setattr(simulation, "begin", end)
-    monkeypatch.setattr("common.data.shards.DOWNLOAD_BACKOFF", 0.0)
+    monkeypatch.setattr("common.data.fetch.BACKOFF", 0.0)
     monkeypatch.setattr("common.data.lanes.MAX_EMPTY_EPOCHS", 2)
 
 

@@ -1,0 +1,402 @@
+"""Remote shards: files that grow. A thread fetches a shard while it is read, and each lane's next one ahead of it.
+
+http(s) and fsspec go on where a transfer broke. A command runs again, and so does a server that knows no ranges; what
+they send must begin with what is there. A shard is whole when its length and the command's exit code are right.
+Threads start where a process first reads, so none crosses a fork.
+"""
+
+import base64
+import contextlib
+import email.utils
+import errno
+import functools
+import http.client
+import io
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+
+from common.data.shards import SampleError, is_remote, quote_address, uses_fsspec
+
+import fsspec
+
+CHUNK = 1 << 18
+TRIES, BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
+MAX_RETRY_AFTER = 60  # seconds that a server's Retry-After may ask for
+NEW_BYTES = 1 << 20  # a transfer that brought so many is no failed try, where the next one goes on behind it
+SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
+# Ends the command and all that it started when our end of its standard input closes, however this process ends.
+GUARD = """exec 3<&0 0</dev/null
+(read -r _ <&3; kill -KILL -- -$$) >/dev/null 2>&1 &
+exec 3<&- bash -o pipefail -c "$1"
+"""
+
+
+def open_shard(shard: str, timeout: float):
+    """A seekable binary file of a whole shard; SampleError where it does not come. timeout: of a command, in seconds
+    without a byte."""
+    file = Shelf(timeout).open(0, shard)
+    try:
+        if is_remote(shard):
+            file.raw.wait_whole()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_head(shard: str, size: int = 1 << 16, timeout: float = 60) -> bytes:
+    """The first bytes of a shard, without the rest; b"" for one that does not answer: the stream will say why."""
+    head = bytearray()
+    with contextlib.suppress(Exception):
+        if not is_remote(shard):
+            with open(shard, "rb") as file:
+                return file.read(size)
+        with contextlib.closing(_transfer(shard, 0, timeout, lambda end: None)) as chunks:
+            next(chunks)
+            while len(head) < size and (chunk := next(chunks, b"")):
+                head += chunk
+    return bytes(head[:size])
+
+
+class Shelf:
+    """The remote shards that a process reads, one a lane, and those that it fetches ahead, one more a lane.
+
+    disk_bytes: what they may take together; fetching ahead waits for room, reading does not.
+    """
+
+    def __init__(self, timeout: float, disk_bytes: float | None = None):
+        self.timeout, self.disk_bytes = timeout, disk_bytes
+        self._ahead, self._there, self._largest = {}, [], 0
+        self._lock = threading.Lock()
+
+    def begin(self, lane: int, shard: str, after: "Fetch | None" = None):
+        """Fetch the shard that the lane will open next, when `after` has come."""
+        if is_remote(shard):
+            self._ahead[lane] = self._start(shard, after)
+
+    def open(self, lane: int, shard: str, following: str | None = None):
+        """A seekable binary file, in which a read waits for its bytes; `following` is fetched after it."""
+        if not is_remote(shard):
+            try:
+                return open(shard, "rb")
+            except OSError as error:
+                raise SampleError("shard_open", str(error)) from error
+        fetch = self._ahead.pop(lane, None)
+        if fetch is not None and fetch.shard != shard:
+            self._release(fetch)
+            fetch = None
+        fetch = fetch or self._start(shard)
+        if following is not None:
+            self.begin(lane, following, fetch)
+        return io.BufferedReader(_Growing(fetch, self._release), 1 << 16)
+
+    def close(self):
+        """End all transfers; nothing is left of them."""
+        self._ahead.clear()
+        while self._there:
+            self._there.pop().stop()
+
+    def _start(self, shard, after=None):
+        """The fetch of a shard, which lanes share that read parts of it at the same time."""
+        fetch = next((one for one in self._there if one.shard == shard and not one.error), None)
+        if fetch is None:
+            fetch = Fetch(shard, self.timeout)
+            self._there.append(fetch)
+            fetch.start(functools.partial(self._has_turn, fetch, after))
+        fetch.users += 1
+        return fetch
+
+    def _release(self, fetch):
+        fetch.users -= 1
+        if not fetch.users and fetch in self._there:
+            self._there.remove(fetch)
+            fetch.stop()
+
+    def _has_turn(self, fetch, after):
+        """Whether a fetch ahead may begin; asked by its thread."""
+        if after is not None and not after.ended:
+            return False
+        with self._lock:
+            begun = [one for one in list(self._there) if one.begun]
+            self._largest = max([self._largest, *(one.length or one.size for one in begun)])
+            taken = sum(one.length or max(one.size, self._largest) for one in begun) + self._largest
+            fetch.begun = after is None or self.disk_bytes is None or taken <= self.disk_bytes
+        return fetch.begun
+
+
+class _Growing(io.RawIOBase):
+    """A reader of a `Fetch`."""
+
+    def __init__(self, fetch: "Fetch", release: Callable):
+        self._fetch, self._release, self._position = fetch, release, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self._position
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position}[whence]
+        return self._position
+
+    def readinto(self, buffer):
+        count = self._fetch.read_at(self._position, buffer)
+        self._position += count
+        return count
+
+    def wait_whole(self):
+        self._fetch.wait_whole()
+
+    def close(self):
+        if not self.closed:
+            super().close()
+            self._release(self._fetch)
+
+
+class Fetch:
+    """One remote shard on its way into a file, by a thread of its own."""
+
+    def __init__(self, shard: str, timeout: float):
+        self.shard, self.timeout = shard, timeout
+        self.file, self.size, self.length = None, 0, None  # the length of the whole is None while it is not known
+        self.begun = self.needed = self.ended = False
+        self.error, self.users = None, 0  # error: why the rest will not come
+        self._stopped, self._abort, self._goes_on = False, lambda: None, True
+        self._changed = threading.Condition()
+
+    def start(self, has_turn: Callable[[], bool]):
+        """The transfer begins when it has its turn, or is needed."""
+        self._thread = threading.Thread(target=self._run, args=[has_turn], name="fetch a shard", daemon=True)
+        self._thread.start()
+
+    def read_at(self, position: int, buffer) -> int:
+        """Fill in bytes from there on, at least one, and wait for it; 0 at the end. SampleError: it will not come."""
+        with self._changed:
+            self._wait_for(lambda: self.size > position or self.ended)
+            count = min(len(buffer), self.size - position)
+        if count > 0:
+            return os.preadv(self.file.fileno(), [memoryview(buffer)[:count]], position)
+        self._check()
+        return 0
+
+    def wait_whole(self):
+        with self._changed:
+            self._wait_for(lambda: self.ended)
+        if self.error:
+            raise SampleError("shard_open", self.error)
+
+    def stop(self):
+        """End the transfer and delete the file."""
+        with self._changed:
+            self._stopped = True
+            self._abort()
+            self._changed.notify_all()
+        self._thread.join(5)  # fsspec cannot be interrupted: its thread ends with its next bytes
+        if not self._thread.is_alive() and self.file is not None:
+            self.file.close()
+
+    def _wait_for(self, is_so):
+        self.needed = True
+        self._changed.notify_all()
+        self._changed.wait_for(is_so)
+
+    def _check(self):
+        if self.error:
+            raise SampleError("shard_read" if self.size else "shard_open", self.error)
+
+    # ----- in the thread
+
+    def _run(self, has_turn):
+        error = None
+        try:
+            with self._changed:
+                while not (self.needed or self._stopped or has_turn()):
+                    self._changed.wait(0.1)
+            self.begun = True
+            self.file = tempfile.TemporaryFile(buffering=0)
+            self._fetch()
+        except Exception as failure:  # each protocol has its own; all of them mean that it does not come
+            error = f"{type(failure).__name__}: {failure}"
+        with self._changed:
+            self.error, self.ended = "it was stopped" if self._stopped else error, True
+            self._changed.notify_all()
+        if self._stopped and self.file is not None:
+            self.file.close()
+
+    def _fetch(self):
+        failures = 0
+        while not self._stopped:
+            before = self.size
+            try:
+                with contextlib.closing(_transfer(self.shard, self.size, self.timeout, self._hold)) as chunks:
+                    self._receive(chunks)
+                return
+            except Exception as error:
+                failures = 1 if self._goes_on and self.size - before >= NEW_BYTES else failures + 1
+                if failures >= TRIES or self._stopped:
+                    raise
+                delay = max(BACKOFF * 2 ** (failures - 1), min(_retry_after(error), MAX_RETRY_AFTER))
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped, delay)
+
+    def _hold(self, abort):
+        """abort: how another thread ends the transfer."""
+        with self._changed:
+            self._abort = abort
+            if self._stopped:
+                abort()
+
+    def _receive(self, chunks):
+        position, length = next(chunks)
+        self._goes_on = position == self.size
+        if position > self.size or length is not None and self.length not in (None, length):
+            raise OSError("it is another file than at the first try")
+        self.length = self.length if length is None else length
+        for chunk in chunks:
+            there = min(len(chunk), self.size - position)
+            if there > 0 and os.pread(self.file.fileno(), there, position) != chunk[:there]:
+                raise OSError("it sends other bytes than at the first try")
+            position += len(chunk)
+            left = memoryview(chunk)[max(0, there) :]
+            while left and not self._stopped:
+                left = left[self._write(left) :]
+            if self._stopped:
+                return
+        if position < self.size or self.length not in (None, position):
+            raise OSError(f"{position} of {self.length or self.size} bytes received")
+
+    def _write(self, data):
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(f"TMPDIR={tempfile.gettempdir()} has no room ({error.strerror})") from None
+        with self._changed:
+            self.size += count
+            self._changed.notify_all()
+        return count
+
+
+def _retry_after(error) -> float:
+    """The seconds that a server asks to wait; 0 where it does not."""
+    said = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
+    with contextlib.suppress(ValueError, TypeError):
+        if said.strip().isdigit():
+            return float(said)
+        return email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+    return 0
+
+
+def _transfer(shard: str, start: int, timeout: float, hold: Callable) -> Iterator:
+    """First (where it begins, at most `start`, and the length of the whole or None), then the bytes from there."""
+    if shard.startswith("pipe:"):
+        return _run_pipe(shard.removeprefix("pipe:"), timeout, hold)
+    return (_read_fsspec if uses_fsspec(shard) else _read_http)(shard, start, hold)
+
+
+def _read_fsspec(address, start, hold):
+    filesystem, path = fsspec.core.url_to_fs(address)
+    with filesystem.open(path, "rb") as source:
+        yield source.seek(start), filesystem.size(path)
+        while chunk := source.read(CHUNK):
+            yield chunk
+
+
+def _read_http(address, start, hold):
+    request = _request(address)
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    with _opener(hold).open(request, timeout=SOCKET_TIMEOUT) as source:
+        begin, length = 0, source.headers["Content-Length"]
+        if source.status == 206:
+            begin, length = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", source.headers["Content-Range"] or "").groups()
+        yield int(begin), int(length) if length and length.isdigit() else None
+        while chunk := source.read1(CHUNK):
+            yield chunk
+    hold(lambda: None)
+
+
+def _request(url: str) -> urllib.request.Request:
+    """user:password@ of an address becomes the header that it stands for."""
+    parts = urllib.parse.urlsplit(quote_address(url))
+    request = urllib.request.Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+    if parts.username is not None:
+        login = ":".join(urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
+        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
+    return request
+
+
+def _opener(hold):
+    """urllib's, which hands `hold` the way to end each connection that it opens."""
+
+    def connecting(kind):
+        class Connection(kind):
+            def connect(self):
+                super().connect()
+                hold(functools.partial(_shut, self.sock))
+
+        return Connection
+
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(connecting(http.client.HTTPConnection), request)
+
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(connecting(http.client.HTTPSConnection), request)
+
+    return urllib.request.build_opener(Http, Https)
+
+
+def _shut(connection):
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _kill(group):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _run_pipe(command, timeout, hold):
+    yield 0, None
+    with tempfile.TemporaryFile() as errors:
+        arguments, pipe = ["bash", "-c", GUARD, "bash", command], subprocess.PIPE
+        process = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=errors, start_new_session=True)
+        hold(functools.partial(_kill, process.pid))
+        try:
+            poll = select.poll()
+            poll.register(process.stdout, select.POLLIN)
+            while True:
+                if not poll.poll(timeout * 1000):
+                    raise TimeoutError(f"no byte came for {timeout:g} seconds")
+                chunk = os.read(process.stdout.fileno(), CHUNK)
+                if not chunk:
+                    break
+                yield chunk
+            code = process.wait(timeout)
+        finally:
+            hold(lambda: None)
+            _kill(process.pid)
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        if code:
+            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 150))
+            raise OSError(f"exit code {code}: {errors.read().decode(errors='replace').strip()}")

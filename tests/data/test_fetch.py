@@ -1,0 +1,268 @@
+"""Remote shards while they arrive: what servers and commands do wrong, what is fetched ahead, and what is left."""
+
+import contextlib
+import http.server
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from common.data import fetch
+from common.data.folders import IMAGE_KEYS, TEXT_KEYS
+from common.data.shards import SampleError, tar_samples
+from tests.data.test_stream import count_after, make_data, make_shards, run
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+HTML = b"<!DOCTYPE html><html><body>Please log in</body></html>"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves the files of a folder below /BEHAVIOUR/; `asked` lists (behaviour, file, first byte)."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        self.folder, self.asked, self.open = folder, [], threading.Event()
+        self.open.set()
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        behaviour, name = self.path.strip("/").split("/")
+        body, asked = Path(self.server.folder, name).read_bytes(), self.headers["Range"]
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and "ignored" not in behaviour else 0
+        self.server.asked.append((behaviour, name, start))
+        odd, length, end = len(self.server.asked) % 2, len(body), len(body)
+        if behaviour in ("429", "503") and odd or behaviour == "always503":
+            self.send_response(503 if "503" in behaviour else 429)
+            self.send_header("Retry-After", "1" if behaviour == "429" else "Thu, 01 Jan 2026 00:00:00 GMT")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if behaviour == "html":
+            body, length, end = HTML, len(HTML), len(HTML)
+        if behaviour == "slow":
+            time.sleep(0.5)
+        if behaviour == "silent":
+            time.sleep(3)
+        if behaviour in ("drops", "drops_ignored") and odd or behaviour == "breaks_ignored":
+            end = len(body) // 2
+        if behaviour == "changed" and len(self.server.asked) > 1:
+            body = bytes(len(body))
+        if behaviour == "changed":
+            start, end = 0, len(body) // 2
+        length += {"long": 5000, "short": -15000}.get(behaviour, 0)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(length - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{length - 1}/{length}")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body[start : start + 3000])
+            self.server.open.wait(20)
+            self.wfile.write(body[start + 3000 : end])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    httpd = Server(tmp_path)
+    thread = threading.Thread(target=httpd.serve_forever, args=[0.05], daemon=True)
+    thread.start()
+    httpd.address = f"http://127.0.0.1:{httpd.server_port}"
+    yield httpd
+    httpd.open.set()
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path, monkeypatch):
+    """No thread of a transfer, child or temporary file is there when a test has ended."""
+    monkeypatch.setattr(fetch, "BACKOFF", 0.01)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "fetch a shard"]
+    assert not Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.islink(link)]
+    assert not [file for file in files if file.startswith(str(tmp_path / "tmp"))]
+
+
+def read(shard, timeout=5):
+    """(number of samples, reason and detail of the error) of a shard that is read while it arrives."""
+    shelf, count = fetch.Shelf(timeout), 0
+    try:
+        with shelf.open(0, shard) as file:
+            for _, _, raw in tar_samples(file, (IMAGE_KEYS, TEXT_KEYS)):
+                assert len(raw) == 2 and None not in raw.values()
+                count += 1
+    except SampleError as error:
+        return count, f"{error.reason}: {error.detail}"
+    finally:
+        shelf.close()
+    return count, ""
+
+
+SERVERS = {  # behaviour: samples of 9, error
+    "good": (9, ""),
+    "drops": (9, ""),
+    "drops_ignored": (9, ""),  # every second connection, and ranges are ignored
+    "429": (9, ""),
+    "503": (9, ""),
+    "slow": (9, ""),
+    "breaks_ignored": (6, "shard_read: .* of 30720 bytes received"),
+    "changed": (6, "shard_read: OSError: it sends other bytes than at the first try"),
+    "long": (9, "shard_read: OSError: 30720 of 35720 bytes"),
+    "short": (7, "shard_read: "),
+    "html": (0, "shard_read: no tar that can be opened but an HTML page"),
+    "always503": (0, "shard_open: HTTPError: HTTP Error 503"),
+}
+
+
+@pytest.mark.parametrize("behaviour", SERVERS)
+def test_servers(tmp_path, server, behaviour):
+    make_shards(tmp_path, [9])
+    count, sentence = SERVERS[behaviour]
+    found, error = read(f"{server.address}/{behaviour}/00000.tar")
+    assert found == count
+    assert re.match(sentence or "$", error), error
+    if behaviour == "drops":
+        assert [start > 0 for _, _, start in server.asked] == [False, True]  # it went on
+
+
+PIPES = {  # command: samples of 9, error
+    "cat {}": (9, ""),
+    "cat {}; exit 1": (9, "shard_read: OSError: exit code 1"),
+    "(cat {}; exit 1) | cat": (9, "shard_read: OSError: exit code 1"),
+    "head -c 15000 {}; echo no such bucket >&2; exit 5": (6, "shard_read: OSError: exit code 5: no such bucket"),
+    "head -c 15000 {}": (6, "shard_read: "),
+    "exit 3": (0, "shard_open: OSError: exit code 3"),
+    "head -c 15000 {}; sleep 60": (6, "shard_read: TimeoutError: no byte came for 0.5 seconds"),
+    "sleep 60 & cat {}; wait": (9, "shard_read: TimeoutError"),
+}
+
+
+@pytest.mark.parametrize("command", PIPES)
+def test_commands(tmp_path, command):
+    shard = make_shards(tmp_path, [9])[0]
+    count, sentence = PIPES[command]
+    start = time.monotonic()
+    found, error = read(f"pipe:{command.format(shard)}", timeout=0.5 if "sleep" in command else 5)
+    assert found == count and re.match(sentence or "$", error), error
+    assert time.monotonic() - start < 20
+
+
+def test_a_full_or_read_only_tmpdir_is_counted_and_named(tmp_path, server, monkeypatch):
+    make_shards(tmp_path, [9])
+    full = open("/dev/full", "r+b", buffering=0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: full)
+    found, error = read(f"{server.address}/good/00000.tar")
+    assert found == 0 and re.match("shard_open: OSError: TMPDIR=.* has no room", error)
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    found, error = read(f"{server.address}/good/00000.tar")
+    assert found == 0 and error.startswith("shard_open: FileNotFoundError")
+
+
+def test_a_command_ends_with_a_process_that_is_killed(tmp_path):
+    pid = tmp_path / "pid"
+    code = f"""from common.data.fetch import Shelf
+Shelf(600).open(0, "pipe:sleep 300 & echo $! > {pid}; wait").read(1)"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: pid.exists() and pid.read_text().strip())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until(lambda: is_dead(pid.read_text().strip()))
+
+
+def until(is_so, seconds=30):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_dead(pid):
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z"
+    return True
+
+
+def test_the_first_samples_come_before_the_shard_is_there(tmp_path, server):
+    make_shards(tmp_path, [9])
+    server.open.clear()
+    shelf = fetch.Shelf(5)
+    with contextlib.closing(shelf), shelf.open(0, f"{server.address}/good/00000.tar") as file:
+        samples = tar_samples(file, (IMAGE_KEYS, TEXT_KEYS))
+        assert next(samples)[1] == "000000"
+        assert server.asked and not server.open.is_set()
+
+
+def test_a_transfer_is_ended_while_the_server_is_silent(tmp_path, server):
+    make_shards(tmp_path, [9])
+    shelf = fetch.Shelf(60)
+    shelf.begin(0, f"{server.address}/silent/00000.tar")
+    until(lambda: server.asked)
+    start = time.monotonic()
+    shelf.close()
+    assert time.monotonic() - start < 2
+
+
+def test_all_lanes_begin_at_once_and_fetch_one_shard_ahead_where_there_is_room(tmp_path, server):
+    shards = make_shards(tmp_path, [9] * 16)
+    remote = [f"{server.address}/good/{Path(shard).name}" for shard in shards]
+    for disk_bytes, asked in ((None, 8), (1, 4)):
+        server.asked.clear()
+        server.open.clear()
+        shelf = fetch.Shelf(5, disk_bytes)
+        for lane in range(4):
+            shelf.begin(lane, remote[lane])
+        until(lambda: len(server.asked) == 4)
+        server.open.set()
+        files = [shelf.open(lane, remote[lane], remote[lane + 4]) for lane in range(4)]
+        [file.read() for file in files]
+        if asked == 8:
+            until(lambda: len(server.asked) == 8)
+        time.sleep(0.3)
+        assert len(server.asked) == asked
+        with shelf.open(0, remote[4]) as file:  # what is needed waits for no room
+            assert len(file.read()) == os.path.getsize(shards[4])
+        [file.close() for file in files]
+        shelf.close()
+
+
+def test_an_end_in_the_middle_leaves_nothing(tmp_path, server):
+    remote = [f"{server.address}/good/{Path(shard).name}" for shard in make_shards(tmp_path, [9] * 16)]
+    remote += [f"pipe:cat {tmp_path}/00000.tar; sleep 60"]
+    for num_workers in (0, 2):
+        stream = iter(make_data(remote, num_workers=num_workers, num_lanes=4))
+        next(stream)
+        stream.close()
+
+
+def test_remote_shards_give_the_order_of_local_ones_also_resumed(tmp_path, server):
+    local = make_shards(tmp_path, [12, 7, 9])
+    remote = [f"{server.address}/drops/{Path(shard).name}" for shard in local]
+    expected, _ = run(local, 1, 0, 48, num_lanes=4)
+    first, state = run(remote, 2, 0, 14, num_lanes=4)
+    rest, _ = run(remote, 1, 2, 34, state, num_lanes=4)
+    assert first + rest == expected
+
+
+def test_a_broken_shard_costs_what_did_not_come(tmp_path, server):
+    good, other = make_shards(tmp_path, [9, 9])
+    counters = count_after([good, f"{server.address}/breaks_ignored/00001.tar"], 40)
+    assert {name[:9] for name in counters["keys"]} == {"00000.tar", "00001.tar"} and len(counters["keys"]) == 15
+    assert counters["shard_read"] >= 2 and counters["shard_open"] == 0
