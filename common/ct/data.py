@@ -16,10 +16,11 @@ from pathlib import Path
 
 from common.data import folders
 from common.data.cached_latents import read_manifest
-from common.data.fetch import open_shard, read_head
+from common.data.fetch import open_shard
 from common.data.folders import IMAGE_KEYS
 from common.data.images import MAX_IMAGE_PIXELS, _decode_square
 from common.data.shards import SampleError, expand_shards, is_remote, list_tars, tar_samples
+from common.data.transfers import read_head
 from common.errors import UserError
 
 import torch

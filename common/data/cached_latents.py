@@ -22,10 +22,10 @@ import uuid
 from pathlib import Path
 
 from common import lock
-from common.data.fetch import read_head
 from common.data.folders import TEXT_KEYS
 from common.data.images import decode_caption
 from common.data.shards import SampleError, is_remote
+from common.data.transfers import read_head
 from common.errors import UserError, blame
 
 import numpy as np

@@ -5,41 +5,21 @@ they send must begin with what is there. A shard is whole when its length and th
 Threads start where a process first reads, so none crosses a fork.
 """
 
-import base64
 import contextlib
-import email.utils
 import errno
 import functools
-import http.client
 import io
 import os
-import re
-import select
-import signal
-import socket
-import subprocess
 import tempfile
 import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from common.data.shards import SampleError, is_remote, quote_address, uses_fsspec
+from common.data.shards import SampleError, is_remote
+from common.data.transfers import retry_after, transfer
 
-import fsspec
-
-CHUNK = 1 << 18
 TRIES, BACKOFF = 3, 1.0  # seconds before the second try, doubled for each further one
 MAX_RETRY_AFTER = 60  # seconds that a server's Retry-After may ask for
 NEW_BYTES = 1 << 20  # a transfer that brought so many is no failed try, where the next one goes on behind it
-SOCKET_TIMEOUT = 60  # seconds without a byte from an http server
-# Ends the command and all that it started when our end of its standard input closes, however this process ends.
-GUARD = """exec 3<&0 0</dev/null
-(read -r _ <&3; kill -KILL -- -$$) >/dev/null 2>&1 &
-exec 3<&- bash -o pipefail -c "$1"
-"""
 
 
 def open_shard(shard: str, timeout: float):
@@ -53,20 +33,6 @@ def open_shard(shard: str, timeout: float):
         file.close()
         raise
     return file
-
-
-def read_head(shard: str, size: int = 1 << 16, timeout: float = 60) -> bytes:
-    """The first bytes of a shard, without the rest; b"" for one that does not answer: the stream will say why."""
-    head = bytearray()
-    with contextlib.suppress(Exception):
-        if not is_remote(shard):
-            with open(shard, "rb") as file:
-                return file.read(size)
-        with contextlib.closing(_transfer(shard, 0, timeout, lambda end: None)) as chunks:
-            next(chunks)
-            while len(head) < size and (chunk := next(chunks, b"")):
-                head += chunk
-    return bytes(head[:size])
 
 
 class Shelf:
@@ -243,14 +209,14 @@ class Fetch:
         while not self._stopped:
             before = self.size
             try:
-                with contextlib.closing(_transfer(self.shard, self.size, self.timeout, self._hold)) as chunks:
+                with contextlib.closing(transfer(self.shard, self.size, self.timeout, self._hold)) as chunks:
                     self._receive(chunks)
                 return
             except Exception as error:
                 failures = 1 if self._goes_on and self.size - before >= NEW_BYTES else failures + 1
                 if failures >= TRIES or self._stopped:
                     raise
-                delay = max(BACKOFF * 2 ** (failures - 1), min(_retry_after(error), MAX_RETRY_AFTER))
+                delay = max(BACKOFF * 2 ** (failures - 1), min(retry_after(error), MAX_RETRY_AFTER))
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped, delay)
 
@@ -291,112 +257,3 @@ class Fetch:
             self.size += count
             self._changed.notify_all()
         return count
-
-
-def _retry_after(error) -> float:
-    """The seconds that a server asks to wait; 0 where it does not."""
-    said = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
-    with contextlib.suppress(ValueError, TypeError):
-        if said.strip().isdigit():
-            return float(said)
-        return email.utils.parsedate_to_datetime(said).timestamp() - time.time()
-    return 0
-
-
-def _transfer(shard: str, start: int, timeout: float, hold: Callable) -> Iterator:
-    """First (where it begins, at most `start`, and the length of the whole or None), then the bytes from there."""
-    if shard.startswith("pipe:"):
-        return _run_pipe(shard.removeprefix("pipe:"), timeout, hold)
-    return (_read_fsspec if uses_fsspec(shard) else _read_http)(shard, start, hold)
-
-
-def _read_fsspec(address, start, hold):
-    filesystem, path = fsspec.core.url_to_fs(address)
-    with filesystem.open(path, "rb") as source:
-        yield source.seek(start), filesystem.size(path)
-        while chunk := source.read(CHUNK):
-            yield chunk
-
-
-def _read_http(address, start, hold):
-    request = _request(address)
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    with _opener(hold).open(request, timeout=SOCKET_TIMEOUT) as source:
-        begin, length = 0, source.headers["Content-Length"]
-        if source.status == 206:
-            begin, length = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", source.headers["Content-Range"] or "").groups()
-        yield int(begin), int(length) if length and length.isdigit() else None
-        while chunk := source.read1(CHUNK):
-            yield chunk
-    hold(lambda: None)
-
-
-def _request(url: str) -> urllib.request.Request:
-    """user:password@ of an address becomes the header that it stands for."""
-    parts = urllib.parse.urlsplit(quote_address(url))
-    request = urllib.request.Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
-    if parts.username is not None:
-        login = ":".join(urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
-        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
-    return request
-
-
-def _opener(hold):
-    """urllib's, which hands `hold` the way to end each connection that it opens."""
-
-    def connecting(kind):
-        class Connection(kind):
-            def connect(self):
-                super().connect()
-                hold(functools.partial(_shut, self.sock))
-
-        return Connection
-
-    class Http(urllib.request.HTTPHandler):
-        def http_open(self, request):
-            return self.do_open(connecting(http.client.HTTPConnection), request)
-
-    class Https(urllib.request.HTTPSHandler):
-        def https_open(self, request):
-            return self.do_open(connecting(http.client.HTTPSConnection), request)
-
-    return urllib.request.build_opener(Http, Https)
-
-
-def _shut(connection):
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-def _kill(group):
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def _run_pipe(command, timeout, hold):
-    yield 0, None
-    with tempfile.TemporaryFile() as errors:
-        arguments, pipe = ["bash", "-c", GUARD, "bash", command], subprocess.PIPE
-        process = subprocess.Popen(arguments, stdin=pipe, stdout=pipe, stderr=errors, start_new_session=True)
-        hold(functools.partial(_kill, process.pid))
-        try:
-            poll = select.poll()
-            poll.register(process.stdout, select.POLLIN)
-            while True:
-                if not poll.poll(timeout * 1000):
-                    raise TimeoutError(f"no byte came for {timeout:g} seconds")
-                chunk = os.read(process.stdout.fileno(), CHUNK)
-                if not chunk:
-                    break
-                yield chunk
-            code = process.wait(timeout)
-        finally:
-            hold(lambda: None)
-            _kill(process.pid)
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
-        if code:
-            errors.seek(max(0, errors.seek(0, os.SEEK_END) - 150))
-            raise OSError(f"exit code {code}: {errors.read().decode(errors='replace').strip()}")

@@ -1,14 +1,17 @@
 """Lanes: the parts of the training data that are read side by side, each in an order of its own."""
 
 import functools
+import math
 import random
+from collections.abc import Iterator
 
-from common.data.shards import SKIP_CLASSES, SampleError
+from common.data.shards import SKIP_CLASSES, SampleError, tar_samples
 from common.errors import UserError, mask_credentials
 from common.keyed_random import keyed_seed
 
 UNREADABLE = ("shard_open", "shard_read", "decode", "missing_caption", "too_big")  # what max_skip_ratio counts
 MAX_LOGGED_SKIPS = 1_000
+FIRST_BLOCK = 64  # samples of a run's first block; each further one is twice as large, up to the full size
 MAX_EMPTY_EPOCHS = 3  # of a lane, in a row; each deals it other shards
 
 
@@ -62,7 +65,7 @@ class Lane:
     def __init__(self, data, index: int, cursor: dict[str, int], shelf):
         self.data, self.index, self.cursor, self.shelf = data, index, dict(cursor), shelf
         if data._folder is None:
-            shelf.begin(index, data.next_shard(index, cursor["epoch"], cursor["unit"]))
+            shelf.begin(index, self._shard_at(cursor["epoch"], cursor["unit"]))
         self.reader = None  # of the epoch; opened at the cursor
         self.block, self.after = [], None  # the permuted block, and (unit, position) where the next one starts
 
@@ -91,11 +94,9 @@ class Lane:
     def _read_block(self, tally: Tally):
         data, cursor = self.data, self.cursor
         if self.reader is None:
-            place = cursor["epoch"], cursor["unit"], cursor["position"]
-            self.reader = data._raw_samples(self.index, *place, self.shelf)
+            self.reader = self._raw_samples(cursor["epoch"], cursor["unit"], cursor["position"])
         self.after = cursor["unit"], cursor["position"]
-        left = data._quota(self.index) - cursor["taken"]
-        most, size = min(data.shuffle_block_samples, left), 0
+        most, size = min(self._block_samples(), self._quota() - cursor["taken"]), 0
         while len(self.block) < most and size < data.shuffle_block_bytes:
             record = next(self.reader, None)
             if record is None:
@@ -124,3 +125,51 @@ class Lane:
             )
         self.cursor = new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
         self.reader = None
+
+    def _block_samples(self) -> int:
+        """How many samples are shuffled together; few at a run's start, for a block is given when it is whole."""
+        growing = self.data.growing and self.cursor["epoch"] == 0
+        most = FIRST_BLOCK << min(self.cursor["block"], 30) if growing else math.inf
+        return min(self.data.shuffle_block_samples, most)
+
+    def _quota(self) -> float:
+        """Raw samples of an epoch that the lane may take."""
+        most, lanes = self.data.max_train_samples, self.data.num_lanes
+        return math.inf if most is None else most // lanes + (self.index < most % lanes)
+
+    def _order(self, name: str, epoch: int, length: int) -> list[int]:
+        """The lane's share of an epoch; of a part of the data it is the same part in each epoch."""
+        epoch = 0 if self.data.max_train_samples is not None else epoch
+        return permutation(self.data.seed, name, epoch, length)[self.index :: self.data.num_lanes]
+
+    def _units(self, epoch: int) -> list[tuple[str, int, int]]:
+        """(shard, part of it, number of parts) of an epoch, in the order in which they are read."""
+        shards = self.data.shards
+        parts = math.ceil(self.data.num_lanes / len(shards))
+        units = self._order("units", epoch, len(shards) * parts)
+        return [(shards[unit // parts], unit % parts, parts) for unit in units]
+
+    def _shard_at(self, epoch: int, unit: int) -> str:
+        """The shard that is read at a place, which may be the end of an epoch."""
+        units = self._units(epoch)
+        return (units[unit] if unit < len(units) else self._units(epoch + 1)[0])[0]
+
+    def _raw_samples(self, epoch: int, unit: int, position: int) -> Iterator[tuple]:
+        """(unit, position, shard, key, raw) of an epoch in plan order, from a position on.
+
+        unit and position stand behind the sample; raw is a SampleError where the rest of a shard is lost.
+        """
+        data = self.data
+        if data._folder is not None:
+            order = self._order("items", epoch, len(data._items))
+            for index in range(position, len(order)):
+                yield 0, index + 1, data._folder, *data._folder_sample(order[index])
+            return
+        for unit_index, (shard, part, parts) in list(enumerate(self._units(epoch)))[unit:]:
+            try:
+                with self.shelf.open(self.index, shard, self._shard_at(epoch, unit_index + 1)) as file:
+                    for index, key, raw in tar_samples(file, data.required, part, parts, position):
+                        yield unit_index, index + 1, shard, f"{shard.rsplit('/', 1)[-1]}/{key}", raw
+            except SampleError as error:
+                yield unit_index + 1, 0, shard, "", error
+            position = 0

@@ -3,9 +3,10 @@
 The stream is cut into L lanes. Micro-batch j of the whole run comes from lane j mod L, and rank r's n-th micro-batch
 is j = j0 + n * world_size + r, so the sequence does not depend on how many ranks and workers share the lanes. The
 units of an epoch (shards, or parts of shards where there are fewer shards than lanes) are permuted and dealt to the
-lanes. A lane reads its units in blocks of undecoded samples, permutes each block, and decodes after that. Everything
-random is keyed by numbers that a checkpoint holds: (seed, epoch), (seed, lane, epoch, block) or (seed, j). A lane's
-cursor is the start of its block, in raw samples, and the offset in the permuted block.
+lanes. A lane reads its units in blocks of undecoded samples, permutes each block, and decodes after that; the first
+epoch's blocks grow, so that the first one is soon whole. Everything random is keyed by numbers that a checkpoint
+holds: (seed, epoch), (seed, lane, epoch, block) or (seed, j). A lane's cursor is the start of its block, in raw
+samples, and the offset in the permuted block.
 
 Limits. Resuming reads each lane's block again, after a scan of at most one shard. Lanes drift apart: one may be in its
 second epoch while another is in its first. A remote shard that breaks off is counted and the rest left out, so such a
@@ -20,7 +21,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import signal
@@ -38,7 +38,6 @@ from common.data.lanes import (
     last_detail,
     listing,
     new_cursor,
-    permutation,
     seen_and_unreadable,
 )
 from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote, tar_samples
@@ -102,6 +101,7 @@ class TrainingData:
         self.counters = dict.fromkeys(("read", *SKIP_CLASSES), 0)
         self._given_lanes, self._given_workers = num_lanes, num_workers
         self.num_workers = num_workers  # or fewer, so that it divides the lanes
+        self.growing = True  # whether the first epoch's blocks grow; those of runs begun before did not
         if not self.shards:
             raise UserError("`train_shards_path_or_url` names no shard.")
         if data_timeout <= 0:
@@ -165,45 +165,7 @@ class TrainingData:
     def _own_lanes(self) -> list[int]:
         return [lane for lane in range(self.num_lanes) if (lane - self._first - self.rank) % self.world_size == 0]
 
-    # ----- reading: in the workers
-
-    def _quota(self, lane: int) -> float:
-        """Raw samples of an epoch that the lane may take."""
-        if self.max_train_samples is None:
-            return math.inf
-        return self.max_train_samples // self.num_lanes + (lane < self.max_train_samples % self.num_lanes)
-
-    def _units(self, lane: int, epoch: int) -> list[tuple[str, int, int]]:
-        """(shard, part of it, number of parts), in the order in which the lane reads them in an epoch."""
-        parts = math.ceil(self.num_lanes / len(self.shards))
-        order_epoch = 0 if self.max_train_samples is not None else epoch
-        units = permutation(self.seed, "units", order_epoch, len(self.shards) * parts)[lane :: self.num_lanes]
-        return [(self.shards[unit // parts], unit % parts, parts) for unit in units]
-
-    def next_shard(self, lane: int, epoch: int, unit: int) -> str:
-        """The shard that the lane opens at a place, which may be the end of an epoch."""
-        units = self._units(lane, epoch)
-        return (units[unit] if unit < len(units) else self._units(lane, epoch + 1)[0])[0]
-
-    def _raw_samples(self, lane: int, epoch: int, unit: int, position: int, shelf: Shelf) -> Iterator[tuple]:
-        """(unit, position, shard, key, raw) of a lane's epoch in plan order, from a position on.
-
-        unit and position stand behind the sample; raw is a SampleError where the rest of a shard is lost.
-        """
-        if self._folder is not None:
-            order_epoch = 0 if self.max_train_samples is not None else epoch
-            order = permutation(self.seed, "items", order_epoch, len(self._items))[lane :: self.num_lanes]
-            for index in range(position, len(order)):
-                yield 0, index + 1, self._folder, *self._folder_sample(order[index])
-            return
-        for unit_index, (shard, part, parts) in list(enumerate(self._units(lane, epoch)))[unit:]:
-            try:
-                with shelf.open(lane, shard, self.next_shard(lane, epoch, unit_index + 1)) as file:
-                    for index, key, raw in tar_samples(file, self.required, part, parts, position):
-                        yield unit_index, index + 1, shard, f"{shard.rsplit('/', 1)[-1]}/{key}", raw
-            except SampleError as error:
-                yield unit_index + 1, 0, shard, "", error
-            position = 0
+    # ----- reading: in the workers; `lanes.Lane` gives raw samples
 
     def _first_skip(self) -> list[dict]:
         """What is wrong with the first sample of the first shard, where anything is: for a lane that has none."""
@@ -383,7 +345,7 @@ class TrainingData:
             "next_micro_batch": self._first + self._consumed * self.world_size,
             "cursors": {str(lane): dict(self._cursors[lane]) for lane in self._own_lanes()},
             "counters": dict(self.counters),
-        }
+        } | ({"growing_blocks": True} if self.growing else {})
 
     @staticmethod
     def merge_state_dicts(states: list[dict]) -> dict:
@@ -420,6 +382,7 @@ class TrainingData:
                 f"The checkpoint's place in the data does not fit, for another {', '.join(changed)} "
                 "was given: restore it, or change `data_seed` to start the data afresh."
             )
+        self.growing = merged.get("growing_blocks", False)
         cursors = {int(lane): dict(cursor) for lane, cursor in merged["cursors"].items()}
         self._start(num_lanes, merged["next_micro_batch"], cursors)
         if self.rank == 0:

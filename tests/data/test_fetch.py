@@ -10,12 +10,14 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
-from common.data import fetch
+from common.data import fetch, lanes
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS
 from common.data.shards import SampleError, tar_samples
-from tests.data.test_stream import count_after, make_data, make_shards, run
+from common.data.stream import TrainingData
+from tests.data.test_stream import count_after, describe, make_data, make_shards, run
 
 import pytest
 
@@ -53,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(0.5)
         if behaviour == "silent":
             time.sleep(3)
-        if behaviour in ("drops", "drops_ignored") and odd or behaviour == "breaks_ignored":
+        if behaviour == "drops" and not start or behaviour == "drops_ignored" and odd or behaviour == "breaks_ignored":
             end = len(body) // 2
         if behaviour == "changed" and len(self.server.asked) > 1:
             body = bytes(len(body))
@@ -66,9 +68,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{length - 1}/{length}")
         self.end_headers()
         with contextlib.suppress(OSError):
-            self.wfile.write(body[start : start + 3000])
+            self.wfile.write(body[start : min(start + 12000, end)])
             self.server.open.wait(20)
-            self.wfile.write(body[start + 3000 : end])
+            self.wfile.write(body[start + 12000 : end])
 
     def log_message(self, *args):
         pass
@@ -203,11 +205,11 @@ def is_dead(pid):
 def test_the_first_samples_come_before_the_shard_is_there(tmp_path, server):
     make_shards(tmp_path, [9])
     server.open.clear()
-    shelf = fetch.Shelf(5)
+    start, shelf = time.monotonic(), fetch.Shelf(5)
     with contextlib.closing(shelf), shelf.open(0, f"{server.address}/good/00000.tar") as file:
         samples = tar_samples(file, (IMAGE_KEYS, TEXT_KEYS))
         assert next(samples)[1] == "000000"
-        assert server.asked and not server.open.is_set()
+    assert server.asked and not server.open.is_set() and time.monotonic() - start < 10
 
 
 def test_a_transfer_is_ended_while_the_server_is_silent(tmp_path, server):
@@ -247,9 +249,9 @@ def test_an_end_in_the_middle_leaves_nothing(tmp_path, server):
     remote = [f"{server.address}/good/{Path(shard).name}" for shard in make_shards(tmp_path, [9] * 16)]
     remote += [f"pipe:cat {tmp_path}/00000.tar; sleep 60"]
     for num_workers in (0, 2):
-        stream = iter(make_data(remote, num_workers=num_workers, num_lanes=4))
-        next(stream)
-        stream.close()
+        batches = iter(make_data(remote, num_workers=num_workers, num_lanes=4))
+        next(batches)
+        batches.close()
 
 
 def test_remote_shards_give_the_order_of_local_ones_also_resumed(tmp_path, server):
@@ -266,3 +268,26 @@ def test_a_broken_shard_costs_what_did_not_come(tmp_path, server):
     counters = count_after([good, f"{server.address}/breaks_ignored/00001.tar"], 40)
     assert {name[:9] for name in counters["keys"]} == {"00000.tar", "00001.tar"} and len(counters["keys"]) == 15
     assert counters["shard_read"] >= 2 and counters["shard_open"] == 0
+
+
+def test_blocks_of_the_first_epoch_grow_and_resuming_follows_the_plan_of_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "FIRST_BLOCK", 2)
+    shards, options = make_shards(tmp_path, [29, 29]), {"num_lanes": 2, "shuffle_block_samples": 16, "batch_size": 1}
+    expected, end = run(shards, 1, 0, 80, **options)
+    keys = [batch[2][0] for batch in expected[::2]]
+    blocks = [sorted(keys[a:b]) for a, b in ((0, 2), (2, 6), (6, 14), (14, 29))]
+    assert sum(blocks, []) == sorted(keys[:29]) and blocks[3] != keys[14:29]
+    assert sorted(keys[29:31]) != sorted(keys[29:40])[:2]  # the second epoch's first block is a whole one
+    older = [make_data(shards, **options)]
+    older[0].growing = False
+    before = [describe(batch) for batch in islice(older[0], 10)]
+    state = TrainingData.merge_state_dicts([older[0].state_dict()])
+    assert before != expected[:10] and "growing_blocks" not in state and end["growing_blocks"]
+    after = [describe(batch) for batch in islice(older[0], 20)]
+    assert run(shards, 2, 0, 20, state, **options)[0] == after
+    for first in (5, 11, 40):
+        _, state = run(shards, 1, 0, first, **options)
+        assert run(shards, 1, 0, 80 - first, state, **options)[0] == expected[first:]
+    afresh = make_data(shards, **options | {"seed": 8})
+    afresh.load_state_dict(TrainingData.merge_state_dicts([older[0].state_dict()]))
+    assert afresh.growing

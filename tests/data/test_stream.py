@@ -26,7 +26,6 @@ from pathlib import Path
 from common.data import fetch as fetch_module
 from common.data import shards as shards_module
 from common.data import stream as stream_module
-from common.data.fetch import _request, read_head
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS
 from common.data.images import INTERPOLATION_TYPES, decode_image_text
 from common.data.shards import (
@@ -37,6 +36,7 @@ from common.data.shards import (
     tar_samples,
 )
 from common.data.stream import TrainingData
+from common.data.transfers import _request, read_head
 from common.errors import UserError
 from common.keyed_random import keyed_generator, keyed_seed
 
