@@ -193,14 +193,15 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", ["ct"])  # the others: tests/soak
+def soak_but(*quick):
+    """The scripts' names; all but these are run with -m soak."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.soak) for name in SCRIPTS]
+
+
+@pytest.mark.parametrize("name", soak_but("ct"))
 def test_nothing_is_compiled_after_the_first_updates_and_results_are_the_same(
     tmp_path, command, monkeypatch, compiles_at_once, name
 ):
-    check_compiled(tmp_path, command, monkeypatch, name)
-
-
-def check_compiled(tmp_path, command, monkeypatch, name):
     """Samples between updates have other shapes, and are not compiled. 4 updates of a batch that does not divide the
     number of samples: no batch is shorter than the others."""
     changes, warm = COMPILED[name]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
+import train_tscd_distill_sd_wds as tscd
 from common.networks import lora, teachers
 from common.run import engine, simulation
 from tests.benchmarks import synthetic
@@ -26,7 +27,7 @@ from tests.networks.test_performance import (  # noqa: F401
     made,
     prompts_file,
 )
-from tests.scripts.test_stable_diffusion import train
+from tests.scripts.test_stable_diffusion import launch, train
 
 import diffusers
 import pytest
@@ -48,18 +49,17 @@ def simulate(words, script=lcm, **wishes):
 # --- against real memory
 
 
-LORA = {"lora_rank": 4}
 BF16 = {"mixed_precision": "bf16"}
-CASES = {
+ROWS = {
     "lcm, accumulation, selective": (
         "lcm",
         BF16 | {"gradient_accumulation_steps": 2, "gradient_checkpointing": "selective"},
     ),
     "tscd LoRA, frozen discriminator": ("tscd_lora", BF16 | {"freeze_discriminator_backbone": True}),
     "ct, 8-bit": ("ct", {"use_8bit_adam": True}),
-    "direct LoRA, full": ("direct", {"kind": "dit", "lora_rank": 8, "gradient_checkpointing": True, **BF16}),
 }
-MORE = {  # in tests/soak
+LONG_ROWS = {
+    "direct LoRA, full": ("direct", {"kind": "dit", "lora_rank": 8, "gradient_checkpointing": True, **BF16}),
     "lcm LoRA, channels_last": ("lcm_lora", BF16 | {"channels_last": True}),
     "tscd": ("tscd", {}),
     "lcm": ("lcm", {}),
@@ -71,9 +71,13 @@ MORE = {  # in tests/soak
 }
 
 
-def check_case(tmp_path, command, teacher, case):  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*ROWS.values(), *(pytest.param(*row, marks=pytest.mark.soak) for row in LONG_ROWS.values())],
+    ids=[*ROWS, *LONG_ROWS],
+)
+def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, name, changes):  # noqa: F811
     """The same update, real and simulated by the rules of a CPU: peak, operations and what is alive in between."""
-    name, changes = (CASES | MORE)[case]
     if "pretrained_teacher_model" in changes:
         changes = changes | {"pretrained_teacher_model": teacher(changes["pretrained_teacher_model"])}
     words, results = command(name, tmp_path / "out", dry_run=True, report_to="none", **changes), []
@@ -86,11 +90,6 @@ def check_case(tmp_path, command, teacher, case):  # noqa: F811
     assert simulated.flops == real.flops and sum(simulated.parts.values()) == simulated.peak
     assert simulated.waits == real.waits and all("(in diffusers)" in line for line in simulated.waits)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, case):  # noqa: F811
-    check_case(tmp_path, command, teacher, case)
 
 
 # --- at real shapes
@@ -106,6 +105,7 @@ def real_shape(folder, shards, shape, **changes):
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()]
 
 
+@pytest.mark.soak
 def test_sd15_fits_24_gb_and_its_update_waits_for_nothing(tmp_path, shards):
     """859,520,964 parameters, and the embedding of w; 5,947 G a sample, and what is recomputed, 23 % of 2,407 G."""
     changes = {"gradient_checkpointing": "full", "use_8bit_adam": True, "train_batch_size": 12}
@@ -117,26 +117,51 @@ def test_sd15_fits_24_gb_and_its_update_waits_for_nothing(tmp_path, shards):
     assert result.between == pytest.approx(result.trained * 10 + 859_520_964 * 2 + 0.39 * GIB, rel=0.01)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("which", "cpu", "gpu"), [("none", 26.6, 30.1), ("selective", 22.4, 24.2), ("full", 19.05, 19.3)]
+)
+def test_sd15_takes_what_docs_performance_says(tmp_path, shards, which, cpu, gpu):
+    """Without VAE and text encoder, GiB, by the rules of autocast on a CPU and on a GPU."""
+    words = real_shape(tmp_path, shards, "sd15", gradient_checkpointing=which, train_batch_size=12)
+    for like_gpu, expected in ((False, cpu), (True, gpu)):
+        result = simulate(words, like_gpu=like_gpu)
+        others = sum(size for name, size in result.parts.items() if "vae" in name or "text_encoder" in name)
+        assert (result.peak - others) / GIB == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.soak
+def test_an_sdxl_lora_fits_24_gb(tmp_path, shards):
+    changes = {"gradient_checkpointing": "full", "train_batch_size": 8}
+    result = simulate(real_shape(tmp_path, shards, "sdxl", **changes), lcm_lora)
+    assert result.card == 24 and "backward" in result.moment and not result.waits
+
+
 # --- what several processes take
 
 
-def test_gradients_of_several_processes_live_in_buckets(tmp_path, flags):  # noqa: F811
-    one, two = (simulate(flags(tmp_path / "out", dry_run=True), processes=n) for n in (1, 2))
+def test_several_processes_keep_buckets_and_zero_a_part_of_16_bytes_a_weight(tmp_path, flags, monkeypatch):  # noqa: F811
+    words = flags(tmp_path / "out", dry_run=True)
+    one, two = (simulate(words, processes=n) for n in (1, 2))
     trained = 4 * one.trained
     assert two.between - one.between == pytest.approx(trained, rel=0.01)
     assert two.parts["gradients"] == pytest.approx(trained, rel=0.01)
     assert two.peak - one.peak < trained  # one process has gradients at its peak too
+    settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True}
+    monkeypatch.setattr(engine, "take_settings", lambda args: settings)
+    result = simulate(words, processes=4)
+    (name,) = (name for name in result.parts if name.startswith("ZeRO-2"))
+    assert result.parts[name] == pytest.approx(16 * one.trained / 4 + 2 * 4 * 1000, rel=0.01)
+    assert "optimizer states" not in result.parts and result.between < one.between
 
 
-def test_zero_keeps_a_part_of_16_bytes_a_weight_and_the_buckets(tmp_path, flags, monkeypatch):  # noqa: F811
-    plain = simulate(flags(tmp_path / "out", dry_run=True))
-    for overlap, buckets in ((False, 1), (True, 2)):
-        settings = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": overlap}
-        monkeypatch.setattr(engine, "take_settings", lambda args, settings=settings: settings)
-        result = simulate(flags(tmp_path / "out", dry_run=True), processes=4)
-        (name,) = (name for name in result.parts if name.startswith("ZeRO-2"))
-        assert result.parts[name] == pytest.approx(16 * plain.trained / 4 + buckets * 4 * 1000, rel=0.01)
-        assert "optimizer states" not in result.parts and result.between < plain.between
+@pytest.mark.soak
+def test_several_processes_simulate_one_of_them(tmp_path, flags):  # noqa: F811
+    """The main process goes on alone and waits for none; it says what the buckets of gradients add."""
+    result = launch(flags(tmp_path / "out", tscd, dry_run=True), num_processes=2, script=tscd)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("One update, simulated") == 1 and "  gradients  " in result.stdout
+    assert not (tmp_path / "out").exists()
 
 
 # --- what it says
@@ -244,7 +269,9 @@ def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monk
     assert "no weights of the variant" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def check_signal(tmp_path, flags, number, code):  # noqa: F811
+@pytest.mark.soak
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):  # noqa: F811
     line = f"import os; os.kill(os.getpid(), {int(number)}); raise AssertionError('it went on')"
     edited(tmp_path, LOSS, f"{LOSS}            {line}\n", loads=False)
     words = [sys.executable, str(tmp_path / "edited.py"), *flags(tmp_path / "out", dry_run=True)]
@@ -252,10 +279,6 @@ def check_signal(tmp_path, flags, number, code):  # noqa: F811
     result = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root})
     assert result.returncode == code and "it went on" not in result.stderr and "checkpoint" not in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags):  # noqa: F811
-    check_signal(tmp_path, flags, signal.SIGTERM, -signal.SIGTERM)
 
 
 def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys):  # noqa: F811

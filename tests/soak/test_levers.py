@@ -1,10 +1,8 @@
-"""Levers where it takes longer: every script compiled, kernels of the real compiler, two processes."""
+"""Levers where it takes longer: kernels of the real compiler, two processes."""
 
 from tests.networks.test_performance import (  # noqa: F401
     SCRIPTS,
-    check_compiled,
     command,
-    compiles_at_once,
     ct_flags,
     data_set,
     direct_flags,
@@ -16,11 +14,6 @@ from tests.networks.test_performance import (  # noqa: F401
 from tests.scripts.test_stable_diffusion import NO_DDP_LEFT, launch, scalars, train
 
 import pytest
-
-
-@pytest.mark.parametrize("name", ["lcm", "lcm_lora", "tscd", "tscd_lora", "direct"])
-def test_nothing_is_compiled_after_the_first_updates(tmp_path, command, monkeypatch, compiles_at_once, name):  # noqa: F811
-    check_compiled(tmp_path, command, monkeypatch, name)
 
 
 @pytest.mark.parametrize("name", ["lcm_lora", "direct"])
