@@ -45,7 +45,7 @@ def parse_args(argv=None):
     flags.add_data_arguments(parser, text=False)
     flags.add_training_arguments(parser, "consistency-model", "consistency-training", samples_prompts=False)
     ct_flags.add_arguments(parser)
-    add = parser.add_argument_group("consistency training").add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--objective", choices=["ict", "ect"], default="ict", help="from scratch, or from a diffusion model")
     add(
         "--pretrain_steps",
@@ -197,6 +197,7 @@ def main(args):
     )
     unets = {"raw": accelerator.unwrap_model(unet)} | ({"ema": ema_unet} if ema_unet else {})
     grid_labels = [i % args.num_classes if args.num_classes else None for i in range(args.eval_batch_size)]
+    columns = ["" if label is None else str(label) for label in grid_labels]
     grid = functools.partial(evaluation.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
     if args.eval_steps:
         plain = functools.partial(
@@ -295,7 +296,7 @@ def main(args):
             run.save()
         if run.samples:
             with samples.going_on(accelerator, run.global_step):
-                grid(step=run.global_step)
+                run.show(grid(step=run.global_step), labels=columns)
 
     # 8. Export: a pipeline that samples with the network's average, then what may fail: card, samples, upload.
     if is_main and not run.stopped:
@@ -319,10 +320,9 @@ def main(args):
                 )
             images = grid(step=run.global_step)  # by every process
             if is_main:
-                columns = ["" if label is None else str(label) for label in grid_labels]
                 export.save_grid(args.output_dir, images, columns)
     unet, optimizer = accelerator.free_memory(unet, optimizer)
-    run.finish()
+    run.finish(evaluation.describe_best(args.output_dir))
 
 
 if __name__ == "__main__":

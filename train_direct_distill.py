@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--num_held_out", type=flags.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
     add("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
     flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
-    add = parser.add_argument_group("direct distillation").add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--num_inference_steps", type=flags.positive_int, help="of the student; default: 4, or the table's")
     add("--student_scheduler", help="class of diffusers; default: the one that made the pairs")
     add("--student_scheduler_kwargs", help="JSON object of changes to its configuration")
@@ -309,9 +309,11 @@ def main(args):
             run.save(data={"next_micro_batch": micro_batch})
         if run.samples:
             with samples.going_on(accelerator, run.global_step), averaged():
-                sample(step=run.global_step)
+                images, _ = sample(step=run.global_step)
+                run.show(images, labels=[data.prompts[i] for i in shown])
 
     # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
+    quality = None
     with averaged():
         if is_main and not run.stopped:
             save = pipelines.save_lora if args.lora_rank else pipelines.save_denoisers
@@ -326,10 +328,10 @@ def main(args):
                 result = {"held_out_pairs": len(held_out), "relative_mse": relative_mse, "untrained": untrained[0]}
                 if is_main:
                     Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
-                    write_card(args, pipeline, data, kwargs, files, run, result)
-                    export.save_grid(args.output_dir, images, [data.prompts[i] for i in measured[:4]])
+                    quality = write_card(args, pipeline, data, kwargs, files, run, result)
+                    export.save_grid(args.output_dir, images, [data.prompts[i] for i in shown])
     rollout, optimizer = accelerator.free_memory(rollout, optimizer)
-    run.finish()
+    run.finish(quality)
 
 
 def write_card(args, pipeline, data, kwargs, files, run, result):
@@ -342,8 +344,7 @@ def write_card(args, pipeline, data, kwargs, files, run, result):
     error = f"On {where} its squared error is {result['relative_mse']:.3f} of the variance of the teacher's latents, "
     error += f"{result['untrained']:.3f} before training."
     if not result["relative_mse"] < result["untrained"]:
-        error = f"Warning: training has not made it better. {error} Lower --learning_rate, or train longer."
-        print(error, flush=True)
+        error = f"WARNING: training has not made it better. {error} Lower --learning_rate, or train longer."
     rank = [f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha:g}: {', '.join(files)}."]
     export.write_model_card(
         args.output_dir,
@@ -361,6 +362,7 @@ def write_card(args, pipeline, data, kwargs, files, run, result):
         ],
         tags=["direct-distillation", *(["lora"] if args.lora_rank else []), "text-to-image", "diffusers"],
     )
+    return error
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def parse_args(argv=None):
     flags.add_teacher_arguments(parser)
     flags.add_data_arguments(parser)
     flags.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
-    add = parser.add_argument_group("latent consistency distillation").add_argument
+    add = parser.add_argument_group("method").add_argument
     add(
         "--init_lora",
         type=flags.path,
@@ -228,7 +228,7 @@ def main(args):
             run.save()
         if run.samples:
             with samples.going_on(accelerator, run.global_step):
-                sample(step=run.global_step)
+                run.show(sample(step=run.global_step), labels=prompts)
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     if is_main and not run.stopped:

@@ -48,7 +48,7 @@ def parse_args(argv=None):
     flags.add_teacher_arguments(parser)
     flags.add_data_arguments(parser)
     flags.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
-    add = parser.add_argument_group("latent consistency distillation").add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--init_unet", type=flags.path, help="start from an earlier student (its folder) instead of from the teacher")
     add("--w_min", type=flags.non_negative_float, help="smallest guidance w, guidance_scale is w + 1; SD: 5, SDXL: 3")
     add("--w_max", type=flags.non_negative_float, default=15.0, help="largest guidance w")
@@ -235,7 +235,7 @@ def main(args):
             run.save()
         if run.samples:
             with samples.going_on(accelerator, run.global_step):
-                sample(step=run.global_step)
+                run.show(sample(step=run.global_step), labels=prompts)
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
     if is_main and not run.stopped:

@@ -44,7 +44,7 @@ def parse_args(argv=None):
     flags.add_data_arguments(parser)
     flags.add_training_arguments(parser, output_dir="tscd-distilled-lora", tracker_project_name="text2image-fine-tune")
     yes_no = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("trajectory segmented consistency distillation").add_argument
+    add = parser.add_argument_group("method").add_argument
     add(
         "--init_lora",
         type=flags.path,
@@ -318,13 +318,12 @@ def main(args):
                     write_card(args, config, teacher_options, stage, folder, len(shards), run)
             with samples.going_on(accelerator, run.global_step):
                 grid = sample(stage)  # by every process
-                if is_main:
-                    export.save_grid(folder, grid, prompts)
+                run.show(grid, labels=prompts, name=f"{stage.name}/sample_grid.png")
         if run.saves or run.global_step == stage.end:
             run.save()
         if run.samples and run.global_step != stage.end:
             with samples.going_on(accelerator, run.global_step):
-                sample(stage)
+                run.show(sample(stage), labels=prompts)
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     stage = stage_at(stages, run.global_step - 1)

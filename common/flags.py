@@ -30,6 +30,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse that answers a mistake with one sentence on stderr (on one process of each node) and exit code 2."""
 
     spelling = {}  # of the latest parser: the flag of each name in a Namespace
+    latest = None  # the parser itself; its `typed` are the names of the flags that stood on the command line
 
     def __init__(self, description):
         super().__init__(
@@ -44,12 +45,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.typed = {self._option_string_actions[word].dest for word in words if word in self._option_string_actions}
         args = super().parse_args(argv)
         sys.argv[1:] = mask_secrets(sys.argv[1:])  # trackers record the command line on their own
-        ArgumentParser.spelling = self._spelling()
+        ArgumentParser.spelling, ArgumentParser.latest = self._spelling(), self
         for action in self._actions:
             if getattr(args, action.dest, None) == "" and action.dest != "negative_prompt":
                 name = (action.option_strings or [action.metavar])[0]
                 self.error(f"{name} is empty (a variable that is not set?); give it a value, or drop it")
         return args
+
+    def groups(self):
+        """[(title, actions)] of the argument groups."""
+        return [(group.title, group._group_actions) for group in self._action_groups]
 
     def _spelling(self):
         return {action.dest: (action.option_strings or [action.metavar])[0] for action in self._actions}
@@ -229,9 +234,7 @@ def add_data_arguments(parser, text=True):
 
 def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
     """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps."""
-    add = parser.add_argument_group("training").add_argument
-    add("--output_dir", type=path, default=output_dir, help="where checkpoints, logs and the result go")
-    add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
+    add = parser.add_argument_group("update").add_argument
     add("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per update")
     add("--num_train_epochs", type=positive_int, default=100, help="passes over the data, without --max_train_steps")
@@ -247,6 +250,8 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add("--adam_epsilon", type=positive_float, default=1e-8)
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
     add("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
+
+    add = parser.add_argument_group("machine").add_argument
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
     add(
@@ -261,9 +266,12 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add("--channels_last", action="store_true", help="convolutions' layout in memory; faster with --compile, on GPUs")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's, where it runs")
     add("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
-    add("--dry_run", action="store_true", help="check everything, print the derived configuration, write nothing")
 
-    add = parser.add_argument_group("checkpoints").add_argument
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", type=path, default=output_dir, help="where checkpoints, logs and the result go")
+    add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
+    add("--dry_run", action="store_true", help="check everything, simulate an update, write nothing")
+    add("--verbose", action="store_true", help="print every flag at the start, those of the parser's defaults too")
     add("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
     add(
         "--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep, and the best; default: all"
@@ -426,7 +434,7 @@ MAY_CHANGE = frozenset(
     "logging_dir logging_steps report_to tracker_project_name validation_steps validation_prompts "
     "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
     "eval_steps eval_nfe eval_num_samples eval_num_reference eval_batch_size feature_network eval_class_accuracy "
-    "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run "
+    "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run verbose "
     "stop_margin max_nonfinite_steps gradient_checkpointing compile channels_last "
     "enable_xformers_memory_efficient_attention skip_pairs_check "
     "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes

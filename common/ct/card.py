@@ -3,7 +3,7 @@
 from common.ct.consistency import karras_sigmas, sampling_timesteps
 from common.results import export
 
-WARN = "Warning: "
+WARN = "WARNING: "
 
 
 def write_card(output_dir, flags, command, global_step, total_batch_size, chosen, start_share, report=print):

@@ -146,6 +146,16 @@ def record(output_dir, step, rows, checkpoint=None, metric="frechet_distance"):
     return best
 
 
+def describe_best(output_dir):
+    """The best evaluation of a run in words, None where nothing was measured."""
+    path = Path(output_dir, BEST)
+    if not path.is_file():
+        return None
+    best = json.loads(path.read_text())
+    what = f"{best['metric'].replace('_', ' ')} {best[best['metric']]:.4g}" if best[best["metric"]] else "not finite"
+    return f"{what} with {best['num_inference_steps']} steps, the best, at update {best['step']}; all in {METRICS}"
+
+
 def _replace(path, text):
     """Write a file that is complete or what it was."""
     unfinished = path.with_suffix(".tmp")

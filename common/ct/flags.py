@@ -58,7 +58,7 @@ def add_arguments(parser):
         help="default: what the network's configuration says; of the own ones 0.3 and 0.2",
     )
 
-    add = parser.add_argument_group("exponential moving average").add_argument
+    add = parser.add_argument_group("weight average").add_argument
     add("--use_ema", action="store_true", help="keep an average of the weights, and sample from it")
     add(
         "--ema_max_decay",

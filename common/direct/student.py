@@ -20,6 +20,7 @@ from common.results import samples
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 @torch.no_grad()
@@ -76,7 +77,8 @@ def sample_and_measure(accelerator, student, data, measured, shown, untrained, b
     samples.log_images(accelerator.trackers, images, step)
     values = {"held_out/relative_mse": relative_mse, "held_out/relative_mse_untrained": untrained[0]}
     accelerator.log(values, step=step)
-    accelerator.print("\n" + ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
+    if accelerator.is_main_process:
+        tqdm.write(f"held-out pairs: relative squared error {relative_mse:.4f}, {untrained[0]:.4f} before training")
     return images, relative_mse
 
 

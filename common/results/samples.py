@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 
 def share(accelerator, jobs, work):
@@ -88,10 +89,9 @@ def going_on(accelerator, step):
     try:
         yield
     except Exception as error:
-        accelerator.print(
-            f"\nWARNING: sampling or measuring failed at step {step} ({errors.first_line(error)}); training goes on "
-            "with the weights that it has"
-        )
+        if accelerator.is_main_process:
+            failure = f"sampling or measuring failed at step {step} ({errors.first_line(error)})"
+            tqdm.write(f"WARNING: {failure}; training goes on with the weights that it has")
 
 
 def sample_grid(

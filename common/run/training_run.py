@@ -15,13 +15,12 @@ from common import lock
 from common.errors import UserError
 from common.flags import exit_with, public_args
 from common.results import export
-from common.run import checkpointing, preemption, simulation, training_data
+from common.run import checkpointing, preemption, screen, simulation, training_data
 from common.run.updates import UpdateGuard
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 DISK_ERRORS = "No space left on device|Disk quota exceeded|File too large|Read-only file system"
 
@@ -42,7 +41,7 @@ def user_errors(main, is_tool=False):
                 return main(args)
         except simulation.Finished as finished:
             if finished.result and finished.is_reported:
-                echo("One update, simulated on tensors without memory", finished.result.lines())
+                screen.echo("One update, simulated on tensors without memory", finished.result.lines())
             return finished.result
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
@@ -121,15 +120,18 @@ class TrainingRun:
     def derived_configuration(self):
         """What follows from the flags, for people to check before a long run: {name: text}."""
         updates, num_samples = self.args.max_train_steps, self.num_samples
-        known = num_samples is not None
-        return {
+        derived = {
             "processes": str(self.accelerator.num_processes),
             "samples per update": str(self.total_batch_size),
             "updates": str(updates),
-            "samples per epoch": str(num_samples) if known else "not counted (--dry_run counts local shards)",
-            "updates per epoch": f"{num_samples / self.total_batch_size:.1f}" if known else "not known",
-            "epochs": f"{updates * self.total_batch_size / num_samples:.2f}" if num_samples else "not known",
         }
+        if num_samples is not None:
+            derived["samples per epoch"] = str(num_samples)
+            derived["updates per epoch"] = f"{num_samples / self.total_batch_size:.1f}"
+            derived["epochs"] = f"{updates * self.total_batch_size / num_samples:.2f}"
+        elif self.args.dry_run:
+            derived["samples per epoch"] = "not counted: the shards are not local"
+        return derived
 
     def resolve_prompts(self, captions):
         """What is sampled: --validation_prompts, the resumed run's prompts, or up to 4 captions of the first batch."""
@@ -141,9 +143,10 @@ class TrainingRun:
         self.flags, self.derived = public_args(self.args), derived
         if not self.accelerator.is_main_process:
             return
-        echo("Flags", self.flags)
-        echo("What follows from them", derived)
-        if warning := warmup_warning(self.args):
+        screen.show_flags(self.args, self.flags)
+        screen.show_changes(self.flags, self.resumed["args"])
+        screen.echo("What follows", derived)
+        if warning := screen.warmup_warning(self.args):
             print(warning, flush=True)
         if not self.args.dry_run:
             checkpointing.write_config(self.args.output_dir, self.flags, derived)
@@ -171,12 +174,12 @@ class TrainingRun:
             num_skipped=self.resumed.get("updates_skipped", 0),
             networks=networks,
         )
-        self.progress = tqdm(
-            total=args.max_train_steps,
-            initial=self.global_step,
-            desc="steps",
-            disable=not accelerator.is_main_process or args.dry_run,
-        )
+        is_shown = accelerator.is_main_process and not args.dry_run
+        if is_shown:
+            parameters = {p for network in networks.values() for p in network.parameters() if p.requires_grad}
+            number = sum(parameter.numel() for parameter in parameters) / 1e6
+            print(f"training {number:.4g} M weights, output in {args.output_dir}", flush=True)
+        self.progress = screen.Progress(self.global_step, args.max_train_steps, is_shown)
         self.means = RunningMeans()
 
     @property
@@ -225,7 +228,13 @@ class TrainingRun:
         if self.data:
             logs |= sum_counters(gather_object([self.data.counters]))
         self.accelerator.log(logs, step=self.global_step)
-        self.progress.set_postfix({name: f"{value:.4g}" for name, value in logs.items()})
+        self.progress.show(logs)
+
+    def show(self, images, labels, name=None):
+        """Write samples of a validation, as of `export.save_grid`, and say where. name: default: by the step."""
+        if self.accelerator.is_main_process and images:
+            name = name or f"samples/step-{self.global_step:06}.png"
+            screen.say(f"samples: {export.save_grid(self.args.output_dir, images, labels, name)}")
 
     def save(self, **state):
         """Write a checkpoint; state: what it says besides what was registered, JSON-able."""
@@ -244,10 +253,11 @@ class TrainingRun:
             self.args.checkpoints_total_limit,
         )
 
-    def finish(self):
+    def finish(self, quality=None):
         """Upload what is asked for, end the trackers, and leave: with another exit code where the run was stopped.
 
-        After `accelerator.free_memory`: DDP that outlives its process group can deadlock.
+        After `accelerator.free_memory`: DDP that outlives its process group can deadlock. quality: how good the result
+        is, in words, where the script knows it.
         """
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process and args.push_to_hub and not self.stopped:
@@ -256,7 +266,8 @@ class TrainingRun:
         accelerator.wait_for_everyone()
         accelerator.end_training()
         self.stopper.leave(self.global_step)
-        accelerator.print(f"saved to {args.output_dir}: README.md says how to use it, sample_grid.png shows samples")
+        if accelerator.is_main_process:
+            self.progress.finish(args, quality)
 
 
 def resolve_seed(seed, saved_seed=None):
@@ -289,27 +300,9 @@ def sum_counters(counters):
     return {"samples_read": read, "samples_skipped": sum(total.values())} | classes
 
 
-def warmup_warning(args):
-    """A sentence where the learning rate warms up for half of the run or more, as by the default in a short one."""
-    steps, updates = args.lr_warmup_steps, args.max_train_steps
-    if args.lr_scheduler == "constant" or 2 * steps < updates or not steps:
-        return None
-    reached = f"it never reaches --learning_rate, but {updates / steps:.0%} of it" if steps >= updates else ""
-    return (
-        f"Warning: --lr_warmup_steps={steps} is {steps / updates:.0%} of the run's {updates} updates, in which the "
-        f"learning rate rises{reached and ': '}{reached}; pass less, such as --lr_warmup_steps={updates // 10}"
-    )
-
-
 def tracker_config(values):
     """{name: value} as every tracker takes it: numbers, strings and booleans; the rest as text."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-
-
-def echo(title, values):
-    """Print a block of `name: value` lines, aligned."""
-    width = max(len(name) for name in values)
-    print(f"{title}\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items()), flush=True)
 
 
 class RunningMeans:

@@ -22,7 +22,7 @@ from common.data.cached_latents import read_manifest
 from common.data.shards import expand_shards
 from common.errors import UserError
 from common.flags import ArgumentParser, fraction, positive_float, positive_int
-from common.run import simulation, training_run
+from common.run import screen, simulation, training_run
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -95,7 +95,7 @@ def main(args):
     result = simulate(script, words, args.processes)
     updates = result.updates if typed.max_train_steps else max(1, round(result.updates / args.processes))
     hours = updates * args.processes * result.flops / (args.mfu * args.gpu_tflops * 1e12) / 3600
-    training_run.echo("The recommended choice, simulated", result.lines())
+    screen.echo("The recommended choice, simulated", result.lines())
     print(
         f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on {args.processes} "
         f"card(s), at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"

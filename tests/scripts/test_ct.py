@@ -762,8 +762,8 @@ def test_a_run_too_short_for_its_average_gives_the_last_weights(tmp_path, flags,
     assert same(weights(out / "unet_ema"), load_file(out / "checkpoint-8" / "ema_unet.safetensors"))
     printed = capsys.readouterr().out
     assert "99% of it still its start at the end: too much" in printed.partition("steps:")[0]  # before hours are spent
-    assert "Warning: the run is too short for its average, 99% of which" in printed
-    assert "Warning: the run is too short" in (out / "README.md").read_text()
+    assert "WARNING: the run is too short for its average, 99% of which" in printed
+    assert "WARNING: the run is too short" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -794,7 +794,7 @@ def test_other_preconditionings_train_and_are_saved_with_their_scheduler(tmp_pat
     train(flags(tmp_path / "out", validation_steps=4, **changes))
     out = tmp_path / "out"
     card = (out / "README.md").read_text()
-    assert "Warning: `noise_precond_type` or `input_precond_type` is not cm" in card
+    assert "WARNING: `noise_precond_type` or `input_precond_type` is not cm" in card
     assert not (out / "model_index.json").exists()
     snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
     names = {}
@@ -820,7 +820,7 @@ def test_classes_as_timesteps_reach_the_network(tmp_path, flags):
 
 def test_pretraining_alone_is_no_consistency_model_and_a_start_for_ect(tmp_path, flags, capsys):
     train(flags(tmp_path / "a", pretrain_steps=8, objective="ect"))
-    assert "Warning: every update was diffusion training" in (tmp_path / "a" / "README.md").read_text()
+    assert "WARNING: every update was diffusion training" in (tmp_path / "a" / "README.md").read_text()
     options = {"model_config_name_or_path": None, "pretrained_model_name_or_path": tmp_path / "a"}
     train(flags(tmp_path / "b", objective="ect", learning_rate=0, adam_weight_decay=0, **options))
     assert same(weights(tmp_path / "a" / "unet"), weights(tmp_path / "b" / "unet_raw"))

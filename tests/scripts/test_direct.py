@@ -333,7 +333,7 @@ def test_the_cards_snippet_gives_the_student_that_was_trained(tmp_path, flags, m
     error = (student - target).square().mean() / target.var(correction=0)
     result = json.loads((tmp_path / "out" / "held_out.json").read_text())
     assert result["relative_mse"] == pytest.approx(error.item(), rel=1e-4) and result["held_out_pairs"] == 4
-    assert result["relative_mse"] < result["untrained"] and "Warning: training" not in card + out
+    assert result["relative_mse"] < result["untrained"] and "WARNING: training" not in card + out
     times = [999, 749, 499, 249] if kind == "sd" else pytest.approx([1000, 928.2, 799.3, 500], abs=0.1)
     assert place["pipe"].scheduler.timesteps.tolist() == times
     assert scalars(tmp_path / "out", "held_out/relative_mse").keys() == {2, 4}
@@ -367,7 +367,7 @@ def test_a_student_that_got_worse_is_called_so(tmp_path, flags, capsys, num_held
     result = json.loads((tmp_path / "held_out.json").read_text())
     assert result["relative_mse"] > result["untrained"]
     sentence = (
-        f"Warning: training has not made it better. On {where} its squared error is {result['relative_mse']:.3f}"
+        f"WARNING: training has not made it better. On {where} its squared error is {result['relative_mse']:.3f}"
     )
     card = (tmp_path / "README.md").read_text()
     assert sentence in capsys.readouterr().out.splitlines()[-2] and f"- {sentence}" in card

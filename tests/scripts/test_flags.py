@@ -13,7 +13,7 @@ from common import errors
 from common import flags as flags_module
 from common.data.shards import expand_shards
 from common.flags import command_line, public_args, resolve_teacher_defaults
-from common.run import engine, training_data, training_run
+from common.run import engine, training_data, screen, training_run
 from common.tscd import flags as tscd_flags
 
 import pytest
@@ -486,8 +486,8 @@ def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
 def test_a_warmup_of_half_the_run_is_said(scheduler, warmup, updates, sentence):
     words = [*REQUIRED, f"--lr_scheduler={scheduler}", f"--max_train_steps={updates}", "--dry_run"]
     args = script(SCRIPTS[0]).parse_args([*words, *([] if warmup is None else [f"--lr_warmup_steps={warmup}"])])
-    warning = training_run.warmup_warning(args)
-    assert re.match(f"Warning: {sentence}", warning) if sentence else warning is None
+    warning = screen.warmup_warning(args)
+    assert re.match(f"WARNING: {sentence}", warning) if sentence else warning is None
     assert args.lr_warmup_steps == (500 if warmup is None else warmup)
 
 

@@ -1,0 +1,182 @@
+"""What a run says: at its start, at each log entry, and at its end. Only the main process prints.
+
+The start says what costs nothing to know. What memory an update takes is left to --dry_run: to simulate an update of
+Stable Diffusion takes up to a minute, by which every start would be later.
+"""
+
+import ast
+import datetime
+import os
+import re
+import shlex
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from common.flags import ArgumentParser
+
+import torch
+from tqdm import tqdm
+
+WIDTH = 119
+ENTRIES = 100  # lines of a whole run in a log file, and one more after each SILENCE seconds
+SILENCE = 600
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def echo(title, values):
+    """Print a block of `name: value` lines, aligned."""
+    width = max(map(len, values))
+    print("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in values.items())]), flush=True)
+
+
+def say(text):
+    """Print a line without tearing the progress bar apart. Of the main process."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def show_flags(args, flags):
+    """Print the flags that were typed, a line for each group of the parser, and those that the run has filled in.
+
+    flags: {name: value} of the run. With --verbose, all of them, one a line.
+    """
+    rows, filled_in, parser = {}, [], ArgumentParser.latest
+    for title, actions in parser.groups():
+        known = [action for action in actions if action.dest in flags]
+        if args.verbose and known:
+            echo(title, {action.dest: flags[action.dest] for action in known})
+            continue
+        rows[title] = [_word(action, flags[action.dest]) for action in known if action.dest in parser.typed]
+        others = [action for action in known if action.dest not in parser.typed]
+        changed = [a for a in others if flags[a.dest] not in (a.default, [a.default], None, {})]
+        filled_in += [_word(action, flags[action.dest]) for action in changed]
+    if not args.verbose:
+        _rows(rows | {"not given, so": filled_in})
+
+
+def show_changes(flags, saved):
+    """Print what a resumed run does otherwise than the one before. saved: its flags, of a checkpoint."""
+    names = [name for name in saved if name in flags and name not in ("resume_from_checkpoint", "local_rank")]
+    _rows({"changed": [f"--{n}: {saved[n]} -> {flags[n]}" for n in names if saved[n] != flags[n]]})
+
+
+def _word(action, value):
+    if isinstance(value, bool):
+        return action.option_strings[0 if value else -1]
+    values = value if isinstance(value, list) else [value]
+    values = [str(v).removesuffix(".0") if isinstance(v, float) else v for v in values]
+    text = ",".join(map(str, values)) if len(values) < 5 else f"{values[0]},... ({len(values)})"
+    return f"{action.option_strings[0]}={shlex.quote(text)}"
+
+
+def _rows(rows):
+    """Print {title: words} as wrapped paragraphs, those that have words."""
+    rows = {title: words for title, words in rows.items() if words}
+    width = max(map(len, rows), default=0) + 2
+    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * width}
+    for title, words in rows.items():
+        print(textwrap.fill(f"{title:<{width}}{'  '.join(words)}", WIDTH, **options), flush=True)
+
+
+def warmup_warning(args):
+    """A sentence where the learning rate warms up for half of the run or more, as by the default in a short one."""
+    steps, updates = args.lr_warmup_steps, args.max_train_steps
+    if args.lr_scheduler == "constant" or 2 * steps < updates or not steps:
+        return None
+    reached = f"it never reaches --learning_rate, but {updates / steps:.0%} of it" if steps >= updates else ""
+    return (
+        f"WARNING: --lr_warmup_steps={steps} is {steps / updates:.0%} of the run's {updates} updates, in which the "
+        f"learning rate rises{reached and ': '}{reached}; pass less, such as --lr_warmup_steps={updates // 10}"
+    )
+
+
+class Progress:
+    """The updates of a run: a bar on a terminal. Elsewhere, as in a job's log, a line at some of the log entries."""
+
+    def __init__(self, start, total, is_shown):
+        self.start = self.step = self.printed = start
+        self.total, self.is_shown, self.values = total, is_shown, {}
+        self.started = self.time = time.monotonic()
+        is_bar = is_shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, desc="steps", disable=not is_bar, bar_format=BAR, smoothing=0.02)
+
+    def update(self):
+        self.step += 1
+        self.bar.update()
+
+    def show(self, values):
+        """After an update: loss, speed, and what was skipped, of a log entry {name: number}."""
+        self.values = values
+        words = [f"loss {values['loss']:.4g}"] if "loss" in values else []
+        words.append(f"{values['samples_per_second']:.3g} samples/s")
+        for name in ("samples_skipped", "updates_skipped"):
+            words += [f"{values[name]} {name.replace('_', ' ')}"] if values.get(name) else []
+        if not self.bar.disable:
+            self.bar.set_postfix_str(", ".join(words))
+        elif self.is_shown:
+            self._line(words)
+
+    def _line(self, words):
+        is_due = (self.step - self.printed) * ENTRIES >= self.total or time.monotonic() - self.time >= SILENCE
+        if is_due or self.step == self.total:
+            self.printed, self.time = self.step, time.monotonic()
+            left = (self.total - self.step) * (self.time - self.started) / max(1, self.step - self.start)
+            words = [f"step {self.step} of {self.total}", *words, *([f"{_duration(left)} left"] if left else [])]
+            print(", ".join(words), file=sys.stderr, flush=True)
+
+    def finish(self, args, quality=None):
+        """Say where the result is, how to use it and how good it is. quality: in words, where the script knows it."""
+        self.bar.close()
+        took, loss = _duration(time.monotonic() - self.started), self.values.get("loss")
+        done = f"{self.step - self.start} updates in {took}" + (f", loss {loss:.4g}" if loss is not None else "")
+        if "samples_read" in self.values:
+            done += "; samples: {samples_read} read, {samples_skipped} skipped".format_map(self.values)
+            done += " (skipped_samples.jsonl)" if self.values["samples_skipped"] else ""
+        lines = {"done": done, "result": f"{args.output_dir}: README.md says how to use it, sample_grid.png shows it"}
+        if quality:
+            lines["quality"] = quality
+        if code := card_code(args.output_dir):
+            lines |= {"sample": sample_command(code), "measure": evaluate_command(args, code)}
+        print("\n".join(f"{name:<8} {line}" for name, line in lines.items() if line), flush=True)
+
+
+def _duration(seconds):
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def card_code(output_dir):
+    """The Python of a result's card that makes images with it, or None."""
+    card = Path(output_dir, "README.md")
+    found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.S) if card.is_file() else None
+    return found and found[1]
+
+
+def sample_command(code):
+    """A line for a shell that runs a card's code, here where there may be no GPU, and saves the image."""
+    if not torch.cuda.is_available():
+        code = re.sub(r'^pipe\.to\("cuda"\)\n|\.to\("cuda"\)|, dtype=torch\.\w+', "", code, flags=re.M)
+    name = ast.parse(code).body[-1].targets[0].id
+    first = name if name == "image" else f"{name}[0]"
+    lines = [line for line in code.splitlines() if line] + [f'{first}.save("sample.png")']
+    return f"python -c {shlex.quote('; '.join(lines))}"
+
+
+def evaluate_command(args, code):
+    """What measures the result of a Stable Diffusion script, called as in a card's code, against its training images;
+    None for other scripts."""
+    if not hasattr(args, "validation_prompts"):
+        return None
+    words = [f"--pretrained_model={args.output_dir}"]
+    if not Path(args.output_dir, "model_index.json").is_file():
+        words = [f"--pretrained_model={args.pretrained_teacher_model}", f"--lora={args.output_dir}"]
+    words += [
+        f"--{name}={value}" for name, value in re.findall(r"(num_inference_steps|guidance_scale)=([\d.]+)", code)
+    ]
+    words += ["--prompts=@prompts.txt", "--feature_network=facebook/dinov2-large"]
+    words += [
+        f"--reference={args.train_shards_path_or_url}",
+        f"--output_dir={os.path.normpath(args.output_dir)}_measured",
+    ]
+    return f"python -m common.tools.evaluate {shlex.join(words)}  # prompts.txt: one a line"

@@ -1,0 +1,72 @@
+"""What a run prints: the start, the lines of a log file, and the end, whose commands are run as they stand."""
+
+import re
+import shlex
+
+from common.run import screen
+from common.tools import evaluate
+from tests.run.test_simulation import (  # noqa: F401
+    SCRIPTS,
+    command,
+    ct_flags,
+    data_set,
+    direct_flags,
+    direct_teacher,
+    flags,
+    made,
+    prompts_file,
+)
+from tests.scripts.test_stable_diffusion import train
+
+import pytest
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_start_and_end_of_each_script(tmp_path, monkeypatch, capsys, command, name):  # noqa: F811
+    folder = tmp_path / "out"
+    words = command(name, folder, max_train_steps=4, validation_steps=2)
+    train(words, SCRIPTS[name])
+    out, err = capsys.readouterr()
+    assert re.search(r"^update .*--max_train_steps=4", out, re.M) and re.search(r"^not given, so .*--\w+=", out, re.M)
+    assert "--adam_epsilon" not in out and "=None " not in out  # what nobody gave
+    assert re.search(r"^training [\d.e-]+ M weights", out, re.M)
+    grid = folder / ("stage-0-k2/sample_grid.png" if "tscd" in name else "samples/step-000002.png")
+    assert f"samples: {grid}\n" in out and grid.is_file()
+    assert re.findall("^step (\\d) of 4", err, re.M) == list("1234")
+    end = dict(line.split(maxsplit=1) for line in out[out.index("\ndone ") :].splitlines() if line)
+    assert re.match(r"4 updates in 0:0\d:\d\d, loss \d", end["done"]) and str(folder) in end["result"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate"])
+    code = shlex.split(end["sample"])[2]
+    exec(compile(code, "card", "exec"), {})
+    assert (tmp_path / "sample.png").is_file()
+    if "measure" in end:
+        (tmp_path / "prompts.txt").write_text("a three\na four\n")
+        with pytest.raises(SystemExit):  # all that is wrong with it is that no hub can be reached from here
+            evaluate.parse_args(shlex.split(end["measure"], comments=True)[3:])
+        assert "error: --feature_network facebook/dinov2-large is neither" in capsys.readouterr().err
+    train([*words, "--max_train_steps=5", "--resume_from_checkpoint=latest", "--verbose"], SCRIPTS[name])
+    out = capsys.readouterr().out
+    assert re.search(r"^changed .*--max_train_steps: 4 -> 5", out, re.M) and re.search(
+        r"^  adam_epsilon +1e-08$", out, re.M
+    )
+
+
+@pytest.mark.parametrize(("total", "every", "lines"), [(6, 1, 6), (1000, 10, 100), (100_000, 10, 100), (250, 100, 3)])
+def test_a_log_file_gets_a_hundred_lines(capsys, total, every, lines):
+    progress = screen.Progress(0, total, is_shown=True)
+    for step in range(1, total + 1):
+        progress.update()
+        if step % every == 0 or step == total:
+            progress.show({"loss": 0.5, "samples_per_second": 4.0, "samples_skipped": 0, "updates_skipped": 3})
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == lines and err[-1] == f"step {total} of {total}, loss 0.5, 4 samples/s, 3 updates skipped"
+
+
+def test_a_silent_log_gets_a_line_after_ten_minutes_and_other_processes_print_nothing(capsys, monkeypatch):
+    times = iter(range(0, 100_000, 700))
+    monkeypatch.setattr(screen.time, "monotonic", lambda: next(times))
+    for is_shown in (True, False):
+        progress = screen.Progress(0, 100_000, is_shown)
+        progress.update(), progress.show({"loss": 0.5, "samples_per_second": 4.0})
+    assert capsys.readouterr().err.count("\n") == 1
