@@ -37,22 +37,22 @@ def say(text):
     sys.stdout.flush()
 
 
-def show_flags(args, flags):
+def show_flags(flags, verbose):
     """Print the flags that were typed, a line for each group of the parser, and those that the run has filled in.
 
-    flags: {name: value} of the run. With --verbose, all of them, one a line.
+    flags: {name: value} of the run. verbose: all of them, one a line.
     """
     rows, filled_in, parser = {}, [], ArgumentParser.latest
     for title, actions in parser.groups():
         known = [action for action in actions if action.dest in flags]
-        if args.verbose and known:
+        if verbose and known:
             echo(title, {action.dest: flags[action.dest] for action in known})
             continue
         rows[title] = [_word(action, flags[action.dest]) for action in known if action.dest in parser.typed]
         others = [action for action in known if action.dest not in parser.typed]
         changed = [a for a in others if flags[a.dest] not in (a.default, [a.default], None, {})]
         filled_in += [_word(action, flags[action.dest]) for action in changed]
-    if not args.verbose:
+    if not verbose:
         _rows(rows | {"not given, so": filled_in})
 
 

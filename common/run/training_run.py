@@ -143,7 +143,7 @@ class TrainingRun:
         self.flags, self.derived = public_args(self.args), derived
         if not self.accelerator.is_main_process:
             return
-        screen.show_flags(self.args, self.flags)
+        screen.show_flags(self.flags, self.args.verbose)
         screen.show_changes(self.flags, self.resumed["args"])
         screen.echo("What follows", derived)
         if warning := screen.warmup_warning(self.args):

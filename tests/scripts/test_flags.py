@@ -206,7 +206,7 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         script(name).parse_args(["--help"])
     assert stopped.value.code == 0
     flags = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) - {"local_rank"}
-    modules = (script(name), flags_module, engine, screen, training_run, training_data, tscd_flags)
+    modules = (script(name), flags_module, engine, training_run, training_data, tscd_flags)
     source = "".join(open(module.__file__).read() for module in modules)
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 55 and not dead
