@@ -1,6 +1,6 @@
 """What the training scripts share. Each room imports those above it alone; `tests/test_architecture.py` holds that.
 
-    schedules solvers losses ema keyed_random    the maths: torch alone; errors and lock are what every room may use
+    schedules solvers losses ema keyed_random    the maths: torch alone; errors, files, lock: what every room may use
     networks/    teachers, encoders, LoRA, memory and speed, what a folder of weights holds
     data/        where samples come from: folders, tar shards, tables, decoding, the stream, cached latents
     results/     samples, metrics, what is exported

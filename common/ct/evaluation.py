@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+from common.files import whole
 from common.keyed_random import keyed_seed
 from common.results import metrics, samples
 from common.run.checkpointing import BEST
@@ -136,13 +137,15 @@ def record(output_dir, step, rows, checkpoint=None, metric="frechet_distance"):
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     kept = [row for row in kept if row["step"] < step]
     kept += [{"step": step, "checkpoint": checkpoint} | row for row in rows]
-    _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+    with whole(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
     most = max(row["num_inference_steps"] for row in kept)
     rows_of_most = [row for row in kept if row["num_inference_steps"] == most]
     best = min(rows_of_most, key=lambda row: math.inf if row[metric] is None else row[metric])
     if best["step"] < step and not Path(output_dir, best["checkpoint"] or BEST).is_dir():
         best = best | {"checkpoint": None}  # pruned, when one of the rows that were dropped was better
-    _replace(Path(output_dir, BEST), json.dumps({"metric": metric} | best, indent=1) + "\n")
+    with whole(Path(output_dir, BEST)) as unfinished:
+        unfinished.write_text(json.dumps({"metric": metric} | best, indent=1) + "\n")
     return best
 
 
@@ -154,13 +157,6 @@ def describe_best(output_dir):
     best = json.loads(path.read_text())
     what = f"{best['metric'].replace('_', ' ')} {best[best['metric']]:.4g}" if best[best["metric"]] else "not finite"
     return f"{what} with {best['num_inference_steps']} steps, the best, at update {best['step']}; all in {METRICS}"
-
-
-def _replace(path, text):
-    """Write a file that is complete or what it was."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    unfinished.rename(path)
 
 
 def flatten(rows):

@@ -11,22 +11,20 @@ float16 holds a std whole: the VAE's log variance is clamped to -30..20, so a st
 goes from 6e-8 to 6.5e4. A mean that is not finite in float16 is no latent: its sample is left out and counted.
 """
 
-import glob
 import hashlib
 import io
 import itertools
 import json
 import os
 import tarfile
-import uuid
 from pathlib import Path
 
-from common import lock
 from common.data.folders import TEXT_KEYS
 from common.data.images import decode_caption
 from common.data.shards import SampleError, is_remote
 from common.data.transfers import read_head
-from common.errors import UserError, blame
+from common.errors import UserError
+from common.files import check_settings, whole, write_settings
 
 import numpy as np
 import torch
@@ -59,55 +57,13 @@ def manifest_digest(manifest):
 
 
 def check_folder(folder, settings):
-    """UserError unless cached latents of these settings may be written to `folder`.
-
-    settings: of a manifest, or some of them. Returns the manifest that is there as bytes, or None where there is none.
-    """
-    folder, flag = Path(folder), f"`output_dir`={folder}"
-    path = folder / MANIFEST
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} is a file; name a folder")
-    if not path.is_file():
-        if any(not name.endswith(".tmp") for name in lock.contents(folder)) and not path.is_file():
-            raise UserError(f"{flag} holds other files and no {MANIFEST}; name an empty or new folder")
-        if not path.is_file():  # nor has another task written it in between
-            return None
-    with blame(f"{flag}: its {MANIFEST} cannot be read", OSError, ValueError, TypeError, way_out="name a new folder"):
-        text = path.read_bytes()
-        there = dict(json.loads(text))
-    here = json.loads(json.dumps(settings))
-    changed = [key for key in sorted(here) if key not in FREE_KEYS and there.get(key) != here[key]]
-    if changed:
-        listed = ", ".join(f"{key} was {there.get(key)!r} and is {here[key]!r}" for key in changed)
-        raise UserError(
-            f"{flag} holds latents of other settings: {listed}; repeat the command that began it, or name a new folder"
-        )
-    return text
+    """`files.check_settings` of a folder of cached latents. settings: of a manifest, or some of them."""
+    return check_settings(Path(folder, MANIFEST), settings, "latents", FREE_KEYS)
 
 
 def write_manifest(folder, manifest):
-    """Write MANIFEST, or take the one which is there, if its settings are the same; called by every task.
-
-    Returns its bytes, equal for all tasks. The first that comes writes it, and no moment shows a part of it.
-    """
-    folder = Path(folder)
-    there = check_folder(folder, manifest)
-    if there is not None:
-        return there
-    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = _write_aside(folder / MANIFEST, text.encode())
-        try:
-            os.link(unfinished, folder / MANIFEST)  # unlike a rename it fails where another was faster
-        except FileExistsError:
-            pass
-        finally:
-            unfinished.unlink()
-        _fsync(folder)
-    except OSError as error:
-        raise UserError(f"`output_dir`={folder} cannot be written ({error.strerror}); name another folder") from None
-    return check_folder(folder, manifest)
+    """`files.write_settings` of MANIFEST."""
+    return write_settings(Path(folder, MANIFEST), manifest, "latents", FREE_KEYS)
 
 
 def read_manifest(shards):
@@ -238,29 +194,14 @@ def write_shard(path, manifest_bytes, samples, stats):
     """Write a tar that is complete or does not exist, and after it its `_stats.json`.
 
     manifest_bytes: as from `write_manifest`. samples: (key, caption, {name: value} of the json, mean, std), arrays
-    float16. stats: called with the number of
-    samples and of bytes when all are written, returns what the file says; what it or `samples` raise ends the shard
-    without a trace. Two tasks at the same shard write the same. Raises OSError.
+    float16. stats: called with the number of samples and of bytes when all are written, returns what the file says;
+    what it or `samples` raise ends the shard without a trace. Two tasks at one shard write the same. Raises OSError.
     """
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(unfinished, "xb") as file:
-            count = _write_tar(file, manifest_bytes, samples)
-            file.flush()
-            os.fsync(file.fileno())
-            content = (json.dumps(stats(count, file.tell()), indent=1) + "\n").encode()
-        unfinished.rename(path)
-        _fsync(path.parent)
-        _write_aside(_stats_path(path), content).rename(_stats_path(path))
-        _fsync(path.parent)
-    except FileNotFoundError:
-        if shard_stats(path) is None:  # else another task was faster, and took this one's for a leftover
-            raise
-    finally:
-        unfinished.unlink(missing_ok=True)
-    for final in (path, _stats_path(path)):  # what a task left that was killed at this shard
-        for leftover in path.parent.glob(f"{glob.escape(final.name)}.*.tmp"):
-            leftover.unlink(missing_ok=True)
+    with whole(path) as unfinished, open(unfinished, "xb") as file:
+        count = _write_tar(file, manifest_bytes, samples)
+        said = stats(count, file.tell())
+    with whole(_stats_path(path)) as unfinished:
+        unfinished.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_tar(file, manifest_bytes, samples):
@@ -286,24 +227,6 @@ def _npy(array):
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _write_aside(path, content):
-    """`content` in a file beside `path`, on disk; a task that is killed leaves no more than a .tmp."""
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(unfinished, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return unfinished
-
-
-def _fsync(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def decode_cached(raw, rng, *, manifest, proportion_empty_prompts=0.0):

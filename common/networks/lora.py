@@ -7,10 +7,10 @@ FSDP and DeepSpeed save the whole network in checkpoints. Files for other progra
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 from common.errors import UserError, blame
+from common.files import whole
 from common.networks.weights import check_name
 
 import torch
@@ -198,9 +198,12 @@ def save_lora(output_dir, unet, dtype=torch.float32):
     output_dir.mkdir(parents=True, exist_ok=True)
     unet = _unwrap(unet)
     config, tensors, metadata = unet.peft_config[ADAPTER], saved_tensors(unet, dtype), saved_metadata(unet)
-    with _atomic(output_dir / WEIGHTS) as tmp:
+    with whole(output_dir / WEIGHTS) as unfinished:
         StableDiffusionPipeline.save_lora_weights(
-            tmp.parent, unet_lora_layers=tensors, weight_name=tmp.name, unet_lora_adapter_metadata=metadata
+            unfinished.parent,
+            unet_lora_layers=tensors,
+            weight_name=unfinished.name,
+            unet_lora_adapter_metadata=metadata,
         )
     kohya = {}
     for path, key in kohya_keys(unet.config, lora_layers(unet)).items():
@@ -208,8 +211,8 @@ def save_lora(output_dir, unet, dtype=torch.float32):
         kohya[f"{key}.lora_up.weight"] = tensors[f"{path}.lora_B.weight"]
         kohya[f"{key}.alpha"] = torch.tensor(float(config.lora_alpha))
     header = {"ss_network_module": "networks.lora", "ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
-    with _atomic(output_dir / KOHYA_WEIGHTS) as tmp:
-        save_file(kohya, tmp, metadata={"format": "pt"} | {name: str(value) for name, value in header.items()})
+    with whole(output_dir / KOHYA_WEIGHTS) as unfinished:
+        save_file(kohya, unfinished, metadata={"format": "pt"} | {name: str(value) for name, value in header.items()})
     return output_dir / WEIGHTS, output_dir / KOHYA_WEIGHTS
 
 
@@ -268,16 +271,6 @@ def _sgm_path(path, layers_per_block):
         return f"output_blocks.{number + layers_per_block}.2.conv"
     name = f"{1 if kind == 'attentions' else 0}.{SGM_NAMES.get(rest[0], '.'.join(rest))}"
     return f"input_blocks.{number + 1}.{name}" if side == "down_blocks" else f"output_blocks.{number}.{name}"
-
-
-@contextlib.contextmanager
-def _atomic(path):
-    tmp = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def _read_lora(unet, source, rank, alpha):

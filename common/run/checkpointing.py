@@ -17,6 +17,7 @@ from common import lock
 from common.data.folders import expand_home
 from common.data.stream import SKIPPED
 from common.errors import UserError, without_credentials
+from common.files import sync
 from common.flags import DATA_FLAGS, MAY_CHANGE
 from common.results.export import versions
 from common.run import preemption
@@ -319,17 +320,17 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
             raise failure
         files = sorted(path for path in tmp.rglob("*") if path.is_file())
         for path in files:
-            _fsync(path)
+            sync(path)
         manifest = {"world_size": accelerator.num_processes, "global_step": global_step}
         manifest["files"] = {str(path.relative_to(tmp)): path.stat().st_size for path in files}
         (tmp / COMPLETE).write_text(json.dumps(manifest, indent=1))
-        _fsync(tmp / COMPLETE)
-        _fsync(tmp)
+        sync(tmp / COMPLETE)
+        sync(tmp)
         replaced = tmp.with_name(f"checkpoint-{global_step}.replaced.tmp")
         if final.exists():  # the run went back to an earlier checkpoint and comes by again
             final.rename(replaced)
         tmp.rename(final)
-        _fsync(final.parent)
+        sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         if total_limit:
             others = [c for c in list_checkpoints(output_dir) if c.name not in (final.name, _best(output_dir))]
@@ -396,11 +397,3 @@ def _match_layout(optimizer):
 
 def _rng_digest():
     return int(torch.get_rng_state().long().mul(torch.arange(1, torch.get_rng_state().numel() + 1)).sum())
-
-
-def _fsync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -82,9 +82,7 @@ def test_objects_are_loaded_without_unpickling_code(tmp_path):
 
 def test_a_save_that_dies_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(
-        checkpointing, "_fsync", lambda path: (_ for _ in ()).throw(OSError("No space left on device"))
-    )
+    monkeypatch.setattr(checkpointing, "sync", lambda path: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(UserError, match="checkpoint of step 2 could not be written .No space"):
         save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]

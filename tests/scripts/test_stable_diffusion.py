@@ -405,13 +405,13 @@ def test_a_run_can_be_extended_and_passes_its_first_end(tmp_path, flags, capsys)
 KILLED = """
 import os, signal
 import common.run.checkpointing as c
-fsync, calls = c._fsync, []
+fsync, calls = c.sync, []
 def dying(path):
     calls.append(path)
     if "checkpoint-4" in str(path) and {where}:
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(path)
-c._fsync = dying
+c.sync = dying
 """
 
 

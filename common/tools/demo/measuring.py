@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.direct import probes
+from common.files import whole
 from common.results import metrics
 from common.tools.demo import digits, dit, stable_diffusion
 from common.tools.sampling import load_pipeline
@@ -79,9 +80,8 @@ def measure_once(path, measure):
         return
     results, images = measure()
     np.save(path.with_suffix(".npy"), images)
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    unfinished.rename(path.with_suffix(".json"))
+    with whole(path.with_suffix(".json")) as unfinished:
+        unfinished.write_text(json.dumps(results, indent=2) + "\n")
 
 
 class Judge:
