@@ -174,7 +174,7 @@ def test_the_sequence_does_not_depend_on_ranks_and_workers(tmp_path, sizes):
     expected, state = run(shards, 1, 0, 64)
     assert [batch[0] for batch in expected] == list(range(64))
     assert {batch[1] for batch in expected} >= {0, 1}
-    for world_size, num_workers in [(1, 2), (2, 0), (2, 2), (4, 1), (1, 8), (8, 0)]:
+    for world_size, num_workers in [(1, 2), (2, 2), (8, 0)]:
         assert run(shards, world_size, num_workers, 64) == (expected, state), (world_size, num_workers)
 
 
@@ -210,17 +210,17 @@ def test_resume_anywhere_equals_the_uninterrupted_run(tmp_path, sizes):
         expected.append(describe(batch))
         states.append(data.state_dict())
     assert any(cursor["offset"] for cursor in states[20]["cursors"].values())  # in the middle of a block
-    for start in range(56):
+    for start in range(0, 56, 5):
         sequence, state = run(shards, 1, 0, 56 - start, TrainingData.merge_state_dicts([states[start]]))
         assert sequence == expected[start:] and state == states[-1], start
 
 
-@pytest.mark.parametrize("shape", [((1, 0), (4, 0)), ((4, 0), (2, 1)), ((2, 2), (1, 4)), ((1, 3), (8, 0))])
+@pytest.mark.parametrize("shape", [((4, 0), (2, 1)), ((2, 2), (1, 4)), ((1, 3), (8, 0))])
 def test_resume_on_another_number_of_ranks_and_workers(tmp_path, shape):
     (world_1, workers_1), (world_2, workers_2) = shape
     shards = make_shards(tmp_path, [7, 15, 9])
     expected, end = run(shards, 1, 0, 96)
-    for first in (8, 24 + world_1, 40):
+    for first in (8, 24 + world_1):
         start, state = run(shards, world_1, workers_1, first)
         rest, last = run(shards, world_2, workers_2, (96 - first) // world_2 * world_2, state)
         assert start + rest == expected[: first + len(rest)]
@@ -246,7 +246,7 @@ def test_bad_samples_do_not_disturb_order_counters_or_resume(tmp_path):
     assert run(shards, 2, 2, 60, **options) == (expected, end)
     assert all(end["counters"][name] > 0 for name in end["counters"] if name not in ("shard_open", "filtered"))
     assert end["counters"]["read"] == 180 + sum(end["counters"][name] for name in SAMPLE_SKIPS)
-    for first in range(2, 60, 4):
+    for first in range(2, 60, 14):
         start, state = run(shards, 2, 0, first, **options)
         rest, last = run(shards, 1, 0, 60 - first, state, **options)
         assert start + rest == expected and last == end, first
@@ -284,7 +284,7 @@ def test_a_damaged_shard_is_counted_once_wherever_the_run_resumes(tmp_path):
     options = {"num_lanes": 1, "batch_size": 1, "shuffle_block_samples": 100, "max_skip_ratio": 1.0}
     expected, end = run(shards, 1, 0, 24, **options)
     assert end["counters"]["shard_read"] == 3
-    for first in range(1, 24):
+    for first in range(1, 24, 3):
         _, state = run(shards, 1, 0, first, **options)
         rest, last = run(shards, 1, 0, 24 - first, state, **options)
         assert rest == expected[first:] and last == end, first

@@ -43,7 +43,9 @@ def run_code(card, monkeypatch, folder):
         return runpy.run_path(str(script))
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.soak if name in ("lcm_lora", "tscd") else ()) for name in WEIGHTS]
+)
 def test_sampling_that_fails_loses_nothing_and_the_code_of_every_card_runs(
     tmp_path, made_for_all, monkeypatch, capsys, name
 ):

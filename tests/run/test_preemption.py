@@ -159,6 +159,7 @@ def saved_at_a_stop(out, done):
     return state["global_step"], state
 
 
+@pytest.mark.soak
 def test_sigterm_to_a_whole_job_of_one_process_with_a_loader(tmp_path, flags):
     """As SLURM sends it: to the launcher, which dies of it, to the training process, and to its loader."""
     options = {"max_train_steps": 100, "checkpointing_steps": 100, "dataloader_num_workers": 1}

@@ -19,6 +19,7 @@ def configuration(shape):
     return config
 
 
+@pytest.mark.soak
 def test_flops_of_stable_diffusion_1_5_are_the_known_ones(monkeypatch):
     """803 G forward at 64 x 64 latents, 1117 G for the VAE; a LoRA needs no gradients of the base's weights."""
     config = configuration(synthetic.SHAPES["sd15"])
@@ -28,7 +29,7 @@ def test_flops_of_stable_diffusion_1_5_are_the_known_ones(monkeypatch):
     assert synthetic.step_flops("", "lcm_lora", 512, cached=True) == pytest.approx(4507e9, rel=4e-3)
 
 
-@pytest.mark.parametrize("name", ["ct32", "ct64"])
+@pytest.mark.parametrize("name", ["ct32", pytest.param("ct64", marks=pytest.mark.soak)])
 def test_a_step_of_consistency_training_is_a_target_a_forward_and_a_backward_of_the_default_network(name, tmp_path):
     """The backward is twice the forward but for the gradient of the image."""
     shape = synthetic.shapes("ict")[name]

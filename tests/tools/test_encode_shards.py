@@ -23,7 +23,7 @@ from tests.data.test_stream import encode, random_image, server, write_tar
 from tests.networks.test_teachers import edit_json
 from tests.run.test_slurm import FOLDER
 from tests.scripts.test_bad_inputs import Trap
-from tests.scripts.test_stable_diffusion import ROOT, SCRIPTS, digests, flags, scalars, train
+from tests.scripts.test_stable_diffusion import ROOT, SCRIPTS, digests, flags, scalars, train, two_scripts_and_soak
 
 import numpy as np
 import pytest
@@ -228,6 +228,7 @@ def test_bytes_are_the_same_for_any_split_and_only_missing_shards_are_made(tmp_p
     assert content(tmp_path) == content(cached())
 
 
+@pytest.mark.soak
 def test_a_task_of_an_array_job(tmp_path, cached, shards, teacher):
     """docs/slurm/array.sbatch with the real command, while the other task runs too; ids that do not start at zero."""
     command = words(shards, tmp_path / "out", teacher(), **FLAGS)
@@ -430,7 +431,7 @@ def test_a_name_for_every_kind_of_address():
 # --- training
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+@two_scripts_and_soak
 def test_a_run_on_latents_differs_by_the_rounding_alone(tmp_path, flags, cached, monkeypatch, script):
     """From images whose posterior is rounded to float16 the losses are the same: the posterior's noise, dropped
     captions and all other draws are. The VAE encodes one image at a time in both, but in different memory: a latent
@@ -444,6 +445,7 @@ def test_a_run_on_latents_differs_by_the_rounding_alone(tmp_path, flags, cached,
     assert len(a) == 2 and a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.soak
 def test_training_from_latents_equals_training_from_images(tmp_path, flags, cached):
     """Up to a thousandth of a loss, over 20 updates."""
     options = {"center_crop": True, "max_train_steps": 20, "lr_warmup_steps": 0, "checkpointing_steps": 20}
@@ -454,7 +456,7 @@ def test_training_from_latents_equals_training_from_images(tmp_path, flags, cach
 
 
 def test_sdxl_is_told_the_same_of_a_cached_sample(tmp_path, flags, cached, teacher):
-    options = {"pretrained_teacher_model": teacher("sdxl"), "center_crop": True, "max_train_steps": 2}
+    options = {"pretrained_teacher_model": teacher("sdxl"), "center_crop": True, "max_train_steps": 1}
     train(flags(tmp_path / "a", lcm, **options))
     train(flags(tmp_path / "b", lcm, **options, train_shards_path_or_url=tars(cached("sdxl"))))
     a, b = (scalars(tmp_path / name, "loss") for name in "ab")
@@ -481,8 +483,7 @@ def test_a_cached_batch_is_what_encode_images_makes(cached, teacher, shards):
 
 
 def test_a_resumed_run_on_latents_equals_the_uninterrupted_one(tmp_path, flags, cached):
-    options = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
-    options |= {"train_shards_path_or_url": tars(cached()), "center_crop": True}
+    options = {"train_shards_path_or_url": tars(cached()), "center_crop": True, "mixed_precision": "bf16"}
     train(flags(tmp_path / "b", lcm, **options))
     last = tmp_path / "b" / "checkpoint-4"
     expected = digests(last)
