@@ -53,7 +53,8 @@ def parse_args(argv=None):
         help="folder or hub name of any text-to-image or -video pipeline",
     )
     flags.add_hub_arguments(add, "the teacher")
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add, free, with_data = group.add_argument, group.add_free, group.add_with_data
     add(
         "--pairs_dir",
         type=flags.path,
@@ -68,9 +69,9 @@ def parse_args(argv=None):
     add("--height", type=flags.positive_int, help="all images of the table must have it, nothing is resized")
     add("--width", type=flags.positive_int, help="all images of the table must have it, nothing is resized")
     add("--max_pixels", type=flags.positive_int, help="images of several sizes, none larger; --train_batch_size=1")
-    add("--skip_pairs_check", action="store_true", help="train even if the seeds do not seem to give the results")
+    free("--skip_pairs_check", action="store_true", help="train even if the seeds do not seem to give the results")
     add("--num_held_out", type=flags.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
-    add("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
+    with_data("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
     flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
     add = parser.add_argument_group("method").add_argument
     add("--num_inference_steps", type=flags.positive_int, help="of the student; default: 4, or the table's")

@@ -48,7 +48,8 @@ def parse_args(argv=None):
     flags.add_teacher_arguments(parser)
     flags.add_data_arguments(parser)
     flags.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
-    add = parser.add_argument_group("method").add_argument
+    group = parser.add_argument_group("method")
+    add, free = group.add_argument, group.add_free
     add("--init_unet", type=flags.path, help="start from an earlier student (its folder) instead of from the teacher")
     add("--w_min", type=flags.non_negative_float, help="smallest guidance w, guidance_scale is w + 1; SD: 5, SDXL: 3")
     add("--w_max", type=flags.non_negative_float, default=15.0, help="largest guidance w")
@@ -60,7 +61,7 @@ def parse_args(argv=None):
         "--timestep_scaling_factor", type=flags.positive_float, default=10.0, help="t is scaled by it in c_skip, c_out"
     )
     add("--ema_decay", type=flags.beta, default=0.95, help="of the target network")
-    add(
+    free(
         "--validation_guidance_scale", type=flags.positive_float, help="default: 8, or the middle of the trained range"
     )
     args = parser.parse_args(argv)

@@ -23,10 +23,33 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from huggingface_hub import get_token
 
 SECRET_FLAGS = ("hub_token",)
+FREE, WITH_DATA = "free", "with_data"
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
-class ArgumentParser(argparse.ArgumentParser):
+class Resumable:
+    """What adds flags, and notes of each whether a run that is resumed may change it."""
+
+    def add_argument(self, *names, on_resume=None, **options):
+        """on_resume: FREE, WITH_DATA, or None for a flag that stays what it was."""
+        action = super().add_argument(*names, **options)
+        action.on_resume = on_resume
+        return action
+
+    def add_free(self, *names, **options):
+        """A flag that may change whenever a run is resumed."""
+        return self.add_argument(*names, on_resume=FREE, **options)
+
+    def add_with_data(self, *names, **options):
+        """A flag that may change where `data_seed` does: the data then start afresh."""
+        return self.add_argument(*names, on_resume=WITH_DATA, **options)
+
+
+class Group(Resumable, argparse._ArgumentGroup):
+    """A group of flags."""
+
+
+class ArgumentParser(Resumable, argparse.ArgumentParser):
     """argparse that answers a mistake with one sentence on stderr (on one process of each node) and exit code 2."""
 
     spelling = {}  # of the latest parser: the flag of each name in a Namespace
@@ -51,6 +74,14 @@ class ArgumentParser(argparse.ArgumentParser):
                 name = (action.option_strings or [action.metavar])[0]
                 self.error(f"{name} is empty (a variable that is not set?); give it a value, or drop it")
         return args
+
+    def add_argument_group(self, *args, **options):
+        self._action_groups.append(Group(self, *args, **options))
+        return self._action_groups[-1]
+
+    def resume_rules(self):
+        """{"free", "with_data": names}: the flags that a resumed run may change, always and where `data_seed` does."""
+        return {kind: {a.dest for a in self._actions if a.on_resume == kind} for kind in (FREE, WITH_DATA)}
 
     def groups(self):
         """[(title, actions)] of the argument groups."""
@@ -79,10 +110,15 @@ def exit_with(prog, message, on_one_rank=False):
     Only the first process of a node prints what all of them meet; what may have met one alone, that one prints.
     Parameters in backquotes are printed as flags.
     """
-    message = re.sub(r"`(\w+)`", lambda found: ArgumentParser.spelling.get(found[1], found[0]), str(message))
     if on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{prog}: error: {mask_credentials(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        message = " ".join(spelled(str(message)).split())
+        print(f"{prog}: error: {mask_credentials(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def spelled(text):
+    """A text in which parameters in backquotes have become the flags of their names."""
+    return re.sub(r"`(\w+)`", lambda found: ArgumentParser.spelling.get(found[1], found[0]), text)
 
 
 def positive_int(text):
@@ -179,7 +215,7 @@ def add_hub_arguments(add, of):
     """Which files of the hub are loaded; of: what --revision speaks of."""
     add("--revision", help=f"hub revision of {of}")
     add("--variant", help="weight files to load, such as fp16")
-    add("--cache_dir", type=path, help="where hub downloads are kept")
+    add("--cache_dir", on_resume=FREE, type=path, help="where hub downloads are kept")
 
 
 def add_checkpoint_arguments(add):
@@ -210,9 +246,10 @@ def add_image_arguments(add):
 
 def add_data_arguments(parser, text=True):
     """text: whether the data have captions, and come from shards alone."""
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add, free, with_data = group.add_argument, group.add_free, group.add_with_data
     tars = "tars (braces, globs, http://, pipe:)" + (" or an image folder" if text else "")
-    add("--train_shards_path_or_url", type=path, required=text, help=tars)
+    with_data("--train_shards_path_or_url", type=path, required=text, help=tars)
     add_image_arguments(add)
     if text:
         add(
@@ -221,24 +258,26 @@ def add_data_arguments(parser, text=True):
             default=0.0,
             help="share of captions that are dropped",
         )
-    add("--max_train_samples", type=positive_int, help="use at most so many distinct samples")
-    add("--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together")
-    add(
+    with_data("--max_train_samples", type=positive_int, help="use at most so many distinct samples")
+    with_data("--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together")
+    with_data(
         "--data_lanes", type=positive_int, help="parallel sample streams, a multiple of the processes; default: 8 each"
     )
-    add("--data_seed", type=seed, help="seed of the sample order and the crops; without it, --seed")
-    add("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
-    add("--data_timeout", type=positive_int, default=600, help="seconds without a batch after which the run stops")
-    add("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
+    with_data("--data_seed", type=seed, help="seed of the sample order and the crops; without it, --seed")
+    free("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
+    free("--data_timeout", type=positive_int, default=600, help="seconds without a batch after which the run stops")
+    free("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 
 def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
     """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps."""
-    add = parser.add_argument_group("update").add_argument
-    add("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per update")
-    add("--num_train_epochs", type=positive_int, default=100, help="passes over the data, without --max_train_steps")
-    add("--max_train_steps", type=positive_int, help="updates; overrides --num_train_epochs")
+    group = parser.add_argument_group("update")
+    add, free, with_data = group.add_argument, group.add_free, group.add_with_data
+    with_data("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
+    # free, to keep the samples per update on another number of processes
+    free("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per update")
+    free("--num_train_epochs", type=positive_int, default=100, help="passes over the data, without --max_train_steps")
+    free("--max_train_steps", type=positive_int, help="updates; overrides --num_train_epochs")
     add("--learning_rate", type=non_negative_float, default=1e-4)
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes x batch x accumulation")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="over --max_train_steps updates")
@@ -249,12 +288,13 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
     add("--adam_weight_decay", type=non_negative_float, default=1e-2)
     add("--adam_epsilon", type=positive_float, default=1e-8)
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
-    add("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
+    free("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
 
-    add = parser.add_argument_group("machine").add_argument
+    group = parser.add_argument_group("machine")
+    add, free = group.add_argument, group.add_free
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
-    add(
+    free(
         "--gradient_checkpointing",
         nargs="?",
         const="full",
@@ -262,48 +302,51 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
         choices=performance.CHECKPOINTING,
         help="recompute activations in the backward pass; selective: of the largest blocks; the bare flag: full",
     )
-    add("--compile", action="store_true", help="torch.compile of the denoisers' blocks; takes minutes at the start")
-    add("--channels_last", action="store_true", help="convolutions' layout in memory; faster with --compile, on GPUs")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's, where it runs")
-    add("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
+    free("--compile", action="store_true", help="torch.compile of the denoisers' blocks; takes minutes at the start")
+    free("--channels_last", action="store_true", help="convolutions' layout in memory; faster with --compile, on GPUs")
+    free("--enable_xformers_memory_efficient_attention", action="store_true", help="instead of torch's, where it runs")
+    free("--local_rank", type=int, default=-1, help="accepted because launchers pass it; LOCAL_RANK decides")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", type=path, default=output_dir, help="where checkpoints, logs and the result go")
+    group = parser.add_argument_group("run")
+    add, free = group.add_argument, group.add_free
+    free("--output_dir", type=path, default=output_dir, help="where checkpoints, logs and the result go")
     add("--seed", type=seed, help="makes the run repeatable; without it one is drawn and saved")
-    add("--dry_run", action="store_true", help="check everything, simulate an update, write nothing")
-    add("--verbose", action="store_true", help="print every flag at the start, those of the parser's defaults too")
-    add("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
-    add(
+    free("--dry_run", action="store_true", help="check everything, simulate an update, write nothing")
+    free("--verbose", action="store_true", help="print every flag at the start, those of the parser's defaults too")
+    free("--checkpointing_steps", type=positive_int, default=500, help="updates between two checkpoints")
+    free(
         "--checkpoints_total_limit", type=positive_int, help="how many checkpoints to keep, and the best; default: all"
     )
-    add("--resume_from_checkpoint", type=path, help="latest, a name under --output_dir, or a path")
-    add("--stop_margin", type=non_negative_int, default=300, help="seconds before a SLURM job's end to save and stop")
+    free("--resume_from_checkpoint", type=path, help="latest, a name under --output_dir, or a path")
+    free("--stop_margin", type=non_negative_int, default=300, help="seconds before a SLURM job's end to save and stop")
 
-    add = parser.add_argument_group("logging and validation").add_argument
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, none; several with commas")
-    add("--logging_dir", type=path, default="logs", help="for trackers, under --output_dir")
-    add("--logging_steps", type=positive_int, default=10, help="updates between two log entries")
-    add("--tracker_project_name", default=tracker_project_name)
-    add(
+    group = parser.add_argument_group("logging and validation")
+    free = group.add_free
+    free("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, none; several with commas")
+    free("--logging_dir", type=path, default="logs", help="for trackers, under --output_dir")
+    free("--logging_steps", type=positive_int, default=10, help="updates between two log entries")
+    free("--tracker_project_name", default=tracker_project_name)
+    free(
         "--validation_steps",
         type=non_negative_int,
         default=200,
         help="updates between two sample grids; 0: only at the end",
     )
     if samples_prompts:
-        add(
+        free(
             "--validation_prompts",
             type=prompt,
             action="append",
             help="repeatable, or @FILE; default: 4 captions of the data",
         )
-        add("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="1,2,4; TSCD: the stage's")
+        free("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="1,2,4; TSCD: the stage's")
 
-    add = parser.add_argument_group("hub").add_argument
-    add("--push_to_hub", action="store_true", help="upload the result and its card")
-    add("--hub_token", help="better: log in once, the token then never stands on a command line")
-    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
-    add("--hub_private_repo", action="store_true", help="create the repository as a private one")
+    group = parser.add_argument_group("hub")
+    free = group.add_free
+    free("--push_to_hub", action="store_true", help="upload the result and its card")
+    free("--hub_token", help="better: log in once, the token then never stands on a command line")
+    free("--hub_model_id", help="repository to upload to; default: the name of --output_dir")
+    free("--hub_private_repo", action="store_true", help="create the repository as a private one")
 
 
 def check_training_arguments(parser, args):
@@ -426,21 +469,3 @@ def labelled_path(text):
 def prompt(text):
     """A prompt as it is, `path` of `@FILE`."""
     return path(text) if text.startswith("@") else text
-
-
-# Resuming may change these; anything else that differs from the checkpoint's run is an error.
-MAY_CHANGE = frozenset(
-    "output_dir resume_from_checkpoint max_train_steps num_train_epochs checkpointing_steps checkpoints_total_limit "
-    "logging_dir logging_steps report_to tracker_project_name validation_steps validation_prompts "
-    "validation_num_inference_steps validation_guidance_scale dataloader_num_workers data_timeout max_skip_ratio "
-    "eval_steps eval_nfe eval_num_samples eval_num_reference eval_batch_size feature_network eval_class_accuracy "
-    "overwrite_output_dir push_to_hub hub_token hub_model_id hub_private_repo cache_dir local_rank dry_run verbose "
-    "stop_margin max_nonfinite_steps gradient_checkpointing compile channels_last "
-    "enable_xformers_memory_efficient_attention skip_pairs_check "
-    "gradient_accumulation_steps".split()  # the last: to keep the samples per update on another number of processes
-)
-# These too, where --data_seed changes: the data then start afresh.
-DATA_FLAGS = frozenset(
-    "dataset_name dataset_config_name dataset_image_column_name dataset_class_label_column_name train_data_dir "
-    "data_seed data_lanes train_shards_path_or_url max_train_samples shuffle_block_samples train_batch_size".split()
-)

@@ -25,20 +25,25 @@ REFUSED = {  # flags of the public script that it never reads
 
 def add_arguments(parser):
     """All groups of this module; defaults of shared flags that the papers set otherwise."""
-    add = parser.add_argument_group("data with classes").add_argument
-    add(
+    group = parser.add_argument_group("data with classes")
+    add, free, with_data = group.add_argument, group.add_free, group.add_with_data
+    with_data(
         "--dataset_name",
         type=flags.path,
         help="data set of the hub, or a folder that `datasets` reads; its split `train`",
     )
-    add("--dataset_config_name", help="which configuration of it")
-    add("--train_data_dir", type=flags.path, help="folder of images; a subfolder per class")
-    add("--dataset_image_column_name", default="image", help="column of the images")
-    add("--dataset_class_label_column_name", default="label", help="column of the classes; in shards: key in the json")
+    with_data("--dataset_config_name", help="which configuration of it")
+    with_data("--train_data_dir", type=flags.path, help="folder of images; a subfolder per class")
+    with_data("--dataset_image_column_name", default="image", help="column of the images")
+    with_data(
+        "--dataset_class_label_column_name", default="label", help="column of the classes; in shards: key in the json"
+    )
     add("--class_conditional", action="store_true", help="the network is told the class")
     add("--num_classes", type=flags.positive_int, help="default: what the data set says; shards need it")
     add("--class_embed_type", choices=["timestep", "identity"], help="how classes enter; without it, an embedding")
-    add("--overwrite_output_dir", action="store_true", help="move an earlier run in --output_dir aside and start anew")
+    free(
+        "--overwrite_output_dir", action="store_true", help="move an earlier run in --output_dir aside and start anew"
+    )
 
     add = parser.add_argument_group("network").add_argument
     add(
@@ -74,21 +79,26 @@ def add_arguments(parser):
         "--ema_gamma", type=flags.positive_float, help="power-function average instead: (1 - 1 / step)^(ema_gamma + 1)"
     )
 
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_nfe", type=flags.int_list, default=[1, 2], help="sampling steps of grids and measurements")
+    group = parser.add_argument_group("evaluation")
+    add, free = group.add_argument, group.add_free
+    free("--eval_nfe", type=flags.int_list, default=[1, 2], help="sampling steps of grids and measurements")
     add(
         "--mid_sigma", type=flags.positive_float, help="noise level of the last step; default: 0.821, from 64 px 1.526"
     )
-    add("--eval_batch_size", type=flags.positive_int, default=16, help="images of a grid, and sampled at once")
-    add("--eval_steps", type=flags.non_negative_int, default=0, help="updates between two measurements; 0: none")
-    add("--eval_num_samples", type=flags.positive_int, default=10_000, help="samples of a measurement")
-    add("--eval_num_reference", type=flags.positive_int, default=50_000, help="training images compared with, at most")
-    add(
+    free("--eval_batch_size", type=flags.positive_int, default=16, help="images of a grid, and sampled at once")
+    free("--eval_steps", type=flags.non_negative_int, default=0, help="updates between two measurements; 0: none")
+    free("--eval_num_samples", type=flags.positive_int, default=10_000, help="samples of a measurement")
+    free(
+        "--eval_num_reference", type=flags.positive_int, default=50_000, help="training images compared with, at most"
+    )
+    free(
         "--feature_network",
         type=flags.path,
         help="image network for the distances: folder or hub name, such as facebook/dinov2-large",
     )
-    add("--eval_class_accuracy", action="store_true", help="the network is a classifier of the same classes, in order")
+    free(
+        "--eval_class_accuracy", action="store_true", help="the network is a classifier of the same classes, in order"
+    )
 
     add = parser.add_argument_group("refused").add_argument
     for name in REFUSED:

@@ -18,7 +18,6 @@ from common.data.folders import expand_home
 from common.data.stream import SKIPPED
 from common.errors import UserError, without_credentials
 from common.files import sync
-from common.flags import DATA_FLAGS, MAY_CHANGE
 from common.results.export import versions
 from common.run import preemption
 
@@ -50,14 +49,14 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     flags and a list of skipped samples, does not count.
     """
     output_dir = Path(output_dir)
-    flag = f"--output_dir={output_dir}"
+    flag = f"`output_dir`={output_dir}"
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
     names = lock.contents(output_dir)
     skipped = [name for name in names if name.startswith(Path(SKIPPED).stem + ".")]  # of every rank
     failed_start = CONFIG in names and names == {CONFIG, *skipped}
     if names and not failed_start and not resume_from_checkpoint:
-        raise UserError(f"{flag} is not empty; name a new folder, or pass --resume_from_checkpoint=latest to continue")
+        raise UserError(f"{flag} is not empty; name a new folder, or pass `resume_from_checkpoint`=latest to continue")
     if dry_run:
         parent = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -104,7 +103,7 @@ def open_output_dir(accelerator, output_dir, resume_from_checkpoint, dry_run=Fal
     if not all(seen):
         blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
         raise UserError(
-            f"--output_dir={output_dir} is not one folder for all processes: what process 0 on {owner['host']} wrote "
+            f"`output_dir`={output_dir} is not one folder for all processes: what process 0 on {owner['host']} wrote "
             f"there is not seen by process {blind}; name a folder, by its absolute path, that all nodes share"
         )
     return checkpoint
@@ -129,7 +128,7 @@ def move_aside(output_dir, report=print):
     if not lock.contents(output_dir):
         return None
     if not (output_dir / CONFIG).is_file():
-        raise UserError(f"--overwrite_output_dir: --output_dir={output_dir} holds files but no run; name a new folder")
+        raise UserError(f"`overwrite_output_dir`: `output_dir`={output_dir} holds files but no run; name a new folder")
     number = next(n for n in itertools.count(1) if not output_dir.with_name(f"{output_dir.name}.{n}").exists())
     moved = output_dir.rename(output_dir.with_name(f"{output_dir.name}.{number}"))
     report(f"{output_dir} was moved to {output_dir}.{number}")
@@ -175,7 +174,7 @@ def list_checkpoints(output_dir):
 
 
 def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
-    """The checkpoint folder that --resume_from_checkpoint means, or None when there is nothing to resume.
+    """The checkpoint folder that `resume_from_checkpoint` means, or None when there is nothing to resume.
 
     `latest` is the newest complete one under output_dir (an incomplete one is reported and passed over; with none the
     run starts anew); anything else is a name under output_dir or a path. Raises UserError for a named checkpoint that
@@ -193,7 +192,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
         _check_no_result(output_dir)
         report(f"no complete checkpoint under {output_dir}: the run starts anew")
         return None
-    flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
+    flag = f"`resume_from_checkpoint`={resume_from_checkpoint}"
     for candidate in (Path(output_dir, resume_from_checkpoint), Path(resume_from_checkpoint)):
         if candidate.is_dir():
             problem = completeness(candidate)
@@ -202,7 +201,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
             elsewhere = candidate.resolve().parent != Path(output_dir).resolve()
             if elsewhere and lock.contents(output_dir):
                 raise UserError(
-                    f"{flag} is of another folder and --output_dir={output_dir} is not empty; name a new one"
+                    f"{flag} is of another folder and `output_dir`={output_dir} is not empty; name a new one"
                 )
             return candidate
     raise UserError(f"{flag}: there is no such checkpoint, neither under {output_dir} nor as a path; pass `latest`")
@@ -214,7 +213,7 @@ def _check_no_result(output_dir):
     result = names & {"README.md", "model_index.json"} or any(name.endswith(".safetensors") for name in names)
     if names and (result or CONFIG not in names):
         raise UserError(
-            f"--resume_from_checkpoint=latest: --output_dir={output_dir} holds files but no complete checkpoint to "
+            f"`resume_from_checkpoint`=latest: `output_dir`={output_dir} holds files but no complete checkpoint to "
             "resume from; name a new folder"
         )
 
@@ -224,27 +223,31 @@ def read_state(checkpoint):
     return json.loads(Path(checkpoint, STATE).read_text())
 
 
-def check_same_run(checkpoint, saved_args, args):
+def check_same_run(checkpoint, saved_args, args, free=frozenset(), with_data=frozenset()):
     """UserError that lists every argument which differs from the checkpoint's and may not change on resume.
 
-    Arguments that one side does not have (another version's flags) are compared as None.
+    Arguments that one side does not have (another version's flags) are compared as None. free, with_data: the names
+    of those that may change, always and where `data_seed` does.
     """
-    may_change = MAY_CHANGE | (DATA_FLAGS if saved_args.get("data_seed") != args.get("data_seed") else set())
+    may_change = free | (with_data if saved_args.get("data_seed") != args.get("data_seed") else set())
     names = sorted((saved_args.keys() | args.keys()) - may_change)
     changed = [n for n in names if _same_path(saved_args.get(n)) != _same_path(args.get(n))]
     if changed:
-        listed = ", ".join(f"--{n} was {saved_args.get(n)!r} and is {args.get(n)!r}" for n in changed)
-        way_out = "pass what it was, or start anew in another --output_dir"
-        if saved_args.get("data_seed") is not None and DATA_FLAGS.issuperset(changed):
-            way_out = "pass what it was, or another --data_seed too, with which the data begins anew"
-        raise UserError(f"--resume_from_checkpoint={checkpoint} is of another configuration: {listed}; {way_out}")
+        listed = ", ".join(f"`{n}` was {saved_args.get(n)!r} and is {args.get(n)!r}" for n in changed)
+        way_out = "pass what it was, or start anew in another `output_dir`"
+        if saved_args.get("data_seed") is not None and with_data.issuperset(changed):
+            way_out = "pass what it was, or another `data_seed` too, with which the data begins anew"
+        raise UserError(f"`resume_from_checkpoint`={checkpoint} is of another configuration: {listed}; {way_out}")
 
 
-def check_same_start(output_dir, args):
-    """UserError where a run that starts anew would write over the finished stages of a run with other flags."""
+def check_same_start(output_dir, args, **rules):
+    """UserError where a run that starts anew would write over the finished stages of a run with other flags.
+
+    rules: `free` and `with_data` of `check_same_run`.
+    """
     config = Path(output_dir, CONFIG)
     if config.is_file() and any(Path(output_dir).glob("stage-*")):
-        check_same_run(config, json.loads(config.read_text())["flags"], args)
+        check_same_run(config, json.loads(config.read_text())["flags"], args, **rules)
 
 
 def _same_path(value):
@@ -286,7 +289,7 @@ def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, o
             reason = f"most likely the disk is full: {reason}"
         shutil.rmtree(tmp, ignore_errors=True)
         failure = UserError(
-            f"--output_dir={output_dir}: the checkpoint of step {global_step} could not be written ({reason}); make "
+            f"`output_dir`={output_dir}: the checkpoint of step {global_step} could not be written ({reason}); make "
             "room and resume, the checkpoints before it are whole"
         )
         failure.on_one_rank = True
@@ -313,7 +316,7 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
         if absent:
             shutil.rmtree(tmp, ignore_errors=True)
             failure = UserError(
-                f"--output_dir={output_dir}: the checkpoint of step {global_step} lacks {absent[0]}, which another "
+                f"`output_dir`={output_dir}: the checkpoint of step {global_step} lacks {absent[0]}, which another "
                 "node wrote; name a folder that all nodes share"
             )
             failure.on_one_rank = True
@@ -372,7 +375,7 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
-            f"--resume_from_checkpoint: {checkpoint} is damaged or of another model ({reason}); pass an earlier one"
+            f"`resume_from_checkpoint`: {checkpoint} is damaged or of another model ({reason}); pass an earlier one"
         ) from error
     # accelerate restored the count of micro-batches of a run that may have had another number of them in an update
     accelerator.step = state["global_step"] * accelerator.gradient_accumulation_steps
@@ -381,12 +384,12 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
     same_world = len(state["rng_digests"]) == accelerator.num_processes
     # accelerate only logs when it could not restore the generators: make sure that it did.
     if same_world and _rng_digest() != state["rng_digests"][accelerator.process_index]:
-        raise UserError(f"--resume_from_checkpoint: {checkpoint} has damaged random states; pass an earlier one")
+        raise UserError(f"`resume_from_checkpoint`: {checkpoint} has damaged random states; pass an earlier one")
 
 
 def _match_layout(optimizer):
     """Give the states of torch's own optimizers their parameters' layout in memory, which fused kernels ask for: the
-    run that saved them may have had another --channels_last. bitsandbytes works on memory as it lies."""
+    run that saved them may have had another `channels_last`. bitsandbytes works on memory as it lies."""
     if not (isinstance(optimizer, Optimizer) and type(optimizer).__module__.startswith("torch.optim")):
         return
     for parameter, state in optimizer.state.items():

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
+from common.flags import spelled
 from common.networks import performance
 from common.run import simulation
 from common.run.zero import ZeroAccelerator, take_settings
@@ -52,14 +53,14 @@ def make_accelerator(args):
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
             "`accelerate config`: FSDP is not supported: targets, samples and checkpoints need the whole student on "
-            "each GPU; use DeepSpeed's ZeRO-2, or plain data parallel training with --gradient_checkpointing and "
-            "--use_8bit_adam or a LoRA script where memory is short"
+            "each GPU; use DeepSpeed's ZeRO-2, or plain data parallel training with `gradient_checkpointing` and "
+            "`use_8bit_adam` or a LoRA script where memory is short"
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
             f"{started} processes were started but did not join (no GPU?); "
-            "set ACCELERATE_USE_CPU=true, or launch with --num_processes=1"
+            "set ACCELERATE_USE_CPU=true, or launch one process"
         )
     args.mixed_precision = accelerator.mixed_precision  # accelerate's configuration decides where no flag does
     if stands_in:
@@ -70,9 +71,10 @@ def make_accelerator(args):
         fails = next(filter(None, gather_object([fails])), None)  # one process decides for all
         if fails:
             args.enable_xformers_memory_efficient_attention = False
+            flag = spelled("`enable_xformers_memory_efficient_attention`")
             accelerator.print(
-                f"--enable_xformers_memory_efficient_attention: xformers' kernels do not run here ({fails}); torch's "
-                "attention is taken instead, which does not need more memory"
+                f"{flag}: xformers' kernels do not run here ({fails}); torch's attention is taken instead, which does "
+                "not need more memory"
             )
     return accelerator
 
@@ -80,7 +82,7 @@ def make_accelerator(args):
 def make_optimizer(args, parameters, total_batch_size):
     """AdamW (fused on CUDA), bitsandbytes' 8-bit AdamW, or RAdam over the list of trainable `parameters`.
 
-    RAdam is for scripts that have --optimizer_type; its weight decay is decoupled, as AdamW's.
+    RAdam is for scripts that have `optimizer_type`; its weight decay is decoupled, as AdamW's.
     """
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
@@ -101,7 +103,7 @@ def make_optimizer(args, parameters, total_batch_size):
 
 
 def apply_levers(args, trained, frozen, vae=None):
-    """--gradient_checkpointing, --channels_last, --compile and xformers' kernels, on denoisers, in place.
+    """`gradient_checkpointing`, `channels_last`, `compile` and xformers' kernels, on denoisers, in place.
 
     trained: those with a backward pass; frozen: the others. After copies and adapters were made, before `prepare`.
     """
@@ -118,6 +120,6 @@ def apply_levers(args, trained, frozen, vae=None):
 
 
 def make_lr_scheduler(args, optimizer):
-    """The --lr_scheduler over --max_train_steps; not prepared by accelerate, which would step it once per process."""
+    """The `lr_scheduler` over `max_train_steps`; not prepared by accelerate, which would step it once per process."""
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     return get_scheduler(args.lr_scheduler, optimizer, **steps)

@@ -152,7 +152,7 @@ class Meter(TorchDispatchMode):
 
     def _unknown(self):
         return (
-            f"--dry_run cannot go on at {calling_line()}: what follows depends on values that the device computes, "
+            f"`dry_run` cannot go on at {calling_line()}: what follows depends on values that the device computes, "
             "which waits for it; keep shapes independent of values"
         )
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from common.errors import UserError
+from common.flags import spelled
 
 import torch
 
@@ -63,7 +64,7 @@ def job_deadline(stop_margin):
     left = int(text) - time.time()
     if left <= stop_margin:
         raise UserError(
-            f"--stop_margin={stop_margin}: the job ends in {left:.0f} seconds by {END_TIME}; ask for more time, or "
+            f"`stop_margin`={stop_margin}: the job ends in {left:.0f} seconds by {END_TIME}; ask for more time, or "
             "lower the margin"
         )
     return int(text) - stop_margin
@@ -111,9 +112,7 @@ class Stopper:
             if advanced:
                 mark = {"global_step": global_step, "reason": REASONS[self.reason]}
                 (self.output_dir / REQUEUE).write_text(json.dumps(mark) + "\n")
-            print(
-                f"stopped for {REASONS[self.reason]} after step {global_step}; --resume_from_checkpoint=latest goes "
-                f"on from there{', ' + REQUEUE + ' says so' if advanced else ''}",
-                flush=True,
-            )
+            go_on = spelled("`resume_from_checkpoint`=latest goes on from there")
+            says_so = f", {REQUEUE} says so" if advanced else ""
+            print(f"stopped for {REASONS[self.reason]} after step {global_step}; {go_on}{says_so}", flush=True)
         raise SystemExit(EXIT_CODE)

@@ -1,6 +1,6 @@
 """What a run says: at its start, at each log entry, and at its end. Only the main process prints.
 
-The start says what costs nothing to know. What memory an update takes is left to --dry_run: to simulate an update of
+The start says what costs nothing to know. What memory an update takes is left to `dry_run`: to simulate an update of
 Stable Diffusion takes up to a minute, by which every start would be later.
 """
 
@@ -14,7 +14,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from common.flags import ArgumentParser
+from common.flags import ArgumentParser, spelled
 
 import torch
 from tqdm import tqdm
@@ -85,10 +85,10 @@ def warmup_warning(args):
     steps, updates = args.lr_warmup_steps, args.max_train_steps
     if args.lr_scheduler == "constant" or 2 * steps < updates or not steps:
         return None
-    reached = f"it never reaches --learning_rate, but {updates / steps:.0%} of it" if steps >= updates else ""
-    return (
-        f"WARNING: --lr_warmup_steps={steps} is {steps / updates:.0%} of the run's {updates} updates, in which the "
-        f"learning rate rises{reached and ': '}{reached}; pass less, such as --lr_warmup_steps={updates // 10}"
+    reached = f"it never reaches `learning_rate`, but {updates / steps:.0%} of it" if steps >= updates else ""
+    return spelled(
+        f"WARNING: `lr_warmup_steps`={steps} is {steps / updates:.0%} of the run's {updates} updates, in which the "
+        f"learning rate rises{reached and ': '}{reached}; pass less, such as `lr_warmup_steps`={updates // 10}"
     )
 
 
@@ -168,15 +168,12 @@ def evaluate_command(args, code):
     None for other scripts."""
     if not hasattr(args, "validation_prompts"):
         return None
-    words = [f"--pretrained_model={args.output_dir}"]
+    given = {"pretrained_model": args.output_dir}
     if not Path(args.output_dir, "model_index.json").is_file():
-        words = [f"--pretrained_model={args.pretrained_teacher_model}", f"--lora={args.output_dir}"]
-    words += [
-        f"--{name}={value}" for name, value in re.findall(r"(num_inference_steps|guidance_scale)=([\d.]+)", code)
-    ]
-    words += ["--prompts=@prompts.txt", "--feature_network=facebook/dinov2-large"]
-    words += [
-        f"--reference={args.train_shards_path_or_url}",
-        f"--output_dir={os.path.normpath(args.output_dir)}_measured",
-    ]
+        given = {"pretrained_model": args.pretrained_teacher_model, "lora": args.output_dir}
+    given |= dict(re.findall(r"(num_inference_steps|guidance_scale)=([\d.]+)", code))
+    given |= {"prompts": "@prompts.txt", "feature_network": "facebook/dinov2-large"}
+    given |= {"reference": args.train_shards_path_or_url}
+    given |= {"output_dir": f"{os.path.normpath(args.output_dir)}_measured"}
+    words = [f"--{name}={value}" for name, value in given.items()]
     return f"python -m common.tools.evaluate {shlex.join(words)}  # prompts.txt: one a line"

@@ -1,4 +1,4 @@
-"""Two updates of a training script on tensors that have a shape and no memory: what --dry_run goes on with.
+"""Two updates of a training script on tensors that have a shape and no memory: what `dry_run` goes on with.
 
 `begin` is called by a script's main() where its checks are over. From there on everything that main() does, it does
 simulated: networks are built from their configurations, no weight is opened, nothing is written, and after the second

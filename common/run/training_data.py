@@ -51,7 +51,7 @@ def text_image_data(args, accelerator, shards, config, weight_dtype):
         dtype = encoders.vae_dtype(config, weight_dtype)
         cached_latents.check_manifest(manifest, encoders.latent_shape(config["vae"], args.resolution), dtype, options)
         if args.vae_encode_batch_size != VAE_ENCODE_BATCH_SIZE[config["is_sdxl"]]:
-            raise UserError("--vae_encode_batch_size: nothing is encoded where latents are cached; drop the flag")
+            raise UserError("`vae_encode_batch_size`: nothing is encoded where latents are cached; drop the flag")
         decode, required = cached_latents.decode_cached, cached_latents.REQUIRED
         options = {"manifest": manifest, "proportion_empty_prompts": args.proportion_empty_prompts}
     decode = functools.partial(decode, **options)
@@ -73,7 +73,7 @@ def images_in_folder(shards):
 
 
 def resolve_data(args, saved_args, world_size, num_images=None):
-    """Fill in --data_seed and --data_lanes, from the resumed run's flags where there is one.
+    """Fill in `data_seed` and `data_lanes`, from the resumed run's flags where there is one.
 
     num_images: of an image folder, else None. There are 8 lanes per process, fewer where a lane would not hold the
     samples of a batch: a batch comes from one lane, and would hold its samples twice.
@@ -99,27 +99,27 @@ def epoch_size(args, shards, num_counted):
 
 
 def resolve_steps(args, num_samples, world_size, resumed=None):
-    """Fill in --max_train_steps from --num_train_epochs. Returns the total batch size, samples per update.
+    """Fill in `max_train_steps` from `num_train_epochs`. Returns the total batch size, samples per update.
 
     num_samples: how many distinct samples an epoch has, or None where the shards do not tell. resumed: the state of a
-    checkpoint. A resumed run keeps its total batch size, unless --data_seed changes: UserError when the number of
+    checkpoint. A resumed run keeps its total batch size, unless `data_seed` changes: UserError when the number of
     processes changed and the flags do not make up for it, or when the checkpoint lies behind the last update.
     """
     total_batch_size = args.train_batch_size * world_size * args.gradient_accumulation_steps
     if args.max_train_steps is None:
         if num_samples is None:
-            raise UserError("--max_train_steps is needed: how many samples remote shards hold is not known")
+            raise UserError("`max_train_steps` is needed: how many samples remote shards hold is not known")
         args.max_train_steps = math.ceil(num_samples / total_batch_size) * args.num_train_epochs
     saved = resumed or {"args": {}}
     if saved.get("global_step", 0) > args.max_train_steps:
         raise UserError(
-            f"--max_train_steps={args.max_train_steps} is less than the {saved['global_step']} updates of the "
-            "checkpoint; raise it, or name an earlier checkpoint in --resume_from_checkpoint"
+            f"`max_train_steps`={args.max_train_steps} is less than the {saved['global_step']} updates of the "
+            "checkpoint; raise it, or name an earlier checkpoint in `resume_from_checkpoint`"
         )
     same_data = args.data_seed == saved["args"].get("data_seed")
     if same_data and saved["total_batch_size"] != total_batch_size:
         raise UserError(
-            f"--resume_from_checkpoint: an update had {saved['total_batch_size']} samples and has {total_batch_size} "
-            f"with {world_size} process(es); change --gradient_accumulation_steps to keep their number"
+            f"`resume_from_checkpoint`: an update had {saved['total_batch_size']} samples and has {total_batch_size} "
+            f"with {world_size} process(es); change `gradient_accumulation_steps` to keep their number"
         )
     return total_batch_size

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import lock
 from common.errors import UserError
-from common.flags import exit_with, public_args
+from common.flags import ArgumentParser, exit_with, public_args, spelled
 from common.results import export
 from common.run import checkpointing, preemption, screen, simulation, training_data
 from common.run.updates import UpdateGuard
@@ -49,12 +49,12 @@ def user_errors(main, is_tool=False):
             if not re.search(DISK_ERRORS, str(error)):
                 raise
             resumes = hasattr(args, "resume_from_checkpoint")
-            again = "resume with --resume_from_checkpoint=latest" if resumes else "start the same command again"
+            again = "resume with `resume_from_checkpoint`=latest" if resumes else "start the same command again"
             exit_with(os.path.basename(sys.argv[0]), f"{error}; make room and {again}", on_one_rank=True)
         except KeyboardInterrupt:
             saves = not is_tool and not getattr(args, "dry_run", False)
-            go_on = "; --resume_from_checkpoint=latest goes on from the last checkpoint" if saves else ""
-            print(f"\ninterrupted{go_on}", file=sys.stderr)
+            go_on = "; `resume_from_checkpoint`=latest goes on from the last checkpoint" if saves else ""
+            print(f"\ninterrupted{spelled(go_on)}", file=sys.stderr)
             raise SystemExit(130) from None
 
     return wrapped
@@ -74,7 +74,7 @@ class TrainingRun:
     """
 
     def __init__(self, args, accelerator):
-        """Check and create --output_dir, find what --resume_from_checkpoint means, fill in --seed.
+        """Check and create `output_dir`, find what `resume_from_checkpoint` means, fill in `seed`.
 
         UserError where the folder or the checkpoint cannot be used.
         """
@@ -94,17 +94,18 @@ class TrainingRun:
         args.seed = resolve_seed(args.seed, self.resumed["args"].get("seed"))
 
     def resolve_data(self, num_images):
-        """Fill in --data_seed and --data_lanes, then `check_flags`. num_images: as of `training_data.resolve_data`."""
+        """Fill in `data_seed` and `data_lanes`, then `check_flags`. num_images: as of `training_data.resolve_data`."""
         self.num_images = num_images
         training_data.resolve_data(self.args, self.resumed["args"], self.accelerator.num_processes, num_images)
         self.check_flags()
 
     def check_flags(self):
         """UserError for a flag that differs from the resumed run's and may not, or from that of finished stages."""
+        args, rules = public_args(self.args), ArgumentParser.latest.resume_rules()
         if self.checkpoint:
-            checkpointing.check_same_run(self.checkpoint, self.resumed["args"], public_args(self.args))
+            checkpointing.check_same_run(self.checkpoint, self.resumed["args"], args, **rules)
         else:
-            checkpointing.check_same_start(self.args.output_dir, public_args(self.args))
+            checkpointing.check_same_start(self.args.output_dir, args, **rules)
 
     def follow(self, data):
         """Set a `TrainingData` to where the resumed run was; its position is saved and its counts are logged."""
@@ -113,7 +114,7 @@ class TrainingRun:
             data.load_state_dict(self.resumed["data"])
 
     def resolve_steps(self, num_samples):
-        """Fill in --max_train_steps; num_samples: of an epoch, or None. See `training_data.resolve_steps`."""
+        """Fill in `max_train_steps`; num_samples: of an epoch, or None. See `training_data.resolve_steps`."""
         self.num_samples, world_size = num_samples, self.accelerator.num_processes
         self.total_batch_size = training_data.resolve_steps(self.args, num_samples, world_size, self.resumed)
 
@@ -134,7 +135,7 @@ class TrainingRun:
         return derived
 
     def resolve_prompts(self, captions):
-        """What is sampled: --validation_prompts, the resumed run's prompts, or up to 4 captions of the first batch."""
+        """What is sampled: `validation_prompts`, the resumed run's prompts, or up to 4 captions of the first batch."""
         captions = [caption for caption in captions if caption] or [""]
         return self.args.validation_prompts or self.resumed.get("validation_prompts") or captions[:4]
 
@@ -271,7 +272,7 @@ class TrainingRun:
 
 
 def resolve_seed(seed, saved_seed=None):
-    """The seed of the run, equal on all ranks: --seed, else the resumed run's, else a drawn one."""
+    """The seed of the run, equal on all ranks: `seed`, else the resumed run's, else a drawn one."""
     if seed is None:
         seed = saved_seed if saved_seed is not None else secrets.randbelow(2**32)
     return broadcast_object_list([seed])[0]
@@ -288,7 +289,7 @@ def start_trackers(accelerator, project_name, config, run_id):
         accelerator.init_trackers(project_name, tracker_config(config), options)
     except OSError as error:
         raise UserError(
-            f"--logging_dir, --tracker_project_name: {accelerator.logging_dir}: {error}; change them"
+            f"`logging_dir`, `tracker_project_name`: {accelerator.logging_dir}: {error}; change them"
         ) from None
 
 

@@ -18,8 +18,8 @@ MAX_PENDING = 1_000  # updates after which the host asks in any case
 MAX_KEYS = 64  # sample keys in the sentence that ends a run
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REPAIR = (
-    "take other weights or another --mixed_precision; if training made them so, resume from an earlier checkpoint "
-    "with a lower --learning_rate"
+    "take other weights or another `mixed_precision`; if training made them so, resume from an earlier checkpoint "
+    "with a lower `learning_rate`"
 )
 
 
@@ -157,9 +157,9 @@ class UpdateGuard:
                 file.write(json.dumps({"step": self.global_step, "keys": keys}) + "\n")
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"--max_nonfinite_steps={self.limit}: the loss or its gradient was not finite in {self.in_a_row} "
+                f"`max_nonfinite_steps`={self.limit}: the loss or its gradient was not finite in {self.in_a_row} "
                 f"updates in a row, the last is step {self.global_step} with the samples "
-                f"{', '.join(keys[:MAX_KEYS])}; lower --learning_rate or remove the samples that {LOG} lists, the "
+                f"{', '.join(keys[:MAX_KEYS])}; lower `learning_rate` or remove the samples that {LOG} lists, the "
                 "checkpoints before it are whole"
             )
 

@@ -3,7 +3,7 @@
 Weights stay whole on every process, and float32, so the average, samples and the export are what they are without it.
 accelerate stays the engine of all else, and computes the student under autocast as ever. Checkpoints hold what those
 of a run without ZeRO hold, whole and without pickles, so either goes on from the other's, on any number of processes.
-DeepSpeed clips to --max_grad_norm, and skips an update that is not finite, when the script's step asks it to.
+DeepSpeed clips to `max_grad_norm`, and skips an update that is not finite, when the script's step asks it to.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ def take_settings(args):
         raise UserError(f"`accelerate config`: DeepSpeed is not installed; pip install deepspeed, or {way_out}")
     if "RANK" not in os.environ:
         raise UserError(
-            "ACCELERATE_USE_DEEPSPEED is set, and no launcher started this process; start it by `accelerate launch "
-            "--config_file docs/zero2.yaml`, or unset the variable"
+            "ACCELERATE_USE_DEEPSPEED is set, and no launcher started this process; start it by `accelerate launch` "
+            "with docs/zero2.yaml as its config_file, or unset the variable"
         )
     given = {variable: os.environ.pop(variable, "auto") for variable in BY_FLAGS}
     for variable, flag in BY_FLAGS.items():
@@ -56,7 +56,7 @@ def take_settings(args):
         name, value, ours = variable.removeprefix("ACCELERATE_").lower(), given[variable].lower(), getattr(args, flag)
         if value not in (*launchers_own, str(ours), str(float(ours or 0))):
             raise UserError(
-                f"`accelerate config`: {name} is {value} and --{flag}={ours}; drop it from DeepSpeed's configuration, "
+                f"`accelerate config`: {name} is {value} and `{flag}`={ours}; drop it from DeepSpeed's configuration, "
                 "the flag decides"
             )
     zero = _zero_optimization()
@@ -72,17 +72,17 @@ def take_settings(args):
         _check_setting(name, value)
     if getattr(args, "lora_rank", 0):
         raise UserError(
-            f"--lora_rank={args.lora_rank}: a LoRA has hardly any gradients and states to split over GPUs; {way_out} "
+            f"`lora_rank`={args.lora_rank}: a LoRA has hardly any gradients and states to split over GPUs; {way_out} "
             "in `accelerate config`"
         )
     for flag in ("use_8bit_adam", "channels_last"):
         if getattr(args, flag):
             raise UserError(
-                f"--{flag} works on each weight by itself, and ZeRO-2 lays the weights out one behind the other; drop "
+                f"`{flag}` works on each weight by itself, and ZeRO-2 lays the weights out one behind the other; drop "
                 f"the flag, or {way_out} in `accelerate config`"
             )
     if (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "fp16":
-        raise UserError("--mixed_precision=fp16 is not supported with ZeRO-2; pass bf16 or no")
+        raise UserError("`mixed_precision`=fp16 is not supported with ZeRO-2; pass bf16 or no")
     return zero | {"stage": 2}
 
 

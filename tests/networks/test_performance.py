@@ -14,6 +14,7 @@ import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
 from common.direct import pipelines
 from common.errors import UserError
+from common.flags import ArgumentParser
 from common.networks import performance
 from common.run import checkpointing, engine
 from common.run.preemption import Stopper
@@ -176,7 +177,8 @@ def test_the_bare_flag_is_full(words, value):
 def test_checkpoints_of_earlier_versions_are_of_the_same_run(saved):
     now = {"seed": 1, "gradient_checkpointing": "selective", "compile": True, "channels_last": True}
     before = {"seed": 1} | ({} if saved is None else {"gradient_checkpointing": saved})
-    checkpointing.check_same_run("checkpoint-1", before, now)
+    lcm.parse_args(["--pretrained_teacher_model=t", "--train_shards_path_or_url=s"])
+    checkpointing.check_same_run("checkpoint-1", before, now, **ArgumentParser.latest.resume_rules())
 
 
 # --- compiled blocks

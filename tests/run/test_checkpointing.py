@@ -254,18 +254,19 @@ def test_what_resume_from_checkpoint_may_be(tmp_path):
 
 def test_another_configuration_is_refused_with_a_list(tmp_path):
     saved = {"seed": 1, "w_min": 5.0, "max_train_steps": 10, "data_seed": 1, "train_batch_size": 4}
-    checkpointing.check_same_run("c", saved, saved | {"max_train_steps": 20, "new_flag": None})
+    rules = {"free": {"max_train_steps"}, "with_data": {"data_seed", "train_batch_size"}}
+    checkpointing.check_same_run("c", saved, saved | {"max_train_steps": 20, "new_flag": None}, **rules)
     listed = (
-        "--seed was 1 and is 2, --w_min was 5.0 and is 6.0; pass what it was, or start anew in another --output_dir"
+        "`seed` was 1 and is 2, `w_min` was 5.0 and is 6.0; pass what it was, or start anew in another `output_dir`"
     )
     with pytest.raises(UserError, match=listed):
         checkpointing.check_same_run("c", saved, saved | {"seed": 2, "w_min": 6.0})
-    with pytest.raises(UserError, match="--train_batch_size was 4 and is 8; pass what it was, or another --data_seed"):
-        checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8})
-    checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8, "data_seed": 2})
+    with pytest.raises(UserError, match="`train_batch_size` was 4 and is 8; pass what it was, or another `data_seed`"):
+        checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8}, **rules)
+    checkpointing.check_same_run("c", saved, saved | {"train_batch_size": 8, "data_seed": 2}, **rules)
     there, renewed, other = ({"shards": f"https://h/{n}?X-Amz-Date={d}&sig=***"} for n, d in ((0, 1), (0, 2), (1, 1)))
     checkpointing.check_same_run("c", there, renewed)
-    with pytest.raises(UserError, match="--shards was"):
+    with pytest.raises(UserError, match="`shards` was"):
         checkpointing.check_same_run("c", there, other)
 
 

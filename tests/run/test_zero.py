@@ -71,16 +71,16 @@ def test_a_configuration_file_gives_its_zero_block(asked, tmp_path):
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "zero_stage is 3; .* set it to 2, or " + PLAIN),
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "offload_optimizer is not supported; set its"),
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, {}, "offload_param is not supported; set its device"),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "gradient_clipping is 0.5 and --max_grad_norm=1.0; drop it"),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "much"}, {}, "gradient_clipping is much and --max_grad_norm=1.0; drop it"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, {}, "--gradient_accumulation_steps=1; drop it from"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, {}, "gradient_clipping is 0.5 and `max_grad_norm`=1.0; drop it"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "much"}, {}, "gradient_clipping is much and `max_grad_norm`=1.0; drop it"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, {}, "`gradient_accumulation_steps`=1; drop it from"),
         (
             {},
             {"use_8bit_adam": True},
-            "--use_8bit_adam works on each weight by itself, .*; drop the flag, or " + PLAIN,
+            "`use_8bit_adam` works on each weight by itself, .*; drop the flag, or " + PLAIN,
         ),
-        ({"RANK": None}, {}, "no launcher started this process; start it by `accelerate launch --config_file docs/ze"),
-        ({}, {"channels_last": True}, "--channels_last works on each weight by itself"),
+        ({"RANK": None}, {}, "no launcher started this process; start it by `accelerate launch` with docs/ze"),
+        ({}, {"channels_last": True}, "`channels_last` works on each weight by itself"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, {}, "deepspeed_config_file=/nowhere.json cannot be"),
     ],
 )
@@ -92,17 +92,17 @@ def test_what_cannot_be_had_is_one_sentence(asked, environment, changes, words):
 def test_fp16_is_refused(asked, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for environment, changes in (({}, {"mixed_precision": "fp16"}), ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {})):
-        with pytest.raises(UserError, match="--mixed_precision=fp16 is not supported with ZeRO-2; pass bf16 or no"):
+        with pytest.raises(UserError, match="`mixed_precision`=fp16 is not supported with ZeRO-2; pass bf16 or no"):
             asked(environment=environment, **changes)
 
 
 def test_a_lora_is_refused(asked, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--lora_rank=4: a LoRA has hardly any .*; " + PLAIN):
+    with pytest.raises(UserError, match="`lora_rank`=4: a LoRA has hardly any .*; " + PLAIN):
         asked(lcm_lora)
     words = ["--pretrained_teacher_model=x", "--pairs_dir=x", f"--output_dir={tmp_path}", "--lora_rank=8"]
     for name, value in ASKED.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="--lora_rank=8: a LoRA has hardly any"):
+    with pytest.raises(UserError, match="`lora_rank`=8: a LoRA has hardly any"):
         zero.take_settings(direct.parse_args(words))
 
 

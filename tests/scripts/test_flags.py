@@ -405,7 +405,7 @@ def test_steps_follow_from_epochs(shards):
     args.max_train_steps = None
     assert resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}}) == (16, 100)
     args.max_train_steps, args.max_train_samples = None, None
-    with pytest.raises(errors.UserError, match="--max_train_steps is needed"):
+    with pytest.raises(errors.UserError, match="`max_train_steps` is needed"):
         resolve_epochs(args, ["pipe:cat x"], 2, {"args": {}})
 
 

@@ -121,7 +121,7 @@ def test_a_checkpoint_with_the_unexpanded_path_goes_on(tmp_path, monkeypatch):
     now = {name: flags.path(value) if isinstance(value, str) else value for name, value in old.items()}
     assert now["train_shards_path_or_url"] == f"{tmp_path}/{{0..3}}.tar"
     checkpointing.check_same_run("checkpoint-1", old, now)
-    with pytest.raises(UserError, match="--pretrained_teacher_model was '~/teacher'"):
+    with pytest.raises(UserError, match="`pretrained_teacher_model` was '~/teacher'"):
         checkpointing.check_same_run("checkpoint-1", old, now | {"pretrained_teacher_model": "~/other"})
 
 
