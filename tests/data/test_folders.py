@@ -187,10 +187,7 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
             ["a/cat/1.png", "a/dog/1.png", "b/car/1.png"],
             "the 2 upper ones (a, b) or the 3 lowest (car, cat, dog); pass",
         ),
-        (
-            ["a/x/1.png", "a/y/1.png", "b/x/1.png"],
-            "the 2 upper ones (a, b) or the 2 lowest (x, y); say it in",
-        ),
+        (["a/x/1.png", "a/y/1.png", "b/x/1.png"], "the 2 upper ones (a, b) or the 2 lowest (x, y); say it in"),
         (["1.png", "2.png"], "its images lie in 0 subfolders"),
         (["a/1.png", "a/2.png"], "its images lie in 1 subfolder;"),
         (["a/1.png", "b/2.png", "3.png"], "it has 1 image beside its 2 subfolders of classes, the first is '3.png'"),

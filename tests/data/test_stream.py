@@ -28,13 +28,7 @@ from common.data import shards as shards_module
 from common.data import stream as stream_module
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS
 from common.data.images import INTERPOLATION_TYPES, decode_image_text
-from common.data.shards import (
-    SKIP_CLASSES,
-    SampleError,
-    count_samples,
-    expand_shards,
-    tar_samples,
-)
+from common.data.shards import SKIP_CLASSES, SampleError, count_samples, expand_shards, tar_samples
 from common.data.stream import TrainingData
 from common.data.transfers import _request, read_head
 from common.errors import UserError
@@ -46,7 +40,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 R = 8
@@ -650,7 +644,7 @@ def test_what_is_wrong_with_the_layout_of_a_tar_is_said(tmp_path, layout, zipped
 )
 def test_what_is_no_tar_is_named(tmp_path, server, content, words):
     (tmp_path / "0.tar").write_bytes(content)
-    for shard in (str(tmp_path / "0.tar"), f"{server[0]}/0.tar?sig=S3CRET", f"pipe:cat {tmp_path}/0.tar"):
+    for shard in (str(tmp_path / "0.tar"), f"{server}/0.tar?sig=S3CRET", f"pipe:cat {tmp_path}/0.tar"):
         with pytest.raises(UserError, match=f"shard_read 3.*the last was: 0.tar: .*no tar .* but {words}") as caught:
             count_after([shard], 1)
         assert "S3CRET" not in str(caught.value) and "\n" not in str(caught.value)
@@ -744,37 +738,17 @@ def test_a_pipe_is_tried_again(tmp_path, quick_retries):
     assert len(tries.read_text().split()) == 3
 
 
-def test_a_pipe_that_hangs_is_killed_and_its_words_are_logged(tmp_path, quick_retries):
-    good = make_shards(tmp_path, [5])[0]
-    log, pid = tmp_path / "log.jsonl", tmp_path / "pid"
-    hang = f"pipe:echo no such bucket >&2; sleep 60 & echo $! > {pid}; wait"
-    start = time.monotonic()
-    assert count_after([good, hang], 6, data_timeout=0.3, skipped_log=log)["shard_open"] >= 1
-    assert time.monotonic() - start < 20
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(int(pid.read_text()), 0)
-            if Path(f"/proc/{pid.read_text().strip()}/stat").read_text().split(")")[1].split()[0] == "Z":
-                raise ProcessLookupError  # dead, and nobody has asked for its exit code
-            time.sleep(0.05)
-    count_after([good, "pipe:echo no such bucket >&2; exit 5"], 12, skipped_log=log)
-    assert "exit code 5: no such bucket" in log.read_text()
-
-
 @pytest.fixture
 def server(tmp_path):
-    """(address, requests, failures): serves tmp_path, breaks off in the middle of the next `failures[0]` bodies."""
-    requests, failures = [], [0]
+    """The address of tmp_path."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            requests.append(self.path)
             body = (tmp_path / urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/")).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            failures[0] -= 1
-            self.wfile.write(body[: len(body) // 2] if failures[0] >= 0 else body)
+            self.wfile.write(body)
 
         def log_message(self, *args):
             pass
@@ -782,7 +756,7 @@ def server(tmp_path):
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}", requests, failures
+    yield f"http://127.0.0.1:{httpd.server_port}"
     httpd.shutdown()
     httpd.server_close()
     thread.join()
@@ -792,14 +766,8 @@ def test_http_addresses_with_blanks_and_umlauts(tmp_path, server):
     (tmp_path / "my shards").mkdir()
     shard = Path(make_shards(tmp_path, [5])[0]).rename(tmp_path / "my shards/ü 0.tar")
     for name in ("my shards/ü 0.tar", "my%20shards/%C3%BC 0.tar"):
-        assert len(count_after([f"{server[0]}/{name}"], 5)["keys"]) == 5
-    assert read_head(f"{server[0]}/my shards/ü 0.tar") == shard.read_bytes()[: 1 << 16]
-
-
-def test_http_shards_in_workers_equal_local_ones(tmp_path, server):
-    local = make_shards(tmp_path, [12, 12])
-    expected, _ = run(local, 1, 0, 32, num_lanes=2)
-    assert run([f"{server[0]}/{Path(shard).name}" for shard in local], 1, 2, 32, num_lanes=2)[0] == expected
+        assert len(count_after([f"{server}/{name}"], 5)["keys"]) == 5
+    assert read_head(f"{server}/my shards/ü 0.tar") == shard.read_bytes()[: 1 << 16]
 
 
 def test_fsspec_addresses(tmp_path, quick_retries):
@@ -1095,23 +1063,6 @@ def test_grey_bilevel_cmyk_and_transparent_colours():
     assert (colour[grey == 8] == 255).all() and (colour[grey == 12] == 12).all()
     cmyk = Image.new("RGB", (64, 64), (200, 60, 20)).convert("CMYK")
     assert np.abs(pixels(decode_image(encode(cmyk, "JPEG", quality=98), 32, "jpg")) - [200, 60, 20]).max() <= 6
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation):
-    image = smooth_image(12, 20)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(image, exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert orientation == 1 or np.asarray(upright).tobytes() != np.asarray(image).tobytes()
-    sample = decode_image(data, 12)
-    left, top = (upright.width - 12) // 2, (upright.height - 12) // 2
-    assert (pixels(sample) == np.asarray(upright)[top : top + 12, left : left + 12]).all()
-    assert sample["original_sizes"].tolist() == [upright.height, upright.width]
-    sample = decode_image(encode(image, "JPEG", exif=exif, quality=98), 12, "jpg")
-    assert sample["original_sizes"].tolist() == [upright.height, upright.width]
-    assert np.abs(pixels(sample) - np.asarray(upright)[top : top + 12, left : left + 12]).mean() < 6
 
 
 @pytest.mark.parametrize(

@@ -7,29 +7,19 @@ from pathlib import Path
 from common.direct import pipelines
 from common.errors import UserError
 from common.networks import encoders, teachers
-from common.tools.demo import stable_diffusion
 
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    LCMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 T = torch.tensor([999, 19])
 
 
 @pytest.fixture(scope="session")
-def sdxl(build_once):
-    """A folder with an SDXL teacher of 16 pixels that has been trained for a moment."""
-
-    def build(folder):
-        stable_diffusion.build_teacher(folder, vae_steps=5, unet_steps=20, sdxl=True)
-
-    return str(build_once("teacher_sdxl", build))
+def sdxl(teacher):
+    return teacher("sdxl")
 
 
 def copy_teacher(teacher, tmp_path):
@@ -127,11 +117,6 @@ def check_refusal(folder, message):
     assert "`pretrained_teacher_model`=" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_variant_is_named(teacher):
-    with pytest.raises(UserError, match="no weights of the variant 'fp16'"):
-        teachers.read_teacher_config(teacher(), variant="fp16")
-
-
 def test_scheduler_without_betas_is_refused():
     with pytest.raises(UserError, match="no beta schedule"):
         teachers.check_schedule("--x", {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002})
@@ -191,9 +176,8 @@ def test_both_text_encoders_are_loaded_and_frozen(teacher, sdxl):
     assert encoders.text_encoders(pipeline) == [pipeline.text_encoder] and not encoders.is_sdxl(pipeline)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_student_equals_the_teacher_at_step_0_for_every_w(teacher, prediction_type):
-    unet = teachers.load_teacher(teacher(prediction_type)).unet
+def test_student_equals_the_teacher_at_step_0_for_every_w(teacher):
+    unet = teachers.load_teacher(teacher()).unet
     student = teachers.make_student(unet, 256).eval()
     z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, unet.config.cross_attention_dim)
     cond = torch.randn(2, 256)
@@ -234,14 +218,6 @@ def test_sdxl_student_equals_the_teacher_at_step_0_and_samples(sdxl, tmp_path):
     saved.set_progress_bar_config(disable=True)
     images = saved("a handwritten four", num_inference_steps=4, guidance_scale=8.0, output_type="np").images
     assert images.shape == (1, 16, 16, 3) and saved.config.force_zeros_for_empty_prompt
-
-
-def test_student_depends_on_w_once_it_is_trained(teacher):
-    unet = teachers.load_teacher(teacher()).unet
-    student = teachers.make_student(unet, 256)
-    z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, unet.config.cross_attention_dim)
-    student(z, T, text, timestep_cond=torch.randn(2, 256)).sample.square().mean().backward()
-    assert student.time_embedding.cond_proj.weight.grad.abs().max() > 0
 
 
 def test_init_unet_continues_an_earlier_student(teacher, tmp_path):

@@ -44,12 +44,6 @@ def test_the_licence_is_the_teachers_unless_one_is_given(tmp_path):
     assert card(tmp_path, **local)[0]["license"] == "mit"
 
 
-def test_licence_of_a_teacher_folder(tmp_path):
-    assert export.teacher_license(str(tmp_path)) is None
-    (tmp_path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\ntext")
-    assert export.teacher_license(str(tmp_path)) == "creativeml-openrail-m"
-
-
 def test_grid_has_a_row_for_each_tag(tmp_path):
     images = {f"validation/student_{k}_steps": np.full((2, 16, 16, 3), 10 * k, np.uint8) for k in (1, 2, 4)}
     export.save_grid(tmp_path, images, ["a", "b"])

@@ -76,11 +76,13 @@ def save_tokenizer(path):
 
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    path.mkdir(parents=True, exist_ok=True)
     (path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer.from_pretrained(path)
     tokenizer.model_max_length = 20
     tokenizer.save_pretrained(path)
+    return tokenizer
 
 
 # Distances

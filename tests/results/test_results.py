@@ -68,11 +68,7 @@ def test_sampling_that_fails_loses_nothing_and_the_code_of_every_card_runs(
         raise RuntimeError("no samples\nat all")
 
     with monkeypatch.context() as broken:
-        for module, function in (
-            (samples, "sample_images"),
-            (evaluation, "sample"),
-            (direct, "sample_and_measure"),
-        ):
+        for module, function in ((samples, "sample_images"), (evaluation, "sample"), (direct, "sample_and_measure")):
             broken.setattr(module, function, fail, raising=False)
         with pytest.raises(SystemExit) as stopped:
             train(words, case.script)

@@ -306,12 +306,6 @@ def test_a_full_disk_is_found_at_the_start(tmp_path, monkeypatch):
         checkpointing.prepare_output_dir(tmp_path / "new", None)
 
 
-def test_complete_file_lists_every_file(tmp_path):
-    path = save(tmp_path, 1)
-    manifest = json.loads((path / "COMPLETE").read_text())
-    assert set(manifest["files"]) == {p.name for p in path.iterdir()} - {"COMPLETE"} and manifest["world_size"] == 1
-
-
 def test_a_death_while_an_old_one_is_pruned_leaves_no_half_of_it(tmp_path, monkeypatch):
     save(tmp_path, 1, total_limit=1)
 

@@ -7,7 +7,6 @@ import train_tscd_distill_sd_wds as tscd
 from common.data.images import decode_image_text
 from common.data.shards import expand_shards
 from common.data.stream import TrainingData
-from common.ema import ema_update
 from common.errors import UserError
 from common.networks import encoders
 from common.run import checkpointing, training_run, updates
@@ -56,15 +55,6 @@ def test_a_skipped_step_changes_neither_weights_nor_states_and_the_next_one_coun
         step_if(one.grad.norm().isfinite(), skipping)
     assert all(torch.equal(a, b) for a, b in zip(copied(plain, two), copied(skipping, one), strict=True))
     assert not hasattr(skipping, "found_inf")
-
-
-@pytest.mark.parametrize("finite", [True, False])
-def test_the_average_is_held_with_the_weights(finite):
-    target, source = [torch.ones(3), torch.zeros(2)], [torch.tensor([3.0, 1, 2]), torch.ones(2)]
-    ema_update(target, source, 0.75, torch.tensor(finite))
-    expected = [torch.tensor([1.5, 1, 1.25]), torch.full((2,), 0.25)] if finite else [torch.ones(3), torch.zeros(2)]
-    for value, reference in zip(target, expected, strict=True):
-        torch.testing.assert_close(value, reference)
 
 
 def test_means_leave_out_what_is_not_finite():

@@ -20,6 +20,7 @@ from tests.scripts.test_direct import (
     table,
 )
 from tests.scripts.test_stable_diffusion import scalars
+from tests.tools.test_encode_shards import one_sentence
 
 import pytest
 import torch
@@ -63,31 +64,24 @@ def test_bytes_are_the_same_for_two_tasks_and_only_missing_shards_are_made(tmp_p
     assert (tmp_path / "two" / "00000.tar").stat().st_mtime_ns == before
 
 
-def sentence(capsys, call, *args, **options):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        call(*args, **options)
-    err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stopped.value.code == 2 and len(err) == 1
-    return err[0]
-
-
 def test_several_sizes_and_another_vae(tmp_path, flags, table, direct_teacher, capsys):
     Image.open(table / "000000003.png").resize((24, 16)).save(table / "000000003.png")
     ask(table, tmp_path / "pairs", direct_teacher())
     assert pairs.PairShards(tmp_path / "pairs").call_kwargs([3]) == {"height": 16, "width": 24}
     command = {"pairs_dir": tmp_path / "pairs"}
-    said = sentence(capsys, run, flags(tmp_path / "a", **command))
+    said = one_sentence(capsys, run, flags(tmp_path / "a", **command))
     assert "--pairs_dir: its images have several sizes; pass --train_batch_size=1" in said
     options = {"train_batch_size": 1, "num_inference_steps": 3}
-    assert "the table says 4" in sentence(capsys, run, flags(tmp_path / "a", **command, **options))
+    assert "the table says 4" in one_sentence(capsys, run, flags(tmp_path / "a", **command, **options))
     teacher = Path(shutil.copytree(direct_teacher(), tmp_path / "teacher"))
     path = teacher / "vae" / "diffusion_pytorch_model.safetensors"
     weights = {name: value * 1.1 if name.startswith("encoder") else value for name, value in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
     options = {"train_batch_size": 1, "pretrained_teacher_model": teacher}
-    assert "has other weights; name the teacher" in sentence(capsys, run, flags(tmp_path / "b", **command, **options))
-    assert "encoder_sample" in sentence(capsys, ask, table, tmp_path / "pairs", teacher)
+    assert "has other weights; name the teacher" in one_sentence(
+        capsys, run, flags(tmp_path / "b", **command, **options)
+    )
+    assert "encoder_sample" in one_sentence(capsys, ask, table, tmp_path / "pairs", teacher)
     options["pretrained_teacher_model"] = direct_teacher()
     run(flags(tmp_path / "c", **command, **options, max_train_steps=2))
 
@@ -95,23 +89,22 @@ def test_several_sizes_and_another_vae(tmp_path, flags, table, direct_teacher, c
 def test_an_image_cut_short_leaves_no_half_a_shard(tmp_path, table, direct_teacher, capsys):
     image = table / "000000009.png"
     image.write_bytes(image.read_bytes()[:-40])
-    assert "000000009.png cannot be read" in sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
+    assert "000000009.png cannot be read" in one_sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
     assert sorted(members(tmp_path / "o")) == ["00000.tar", "dataset_config.json"]
 
 
 def test_mistakes_before_any_weight(tmp_path, table, direct_teacher, capsys, monkeypatch):
     monkeypatch.setattr(pipelines, "load_pipeline", None)
     rows = list(csv.reader(open(table / "metadata.csv", newline="")))
-    assert "METADATA=/no/metadata.csv cannot be read" in sentence(
-        capsys, ask, Path("/no"), tmp_path / "o", direct_teacher()
-    )
-    assert "--pretrained_teacher_model=/no" in sentence(capsys, ask, table, tmp_path / "o", "/no")
-    assert "OUT=" in sentence(capsys, ask, table, table / "metadata.csv", direct_teacher())
+    said = one_sentence(capsys, ask, Path("/no"), tmp_path / "o", direct_teacher())
+    assert "METADATA=/no/metadata.csv cannot be read" in said
+    assert "--pretrained_teacher_model=/no" in one_sentence(capsys, ask, table, tmp_path / "o", "/no")
+    assert "OUT=" in one_sentence(capsys, ask, table, table / "metadata.csv", direct_teacher())
     with open(table / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([row[:2] for row in rows])
-    assert "has no column seed" in sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
+    assert "has no column seed" in one_sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
     place = rows[0].index("num_inference_steps")
     with open(table / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([rows[0], *([*row[:place], 0, *row[place + 1 :]] for row in rows[1:])])
-    assert "num_inference_steps is 0; seed" in sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
+    assert "num_inference_steps is 0; seed" in one_sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
     assert not (tmp_path / "o").exists() and test_direct.NUM_PAIRS == len(rows) - 1

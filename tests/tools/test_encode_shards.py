@@ -44,14 +44,18 @@ def ask(*args, **changes):
     encode_shards.main(encode_shards.parse_args(words(*args, **changes)))
 
 
-def refused(capsys, *args, **changes):
-    """The one sentence of a command that ends with exit code 2."""
+def one_sentence(capsys, call, *args, **options):
+    """That of a call that ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        ask(*args, **changes)
+        call(*args, **options)
     err = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert stopped.value.code == 2 and len(err) == 1
+    assert stopped.value.code == 2 and len(err) == 1, err
     return err[0]
+
+
+def refused(capsys, *args, **changes):
+    return one_sentence(capsys, ask, *args, **changes)
 
 
 FLAGS = {"center_crop": True, "vae_encode_batch_size": 1}  # of the shards that most tests read
@@ -568,15 +572,6 @@ REFUSED = {
 }
 
 
-def one_sentence(capsys, flags, script=lcm):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train(flags, script)
-    err = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert stopped.value.code == 2 and len(err) == 1, err
-    return err[0]
-
-
 @pytest.mark.parametrize(("make", "sentence"), REFUSED.values(), ids=REFUSED)
 def test_latents_that_do_not_fit_are_refused_before_any_weight(
     tmp_path, flags, cached, shards, capsys, monkeypatch, make, sentence
@@ -584,14 +579,15 @@ def test_latents_that_do_not_fit_are_refused_before_any_weight(
     options = {"train_shards_path_or_url": tars(cached()), "center_crop": True}
     monkeypatch.setattr(teachers, "load_teacher", None)  # what is made for all tests is there by now
     options |= make(cached(), tmp_path, expand_shards(shards)[1])
-    assert sentence in one_sentence(capsys, flags(tmp_path / "out", lcm, **options))
+    assert sentence in one_sentence(capsys, train, flags(tmp_path / "out", lcm, **options))
 
 
 @pytest.mark.parametrize("script", [SCRIPTS["lcm"], SCRIPTS["tscd_lora"]], ids=["lcm", "tscd_lora"])
 def test_latents_of_another_vae_are_refused(tmp_path, flags, cached, teacher, capsys, script):
     options = {"train_shards_path_or_url": tars(cached()), "center_crop": True}
     teacher = other_vae(teacher(), tmp_path / "t")
-    sentence = one_sentence(capsys, flags(tmp_path / "a", script, **options, pretrained_teacher_model=teacher), script)
+    words = flags(tmp_path / "a", script, **options, pretrained_teacher_model=teacher)
+    sentence = one_sentence(capsys, train, words, script)
     assert "the encoder of this run's VAE has other weights; encode the images with it" in sentence
 
 
@@ -668,7 +664,7 @@ def test_remote_shards_are_recognised_by_their_first_bytes(tmp_path, flags, cach
     train(flags(tmp_path / "a", lcm, **options, max_train_steps=2))
     half = half_precision(cached(), tmp_path / "half")  # seen when its samples come
     options["train_shards_path_or_url"] = f"pipe:cat {{{cached()}/00000.tar,{half}/00001.tar}}"
-    assert "cached latents of other settings" in one_sentence(capsys, flags(tmp_path / "b", lcm, **options))
+    assert "cached latents of other settings" in one_sentence(capsys, train, flags(tmp_path / "b", lcm, **options))
 
 
 def test_the_digits_of_the_demo_are_found_by_a_folder_too(tmp_path, flags, cached, capsys):

@@ -13,9 +13,10 @@ from common.results.metrics import (
     kernel_distance,
     load_feature_network,
 )
-from common.tools.evaluate import format_table, main, measure, parse_args
+from common.tools.evaluate import format_table, main, parse_args
 from common.tools.reference import iterate_images, reference_features, reference_floor
 from common.tools.sampling import generate_images, load_pipeline
+from tests.results.test_metrics import save_tokenizer
 
 import diffusers
 import numpy as np
@@ -39,7 +40,6 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
     ResNetConfig,
     ResNetForImageClassification,
     ViTImageProcessorPil,
@@ -47,20 +47,6 @@ from transformers import (
 
 SIZE = 16
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def save_tokenizer(path):
-    """A CLIPTokenizer that knows single bytes only."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(path)
-    tokenizer.model_max_length = 20
-    return tokenizer
 
 
 def make_unet(seed):
@@ -184,15 +170,6 @@ def test_images_do_not_depend_on_the_batch_size(root, scheduler, eta):
     assert several.dtype == torch.uint8 and several.shape == (4, 3, SIZE, SIZE) and seconds > 0
     assert (several.int() - single.int()).abs().max() <= 1
     assert (single[0].int() - single[2].int()).abs().max() > 1  # same prompt, other seed
-
-
-def test_the_tools_numbers_do_not_depend_on_the_batch_size(root, tmp_path):
-    more = ["--feature_network", root / "classifier", "--reference", root / "images", "--scheduler", "lcm"]
-    results = [
-        main(parse_args(flags(root, tmp_path / str(size), *more, "--batch_size", size)))["rows"] for size in (1, 4)
-    ]
-    for one, four in zip(*results, strict=True):
-        assert one["frechet_distance"] == pytest.approx(four["frechet_distance"], rel=0.02)
 
 
 def test_lora_and_unet_change_the_images(root, tmp_path):
@@ -341,12 +318,6 @@ def test_floor_needs_twice_the_images():
     assert (floor["images"], floor["other_images"]) == (8, 12) and floor == reference_floor(features, 8)
 
 
-def test_a_broken_reference_image_is_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(Exception, match="broken.png is no readable image"):
-        list(iterate_images(str(tmp_path), SIZE, SIZE))
-
-
 # Pieces
 
 
@@ -380,19 +351,6 @@ def test_what_the_run_meets_ends_in_one_sentence(root, tmp_path, capsys, more, s
     with pytest.raises(SystemExit) as caught:
         main(parse_args(flags(root, tmp_path / "out", *more)))
     assert caught.value.code == 2 and sentence in capsys.readouterr().err
-
-
-def test_measure_returns_what_was_asked_for(root):
-    network = load_feature_network(root / "classifier")
-    images = torch.randint(0, 256, (6, 3, SIZE, SIZE), dtype=torch.uint8)
-    assert measure(images, ["one"] * 6) == {"images": 6}
-    features = image_features(network, images)
-    result = measure(images, ["one"] * 6, features, network, labels=[1] * 6)
-    assert result["frechet_distance"] == pytest.approx(0.0, abs=1e-6)
-    # features that were computed again, in other memory
-    assert result["kernel_distance"] == pytest.approx(kernel_distance(features, features), rel=1e-3, abs=1e-6)
-    seen = class_statistics(network, images, [(1,)] * 6)
-    assert result["accuracy"] == seen["accuracy"] and "clip_score" not in result
 
 
 def test_format_table():
