@@ -102,7 +102,11 @@ def stop_after(monkeypatch, folder, step):
     monkeypatch.setattr(Stopper, "check", checked)
 
 
-@pytest.mark.parametrize(("script", "step"), [(lcm_lora, 3), (tscd, 2)], ids=["lcm_lora", "tscd at a stage's end"])
+@pytest.mark.parametrize(
+    ("script", "step"),
+    [pytest.param(lcm_lora, 3, marks=pytest.mark.soak), (tscd, 2)],
+    ids=["lcm_lora", "tscd at a stage's end"],
+)
 def test_a_stopped_run_saves_once_leaves_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch, script, step):
     out, options = tmp_path / "b", {"checkpointing_steps": 4, "logging_steps": 4}
     train(flags(tmp_path / "a", script, **options), script)

@@ -187,7 +187,6 @@ LOSS = "            loss = distance(model_pred, target, args.loss_type, args.hub
     ("line", "ends"),
     [
         ("assert loss.item() > 0", False),
-        ("loss = loss if loss > 0 else 0 * loss", False),
         ("loss = loss + model_pred[model_pred > 0].sum()", True),
     ],
 )
