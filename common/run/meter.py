@@ -38,6 +38,7 @@ LIBRARIES = Path(torch.__file__).parents[1]
 OWN = {Path(__file__).with_name(name) for name in ("meter.py", "simulation.py", "stand_ins.py")}
 # Functions that may ask: for optimizers that cannot skip an update on their own, and for a table on the host.
 AGREED = {("updates.py", "step_if"), ("consistency.py", "sigma_probabilities")}
+IN_PLACE = {aten._fused_sgd_}  # the EMA's kernel: FakeTensorMode knows no form of it, and would run it with values
 TABLES = {aten.arange, aten.linspace}  # small ones are made for real, so that what is looked up in them is known
 
 
@@ -137,6 +138,8 @@ class Meter(TorchDispatchMode):
         if is_known and not any(isinstance(tensor, FakeTensor) for tensor in given):
             with unset_fake_temporarily():  # values are known, and so the rest of a real program's decisions
                 return func(*args, **kwargs)
+        if packet in IN_PLACE:
+            return None
         try:
             if packet is aten.index and any(t.dtype == torch.bool for t in args[1] if t is not None):
                 args = (args[0], [each for index in args[1] for each in _places(index)], *args[2:])

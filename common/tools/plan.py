@@ -39,14 +39,15 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#b
 
 
 class Choice(NamedTuple):
-    """One row of the table: the largest batch that fits, 0 where none does. needed: GiB at that batch, or at one
-    sample; flops: of a sample."""
+    """One row of the table: the largest batch that fits, 0 where none does. needed: GiB at that batch, or at the
+    smallest that was simulated; flops: of a sample."""
 
     recomputed: str
     use_8bit_adam: bool
     batch: int
     needed: float
     flops: float
+    simulated: int = 1  # samples that `needed` is of where none fits
 
 
 def parse_args(argv=None):
@@ -86,10 +87,10 @@ def main(args):
     print_table(args, choices, refused)
     chosen = recommend(choices, samples)
     if chosen is None:
-        least = min(choices, key=lambda choice: choice.needed)
+        least = min(choices, key=lambda choice: choice.needed / choice.simulated)
         raise UserError(
-            f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for one "
-            "sample; use a LoRA script, a lower --resolution or a larger card"
+            f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for "
+            f"{least.simulated} sample(s); use a LoRA, a lower --resolution or a larger card"
         )
     words = [*without(flags, *OFFERED), *offered(chosen, samples)]
     result = simulate(script, words, args.processes)
@@ -138,10 +139,10 @@ def offered(choice, samples):
 
 
 def simulate(script, words, processes):
-    """The result of a dry run, without a word of its own."""
+    """The result of a dry run of one update, without a word of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    with simulation.wishing(processes=processes, report=False), contextlib.redirect_stdout(io.StringIO()):
+    with simulation.wishing(processes=processes, report=False, updates=1), contextlib.redirect_stdout(io.StringIO()):
         return script.main(script.parse_args([*words, "--report_to=none", "--dry_run"]))
 
 
@@ -165,19 +166,20 @@ def try_choices(args, script, flags, samples):
 
         for which in RECOMPUTED:
             lever = [] if which == "none" else [f"--gradient_checkpointing={which}"]
-            sizes = [
-                run(f"--train_batch_size={size}", f"--gradient_accumulation_steps={accumulates}", *lever)
-                for size in TRIED
-            ]
+            words, more = (
+                (f"--train_batch_size={size}", f"--gradient_accumulation_steps={accumulates}") for size in TRIED
+            )
+            sizes = [run(*words, *lever)]
             if None in sizes:
                 if which == "none":
                     raise UserError(refused.popitem()[1].split("error: ")[-1])
                 continue
             if saved is None:
-                words = f"--train_batch_size={TRIED[0]}", f"--gradient_accumulation_steps={accumulates}"
                 eight = run(*words, "--use_8bit_adam")
-                states = [0 if result is None else result.between for result in (sizes[0], eight)]
-                saved = {False: 0} | ({} if eight is None else {True: states[0] - states[1]})
+                saved = {False: 0} | ({} if eight is None else {True: sizes[0].between - eight.between})
+            peak = sizes[0].peak - max(saved.values())
+            if simulation.needed(peak / TRIED[0]) <= args.gpu_memory * GIB:  # else not even one sample fits
+                sizes.append(run(*more, *lever))
             for use_8bit_adam, less in saved.items():
                 choices.append(choice_of(args, which, use_8bit_adam, sizes, less, samples))
     return choices, refused
@@ -199,17 +201,20 @@ def needed_at(sizes, less=0):
 
 def choice_of(args, which, use_8bit_adam, sizes, less, samples):
     """The row of the table: of the batch sizes that divide the samples of an update, the largest that fits."""
+    flops = sizes[0].flops / sizes[0].samples
+    if len(sizes) == 1:
+        return Choice(which, use_8bit_adam, 0, simulation.needed(sizes[0].peak - less) / GIB, flops, TRIED[0])
     needed = needed_at(sizes, less)
     fitting = [n for n in range(1, samples + 1) if samples % n == 0 and needed(n) <= args.gpu_memory]
     batch = max(fitting, default=0)
-    return Choice(which, use_8bit_adam, batch, needed(batch or 1), sizes[1].flops / sizes[1].samples)
+    return Choice(which, use_8bit_adam, batch, needed(batch or 1), flops)
 
 
 def print_table(args, choices, refused):
     print(f"\nOf {args.gpu_memory} GB, on {args.processes} process(es):\n")
     print("| recomputed | 8-bit Adam | largest batch | GiB needed | GFLOPs a sample |\n|---|---|---|---|---|")
     for choice in choices:
-        batch = choice.batch or "none, for one:"
+        batch = choice.batch or f"none, for {choice.simulated}:"
         adam = "yes" if choice.use_8bit_adam else "no"
         print(f"| {choice.recomputed} | {adam} | {batch} | {choice.needed:.1f} | {choice.flops / 1e9:.5g} |")
     for what, why in refused.items():
