@@ -266,6 +266,13 @@ def add_data_arguments(parser, text=True):
     with_data("--data_seed", type=seed, help="seed of the sample order and the crops; without it, --seed")
     free("--dataloader_num_workers", type=non_negative_int, default=0, help="loader processes; 0 loads in this one")
     free("--data_timeout", type=positive_int, default=600, help="seconds without a batch after which the run stops")
+    free(
+        "--shard_disk_gb", type=positive_float, help="room in TMPDIR for a process's remote shards; default: 2 a lane"
+    )
+    free("--shard_cache_dir", type=path, help="folder that keeps remote shards, for later epochs, runs and processes")
+    free(
+        "--shard_cache_gb", type=positive_float, help="size at which the cache drops shards that were not read lately"
+    )
     free("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 
+from common.data.shard_cache import ShardCache, lock
 from common.data.shards import SampleError, is_remote
 from common.data.transfers import retry_after, transfer
 
@@ -38,17 +39,18 @@ def open_shard(shard: str, timeout: float):
 class Shelf:
     """The remote shards that a process reads, one a lane, and those that it fetches ahead, one more a lane.
 
-    disk_bytes: what they may take together; fetching ahead waits for room, reading does not.
+    disk_bytes: what they may take together; fetching ahead waits for room, reading does not. cache: a `ShardCache`, in
+    which they stay, whatever they take.
     """
 
-    def __init__(self, timeout: float, disk_bytes: float | None = None):
-        self.timeout, self.disk_bytes = timeout, disk_bytes
+    def __init__(self, timeout: float, disk_bytes: float | None = None, cache: ShardCache | None = None):
+        self.timeout, self.disk_bytes, self.cache = timeout, disk_bytes, cache
         self._ahead, self._there, self._largest = {}, [], 0
         self._lock = threading.Lock()
 
     def begin(self, lane: int, shard: str, after: "Fetch | None" = None):
         """Fetch the shard that the lane will open next, when `after` has come."""
-        if is_remote(shard):
+        if is_remote(shard) and not (self.cache and self.cache.path(shard).exists()):
             self._ahead[lane] = self._start(shard, after)
 
     def open(self, lane: int, shard: str, following: str | None = None):
@@ -58,14 +60,20 @@ class Shelf:
                 return open(shard, "rb")
             except OSError as error:
                 raise SampleError("shard_open", str(error)) from error
-        fetch = self._ahead.pop(lane, None)
-        if fetch is not None and fetch.shard != shard:
+        fetch, cached = self._ahead.pop(lane, None), self.cache and self.cache.open(shard)
+        if fetch is not None and (cached or fetch.shard != shard):
             self._release(fetch)
             fetch = None
-        fetch = fetch or self._start(shard)
+        if not cached:
+            fetch = fetch or self._start(shard)
         if following is not None:
             self.begin(lane, following, fetch)
-        return io.BufferedReader(_Growing(fetch, self._release), 1 << 16)
+        return cached or io.BufferedReader(_Growing(fetch, self._release), 1 << 16)
+
+    def forget(self, shard: str):
+        """The cache does not keep a shard that was no whole tar."""
+        if self.cache and is_remote(shard):
+            self.cache.forget(shard)
 
     def close(self):
         """End all transfers; nothing is left of them."""
@@ -75,9 +83,11 @@ class Shelf:
 
     def _start(self, shard, after=None):
         """The fetch of a shard, which lanes share that read parts of it at the same time."""
+        for one in [one for one in self._there if one.ended and not one.users]:
+            self._remove(one)
         fetch = next((one for one in self._there if one.shard == shard and not one.error), None)
         if fetch is None:
-            fetch = Fetch(shard, self.timeout)
+            fetch = Fetch(shard, self.timeout, self.cache)
             self._there.append(fetch)
             fetch.start(functools.partial(self._has_turn, fetch, after))
         fetch.users += 1
@@ -85,9 +95,12 @@ class Shelf:
 
     def _release(self, fetch):
         fetch.users -= 1
-        if not fetch.users and fetch in self._there:
-            self._there.remove(fetch)
-            fetch.stop()
+        if not fetch.users and fetch in self._there and (fetch.ended or not self.cache):
+            self._remove(fetch)
+
+    def _remove(self, fetch):
+        self._there.remove(fetch)
+        fetch.stop()
 
     def _has_turn(self, fetch, after):
         """Whether a fetch ahead may begin; asked by its thread."""
@@ -97,7 +110,7 @@ class Shelf:
             begun = [one for one in list(self._there) if one.begun]
             self._largest = max([self._largest, *(one.length or one.size for one in begun)])
             taken = sum(one.length or max(one.size, self._largest) for one in begun) + self._largest
-            fetch.begun = after is None or self.disk_bytes is None or taken <= self.disk_bytes
+            fetch.begun = after is None or self.disk_bytes is None or taken <= self.disk_bytes or bool(self.cache)
         return fetch.begun
 
 
@@ -137,8 +150,8 @@ class _Growing(io.RawIOBase):
 class Fetch:
     """One remote shard on its way into a file, by a thread of its own."""
 
-    def __init__(self, shard: str, timeout: float):
-        self.shard, self.timeout = shard, timeout
+    def __init__(self, shard: str, timeout: float, cache: ShardCache | None = None):
+        self.shard, self.timeout, self.cache = shard, timeout, cache
         self.file, self.size, self.length = None, 0, None  # the length of the whole is None while it is not known
         self.begun = self.needed = self.ended = False
         self.error, self.users = None, 0  # error: why the rest will not come
@@ -194,8 +207,11 @@ class Fetch:
                 while not (self.needed or self._stopped or has_turn()):
                     self._changed.wait(0.1)
             self.begun = True
-            self.file = tempfile.TemporaryFile(buffering=0)
-            self._fetch()
+            if not self._stopped and self.cache is None:
+                self.file = tempfile.TemporaryFile(buffering=0)
+                self._fetch()
+            elif not self._stopped:
+                self._fetch_into_cache()
         except Exception as failure:  # each protocol has its own; all of them mean that it does not come
             error = f"{type(failure).__name__}: {failure}"
         with self._changed:
@@ -217,8 +233,37 @@ class Fetch:
                 if failures >= TRIES or self._stopped:
                     raise
                 delay = max(BACKOFF * 2 ** (failures - 1), min(retry_after(error), MAX_RETRY_AFTER))
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped, delay)
+            self._sleep(delay)
+
+    def _fetch_into_cache(self):
+        self.file, ours = self.cache.begin(self.shard)
+        whole = False
+        while not (ours or whole or self._stopped):  # another process writes it, or has written it
+            whole = self.cache.has(self.shard, self.file)
+            self._grow_to(os.fstat(self.file.fileno()).st_size)
+            if not whole and lock(self.file):  # it has ended
+                ours = not (whole := self.cache.has(self.shard, self.file))
+                self._grow_to(os.fstat(self.file.fileno()).st_size)
+            elif not whole:
+                self._sleep(0.02)
+        if not ours:
+            return
+        try:
+            self.file.seek(self.size)
+            self._fetch()
+            if not self._stopped:
+                self.cache.keep(self.shard, self.file)
+        finally:
+            self.cache.give_up(self.shard, self.file)
+
+    def _sleep(self, seconds):
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped, seconds)
+
+    def _grow_to(self, size):
+        with self._changed:
+            self.size = size
+            self._changed.notify_all()
 
     def _hold(self, abort):
         """abort: how another thread ends the transfer."""
@@ -252,8 +297,7 @@ class Fetch:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise OSError(f"TMPDIR={tempfile.gettempdir()} has no room ({error.strerror})") from None
-        with self._changed:
-            self.size += count
-            self._changed.notify_all()
+            where = f"`shard_cache_dir`={self.cache.folder}" if self.cache else f"TMPDIR={tempfile.gettempdir()}"
+            raise OSError(f"{where} has no room ({error.strerror})") from None
+        self._grow_to(self.size + count)
         return count

@@ -171,5 +171,6 @@ class Lane:
                     for index, key, raw in tar_samples(file, data.required, part, parts, position):
                         yield unit_index, index + 1, shard, f"{shard.rsplit('/', 1)[-1]}/{key}", raw
             except SampleError as error:
+                self.shelf.forget(shard)
                 yield unit_index + 1, 0, shard, "", error
             position = 0

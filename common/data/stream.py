@@ -12,7 +12,7 @@ Limits. Resuming reads each lane's block again, after a scan of at most one shar
 second epoch while another is in its first. A remote shard that breaks off is counted and the rest left out, so such a
 run repeats exactly only if the error does. The window of `max_skip_ratio` starts anew on resume.
 Memory of a worker: its lanes x (`shuffle_block_bytes` + one sample) undecoded, and two finished micro-batches.
-Temporary disk space (TMPDIR), for remote shards only: two shards per lane.
+Temporary disk space (TMPDIR), for remote shards without a cache: two per lane.
 
 Left out: video and audio, ICC profiles, writing shards, and any decoding of members that `required` does not name.
 """
@@ -40,6 +40,7 @@ from common.data.lanes import (
     new_cursor,
     seen_and_unreadable,
 )
+from common.data.shard_cache import ShardCache, temporary_room
 from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote, tar_samples
 from common.errors import UserError, mask_credentials, without_credentials
 from common.keyed_random import keyed_seed
@@ -62,6 +63,8 @@ class TrainingData:
     those of the loaded state. max_train_samples: at most that many distinct samples, the same in each epoch.
     max_skip_ratio: share of unreadable samples among the last 10,000 above which the run stops. data_timeout: seconds
     without a batch from the workers, or without a byte from a pipe's command, after which it is given up.
+    shard_disk_gb: what remote shards may take in TMPDIR, a process; default: two shards a lane. shard_cache_dir: keeps
+    them whole, at most shard_cache_gb of them; shared by processes.
     source: samples that are neither shards nor a folder with captions: `name`, `keys` (list of str, in a fixed order)
     and read(index) -> {extension: bytes}, perhaps `flag`, the user's, for errors, and `unusable` and `notes` as of
     `folders.Samples`; `shards` then only says which data they are.
@@ -86,6 +89,9 @@ class TrainingData:
         shuffle_block_bytes: int = 64 << 20,
         max_skip_ratio: float = 0.2,
         data_timeout: float = 600,
+        shard_disk_gb: float | None = None,
+        shard_cache_dir: Path | None = None,
+        shard_cache_gb: float | None = None,
         pin_memory: bool = False,
         skipped_log: Path | None = None,
         report: Callable[[str], None] = print,
@@ -106,6 +112,14 @@ class TrainingData:
             raise UserError("`train_shards_path_or_url` names no shard.")
         if data_timeout <= 0:
             raise UserError("`data_timeout` must be above 0: it is the number of seconds to wait for a batch.")
+        self._is_remote = any(map(is_remote, self.shards)) and source is None
+        self._cache = ShardCache(shard_cache_dir, shard_cache_gb and 1e9 * shard_cache_gb) if shard_cache_dir else None
+        self._disk_bytes = shard_disk_gb and 1e9 * shard_disk_gb
+        for name, value in (("shard_cache_dir", shard_cache_dir), ("shard_disk_gb", shard_disk_gb)):
+            if value is not None and not self._is_remote:
+                raise UserError(f"`{name}` is for shards that are fetched, and all data are local: drop it")
+        if shard_cache_gb is not None and shard_cache_dir is None:
+            raise UserError("`shard_cache_gb` is the size of a cache: name its folder in `shard_cache_dir`")
         folders = [shard for shard in self.shards if not is_remote(shard) and os.path.isdir(shard) and source is None]
         if folders and len(self.shards) > 1:
             raise UserError(
@@ -217,9 +231,10 @@ class TrainingData:
     def _make_items(self, worker: int, num_workers: int) -> Iterator[dict]:
         """Every num_workers-th micro-batch of the rank from the position on; its lanes are no other worker's."""
         count = self.num_lanes // self.world_size // num_workers
+        disk_bytes = self._disk_bytes and self._disk_bytes / num_workers
         steps = itertools.count(self._consumed + worker, num_workers)
         numbers = (self._first + n * self.world_size + self.rank for n in steps)
-        with contextlib.closing(Shelf(self.data_timeout)) as shelf:
+        with contextlib.closing(Shelf(self.data_timeout, disk_bytes, self._cache)) as shelf:
             first = list(itertools.islice(numbers, count))  # one of each lane
             own = [j % self.num_lanes for j in first]
             lanes = {lane: Lane(self, lane, self._cursors[lane], shelf) for lane in own}
@@ -235,6 +250,8 @@ class TrainingData:
     # ----- consuming: in the training process
 
     def __iter__(self) -> Iterator[dict]:
+        if self._is_remote:
+            self._make_room()
         items = _Items(self)
         loader = DataLoader(
             items,
@@ -263,6 +280,15 @@ class TrainingData:
                 iterator._shutdown_workers()
             elif items.made is not None:
                 items.made.close()
+
+    def _make_room(self):
+        if self._cache is not None:
+            self._cache.prepare()
+            return
+        remote = next(filter(is_remote, self.shards))
+        self._disk_bytes, note = temporary_room(remote, self.num_lanes // self.world_size, self._disk_bytes)
+        if note and self.rank == 0:
+            self.report(f"note: {note}.")
 
     def _next_item(self, iterator) -> dict:
         deadline = time.monotonic() + self.data_timeout
