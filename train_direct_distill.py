@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 
 from common import flags
-from common.direct import cached_pairs, pairing, pairs, pipelines, probes
+from common.direct import pairing, pairs, pipelines, probes, sources
 from common.direct.student import (
     check_noise,
     check_overrides,
@@ -112,13 +112,13 @@ def parse_args(argv=None):
 
 
 def read_data(args):
-    """The pairs; fills in --num_inference_steps and --num_held_out."""
+    """The pairs, or what they are to be made of; fills in --num_inference_steps and --num_held_out."""
     if args.pairs_dir:
-        data = pairs.open_pairs(args.pairs_dir)
+        data = sources.open_pairs(args.pairs_dir)
         if len(set(data.sizes)) > 1 and args.train_batch_size > 1:
             raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
     else:
-        data = pairs.PairImages(
+        data = sources.PairImages(
             args.dataset_metadata_path,
             args.dataset_base_path,
             height=args.height,
@@ -171,8 +171,8 @@ def main(args):
 
     # 2. Pairs, and what follows from the flags.
     data = read_data(args)
-    cached_pairs.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
-    pairs_config = getattr(data, "config", None)  # images, also encoded ones, have none
+    sources.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
+    pairs_config, fingerprint = data.config, pairs.fingerprint(data)  # None where they are made below, of images
     check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
     scheduler_class, scheduler_config = check_pairs(config, pairs_config, args.pairs_dir)
     if args.student_scheduler:
@@ -183,7 +183,7 @@ def main(args):
     probes.check_steps(scheduler, args.num_inference_steps)
     run.check_flags()
     if run.checkpoint:
-        pairs.check_same_pairs(run.checkpoint, run.resumed, data)
+        pairs.check_same_pairs(run.checkpoint, run.resumed, fingerprint)
     train_indices, held_out = pairs.split(len(data), args.num_held_out)
     order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
     run.resolve_steps(len(train_indices))
@@ -197,7 +197,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, variant=args.variant, **place)
     if not args.dry_run:
-        cached_pairs.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
+        sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
     pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler).to(device)
     networks = networks_of(pipeline)
@@ -214,6 +214,18 @@ def main(args):
         )
     for note in notes + found:
         accelerator.print(note)
+    if not args.dry_run:  # which encodes no image, but simulates it
+        teacher = {"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": str(weight_dtype)[6:]}
+        with accelerator.autocast():
+            data = sources.pairs_of(
+                data,
+                accelerator,
+                folder=Path(args.output_dir, "pairs"),
+                pipeline=pipeline,
+                kwargs=kwargs,
+                scheduler=config["scheduler"],
+                model=teacher,
+            )
 
     # 4. Student: adapters or all weights of the denoisers, owned by one module. What gets no gradient is frozen. The
     #    checks of the pairs run on the untrained student, whose results the samples show beside the trained one's.
@@ -230,8 +242,6 @@ def main(args):
         check_noise(data, data.latents(measured[:1]), measured[0])
         untrained = None
         if not args.dry_run:  # which has no values to look at
-            if pairs_config is None:
-                pipelines.check_encoding(rollout, data, measured[:1])
             if not args.skip_pairs_check:
                 accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
             share = functools.partial(samples.share, accelerator)
@@ -260,7 +270,7 @@ def main(args):
         networks=networks,
         modules={"ema": ema_weights} if args.ema_decay else {},
         objects={"lr_scheduler": lr_scheduler},
-        pairs_sha256=pairs.fingerprint(data),
+        pairs_sha256=fingerprint,
     )
     micro_batch = run.resumed["data"].get("next_micro_batch", 0)
     sample = functools.partial(

@@ -1,49 +1,194 @@
 """Teacher pairs for direct distillation: what (prompt, seed) the teacher was asked, and the latents that it gave.
 
 A folder of pairs holds `dataset_config.json` and tar shards of fixed ranges of indices. Pair i is `NNNNNNNNN.json`
-(index, prompt, seed = base seed + i, sha256 of the float32 unit noise) and `.safetensors` (`latents`, as the pipeline
-calls them, in its dtype), optionally `.png`. The bytes depend on the flags alone, not on the number of processes.
-The other form is a table of images: `image,prompt,seed,rand_device,num_inference_steps,cfg_scale`; they are encoded
-again, which loses what the decoder lost, and are never resized: that would part them from their noise. A third form,
-images that were encoded before, is in `cached_pairs.py`.
+(index, prompt, seed, sha256 of the float32 unit noise, the size of pairs that were made of images) and `.safetensors`
+(`latents`, as the pipeline calls them, in its dtype), optionally `.png`. The bytes depend on what the pairs are
+made of alone, not on the number of processes. `generate_pairs` asks a teacher, `sources.py` encodes its images.
 """
 
-import contextlib
 import hashlib
+import io
 import json
+import math
 import os
 import tarfile
 from pathlib import Path
 
-from common.data import cached_latents, tables
-from common.data.cached_latents import manifest_digest, noise_seed
-from common.data.folders import list_images, name_hint
-from common.data.images import image_size, read_image
-from common.data.shards import SampleError
-from common.direct import pair_shards
-from common.direct.cached_pairs import CachedPairs, list_shards
-from common.direct.pair_shards import CONFIG, num_shards, read_config, shard_name
-from common.direct.pipelines import encode
-from common.errors import UserError, blame, speaking_of
+from common import lock
+from common.data.cached_latents import manifest_digest
+from common.direct.probes import noise_sha256
+from common.errors import UserError, blame
 from common.keyed_random import keyed_seed
 
-import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 
-COLUMNS = ("image", "prompt", "seed")
+CONFIG = "dataset_config.json"
+FORMAT = 1
 
 
-class PairShards:
-    """The pairs of a folder, by index: prompts and seeds in memory, latents read when they are asked for."""
+def shard_path(folder, shard):
+    return Path(folder, f"{shard:05d}.tar")
+
+
+def shard_range(shard, num_pairs, samples_per_shard):
+    return range(shard * samples_per_shard, min((shard + 1) * samples_per_shard, num_pairs))
+
+
+def missing_shards(folder, config, part=(0, 1)):
+    """(all, those that are not there) of the shards range(index, n, count) of a task, (index, count) `part`."""
+    own = list(range(num_shards(config)))[part[0] :: part[1]]
+    return own, [shard for shard in own if not shard_path(folder, shard).is_file()]
+
+
+def num_shards(config):
+    return math.ceil(config["num_pairs"] / config["samples_per_shard"])
+
+
+def recorded(scheduler):
+    """What a configuration says of the scheduler that made the pairs, as `student.check_pairs` reads it."""
+    public = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"class": type(scheduler).__name__, "config": public}
+
+
+def check_folder(folder):
+    """UserError for a folder that no pairs can be written to, since it is a file or holds others; needs no teacher."""
+    folder, flag = Path(folder), f"`output_dir`={folder}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} is a file; name a folder")
+    is_new = folder.is_dir() and not (folder / CONFIG).exists()
+    if is_new and any(not name.endswith(".tmp") for name in lock.contents(folder)):
+        raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
+
+
+def write_config(folder, config, free=("versions",)):
+    """Write CONFIG, or check that the one which is there says the same but for keys `free`; called by every process.
+
+    Raises UserError as `check_folder` does, and for a folder with pairs that other flags made. What an older version
+    did not write down is not compared.
+    """
+    check_folder(folder)
+    folder, flag = Path(folder), f"`output_dir`={folder}"
+    text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if (folder / CONFIG).exists():
+        there, here = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(text)
+        changed = [key for key in sorted(there) if there[key] != here.get(key) and key not in free]
+        if changed:
+            raise UserError(
+                f"{flag} holds pairs of other flags (they differ in {', '.join(changed)}); repeat the command that "
+                "began it, delete it, or name a new folder"
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"{CONFIG}.{os.getpid()}.tmp"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.rename(folder / CONFIG)
+    except OSError as error:
+        raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def write_shard(path, pairs):
+    """Write the members of `pairs` to a tar that is complete or does not exist.
+
+    pairs: (index, prompt, seed, latents of one sample, uint8 image (H, W, 3) or None, (height, width) in pixels where
+    the sample's call is to say it, else None).
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        _write_tar(unfinished, pairs)
+        unfinished.rename(path)
+    except BaseException:  # an interrupt too
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _write_tar(path, pairs):
+    with open(path, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for index, prompt, seed, latents, image, size in pairs:
+                record = {"index": index, "prompt": prompt, "seed": seed} | ({"size": size} if size else {})
+                record["noise_sha256"] = noise_sha256(seed, latents.numel())
+                members = {"json": json.dumps(record, ensure_ascii=False).encode()}
+                members["safetensors"] = save({"latents": latents.contiguous()})
+                if image is not None:
+                    png = io.BytesIO()
+                    Image.fromarray(image).save(png, format="png")
+                    members["png"] = png.getvalue()
+                for extension, payload in members.items():
+                    member = tarfile.TarInfo(f"{index:09d}.{extension}")  # owner 0, time 0
+                    member.size = len(payload)
+                    tar.addfile(member, io.BytesIO(payload))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def report(who, own, config, folder):
+    """The last line of a tool: what its process has done, `own` shards, and how much of the whole is there by now."""
+    whole, missing = missing_shards(folder, config)
+    there = f"{len(whole) - len(missing)} of {len(whole)} shards are in {folder}"
+    done = f"{len(own)} of its {len(own)} shards are done; {there}"
+    print(f"{who}: {done}", flush=True)
+
+
+def read_config(folder):
+    """CONFIG of a folder of pairs; UserError unless it is there and every shard is complete."""
+    flag, path = f"`pairs_dir`={folder}", Path(folder, CONFIG)
+    if not path.is_file():
+        raise UserError(
+            f"{flag}: no {CONFIG} in it, nor cached latents; make pairs with `python -m common.tools.generate_pairs`, "
+            "or of a teacher's images with encode_pairs or encode_shards"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        shards, missing = missing_shards(folder, config)
+        scheduler = config["scheduler"]
+        if not isinstance(config["kwargs"], dict) or not isinstance(scheduler["config"], dict):
+            raise ValueError("kwargs and the scheduler's config must be objects")
+        _ = scheduler["class"], config["pipeline"], config["weights_sample"].items(), config["model"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{flag}: its {CONFIG} cannot be read ({error!r}); make the pairs again") from None
+    if config.get("format") != FORMAT:
+        raise UserError(f"{flag}: its format is {config.get('format')!r}, this version reads {FORMAT}")
+    if missing:
+        there = f"{len(shards) - len(missing)} of {len(shards)} shards"
+        raise UserError(f"{flag} holds {there}; repeat the command that began it, to finish it")
+    return config
+
+
+class Pairs:
+    """Pairs by index: prompts, seeds, and of those that were made of images `sizes`, (height, width).
+
+    steps: numbers of steps that the student is to take. config: CONFIG, and hashes: of their noise, of pairs that are
+    in their form on disk.
+    """
+
+    config = None
+
+    def __init__(self):
+        self.prompts, self.seeds, self.sizes, self.hashes, self.steps = [], [], [], [], set()
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def call_kwargs(self, indices):
+        """What a call needs beside the pairs' own arguments: the size, which is one, of pairs that were made of
+        images."""
+        size = self.sizes[indices[0]]
+        return {"height": size[0], "width": size[1]} if size else {}
+
+
+class PairShards(Pairs):
+    """The pairs of a folder: prompts and seeds in memory, latents read when they are asked for."""
 
     def __init__(self, folder):
-        self.folder, self.config = Path(folder), read_config(folder)
+        super().__init__()
+        self.config, self._places = read_config(folder), []
         self.steps = set(self.config.get("student_steps", []))
-        self.prompts, self.seeds, self.hashes, self.sizes, self._places = [], [], [], [], []
         for shard in range(num_shards(self.config)):
-            path = self.folder / shard_name(shard)
+            path = shard_path(folder, shard)
             with blame(
                 f"`pairs_dir`={folder}: {path.name} is damaged",
                 tarfile.TarError,
@@ -51,7 +196,7 @@ class PairShards:
                 KeyError,
                 TypeError,
                 OSError,
-                way_out="delete it and repeat generate_pairs",
+                way_out="delete it and repeat the command that made it",
             ):
                 self._index(path)
         if len(self._places) != self.config["num_pairs"]:
@@ -77,9 +222,6 @@ class PairShards:
             self.sizes.append(tuple(map(int, record["size"])) if "size" in record else None)
             self._places.append(places[stem])
 
-    def __len__(self):
-        return len(self.prompts)
-
     def latents(self, indices):
         """(B, ...) in the dtype that they were stored in."""
         found = []
@@ -95,100 +237,6 @@ class PairShards:
                     on_one_rank=True,
                 ) from None
         return torch.stack(found)
-
-    def call_kwargs(self, indices):
-        """What a call needs beside the pairs' own arguments: the size, of pairs that were made of images."""
-        size = self.sizes[indices[0]]
-        return {"height": size[0], "width": size[1]} if size else {}
-
-
-class PairImages:
-    """The pairs of a metadata table, by index; images are encoded when they are asked for, once `pipeline` is set."""
-
-    def __init__(self, metadata_path, base_path=None, height=None, width=None, max_pixels=None):
-        flag, self.pipeline = f"`dataset_metadata_path`={metadata_path}", None
-        self.base = Path(base_path if base_path is not None else Path(metadata_path).parent)
-        table = tables.read_table(metadata_path, flag, COLUMNS)
-        rows = [row for _, row in table]
-        for place, row in table:
-            wrong = next((name for name in ("image", "prompt") if not isinstance(row[name], str)), None)
-            if wrong:
-                raise UserError(f"{flag}: the {wrong} of {place} is no text but {str(row[wrong])[:40]!r}")
-        devices = {str(row.get("rand_device") or "cpu") for row in rows}
-        if devices != {"cpu"}:
-            raise UserError(
-                f"{flag}: rand_device is {', '.join(sorted(devices))}; only noise of the cpu can be made again"
-            )
-        try:
-            self.seeds = [int(str(row["seed"])) for row in rows]  # int(1.5) would be 1
-            self.steps = {int(str(row["num_inference_steps"])) for row in rows if row.get("num_inference_steps")}
-            scales = {float(row["cfg_scale"]) for row in rows if row.get("cfg_scale")}
-            if wrong := [seed for seed in self.seeds if noise_seed({"seed": seed}) is None]:
-                raise ValueError(f"the seed {wrong[0]} has more than 64 bits")
-            if min(self.steps, default=1) < 1:
-                raise ValueError(f"num_inference_steps is {min(self.steps)}")
-        except ValueError as error:
-            raise UserError(f"{flag}: {error}; seed, num_inference_steps and cfg_scale are numbers") from None
-        if len(self.steps) > 1 or scales - {1.0}:
-            raise UserError(
-                f"{flag}: num_inference_steps and cfg_scale are the student's: one number of steps, and cfg_scale 1"
-            )
-        self.prompts, self.files = [row["prompt"] for row in rows], [row["image"] for row in rows]
-        if missing := [file for file in self.files if not os.path.isfile(self.base / file)]:
-            files = []
-            with contextlib.suppress(UserError):
-                files = list_images(self.base).files
-            raise UserError(
-                f"{flag}: {len(missing)} of {len(self.files)} rows name no file, the first is {missing[0]!r}; "
-                f"{name_hint(files, missing[0], f'`dataset_base_path`={self.base}')}"
-            )
-        self.sizes = [self._size(file, height, width, max_pixels) for file in self.files]
-        if not max_pixels and len(set(self.sizes)) > 1:
-            raise UserError(
-                f"{flag}: its images have {len(set(self.sizes))} sizes; pass `max_pixels` with `train_batch_size`=1"
-            )
-        self.hashes = None
-
-    def _size(self, file, height, width, max_pixels):
-        try:
-            size = image_size(self.base / file)
-        except SampleError as error:
-            raise UserError(f"`dataset_base_path`={self.base}: {file} cannot be read ({error.detail})") from None
-        if height and size != (height, width):
-            raise UserError(
-                f"`height`={height} `width`={width}: {file} has {size[0]} x {size[1]} pixels; resizing would part it "
-                "from its noise, generate it in this size"
-            )
-        if max_pixels and size[0] * size[1] > max_pixels:
-            raise UserError(f"`max_pixels`={max_pixels}: {file} has {size[0]} x {size[1]}, and resizing is no option")
-        return size
-
-    def __len__(self):
-        return len(self.prompts)
-
-    def latents(self, indices):
-        """(B, ...) as the pipeline's own, from the images."""
-        return encode(self.pipeline, self.pixels(indices))
-
-    def pixels(self, indices):
-        """(B, 3, H, W) in -1..1"""
-        pixels = []
-        for index in indices:
-            path = self.base / self.files[index]
-            try:
-                array = np.array(read_image(path.read_bytes()))
-            except (OSError, SampleError) as error:
-                raise UserError(
-                    f"`dataset_base_path`: {path} cannot be read ({getattr(error, 'detail', error)}); make it again",
-                    on_one_rank=True,
-                ) from None
-            pixels.append(torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1.0)
-        return torch.stack(pixels)
-
-    def call_kwargs(self, indices):
-        """What a call needs beside the pairs' own arguments: the size of these images, which is one."""
-        height, width = self.sizes[indices[0]]
-        return {"height": height, "width": width}
 
 
 def split(num_pairs, num_held_out):
@@ -221,29 +269,16 @@ class PairOrder:
 
 def fingerprint(data):
     """What tells these pairs from others in their place: prompts, seeds and the arguments of the teacher's call."""
-    what = [data.prompts, data.seeds, getattr(data, "config", {}).get("kwargs")]
+    what = [data.prompts, data.seeds, data.config and data.config["kwargs"]]
     what += [manifest_digest(data.manifest)] if hasattr(data, "manifest") else []  # of cached latents
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def check_same_pairs(checkpoint, resumed, data):
-    """UserError when `checkpoint`, of state `resumed`, was trained on other pairs, whatever their folder is called."""
-    if resumed.get("pairs_sha256", fingerprint(data)) != fingerprint(data):
+def check_same_pairs(checkpoint, resumed, sha256):
+    """UserError when `checkpoint`, of state `resumed`, was trained on pairs of another fingerprint, whatever their
+    folder is called."""
+    if resumed.get("pairs_sha256", sha256) != sha256:
         raise UserError(
             f"`resume_from_checkpoint`={checkpoint} was trained on other pairs than `pairs_dir` or "
             "`dataset_metadata_path` holds now; put them back, or name a new `output_dir`"
         )
-
-
-def open_pairs(spec):
-    """The pairs that `pairs_dir` means: a `PairShards`, or a CachedPairs where it names cached latents, by their
-    folder or as `train_shards_path_or_url` does. Raises UserError."""
-    folder = Path(spec)
-    if (folder / pair_shards.CONFIG).exists() or not (folder.is_dir() or folder.suffix == ".tar"):
-        return PairShards(spec)
-    shards = list_shards(spec)
-    with speaking_of(f"`pairs_dir`={spec}"):
-        manifest = cached_latents.read_manifest([str(shard) for shard in shards if shard.exists()])
-    if manifest is None and not (folder / cached_latents.MANIFEST).is_file():
-        return PairShards(spec)  # neither: it says so
-    return CachedPairs(spec, shards, manifest)

@@ -8,7 +8,6 @@ argument.
 
 import inspect
 import json
-import math
 from pathlib import Path
 
 from common.direct import tasks
@@ -354,68 +353,3 @@ def parse_kwargs(flag, text):
     if not isinstance(value, dict):
         raise UserError(f"{flag}={text} is no JSON object; write it like '{{\"guidance_scale\": 1}}'")
     return value
-
-
-@torch.no_grad()
-def encode(pipeline, pixels):
-    """Latents of images (B, 3, H, W) in -1..1, as the pipeline's call returns them; `check_encoding` confirms it.
-
-    A VAE in float16 whose configuration says `force_upcast`, as SDXL's, encodes in float32.
-    """
-    vae = pipeline.vae
-    of_video = any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
-    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
-    with torch.autocast(vae.device.type, enabled=False):  # as where the loop encodes
-        pixels = pixels.to(vae.device, torch.float32 if upcast else vae.dtype)
-        encoded = (vae.float() if upcast else vae).encode(pixels.unsqueeze(2) if of_video else pixels)
-    if upcast:
-        vae.half()
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    return normalized(pipeline, latents.float())
-
-
-def normalized(pipeline, latents):
-    """What the VAE's encoder gives, (B, ...) float32, as the pipeline's call returns latents.
-
-    (latents - shift) / std * scale by the VAE's configuration, packed by the pipeline where its latents are packed.
-    """
-    config = pipeline.vae.config
-    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        shape = [1, -1] + [1] * (latents.ndim - 2)
-        shift = torch.tensor(config["latents_mean"], device=latents.device).view(shape)
-        scale = scale / torch.tensor(config["latents_std"], device=latents.device).view(shape)
-    latents = (latents - shift) * scale
-    if hasattr(pipeline, "_pack_latents"):
-        batch, channels, height, width = *latents.shape[:2], *latents.shape[-2:]
-        latents = pipeline._pack_latents(latents, batch, channels, height, width)
-    return latents
-
-
-@torch.no_grad()
-def check_encoding(rollout, data, indices, limit=0.5):
-    """UserError unless the pipeline decodes what `encode` made of images `indices` of `data` to these images, up to
-    `limit` of their variance; where `data` has no images any more, to images of which `encode` makes the same latents.
-
-    data: a PairImages or CachedPairs. Returns the relative squared error. The images have one size.
-    """
-    flag = "`dataset_metadata_path`" if hasattr(data, "pixels") else "`pairs_dir`"
-    prompts, options = [data.prompts[i] for i in indices], rollout.kwargs | data.call_kwargs(indices)
-    latents, error = data.latents(indices), math.inf
-    made = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))
-    if latents.shape == made.shape:
-        images = decode(rollout.pipeline, latents.to(made.dtype), prompts, **options)
-        if images is not None:
-            there, back = latents.float().cpu(), images.float().cpu() * 2 - 1
-            if hasattr(data, "pixels"):
-                there = data.pixels(indices)
-            else:
-                back = encode(rollout.pipeline, back).cpu()
-            if there.shape == back.shape:
-                error = ((back - there).square().mean() / there.var()).item()
-    if not error <= limit:
-        raise UserError(
-            f"{flag}: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
-            f"(encoded and decoded again they differ by {error:.2g} of their variance); use generate_pairs"
-        )
-    return error

@@ -18,7 +18,7 @@ from common.data import tables
 from common.data.fetch import open_shard
 from common.data.folders import TEXT_KEYS
 from common.data.shards import SampleError, expand_shards, tar_samples
-from common.direct import pair_shards, pipelines, pixels, probes, tasks
+from common.direct import pairs, pipelines, pixels, probes, tasks
 from common.errors import UserError, speaking_of
 from common.results.export import versions
 from common.run import training_run
@@ -104,7 +104,7 @@ def main(args):
     changes_flag = "--scheduler_kwargs" if args.scheduler_kwargs else flag
     scheduler = probes.make_scheduler(changes_flag, scheduler_class, scheduler_config, args.scheduler_kwargs)
     probes.check_steps(scheduler, args.num_inference_steps)
-    pair_shards.check_folder(args.output_dir)
+    pairs.check_folder(args.output_dir)
     lock.take(args.output_dir, (rank, world_size))
 
     # 3. The teacher, and what it does with these arguments.
@@ -119,12 +119,12 @@ def main(args):
     for note in notes:
         print(note, flush=True)
     config = {
-        "format": pair_shards.FORMAT,
+        "format": pairs.FORMAT,
         "model": args.pretrained_teacher_model,
         "revision": args.revision,
         "pipeline": type(pipeline).__name__,
         "weights_sample": pipelines.weights_sample(pipeline),
-        "scheduler": {"class": type(scheduler).__name__, "config": public_config(scheduler)},
+        "scheduler": pairs.recorded(scheduler),
         "kwargs": kwargs,
         "guided": guided,
         "seed": args.seed,
@@ -137,20 +137,19 @@ def main(args):
         "images": args.save_images,
         "versions": versions(),
     }
-    pair_shards.write_config(args.output_dir, config)
+    pairs.write_config(args.output_dir, config)
 
     # 4. The shards of this process that are not there yet.
-    shards = list(range(pair_shards.num_shards(config)))[rank::world_size]
-    ranges = {shard: pair_shards.shard_range(shard, num_pairs, args.samples_per_shard) for shard in shards}
-    missing = [shard for shard in shards if not Path(args.output_dir, pair_shards.shard_name(shard)).exists()]
+    shards, missing = pairs.missing_shards(args.output_dir, config, (rank, world_size))
+    ranges = {shard: pairs.shard_range(shard, num_pairs, args.samples_per_shard) for shard in shards}
     done = sum(len(ranges[shard]) for shard in shards if shard not in missing)
     total = sum(map(len, ranges.values()))
     label = f"pairs of process {rank}" if world_size > 1 else "pairs"
     with tqdm(total=total, initial=done, desc=label, unit="pair", position=local_rank, smoothing=0.05) as progress:
         for shard in missing:
             made = make_pairs(pipeline, ranges[shard], prompts, args, kwargs, progress)
-            pair_shards.write_shard(Path(args.output_dir, pair_shards.shard_name(shard)), made)
-    pair_shards.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
+            pairs.write_shard(pairs.shard_path(args.output_dir, shard), made)
+    pairs.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
 
 
 def call_kwargs(args, pipeline):
@@ -189,10 +188,6 @@ def check_teacher(pipeline, prompts, kwargs, flag):
             "likely for lack of a --negative_prompt (one blank will do); or pass --guidance_scale=1"
         )
     return guided or embedded
-
-
-def public_config(scheduler):
-    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 @torch.no_grad()

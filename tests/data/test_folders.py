@@ -15,7 +15,7 @@ from common.data.folders import class_folders, list_images, read_sample, read_sa
 from common.data.images import FORMATS, decode_image_text, image_size, read_image
 from common.data.shards import SampleError, expand_shards
 from common.data.stream import TrainingData
-from common.direct import pairs
+from common.direct import sources
 from common.errors import UserError
 from common.tools.reference import iterate_images, reference_files, to_tensor
 from tests.data.test_stream import encode, random_image, write_tar
@@ -168,7 +168,7 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
     assert "2 of 2 samples cannot be used" in str(caught.value) and said in str(caught.value)
     assert hint in str(caught.value) and "or raise `max_skip_ratio`" in str(caught.value)
     with pytest.raises(Exception, match="1 of 1 rows name no file") as caught:
-        pairs.PairImages(tmp_path / "metadata.csv")
+        sources.PairImages(tmp_path / "metadata.csv")
     assert hint in str(caught.value)
 
 
@@ -325,7 +325,7 @@ def every_reader(tmp_path, data):
     yield decode_image_label(source.read(0), random.Random(0), **options)["images"]
     yield to_tensor(io.BytesIO(data), "x", 16, 16)
     (tmp_path / "m.csv").write_text("image,prompt,seed\n0.png,x,1\n")
-    table = pairs.PairImages(tmp_path / "m.csv")
+    table = sources.PairImages(tmp_path / "m.csv")
     assert table.sizes == [(16, 16)]
     yield ((table.pixels([0])[0] + 1) * 127.5).round().byte()
 

@@ -6,7 +6,7 @@ import types
 from pathlib import Path
 
 from common.data import cached_latents
-from common.direct import pairs, pipelines, student
+from common.direct import pairs, pipelines, sources, student
 from common.tools import encode_shards
 from tests import tiny_pipelines as tiny
 from tests.data.test_stream import encode, random_image, write_tar
@@ -103,7 +103,7 @@ def test_a_folder_of_images_has_its_seeds_in_the_json_beside_them(tmp_path, sour
         for extension, content in raw.items():
             (tmp_path / "in" / f"{key}.{extension}").write_bytes(content)
     ask(tmp_path / "in", tmp_path / "out", direct_teacher())
-    assert pairs.open_pairs(tmp_path / "out").seeds == list(range(8))
+    assert sources.open_pairs(tmp_path / "out").seeds == list(range(8))
 
 
 # --- training
@@ -115,7 +115,7 @@ def test_training_equals_training_from_encode_pairs_but_for_float16(
     test_encode_pairs.ask(table, tmp_path / "pairs", direct_teacher())
     ask(source, tmp_path / "cached", direct_teacher())
     shutil.rmtree(table)
-    stored, data = pairs.PairShards(tmp_path / "pairs"), pairs.open_pairs(tmp_path / "cached")
+    stored, data = pairs.PairShards(tmp_path / "pairs"), sources.open_pairs(tmp_path / "cached")
     assert (data.prompts, data.seeds, data.sizes) == (stored.prompts, stored.seeds, stored.sizes) and len(data) == 24
     data.pipeline = pipelines.load_pipeline(direct_teacher())
     expected, found = stored.latents(range(24)), data.latents(range(24))
@@ -123,7 +123,7 @@ def test_training_equals_training_from_encode_pairs_but_for_float16(
     error = ((found - expected).square().mean() / expected.var()).item()
     assert error == pytest.approx(4.3e-8, rel=0.1)  # of 11 bits; the number in docs/pairs.md
     run(flags(tmp_path / "a", pairs_dir=tmp_path / "pairs"))
-    monkeypatch.setattr(pairs.PairImages, "pixels", None)
+    monkeypatch.setattr(sources.PairImages, "pixels", None)
     run(flags(tmp_path / "b", pairs_dir=tmp_path / "cached", num_inference_steps=4))
     a, b = (scalars(tmp_path / name, "loss") for name in "ab")
     assert len(a) == 4 and list(b.values()) == pytest.approx(list(a.values()), rel=1e-3)
@@ -133,7 +133,7 @@ def test_training_equals_training_from_encode_pairs_but_for_float16(
 
 def test_the_latents_are_those_of_the_configuration(cached):
     """(mean - shift) / std * scale by hand, for a VAE that has all of them."""
-    data, config = pairs.open_pairs(cached), {"scaling_factor": 0.25, "shift_factor": 0.5}
+    data, config = sources.open_pairs(cached), {"scaling_factor": 0.25, "shift_factor": 0.5}
     raw = read_tar(cached / "00001.tar")["000000009"]
     mean = array(raw["mean.npy"]).astype(np.float32)
     data.pipeline = types.SimpleNamespace(vae=types.SimpleNamespace(config=config))
@@ -440,9 +440,9 @@ def test_a_vae_that_overflows_in_float16_encodes_in_float32(direct_teacher):
     pipeline.vae.encoder.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
-        found = pipelines.encode(pipeline, pixels)
+        found = sources.encode_images(pipeline, pixels)
     assert seen == [torch.float32] and pipeline.vae.dtype == torch.float16
-    assert torch.allclose(found, pipelines.encode(whole, pixels), atol=0.02)
+    assert torch.allclose(found, sources.encode_images(whole, pixels), atol=0.02)
 
 
 def test_a_mean_that_cannot_be_read_ends_the_run_in_a_sentence(tmp_path, flags, cached, capsys):

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 import train_direct_distill as direct
-from common.direct import pair_shards, pairs, pipelines, probes, student
+from common.direct import pairs, pipelines, probes, sources, student
 from common.direct.student import check_same_weights
 from common.errors import UserError
 from common.run import checkpointing
@@ -161,7 +161,7 @@ def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
         [
             "import os, signal, sys",
             f"sys.path.insert(0, {str(ROOT)!r})",
-            "from common.direct import pair_shards as pairs",
+            "from common.direct import pairs",
             "from common.tools import generate_pairs as g",
             "shards, fsync = [], os.fsync",
             "def killed(fd):",
@@ -176,7 +176,7 @@ def test_bytes_are_the_same_for_two_processes_and_after_kill_9(
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     names = sorted(members(tmp_path / "killed"))
     assert names == ["00000.tar", "00001.tar.tmp", "RUNNING", "dataset_config.json"]
-    with pytest.raises(UserError, match="holds 1 of 3 shards; repeat the generate_pairs command"):
+    with pytest.raises(UserError, match="holds 1 of 3 shards; repeat the command that began it"):
         pairs.PairShards(tmp_path / "killed")
     first = (tmp_path / "killed" / "00000.tar").stat().st_mtime_ns
     generate_pairs.main(generate_pairs.parse_args(words))
@@ -485,20 +485,20 @@ def rewritten(made, folder, change):
     folder.mkdir()
     (folder / "dataset_config.json").write_bytes(Path(made(), "dataset_config.json").read_bytes())
     for shard in range(3):
-        indices = pair_shards.shard_range(shard, NUM_PAIRS, 8)
+        indices = pairs.shard_range(shard, NUM_PAIRS, 8)
         rows = zip(indices, data.latents(indices), strict=True)
         changed = [(i, data.prompts[i], change(data.seeds[i]), z, None, None) for i, z in rows]
-        pair_shards.write_shard(folder / pair_shards.shard_name(shard), changed)
+        pairs.write_shard(pairs.shard_path(folder, shard), changed)
     return folder
 
 
 def test_a_poisoned_pair_costs_its_update_and_nothing_else(tmp_path, flags, made):
     data, bad = pairs.PairShards(made()), next(i for i in pairs.PairOrder(20, 4, seed=1)[1] if i >= 4)
     folder = Path(shutil.copytree(made(), tmp_path / "pairs"))
-    indices = pair_shards.shard_range(bad // 8, NUM_PAIRS, 8)
+    indices = pairs.shard_range(bad // 8, NUM_PAIRS, 8)
     latents = {i: data.latents([i])[0] * (float("nan") if i == bad else 1) for i in indices}
     rows = [(i, data.prompts[i], data.seeds[i], latents[i], None, None) for i in indices]
-    pair_shards.write_shard(folder / pair_shards.shard_name(bad // 8), rows)
+    pairs.write_shard(pairs.shard_path(folder, bad // 8), rows)
     out = tmp_path / "out"
     run(flags(out, pairs_dir=folder, checkpointing_steps=1, ema_decay=0.5))
     saved = [digests(out / f"checkpoint-{n}") for n in (1, 2, 3)]
@@ -539,7 +539,7 @@ def test_pairs_of_another_teacher_are_refused(tmp_path, flags, teacher, made, di
 
 
 def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_teacher, made):
-    config = pair_shards.read_config(made())
+    config = pairs.read_config(made())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_same_weights(pipelines.load_pipeline(direct_teacher(), dtype), config, "pairs")
 
@@ -716,7 +716,7 @@ def test_a_dry_run_of_the_guides_folder_simulates_an_update(tmp_path, flags, tab
 
 
 def test_encoded_images_are_the_latents_but_for_what_the_decoder_lost(table, pictured, direct_teacher):
-    data, stored = pairs.PairImages(table / "metadata.csv"), pairs.PairShards(pictured)
+    data, stored = sources.PairImages(table / "metadata.csv"), pairs.PairShards(pictured)
     data.pipeline = pipelines.load_pipeline(direct_teacher())
     target = stored.latents(range(8))
     assert (
@@ -736,9 +736,9 @@ def test_a_table_in_every_format_is_the_same_pairs(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps(rows))
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("m.csv", "m.json", "m.jsonl"):
-        data = pairs.PairImages(tmp_path / name)
+        data = sources.PairImages(tmp_path / name)
         assert (data.prompts, data.seeds, data.steps) == (["a, 0", "a, 1", "a, 2"], [0, 1, 2], {4}), name
-        assert pairs.fingerprint(data) == pairs.fingerprint(pairs.PairImages(tmp_path / "m.csv"))
+        assert pairs.fingerprint(data) == pairs.fingerprint(sources.PairImages(tmp_path / "m.csv"))
     for changes, sentence in (
         ({"seed": 1.5}, "'1.5'; seed, .* are numbers"),
         ({"num_inference_steps": True}, "'True'; seed"),
@@ -747,7 +747,7 @@ def test_a_table_in_every_format_is_the_same_pairs(tmp_path):
     ):
         (tmp_path / "m.jsonl").write_text(json.dumps(rows[0] | changes))
         with pytest.raises(UserError, match=sentence):
-            pairs.PairImages(tmp_path / "m.jsonl")
+            sources.PairImages(tmp_path / "m.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -792,12 +792,12 @@ def test_images_of_several_sizes_need_max_pixels(tmp_path, flags, table, capsys)
 def test_a_pipeline_that_cannot_be_given_images_is_refused(direct_teacher, table):
     """An encoding that the decoding does not undo: here, a VAE whose encoder sees negatives."""
     pipeline = pipelines.load_pipeline(direct_teacher())
-    data = pairs.PairImages(table / "metadata.csv")
+    data = sources.PairImages(table / "metadata.csv")
     data.pipeline = pipeline
     rollout = pipelines.Rollout(pipeline, guidance_scale=1.0, num_inference_steps=4)
     pipeline.scheduler, _ = probes.student_scheduler(DDIMScheduler, dict(pipeline.scheduler.config))
-    assert pipelines.check_encoding(rollout, data, [0, 1]) < 0.5
+    assert sources.check_encoding(rollout, data, [0, 1]) < 0.5
     encode = pipeline.vae.encode
     pipeline.vae.encode = lambda pixels: encode(-pixels)
     with pytest.raises(UserError, match="cannot be given images instead of latents"):
-        pipelines.check_encoding(rollout, data, [0, 1])
+        sources.check_encoding(rollout, data, [0, 1])

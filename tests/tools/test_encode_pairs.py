@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-from common.direct import pairs, pipelines
+from common.direct import pairs, pipelines, sources
 from common.tools import encode_pairs
 from tests.scripts import test_direct
 from tests.scripts.test_direct import (
@@ -38,13 +38,13 @@ def ask(table, out, teacher, **changes):
 
 def test_training_from_them_equals_training_from_the_images(tmp_path, flags, table, direct_teacher, monkeypatch):
     ask(table, tmp_path / "pairs", direct_teacher())
-    images, stored = pairs.PairImages(table / "metadata.csv"), pairs.PairShards(tmp_path / "pairs")
+    images, stored = sources.PairImages(table / "metadata.csv"), pairs.PairShards(tmp_path / "pairs")
     images.pipeline = pipelines.load_pipeline(direct_teacher())
     assert torch.allclose(images.latents(range(20)), stored.latents(range(20)), atol=1e-5)
     assert (images.prompts, images.seeds, images.sizes) == (stored.prompts, stored.seeds, stored.sizes)
     run(from_table(flags, table, tmp_path / "a"))
     shutil.rmtree(table)
-    monkeypatch.setattr(pipelines, "encode", None)
+    monkeypatch.setattr(sources, "encode_images", None)
     run(flags(tmp_path / "b", pairs_dir=tmp_path / "pairs"))
     a, b = (scalars(tmp_path / name, "loss") for name in "ab")
     assert len(a) == 4 and list(b.values()) == pytest.approx(list(a.values()), rel=1e-4)
@@ -97,7 +97,7 @@ def test_mistakes_before_any_weight(tmp_path, table, direct_teacher, capsys, mon
     monkeypatch.setattr(pipelines, "load_pipeline", None)
     rows = list(csv.reader(open(table / "metadata.csv", newline="")))
     said = one_sentence(capsys, ask, Path("/no"), tmp_path / "o", direct_teacher())
-    assert "METADATA=/no/metadata.csv cannot be read" in said
+    assert "IN=/no/metadata.csv cannot be read" in said
     assert "--pretrained_teacher_model=/no" in one_sentence(capsys, ask, table, tmp_path / "o", "/no")
     assert "OUT=" in one_sentence(capsys, ask, table, table / "metadata.csv", direct_teacher())
     with open(table / "metadata.csv", "w", newline="") as file:
