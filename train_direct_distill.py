@@ -58,12 +58,12 @@ def parse_args(argv=None):
     add(
         "--pairs_dir",
         type=flags.path,
-        help="what generate_pairs or encode_pairs wrote, or encode_shards of images with seeds",
+        help="what generate_pairs or encode_pairs wrote; or cached latents of images with seeds, which become that",
     )
     add(
         "--dataset_metadata_path",
         type=flags.path,
-        help="or a csv, tsv, jsonl or json: image,prompt,seed,rand_device,num_inference_steps,cfg_scale",
+        help="or a csv, tsv, jsonl, json: image,prompt,seed,rand_device,num_inference_steps,cfg_scale; encoded once",
     )
     add("--dataset_base_path", type=flags.path, help="folder of the table's images; default: the table's own")
     add("--height", type=flags.positive_int, help="all images of the table must have it, nothing is resized")

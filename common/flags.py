@@ -385,8 +385,13 @@ def check_training_arguments(parser, args):
     args.report_to = check_trackers(parser, args.report_to)
     if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
         parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
-    if hasattr(args, "validation_prompts"):
-        args.validation_prompts = read_prompts(parser, args.validation_prompts)
+    if getattr(args, "validation_prompts", None):
+        try:
+            args.validation_prompts = read_prompts("--validation_prompts", args.validation_prompts)
+        except UserError as error:
+            parser.error(error)
+        if not args.validation_prompts:
+            parser.error("--validation_prompts names no prompt; drop it to use captions of the training data")
 
 
 def teacher_options(args):
@@ -424,20 +429,12 @@ def check_trackers(parser, report_to):
     return names
 
 
-def read_prompts(parser, values):
-    """Repeated strings and @FILE (see `tables.read_prompts`) -> one list, or None when nothing was given."""
+def read_prompts(flag, values):
+    """Texts and @FILEs, each read by `tables.read_prompts`, as one list."""
     prompts = []
-    for value in values or []:
-        if not value.startswith("@"):
-            prompts.append(value)
-            continue
-        try:
-            prompts += tables.read_prompts(value[1:], f"--validation_prompts={value}")
-        except UserError as error:
-            parser.error(str(error))
-    if values and not prompts:
-        parser.error("--validation_prompts names no prompt; drop it to use captions of the training data")
-    return prompts or None
+    for value in values:
+        prompts += tables.read_prompts(value[1:], f"{flag}={value}") if value.startswith("@") else [value]
+    return prompts
 
 
 def public_args(args):

@@ -131,7 +131,7 @@ def users_machine(monkeypatch):
     """One with a GPU, and with the prompts, the networks and the images that the commands of `evaluate` name."""
     evaluate = importlib.import_module("common.tools.evaluate")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(evaluate, "read_prompts", lambda names: ["a prompt"] * 5000)
+    monkeypatch.setattr(evaluate, "read_prompts", lambda flag, names: ["a prompt"] * 5000)
     monkeypatch.setattr(evaluate, "check_paths", lambda args: None)
     monkeypatch.setattr(evaluate, "find_labels", lambda *args: [0] * 5000)
     monkeypatch.setattr(evaluate, "find_device", lambda device: "cuda")

@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 
 CONFIG = "dataset_config.json"
 FORMAT = 1
+DAMAGE = tarfile.TarError, ValueError, KeyError, TypeError, OSError
 
 
 def shard_path(folder, shard):
@@ -189,15 +190,8 @@ class PairShards(Pairs):
         self.steps = set(self.config.get("student_steps", []))
         for shard in range(num_shards(self.config)):
             path = shard_path(folder, shard)
-            with blame(
-                f"`pairs_dir`={folder}: {path.name} is damaged",
-                tarfile.TarError,
-                ValueError,
-                KeyError,
-                TypeError,
-                OSError,
-                way_out="delete it and repeat the command that made it",
-            ):
+            way_out = "delete it and repeat the command that made it"
+            with blame(f"`pairs_dir`={folder}: {path.name} is damaged", *DAMAGE, way_out=way_out):
                 self._index(path)
         if len(self._places) != self.config["num_pairs"]:
             raise UserError(

@@ -151,11 +151,6 @@ def weights_sample(pipeline, num_tensors=32, num_values=4, encoder=False):
     return {name: p.detach().flatten()[:num_values].float().tolist() for name, p in chosen}
 
 
-def undecorated(pipeline_class):
-    """`__call__` without torch.no_grad and whatever else wraps it."""
-    return inspect.unwrap(pipeline_class.__call__)
-
-
 def generators(seeds):
     """One CPU generator a sample: the noise of a sample depends on its seed alone, not on batch, rank or device."""
     return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
@@ -173,7 +168,8 @@ def call(pipeline, prompts, seeds, output_type="latent", **kwargs):
     drawn = seeds if isinstance(seeds[0], torch.Generator) else generators(seeds)
     options = {"generator": drawn, "output_type": output_type, "return_dict": False}
     try:
-        answer = undecorated(type(pipeline))(pipeline, prompt=list(prompts), **options, **kwargs)[0]
+        undecorated = inspect.unwrap(type(pipeline).__call__)  # without torch.no_grad and whatever else wraps it
+        answer = undecorated(pipeline, prompt=list(prompts), **options, **kwargs)[0]
     except Exception as error:
         if type(error) is not Exception:
             raise
@@ -306,16 +302,6 @@ def save_denoisers(output_dir, pipeline):
     return list(denoisers(pipeline))
 
 
-def lora_load_calls(pipeline, written):
-    """(file, further arguments as text) of each load_lora_weights that loads what `save_lora` has written."""
-    files = lora_files(type(pipeline), denoisers(pipeline)) or {}
-    return [
-        (file, "".join(f", {name}={value}" for name, value in extra.items()))
-        for file, _, extra in files.values()
-        if file in written
-    ]
-
-
 def student_code(pipeline, model, kwargs, files=(), teacher=None):
     """Python that makes images with a student, for its card.
 
@@ -336,8 +322,10 @@ def student_code(pipeline, model, kwargs, files=(), teacher=None):
     lines.append(f'pipe = {load}.to("cuda")')
     if teacher:
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({model}, subfolder="scheduler")')
-    for file, extra in lora_load_calls(pipeline, files):
-        lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{extra})')
+    for file, _, extra in (lora_files(type(pipeline), denoisers(pipeline)) or {}).values():
+        if file in files:
+            more = "".join(f", {name}={value}" for name, value in extra.items())
+            lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{more})')
     return "\n".join([*lines, f'images = pipe("a prompt", {public_kwargs(kwargs)})[0]'])
 
 

@@ -241,15 +241,14 @@ def guidance_off(pipeline, prompts, kwargs):
     kwargs: a call's, without any that set a schedule. Raises UserError where no candidate does it.
     """
     arguments = call_arguments(type(pipeline))
-    second = {"guidance_scale_2": 1.0} if "guidance_scale_2" in arguments and has_two(pipeline) else {}
-    second |= {name: 0.0 for name in ("pag_scale", "sag_scale") if name in arguments}  # of perturbed attention
+    second = {"guidance_scale_2": 1.0} if "guidance_scale_2" in arguments and len(denoisers(pipeline)) > 1 else {}
+    attention = {name: 0.0 for name in ("pag_scale", "sag_scale") if name in arguments}  # perturbed
     candidates = [{"true_cfg_scale": 1.0}] if "true_cfg_scale" in arguments else []
     if embeds_guidance(pipeline) or "guidance_scale" not in arguments:
         candidates.append({})
     if "guidance_scale" in arguments:
         candidates += [{"guidance_scale": 1.0} | second, {"guidance_scale": 0.0} | second]
     options = {name: value for name, value in kwargs.items() if name not in SCHEDULE_ARGUMENTS}
-    attention = {name: 0.0 for name in ("pag_scale", "sag_scale") if name in arguments}
     for candidate in [candidate | attention for candidate in candidates]:
         seen = observe(pipeline, prompts, **options | candidate | {"num_inference_steps": 2})
         if not guides(seen, len(prompts)):
@@ -258,7 +257,3 @@ def guidance_off(pipeline, prompts, kwargs):
         f"`student_kwargs`: nothing that was tried switches off the guidance of {type(pipeline).__name__} "
         f"({'; '.join(map(str, candidates))}); name the arguments that do"
     )
-
-
-def has_two(pipeline):
-    return len(denoisers(pipeline)) > 1

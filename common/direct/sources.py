@@ -17,7 +17,6 @@ from pathlib import Path
 
 from common import lock
 from common.data import cached_latents, tables
-from common.data.cached_latents import noise_seed
 from common.data.folders import TEXT_KEYS, list_images, name_hint
 from common.data.images import decode_caption, image_size, read_image
 from common.data.shards import SampleError, expand_shards, is_remote
@@ -73,7 +72,7 @@ class PairImages(Pairs):
             self.seeds = [int(str(row["seed"])) for row in rows]  # int(1.5) would be 1
             self.steps = {int(str(row["num_inference_steps"])) for row in rows if row.get("num_inference_steps")}
             scales = {float(row["cfg_scale"]) for row in rows if row.get("cfg_scale")}
-            if wrong := [seed for seed in self.seeds if noise_seed({"seed": seed}) is None]:
+            if wrong := [seed for seed in self.seeds if cached_latents.noise_seed({"seed": seed}) is None]:
                 raise ValueError(f"the seed {wrong[0]} has more than 64 bits")
             if min(self.steps, default=1) < 1:
                 raise ValueError(f"num_inference_steps is {min(self.steps)}")
@@ -159,7 +158,7 @@ class CachedPairs(Pairs):
             raise UserError(f"{self.flag} holds no cached latents; repeat the encode_shards command that began it")
         if len(set(shards)) < len(shards):
             raise UserError(f"{self.flag} names a shard twice; name each once")
-        self._seedless, self._changed = [], []
+        self._changed = []
         for shard, said in zip(shards, stats, strict=True):
             with blame(f"{self.flag}: {shard.name} is damaged", *DAMAGE, way_out="delete it and repeat encode_shards"):
                 self._index(shard, said["successes"])
@@ -194,8 +193,6 @@ class CachedPairs(Pairs):
             self.seeds.append(cached_latents.noise_seed(record))
             self._places.append((shard, *raw["mean.npy"]))
             self.files.append(f"{key} in {shard.name}")
-            if self.seeds[-1] is None:
-                self._seedless.append(self.files[-1])
             if how := [f"{name} {record.get(name)}" for name in whole if record.get(name) != whole[name]]:
                 self._changed.append(f"{self.files[-1]} ({', '.join(how)})")
 
@@ -203,11 +200,11 @@ class CachedPairs(Pairs):
         """UserError for samples without a seed, and for images that are not the ones which their noise became."""
         if not len(self):
             raise UserError(f"{self.flag}: its shards hold no sample; encode images")
-        if self._seedless:
+        if seedless := [file for file, seed in zip(self.files, self.seeds, strict=True) if seed is None]:
             raise UserError(
-                f"{self.flag}: {len(self._seedless)} of {len(self)} images have no seed, the first is "
-                f"{self._seedless[0]}; write the seed of its noise, a whole number, as 'seed' into the json beside "
-                "each image, and encode them into a new folder"
+                f"{self.flag}: {len(seedless)} of {len(self)} images have no seed, the first is {seedless[0]}; write "
+                "the seed of its noise, a whole number, as 'seed' into the json beside each image, and encode them "
+                "into a new folder"
             )
         if self._changed:
             raise UserError(
@@ -230,9 +227,8 @@ class CachedPairs(Pairs):
         try:
             with open(shard, "rb") as file:
                 file.seek(offset)
-                return torch.from_numpy(
-                    cached_latents.read_npy(file.read(size), tuple(self.manifest["shape"]))
-                ).float()
+                mean = cached_latents.read_npy(file.read(size), tuple(self.manifest["shape"]))
+            return torch.from_numpy(mean).float()
         except Exception as error:  # hostile bytes make numpy raise nearly anything
             raise UserError(
                 f"`pairs_dir`: pair {index} in {shard} cannot be read ({error}); delete it and repeat encode_shards",
@@ -371,7 +367,7 @@ def write_pairs(source, pipeline, kwargs, folder, scheduler, model, part=(0, 1),
     }
     config |= source.identity()
     own, missing = pairs.missing_shards(folder, config, part)
-    if missing:
+    if pairs.missing_shards(folder, config)[1]:  # by every task, so that all of them end where it fails
         check_encoding(pipelines.Rollout(pipeline, **kwargs), source, [0])
     pairs.write_config(folder, config, free=("versions", "model", "revision"))
     with tqdm(total=len(own), initial=len(own) - len(missing), unit="shard", smoothing=0.05, **shown) as progress:

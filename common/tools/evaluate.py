@@ -18,7 +18,6 @@ import platform
 from pathlib import Path
 
 from common import lock
-from common.data import tables
 from common.errors import CALL_ERRORS, UserError
 from common.flags import (
     ArgumentParser,
@@ -28,6 +27,7 @@ from common.flags import (
     non_negative_int,
     positive_int,
     prompt,
+    read_prompts,
 )
 from common.flags import path as path_type
 from common.networks import teachers, weights
@@ -137,7 +137,10 @@ def check_args(args):
         raise UserError("two --pretrained_model have one label: write --pretrained_model LABEL=PATH")
     if len(args.models) > 1 and (args.lora or args.unet):
         raise UserError("--lora and --unet go with one --pretrained_model: measure the others in another run")
-    args.prompts = read_prompts(args.prompts) if args.prompts is not None else None
+    if args.prompts is not None:
+        args.prompts = [prompt.strip() for prompt in read_prompts("--prompts", args.prompts) if prompt.strip()]
+        if not args.prompts:
+            raise UserError("--prompts holds no text: give a prompt, or @file with one a line")
     if args.timesteps is not None and args.num_inference_steps is not None:
         raise UserError("--timesteps is a schedule of its own: drop it or --num_inference_steps")
     args.timesteps = parse_timesteps(args.timesteps) if args.timesteps is not None else None
@@ -223,18 +226,6 @@ def check_weights(path, unet=None, variant=None, revision=None, cache_dir=None):
         if not (Path(unet) / "config.json").is_file():
             raise UserError(f"--unet {unet} has no config.json: name the U-Net's own folder, such as {unet}/unet")
         weights.check_network(f"--unet {unet}", Path(unet), cls, has_variant_flag=False)
-
-
-def read_prompts(values):
-    """Each value is a prompt or @file, see `tables.read_prompts`."""
-    prompts = []
-    for value in values:
-        is_file = value.startswith("@")
-        prompts += tables.read_prompts(value[1:], f"--prompts {value}") if is_file else [value.strip()]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise UserError("--prompts holds no text: give a prompt, or @file with one a line")
-    return prompts
 
 
 def parse_timesteps(text):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from common.data import cached_latents
 from common.direct import pairs, pipelines, sources, student
-from common.tools import encode_shards
+from common.tools import encode_pairs, encode_shards
 from tests import tiny_pipelines as tiny
 from tests.data.test_stream import encode, random_image, write_tar
 from tests.networks.test_teachers import edit_json
-from tests.scripts.test_direct import digests, direct_teacher, flags, made, pictured, prompts_file, run, table
+from tests.scripts.test_direct import digests, direct_teacher, flags, made, members, pictured, prompts_file, run, table
 from tests.scripts.test_stable_diffusion import scalars
 from tests.tools import test_encode_pairs
 from tests.tools.test_encode_pairs import sentence
@@ -80,9 +80,9 @@ def test_a_seed_is_carried_where_there_is_one_that_torch_takes(tmp_path, direct_
         sample = [(f"{i:03d}.png", encode(random_image(i, 16, 16))), (f"{i:03d}.txt", b"a caption")]
         plain += sample
         contents += sample + ([] if record is None else [(f"{i:03d}.json", record)])
-    for name, members in (("seeds", contents), ("plain", plain)):
+    for name, content in (("seeds", contents), ("plain", plain)):
         (tmp_path / name).mkdir()
-        write_tar(tmp_path / name / "00000.tar", members)
+        write_tar(tmp_path / name / "00000.tar", content)
         ask(tmp_path / name, tmp_path / f"{name}_out", direct_teacher())
     made = read_tar(tmp_path / "seeds_out" / "00000.tar")
     carried = {key: json.loads(raw["json"]).get("seed") for key, raw in made.items() if key != cached_latents.MEMBER}
@@ -129,6 +129,9 @@ def test_training_equals_training_from_encode_pairs_but_for_float16(
     assert len(a) == 4 and list(b.values()) == pytest.approx(list(a.values()), rel=1e-3)
     a, b = (json.loads((tmp_path / name / "held_out.json").read_text()) for name in "ab")
     assert b == pytest.approx(a, rel=1e-3) and a["relative_mse"] < 0.9 * a["untrained"]
+    words = [str(tmp_path / "cached"), str(tmp_path / "made"), f"--pretrained_teacher_model={direct_teacher()}"]
+    encode_pairs.main(encode_pairs.parse_args(words))
+    assert members(tmp_path / "made") == members(tmp_path / "b" / "pairs")
 
 
 def test_the_latents_are_those_of_the_configuration(cached):

@@ -710,6 +710,60 @@ def test_the_guides_folder_of_images(tmp_path, flags, table, size):
     assert config["num_inference_steps"] == 4
 
 
+def test_the_images_are_encoded_once_and_a_start_that_died_goes_on(tmp_path, flags, table, capsys, monkeypatch):
+    out, write_pairs, fsync, written = tmp_path / "out", sources.write_pairs, os.fsync, []
+    small = lambda *args, **options: write_pairs(*args, **options, samples_per_shard=8)  # noqa: E731
+    monkeypatch.setattr(sources, "write_pairs", small)
+    with monkeypatch.context() as patch:  # the disk is full at the second of three shards
+
+        def full(descriptor):
+            written.append(descriptor)
+            fsync(descriptor) if len(written) < 2 else os.write(os.open("/dev/full", os.O_WRONLY), b"0")
+
+        patch.setattr(pairs.os, "fsync", full)
+        with pytest.raises(SystemExit) as stopped:
+            run(from_table(flags, table, out))
+    assert stopped.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    assert sorted(members(out / "pairs")) == ["00000.tar", "dataset_config.json"]
+    first = (out / "pairs" / "00000.tar").stat().st_mtime_ns
+    run(from_table(flags, table, out))
+    assert f"encoded once, into {out / 'pairs'}" in capsys.readouterr().out
+    there, last = members(out / "pairs"), out / "checkpoint-4"
+    assert len(there) == 4 and (out / "pairs" / "00000.tar").stat().st_mtime_ns == first
+    state, expected = checkpointing.read_state(last), digests(last)
+    said = [
+        pairs.PairShards(out / "pairs").prompts,
+        list(range(NUM_PAIRS)),
+        None,
+    ]  # as of runs that encoded each batch
+    assert state["pairs_sha256"] == hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    # Resumed: nothing is encoded again, bit for bit the same run; other images under the old names are refused.
+    (last / "COMPLETE").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "encode_images", None)
+        run(from_table(flags, table, out, resume_from_checkpoint="latest"))
+    assert digests(last) == expected and members(out / "pairs") == there
+    Image.new("RGB", (16, 16)).save(table / "000000003.png")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(from_table(flags, table, out, max_train_steps=5, resume_from_checkpoint="latest"))
+    assert "pairs holds pairs of other flags (they differ in image_bytes_sha256)" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_two_processes_share_the_encoding(tmp_path, flags, table):
+    small = "import functools\nfrom common.direct import sources\n"
+    small += "sources.write_pairs = functools.partial(sources.write_pairs, samples_per_shard=8)\n"
+    for number in (1, 2):
+        out = tmp_path / str(number)
+        words = from_table(flags, table, out, train_batch_size=4 // number)
+        done = run_processes(words, direct, number, small)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert members(tmp_path / "1" / "pairs") == members(tmp_path / "2" / "pairs")
+    assert len(members(tmp_path / "2" / "pairs")) == 4
+
+
 def test_a_dry_run_of_the_guides_folder_simulates_an_update(tmp_path, flags, table, capsys):
     run(from_table(flags, table, tmp_path / "out", dry_run=True))
     assert "smallest card that holds it" in capsys.readouterr().out and not (tmp_path / "out").exists()

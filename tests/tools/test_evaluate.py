@@ -375,7 +375,7 @@ def test_format_table():
         (["--num_inference_steps", ","], "--num_inference_steps"),
         (["--height", "24"], "--height and --width go together"),
         (["--num_images", "0"], "must be at least 1"),
-        (["--prompts", "@/nowhere.txt"], "--prompts @/nowhere.txt cannot be read"),
+        (["--prompts", "@/nowhere.txt"], "--prompts=@/nowhere.txt cannot be read"),
         (["--timesteps", "999,0"], "drop it or --num_inference_steps"),
         (["--lora", "{root}/images"], "--lora"),
         (["--unet", "{root}/pipeline"], "--unet"),
