@@ -432,7 +432,7 @@ def test_a_pipeline_that_decodes_something_else_is_refused(tmp_path, flags, cach
 
     monkeypatch.setattr(pipelines, "load_pipeline", load_wrong)
     said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=cached))
-    assert "--pairs_dir: StableDiffusionPipeline cannot be given images instead of latents" in said
+    assert f"--pairs_dir={cached}: StableDiffusionPipeline cannot be given images instead of latents" in said
 
 
 def test_a_vae_that_overflows_in_float16_encodes_in_float32(direct_teacher):

@@ -1,6 +1,8 @@
 """Direct distillation from end to end: teacher pairs, the script, what it saves; on the digits."""
 
 import csv
+import errno
+import functools
 import hashlib
 import io
 import json
@@ -711,22 +713,23 @@ def test_the_guides_folder_of_images(tmp_path, flags, table, size):
 
 
 def test_the_images_are_encoded_once_and_a_start_that_died_goes_on(tmp_path, flags, table, capsys, monkeypatch):
-    out, write_pairs, fsync, written = tmp_path / "out", sources.write_pairs, os.fsync, []
-    small = lambda *args, **options: write_pairs(*args, **options, samples_per_shard=8)  # noqa: E731
+    out, small = tmp_path / "out", functools.partial(sources.write_pairs, samples_per_shard=8)
+    words = from_table(flags, table, out)
     monkeypatch.setattr(sources, "write_pairs", small)
-    with monkeypatch.context() as patch:  # the disk is full at the second of three shards
+    with monkeypatch.context() as patch:
 
-        def full(descriptor):
-            written.append(descriptor)
-            fsync(descriptor) if len(written) < 2 else os.write(os.open("/dev/full", os.O_WRONLY), b"0")
+        def full(seed, numel, hashed=pairs.noise_sha256):  # the disk, in the second of three shards
+            if seed == 9:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return hashed(seed, numel)
 
-        patch.setattr(pairs.os, "fsync", full)
+        patch.setattr(pairs, "noise_sha256", full)
         with pytest.raises(SystemExit) as stopped:
-            run(from_table(flags, table, out))
+            run(words)
     assert stopped.value.code == 2 and "No space left on device" in capsys.readouterr().err
     assert sorted(members(out / "pairs")) == ["00000.tar", "dataset_config.json"]
     first = (out / "pairs" / "00000.tar").stat().st_mtime_ns
-    run(from_table(flags, table, out))
+    run(words)
     assert f"encoded once, into {out / 'pairs'}" in capsys.readouterr().out
     there, last = members(out / "pairs"), out / "checkpoint-4"
     assert len(there) == 4 and (out / "pairs" / "00000.tar").stat().st_mtime_ns == first
@@ -742,12 +745,12 @@ def test_the_images_are_encoded_once_and_a_start_that_died_goes_on(tmp_path, fla
     (last / "COMPLETE").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(sources, "encode_images", None)
-        run(from_table(flags, table, out, resume_from_checkpoint="latest"))
+        run([*words, "--resume_from_checkpoint=latest"])
     assert digests(last) == expected and members(out / "pairs") == there
     Image.new("RGB", (16, 16)).save(table / "000000003.png")
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        run(from_table(flags, table, out, max_train_steps=5, resume_from_checkpoint="latest"))
+        run([*words, "--max_train_steps=5", "--resume_from_checkpoint=latest"])
     assert "pairs holds pairs of other flags (they differ in image_bytes_sha256)" in capsys.readouterr().err
 
 
