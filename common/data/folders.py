@@ -1,7 +1,7 @@
 """Folders of images: which files count, and the samples that captions and metadata make of them.
 
-Linked folders are followed. Hidden files and folders are left out, and so is what systems add. Of a folder in splits
-(train, test, ...) the training split is read. What is left out or cannot be used is said in `notes`.
+Linked folders are followed, each real one once. Hidden files and folders are left out, and so is what systems add. Of
+a folder in splits (train, test, ...) the training split is read. What is left out or cannot be used is in `notes`.
 Left out: opening images, which `images` does, and metadata as parquet.
 """
 
@@ -55,25 +55,23 @@ class Listing(NamedTuple):
 def walk(folder: str, places: dict | None = None) -> Iterator[tuple[str, str]]:
     """(path below the folder, name) of every file in it and below it, in no order. What is hidden is left out.
 
-    Links are followed, but for those to a folder above. places: takes {real folder: its path below this one}. Raises
-    UserError where a folder cannot be listed.
+    Links are followed; what is reached by several paths is read once, by the first of them. places: takes {real
+    folder: its path below this one}. Raises UserError where a folder cannot be listed.
     """
-    places, real = {} if places is None else places, os.path.realpath(folder)
-    places[real], left = "", [("", (real,))]
+    places, left = {} if places is None else places, [("", os.path.realpath(folder))]
     while left:
-        below, parents = left.pop()
-        for entry in _entries(os.path.join(folder, below)):
-            path = below + entry.name
+        below, real = left.pop()
+        if real in places:
+            continue
+        places[real] = below.rstrip("/")
+        for entry in sorted(_entries(os.path.join(folder, below)), key=lambda entry: entry.name + "/", reverse=True):
             if is_hidden(entry.name):
                 continue
             if not _is_folder(entry):
-                yield path, entry.name
+                yield below + entry.name, entry.name
                 continue
-            real = os.path.join(parents[-1], entry.name)
-            real = os.path.realpath(real) if entry.is_symlink() else real
-            if real not in parents:
-                places.setdefault(real, path)
-                left.append((path + "/", (*parents, real)))
+            place = os.path.join(real, entry.name)
+            left.append((f"{below}{entry.name}/", os.path.realpath(place) if entry.is_symlink() else place))
 
 
 def is_image(path: str) -> bool:
