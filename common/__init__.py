@@ -14,10 +14,15 @@ Nothing here imports a script.
 
 import logging
 import os
+import sys
 import warnings
 
 # Libraries announce at import what a CPU or a missing torchvision costs them, a screen full before the first own line.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 for _name in ("xformers", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+# Where stderr is a file, as of a job, progress bars of tools and libraries add to it once a minute at most.
+if not sys.stderr.isatty():
+    for _name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+        os.environ.setdefault(_name, "60")
 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")  # diffusers passes it, huggingface_hub warns

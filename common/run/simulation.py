@@ -81,18 +81,20 @@ class Result(NamedTuple):
         return next((size for size in CARDS if self.needed <= size * 2**30), None)
 
     def lines(self):
-        """{name: text} for people."""
-        lines = {name: _size(size) for name, size in self.parts.items()}
+        """{name: text} for people: whether it fits, what it takes, and of what that is made up."""
+        allowance = f"{FRAGMENTATION:.0%} for fragmentation and {_size(CONTEXT)} for CUDA, not measured here"
+        largest = f"none of {', '.join(map(str, CARDS))} GB"
+        per_sample = self.flops / self.samples
+        lines = {
+            "smallest card that holds it": f"{self.card} GB" if self.card else largest,
+            "needed on each process": f"{_size(self.needed)}, with {allowance}",
+            "parameters": f"{self.trained / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
+            "FLOPs per update": f"{self.flops / 1e12:.4g} T on each process, {per_sample / 1e9:.5g} G a sample",
+        }
+        lines |= {f"- {name}": _size(size) for name, size in self.parts.items()}
         lines["peak of an update, the sum"] = f"{_size(self.peak)}, in: {self.moment}"
         lines |= {f"- in: {name}": _size(size) for name, size in self.moments.items() if " the " not in name}
         lines["- between two updates"] = _size(self.between)
-        allowance = f"{FRAGMENTATION:.0%} for fragmentation and {_size(CONTEXT)} for CUDA, not measured here"
-        lines["needed on each process"] = f"{_size(self.needed)}, with {allowance}"
-        largest = f"none of {', '.join(map(str, CARDS))} GB"
-        lines["smallest card that holds it"] = f"{self.card} GB" if self.card else largest
-        lines["parameters"] = f"{self.trained / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen"
-        per_sample = self.flops / self.samples
-        lines["FLOPs per update"] = f"{self.flops / 1e12:.4g} T on each process, {per_sample / 1e9:.5g} G a sample"
         for line, times in self.waits.items():
             mark = "" if line.endswith(")") and " (in " in line else "WARNING: "
             lines[f"{mark}{times} times an update"] = f"the update waits for the device in line {line}"
@@ -201,7 +203,7 @@ class _Simulation:
         if self.fake:
             self._enter_fake()
         self.stack.enter_context(self.meter)
-        self.progress = tqdm(total=None, desc="simulating: networks", disable=not self.report, leave=False)
+        self.progress = tqdm(total=None, desc="simulating: networks", disable=None if self.report else True, leave=False)
         self.stack.callback(self.progress.close)
 
     def _enter_fake(self):
@@ -279,7 +281,9 @@ class _Simulation:
         if self.in_backward:
             return
         if self.progress is not None and name != self.meter.moment:
-            self.progress.set_description(f"simulating: update {self.num_updates + 1} of {self.updates}, {name}")
+            self.progress.set_description(
+                f"simulating: update {self.num_updates + 1} of {self.updates}, {name}", refresh=False
+            )
             self.progress.update()
         self.meter.moment = name
 

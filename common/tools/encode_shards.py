@@ -319,7 +319,7 @@ def encoded(vae, unit, args, account, progress):
             account["seeds"] += "seed" in record
             yield key, sample["captions"], record, m.numpy(), s.numpy()
             count += 1
-        progress.set_postfix({"shard": unit.name, "images": count})
+        progress.set_postfix({"shard": unit.name, "images": count}, refresh=False)
 
 
 def report(args, own, paths):

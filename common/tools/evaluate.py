@@ -349,6 +349,7 @@ def main(args):
             write_results(output_dir, result, pictures, prompts[:GRID_COLUMNS])
         del pipeline
     print((output_dir / "table.md").read_text(encoding="utf-8"), end="")
+    print(f"\nwritten: {output_dir}/table.md, metrics.json, grid.png", flush=True)
     return result
 
 
