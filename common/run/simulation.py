@@ -203,7 +203,8 @@ class _Simulation:
         if self.fake:
             self._enter_fake()
         self.stack.enter_context(self.meter)
-        self.progress = tqdm(total=None, desc="simulating: networks", disable=None if self.report else True, leave=False)
+        is_hidden = None if self.report else True  # None: where stderr is no terminal
+        self.progress = tqdm(total=None, desc="simulating: networks", disable=is_hidden, leave=False)
         self.stack.callback(self.progress.close)
 
     def _enter_fake(self):
