@@ -387,7 +387,7 @@ def _encoded(source, indices, progress):
             sentence = f"{source.flag}: the VAE gives NaN for {source.files[index]} in {precision}; use another"
             raise UserError(sentence, on_one_rank=True)
         yield index, source.prompts[index], source.seeds[index], latents, None, source.sizes[index]
-        progress.set_postfix(image=index)
+        progress.set_postfix(image=index, refresh=False)
 
 
 def pairs_of(source, accelerator, folder, **options):
