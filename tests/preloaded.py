@@ -6,6 +6,7 @@ import train_lcm_distill_lora_sd_wds  # noqa: F401
 import train_lcm_distill_sd_wds  # noqa: F401
 import train_tscd_distill_lora_sd_wds  # noqa: F401
 import train_tscd_distill_sd_wds  # noqa: F401
+from common.tools import generate_pairs  # noqa: F401
 
 import torch
 import torch.utils.tensorboard  # noqa: F401

@@ -7,11 +7,23 @@ from pathlib import Path
 
 from common.data import cached_latents
 from common.direct import pairs, pipelines, sources, student
+from common.run import simulation
 from common.tools import encode_pairs, encode_shards
 from tests import tiny_pipelines as tiny
 from tests.data.test_stream import encode, random_image, write_tar
 from tests.networks.test_teachers import edit_json
-from tests.scripts.test_direct import digests, direct_teacher, flags, made, members, pictured, prompts_file, run, table
+from tests.scripts.test_direct import (
+    digests,
+    direct_teacher,
+    finished,
+    flags,
+    made,
+    members,
+    pictured,
+    prompts_file,
+    run,
+    table,
+)
 from tests.scripts.test_stable_diffusion import scalars
 from tests.tools import test_encode_pairs
 from tests.tools.test_encode_pairs import sentence
@@ -173,6 +185,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_other_pairs_are_refused(
 
 def test_dry_run_loads_and_writes_nothing(tmp_path, flags, cached, capsys, monkeypatch):
     monkeypatch.setattr(ModelMixin, "from_pretrained", None)
+    monkeypatch.setattr(simulation, "begin", finished)
     run(flags(tmp_path / "out", pairs_dir=f"{cached}/{{00000..00002}}.tar", dry_run=True))
     out = capsys.readouterr().out
     assert "20 to train on, 4 held out" in out and "The first prompts" in out and not (tmp_path / "out").exists()

@@ -80,6 +80,9 @@ class World:
         path = self.file("images/metadata.csv", "\n".join([header, *rows]).encode())
         return {"pairs_dir": None, "dataset_metadata_path": path}
 
+    def spoiled_checkpoint(self, spoil):
+        return self.checkpoint(spoil, "checkpoint-2")
+
     def data_set(self, spoil):
         return {"dataset_name": self.copy("data_set", spoil)}
 
@@ -111,6 +114,13 @@ class World:
     def tar(self, contents):
         write_tar(self.tmp_path / "bad.tar", contents)
         return self.shards(self.tmp_path / "bad.tar") | {"data_lanes": 1}
+
+    def labelled(self, *members):
+        """An image of which the members tell the class."""
+        return self.tar([("a.png", encode(random_image(0))), *members])
+
+    def net(self, path):
+        return {"model_config_name_or_path": path}
 
     def file(self, name, content):
         path = self.tmp_path / name
@@ -144,47 +154,51 @@ class World:
         return {"resume_from_checkpoint": name}
 
 
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def edit(name, **changes):
+    return lambda folder: edit_json(folder / name, **changes)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut_short(name):
+    return lambda folder: truncate(folder / name)
+
+
+def pickled(name):
+    return lambda folder: as_pickle(folder / name)
+
+
+def spoiled(method, table):
+    """Rows of {name: (what is done to a copy of the folder, sentence)}."""
+    return {
+        name: (lambda w, spoil=spoil: getattr(w, method)(spoil), sentence) for name, (spoil, sentence) in table.items()
+    }
+
+
+TEACHER, WEIGHTS = "--pretrained_teacher_model=", "diffusion_pytorch_model.safetensors"
+INDEX, PAIRS, SHARD = "model_index.json", "dataset_config.json", "00001.tar"
 PAIR = [("a.png", b"no image"), ("a.txt", b"a caption"), ("a.cls", b"1")]
+CUDA = "image,prompt,seed,rand_device"
 STABLE_DIFFUSION = {
     # --- flags that need the teacher or the data
     "resolution": (lambda w: {"resolution": 17}, "--resolution=17 is not a multiple of 8"),
     "grid": (lambda w: {"num_ddim_timesteps": 30}, "--num_ddim_timesteps=30 must divide 1000"),
     "range of w": (lambda w: {"w_min": 9, "w_max": 3}, "--w_min=9.0 is larger than --w_max=3.0; swap them"),
     "sdxl's flag": (lambda w: {"use_fix_crop_and_size": True}, "--use_fix_crop_and_size is for SDXL"),
-    "too few samples": (
-        lambda w: {"max_train_samples": 3, "data_lanes": 8},
-        "--max_train_samples must be at least 8",
-    ),
+    "too few samples": (lambda w: {"max_train_samples": 3, "data_lanes": 8}, "--max_train_samples must be at least 8"),
     "steps of unknown data": (
         lambda w: {"train_shards_path_or_url": "pipe:cat /nope.tar", "max_train_steps": None},
         "--max_train_steps is needed",
     ),
-    # --- teacher folders
-    "inpainting": (
-        lambda w: w.spoiled_teacher(lambda f: edit_json(f / "unet/config.json", in_channels=9)),
-        "maps 9 to 4 channels",
-    ),
-    "another kind of model": (
-        lambda w: w.spoiled_teacher(
-            lambda f: edit_json(f / "model_index.json", unet=["diffusers", "SanaTransformer"])
-        ),
-        "not a text-to-image latent diffusion teacher, its unet is SanaTransformer",
-    ),
-    "weights that are pickles": (
-        lambda w: w.spoiled_teacher(lambda f: as_pickle(f / "vae/diffusion_pytorch_model.safetensors", w)),
-        "its folder vae/ has its weights only as diffusion_pytorch_model.bin",
-    ),
-    "an unknown prediction": (
-        lambda w: w.spoiled_teacher(lambda f: edit_json(f / "scheduler/scheduler_config.json", prediction_type="x")),
-        "prediction_type 'x' is none of",
-    ),
     "a single file that is none": (
         lambda w: {"pretrained_teacher_model": w.file("model.safetensors", b"\xff" * 64)},
         "the file is damaged or no safetensors file",
-    ),
-    "configuration without its numbers": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "unet/config.json").write_text("{}")),
-        "--pretrained_teacher_model=",
     ),
     "no such VAE": (
         lambda w: {"pretrained_vae_model_name_or_path": "/nope"},
@@ -218,50 +232,49 @@ STABLE_DIFFUSION = {
         lambda w: w.images("metadata.jsonl", b'{"file_name": "0.png", "text": 7}\n'),
         "metadata.jsonl: row 1 has a text that is no text but '7'",
     ),
-}
+} | spoiled(
+    "spoiled_teacher",
+    {
+        "inpainting": (edit("unet/config.json", in_channels=9), "maps 9 to 4 channels"),
+        "another kind of model": (
+            edit(INDEX, unet=["diffusers", "SanaTransformer"]),
+            "not a text-to-image latent diffusion teacher, its unet is SanaTransformer",
+        ),
+        "weights that are pickles": (
+            pickled(f"vae/{WEIGHTS}"),
+            "its folder vae/ has its weights only as diffusion_pytorch_model.bin",
+        ),
+        "an unknown prediction": (
+            edit("scheduler/scheduler_config.json", prediction_type="x"),
+            "prediction_type 'x' is none of",
+        ),
+        "configuration without its numbers": (write("unet/config.json", b"{}"), TEACHER),
+    },
+)
+FULL = {"no such start": (lambda w: {"init_unet": "/nope"}, "--init_unet=/nope: neither")}
 LORA = {
     "a rank that no layer has": (
         lambda w: {"lora_rank": 6400},
         "--lora_rank=6400: the largest of the adapted layers has rank 64, so more than that cannot be learnt; pass at",
     ),
-    "a rank above that of few layers": (
-        lambda w: {"lora_rank": 65, "lora_target_modules": "to_q"},
-        "has rank 64",
-    ),
+    "a rank above that of few layers": (lambda w: {"lora_rank": 65, "lora_target_modules": "to_q"}, "has rank 64"),
 }
 TEACHERS = {  # of direct distillation as well
     "no such teacher": (lambda w: {"pretrained_teacher_model": "/nope"}, "--pretrained_teacher_model=/nope: neither"),
-    "a hub name offline": (
-        lambda w: {"pretrained_teacher_model": "some/model"},
-        "--pretrained_teacher_model=some/mod",
-    ),
+    "a hub name offline": (lambda w: {"pretrained_teacher_model": "some/model"}, f"{TEACHER}some/mod"),
     "an empty folder": (lambda w: {"pretrained_teacher_model": w.tmp_path}, "no model_index.json"),
-    "index that is no json": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "model_index.json").write_text("{")),
-        "--pretrained_teacher_model=",
-    ),
-    "index that is a list": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "model_index.json").write_text("[]")),
-        "its model_index.json is no pipeline's",
-    ),
-    "configuration that is a list": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "unet/config.json").write_text("[]")),
-        "--pretrained_teacher_model=",
-    ),
-    "a scheduler that is a list": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "scheduler/scheduler_config.json").write_text("[]")),
-        "--pretrained_teacher_model=",
-    ),
-    "no weights": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink()),
-        "its folder unet/ has no weights",
-    ),
-    "truncated weights": (
-        lambda w: w.spoiled_teacher(lambda f: truncate(f / "unet/diffusion_pytorch_model.safetensors")),
-        "its file unet/diffusion_pytorch_model.safetensors is damaged",
-    ),
     "a missing variant": (lambda w: {"variant": "fp16"}, "--variant"),
-}
+} | spoiled(
+    "spoiled_teacher",
+    {
+        "index that is no json": (write(INDEX, b"{"), TEACHER),
+        "index that is a list": (write(INDEX, b"[]"), "its model_index.json is no pipeline's"),
+        "configuration that is a list": (write("unet/config.json", b"[]"), TEACHER),
+        "a scheduler that is a list": (write("scheduler/scheduler_config.json", b"[]"), TEACHER),
+        "no weights": (remove(f"unet/{WEIGHTS}"), "its folder unet/ has no weights"),
+        "truncated weights": (cut_short(f"unet/{WEIGHTS}"), f"its file unet/{WEIGHTS} is damaged"),
+    },
+)
 SHARDS = {  # of consistency training as well
     "no shard": (lambda w: w.shards("/no/{0..3}.tar"), "4 of 4 paths match no file"),
     "braces": (lambda w: w.shards("/no/{0..3.tar"), "the braces of"),
@@ -273,35 +286,12 @@ SHARDS = {  # of consistency training as well
     "a tar of pickles": (lambda w: w.tar(pickle_members(w.tmp_path / "trap")), "found no usable sample"),
     "a tar of broken images": (lambda w: w.tar(PAIR), "found no usable sample"),
     "a pipe that fails": (lambda w: w.shards("pipe:exit 3"), "exit code 3"),
-    "a server that is not there": (
-        lambda w: w.shards(f"http://127.0.0.1:{free_port()}/a.tar"),
-        "shard_open",
-    ),
+    "a server that is not there": (lambda w: w.shards(f"http://127.0.0.1:{free_port()}/a.tar"), "shard_open"),
     "a scheme that nobody knows": (lambda w: w.shards("gopher://a/b.tar"), "gopher"),
 }
 ANY = {
     # --- checkpoints and the output folder
     "no checkpoint": (lambda w: {"resume_from_checkpoint": "checkpoint-7"}, "there is no such checkpoint"),
-    "a checkpoint without its end": (
-        lambda w: w.checkpoint(lambda f: (f / "COMPLETE").unlink(), "checkpoint-2"),
-        "it has no COMPLETE file: the save did not finish",
-    ),
-    "a checkpoint with a truncated file": (
-        lambda w: w.checkpoint(lambda f: truncate(f / "model.safetensors"), "checkpoint-2"),
-        "its file model.safetensors has 50 bytes instead of 100",
-    ),
-    "a checkpoint without a file": (
-        lambda w: w.checkpoint(lambda f: (f / "model.safetensors").unlink(), "checkpoint-2"),
-        "its file model.safetensors is missing",
-    ),
-    "a checkpoint without a node's state": (
-        lambda w: w.checkpoint(lambda f: edit_json(f / "COMPLETE", world_size=2), "checkpoint-2"),
-        "it lacks random_states_1.pkl, the state of a process",
-    ),
-    "a checkpoint of something else": (
-        lambda w: w.checkpoint(lambda f: (f / "COMPLETE").write_text("{}"), "checkpoint-2"),
-        "its COMPLETE file cannot be read",
-    ),
     "a checkpoint of another run": (lambda w: w.checkpoint(args={"seed": 9}), "--seed was 9 and is 1"),
     "a result in the way": (
         lambda w: w.file("out/README.md", b"mine") and {"resume_from_checkpoint": "latest"},
@@ -314,6 +304,7 @@ ANY = {
     ),
     "a file in the way": (lambda w: w.file("out", b"mine") and {}, "is a file; name a folder"),
     "a place that cannot be written": (lambda w: {"output_dir": "/proc/x"}, "--output_dir=/proc/x cannot be written"),
+    "a device": (lambda w: {"output_dir": "/dev/null/sub", "dry_run": True}, "--output_dir=/dev/null/sub"),
     # --- environment
     "a time that is none": (
         lambda w: w.env("SLURM_JOB_END_TIME", "soon") or {},
@@ -332,7 +323,22 @@ ANY = {
         "--mixed_precision=fp16 needs a GPU",
     ),
     "processes that cannot join": (lambda w: w.env("WORLD_SIZE", "2") or {}, "2 processes were started but did not"),
-}
+} | spoiled(
+    "spoiled_checkpoint",
+    {
+        "a checkpoint without its end": (remove("COMPLETE"), "it has no COMPLETE file: the save did not finish"),
+        "a checkpoint with a truncated file": (
+            cut_short("model.safetensors"),
+            "its file model.safetensors has 50 bytes instead of 100",
+        ),
+        "a checkpoint without a file": (remove("model.safetensors"), "its file model.safetensors is missing"),
+        "a checkpoint without a node's state": (
+            edit("COMPLETE", world_size=2),
+            "it lacks random_states_1.pkl, the state of a process",
+        ),
+        "a checkpoint of something else": (write("COMPLETE", b"{}"), "its COMPLETE file cannot be read"),
+    },
+)
 CONSISTENCY = {
     # --- data sets and image folders
     "no such data set": (lambda w: {"dataset_name": "/no/data"}, "--dataset_name=/no/data cannot be loaded"),
@@ -346,24 +352,15 @@ CONSISTENCY = {
         lambda w: {"dataset_config_name": "plain_text"},
         "was saved to disk without configurations; drop it",
     ),
-    "a table that is damaged": (
-        lambda w: w.data_set(lambda f: [truncate(path) for path in f.glob("*.arrow")]),
-        "data_set cannot be loaded",
-    ),
-    "a table that is gone": (
-        lambda w: w.data_set(lambda f: [path.unlink() for path in f.glob("*.arrow")]),
-        "data_set cannot be loaded",
-    ),
-    "a state that is no json": (
-        lambda w: w.data_set(lambda f: (f / "state.json").write_text("{")),
-        "data_set cannot be loaded",
-    ),
     "a parquet that is none": (
         lambda w: {"dataset_name": w.file("x/train.parquet", b"PAR1 but not really").parent},
         "/x cannot be loaded",
     ),
     "no rows": (lambda w: w.new_data_set(img=[], label=[]), "new cannot be loaded"),
-    "a column that is not there": (lambda w: {"dataset_image_column_name": "image"}, "has no column image"),
+    "a column that is not there": (
+        lambda w: {"dataset_image_column_name": "image"},
+        "has no column image: --dataset_image_column_name is one of img, label",
+    ),
     "images that are numbers": (lambda w: w.new_data_set(img=[1, 2], label=[0, 1]), "does not hold images"),
     "classes that are not there": (lambda w: {"dataset_class_label_column_name": "fine"}, "has no column fine"),
     "classes that are images": (lambda w: {"dataset_class_label_column_name": "img"}, "must hold a whole number"),
@@ -408,57 +405,49 @@ CONSISTENCY = {
         lambda w: w.shards(w.file("x/a.png", encode(random_image(0))).parent),
         "pass images as --train_data_dir",
     ),
-    "a tar without classes": (lambda w: w.tar([("a.png", encode(random_image(0)))]), "found no usable sample"),
-    "classes beyond the last": (
-        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"11")]),
-        "found no usable sample",
-    ),
+    "a tar without classes": (lambda w: w.labelled(), "found no usable sample"),
+    "classes beyond the last": (lambda w: w.labelled(("a.cls", b"11")), "found no usable sample"),
     "classes of a tar from 1": (
-        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"1"), ("b.json", b'{"label": 10}')]),
+        lambda w: w.labelled(("a.cls", b"1"), ("b.json", b'{"label": 10}')),
         "--num_classes=10: samples have the class 10, and classes count from 0 to 9; if these run from 1 to 10",
     ),
-    "classes that are words": (
-        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.cls", b"cat")]),
-        "found no usable sample",
-    ),
-    "metadata that is no json": (
-        lambda w: w.tar([("a.png", encode(random_image(0))), ("a.json", b"{")]),
-        "found no usable sample",
-    ),
+    "classes that are words": (lambda w: w.labelled(("a.cls", b"cat")), "found no usable sample"),
+    "metadata that is no json": (lambda w: w.labelled(("a.json", b"{")), "found no usable sample"),
     # --- networks
-    "no such network": (lambda w: {"model_config_name_or_path": "/nope"}, "--model_config_name_or_path=/nope"),
-    "a network that is no json": (
-        lambda w: {"model_config_name_or_path": w.file("net.json", b"{")},
-        "the file is not JSON",
-    ),
+    "no such network": (lambda w: w.net("/nope"), "--model_config_name_or_path=/nope: neither"),
+    "a network that is no json": (lambda w: w.net(w.file("net.json", b"{")), "the file is not JSON"),
     "a network that is a list": (
-        lambda w: {"model_config_name_or_path": w.file("net.json", b"[]")},
+        lambda w: w.net(w.file("net.json", b"[]")),
         "is not the configuration of a UNet2DModel",
     ),
-    "a network that is binary": (
-        lambda w: {"model_config_name_or_path": w.file("net.json", b"\xff\xfe\x00")},
-        "net.json is not UTF-8 text",
+    "a network that is binary": (lambda w: w.net(w.file("net.json", b"\xff\xfe\x00")), "net.json is not UTF-8 text"),
+    "no network for this size": (lambda w: w.net(None), "there are default networks for 32 and 64 pixels only"),
+    "a resolution that does not fit": (
+        lambda w: {"resolution": 9},
+        "2 levels need a --resolution that 2 divides, not 9",
     ),
-    "a network of strange numbers": (
-        lambda w: {"model_config_name_or_path": w.copy("unet", lambda f: edit_json(f, norm_num_groups=7))},
-        "describes no network that can be built",
-    ),
-    "levels that are no list": (
-        lambda w: {"model_config_name_or_path": w.copy("unet", lambda f: edit_json(f, block_out_channels=3))},
-        "describes no network that can be built",
-    ),
-    "a resolution that does not fit": (lambda w: {"resolution": 9}, "need a --resolution that 2 divides, not 9"),
     "no such weights": (
-        lambda w: {"model_config_name_or_path": None, "pretrained_model_name_or_path": "/nope"},
+        lambda w: w.net(None) | {"pretrained_model_name_or_path": "/nope"},
         "--pretrained_model_name_or_path=/nope",
     ),
     "weights cut short": (lambda w: w.network(truncate), "is damaged"),
-    "weights that are a pickle": (lambda w: w.network(lambda f: as_pickle(f, w)), "a pickle"),
+    "weights that are a pickle": (lambda w: w.network(as_pickle), "a pickle"),
     "weights that are missing": (lambda w: w.network(Path.unlink), "has no weights"),
     # --- the curriculum, measurements
-    "too few steps for the levels": (lambda w: {"discretization_s_1": 1280}, "--max_train_steps=4 is too short"),
+    "too few steps for the levels": (
+        lambda w: {"discretization_s_1": 1280},
+        "--max_train_steps=4 is too short for the 8 levels",
+    ),
     "more pretraining than steps": (lambda w: {"pretrain_steps": 9}, "--pretrain_steps=9 is more than"),
     "noise that is never drawn": (lambda w: {"p_mean": 50}, "--p_mean=50.0, --p_std=2.0: no pair of noise levels"),
+    "a power that is no number": (
+        lambda w: {"rho": 1e-5},
+        "--rho=1e-05: --sigma_max=80.0 to the power of 1 / rho is no number; raise rho",
+    ),
+    "more steps than levels": (
+        lambda w: {"eval_nfe": "1,50"},
+        "--eval_nfe=50 is more steps than there are noise levels",
+    ),
     "no such feature network": (
         lambda w: {"eval_steps": 2, "feature_network": "/nope"},
         "--feature_network=/nope cannot be used",
@@ -469,26 +458,25 @@ CONSISTENCY = {
     ),
     "too few images": (lambda w: {"max_train_samples": 3, "data_lanes": 8}, "--max_train_samples must be at least 8"),
 }
+CONSISTENCY |= spoiled(
+    "data_set",
+    {
+        "a table that is damaged": (lambda f: [*map(truncate, f.glob("*.arrow"))], "data_set cannot be loaded"),
+        "a table that is gone": (lambda f: [*map(Path.unlink, f.glob("*.arrow"))], "data_set cannot be loaded"),
+        "a state that is no json": (write("state.json", b"{"), "data_set cannot be loaded"),
+    },
+) | {
+    f"a network of {changes}": (lambda w, changes=changes: w.net(w.copy("unet", edit("", **changes))), sentence)
+    for changes, sentence in (
+        ({"norm_num_groups": 7}, "describes no network that can be built"),
+        ({"block_out_channels": 3}, "describes no network that can be built"),
+        ({"down_block_types": ["DownBlock2D"]}, "describes no network that can be built"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type fourier cannot be trained here"),
+        ({"in_channels": 1, "out_channels": 1}, "must be 3, the colours"),
+        ({"_class_name": "UNet2DConditionModel"}, "is not the configuration of a UNet2DModel"),
+    )
+}
 DIRECT = {
-    # --- teachers
-    "a pipeline that nobody knows": (
-        lambda w: w.spoiled_teacher(lambda f: edit_json(f / "model_index.json", _class_name="NoPipeline")),
-        "has no NoPipeline",
-    ),
-    "a pipeline for images": (
-        lambda w: w.spoiled_teacher(
-            lambda f: edit_json(f / "model_index.json", _class_name="StableDiffusionInstructPix2PixPipeline")
-        ),
-        "it starts from an image",
-    ),
-    "a denoiser that is a pickle": (
-        lambda w: w.spoiled_teacher(lambda f: as_pickle(f / "unet/diffusion_pytorch_model.safetensors", w)),
-        "its folder unet/ has its weights only as diffusion_pytorch_model.bin",
-    ),
-    "no scheduler": (
-        lambda w: w.spoiled_teacher(lambda f: (f / "scheduler/scheduler_config.json").unlink()),
-        "--pretrained_teacher_model=",
-    ),
     # --- flags
     "a scheduler that nobody knows": (lambda w: {"student_scheduler": "Magic"}, "has no such scheduler"),
     "a scheduler that draws": (lambda w: {"student_scheduler": "LCMScheduler"}, "draws noise at its steps"),
@@ -498,77 +486,8 @@ DIRECT = {
     ),
     "more held out than there are": (lambda w: {"num_held_out": 24}, "leaves none of the 24 pairs"),
     "a rank that no layer has": (lambda w: {"lora_rank": 6400}, "--lora_rank=6400: the largest of the adapted layers"),
-    # --- pairs
     "no such pairs": (lambda w: {"pairs_dir": "/nope"}, "--pairs_dir=/nope: no dataset_config.json"),
     "pairs that are a file": (lambda w: {"pairs_dir": w.file("pairs", b"")}, "no dataset_config.json"),
-    "pairs whose description is no json": (
-        lambda w: w.spoiled_pairs(lambda f: (f / "dataset_config.json").write_text("{")),
-        "its dataset_config.json cannot be read",
-    ),
-    "pairs whose description is a list": (
-        lambda w: w.spoiled_pairs(lambda f: (f / "dataset_config.json").write_text("[]")),
-        "its dataset_config.json cannot be read",
-    ),
-    "pairs whose description is empty": (
-        lambda w: w.spoiled_pairs(lambda f: (f / "dataset_config.json").write_text("{}")),
-        "its dataset_config.json cannot be read",
-    ),
-    "pairs whose description lacks the scheduler": (
-        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", scheduler=None)),
-        "its dataset_config.json cannot be read",
-    ),
-    "pairs of no samples a shard": (
-        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", samples_per_shard=0)),
-        "its dataset_config.json cannot be read",
-    ),
-    "pairs of another format": (
-        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", format=9)),
-        "its format is 9",
-    ),
-    "pairs of another pipeline": (
-        lambda w: w.spoiled_pairs(lambda f: edit_json(f / "dataset_config.json", pipeline="FluxPipeline")),
-        "a FluxPipeline made these pairs",
-    ),
-    "pairs without a shard": (
-        lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").unlink()),
-        "holds 2 of 3 shards; repeat the generate_pairs command",
-    ),
-    "pairs with half a shard": (
-        lambda w: w.spoiled_pairs(lambda f: truncate(f / "00001.tar")),
-        "00001.tar is damaged",
-    ),
-    "pairs with a shard of something else": (
-        lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").write_bytes(b"text" * 999)),
-        "00001.tar is damaged",
-    ),
-    "pairs whose shards are swapped": (
-        lambda w: w.spoiled_pairs(lambda f: shutil.copy(f / "00002.tar", f / "00000.tar")),
-        "00000.tar is damaged (pair 0 is not in its place",
-    ),
-    "pairs with an empty shard": (
-        lambda w: w.spoiled_pairs(lambda f: (f / "00001.tar").write_bytes(b"")),
-        "00001.tar is damaged",
-    ),
-    "pairs with a shard of pickles": (
-        lambda w: w.spoiled_pairs(lambda f: write_tar(f / "00001.tar", pickle_members(w.tmp_path / "trap"))),
-        "00001.tar is damaged",
-    ),
-    "pairs whose records are no json": (
-        lambda w: w.spoiled_pairs(lambda f: write_tar(f / "00001.tar", [("000000008.json", b"{")])),
-        "00001.tar is damaged",
-    ),
-    "pairs whose records are lists": (
-        lambda w: w.spoiled_pairs(lambda f: write_tar(f / "00001.tar", [("000000008.json", b"[]")])),
-        "00001.tar is damaged",
-    ),
-    "pairs without latents": (
-        lambda w: w.spoiled_pairs(lambda f: replace_members(f / "00001.tar", ".safetensors", None)),
-        "00001.tar is damaged",
-    ),
-    "pairs without records": (
-        lambda w: w.spoiled_pairs(lambda f: replace_members(f / "00001.tar", ".json", None)),
-        "00002.tar is damaged (pair 8 is not in its place",
-    ),
     # --- tables of images
     "no such table": (
         lambda w: {"pairs_dir": None, "dataset_metadata_path": "/nope.csv"},
@@ -585,25 +504,73 @@ DIRECT = {
     ),
     "a table with a short row": (lambda w: w.table("0.png,a,1", "0.png"), "row 2 (line 3) has 1 cells"),
     "seeds that are words": (lambda w: w.table("0.png,a,one", "0.png,a,2"), "are numbers"),
-    "noise of a GPU": (
-        lambda w: w.table("0.png,a,1,cuda", header="image,prompt,seed,rand_device"),
-        "only noise of the cpu",
-    ),
+    "noise of a GPU": (lambda w: w.table("0.png,a,1,cuda", header=CUDA), "only noise of the cpu"),
     "an image that is not there": (
         lambda w: w.table("0.png,a,1", "2.png,b,2"),
         "1 of 2 rows name no file, the first is '2.png'",
     ),
-    "an image that is none": (
-        lambda w: w.table("0.png,a,1", "1.png,b,2", image=b"no image"),
-        "1.png cannot be read",
-    ),
+    "an image that is none": (lambda w: w.table("0.png,a,1", "1.png,b,2", image=b"no image"), "1.png cannot be read"),
     "an image of another size": (
         lambda w: w.table("0.png,a,1", "0.png,b,2") | {"height": 32, "width": 32},
-        "resizing would part it",
+        "--height=32 --width=32: 0.png has 16 x 16 pixels",
     ),
 }
+DIRECT |= spoiled(
+    "spoiled_teacher",
+    {
+        "a pipeline that nobody knows": (edit(INDEX, _class_name="NoPipeline"), "has no NoPipeline"),
+        "a pipeline for images": (
+            edit(INDEX, _class_name="StableDiffusionInstructPix2PixPipeline"),
+            "it starts from an image",
+        ),
+        "a denoiser that is a pickle": (
+            pickled(f"unet/{WEIGHTS}"),
+            "its folder unet/ has its weights only as diffusion_pytorch_model.bin",
+        ),
+        "no scheduler": (remove("scheduler/scheduler_config.json"), TEACHER),
+    },
+) | spoiled(
+    "spoiled_pairs",
+    {
+        "pairs whose description is no json": (write(PAIRS, b"{"), f"its {PAIRS} cannot be read"),
+        "pairs whose description is a list": (write(PAIRS, b"[]"), f"its {PAIRS} cannot be read"),
+        "pairs whose description is empty": (write(PAIRS, b"{}"), f"its {PAIRS} cannot be read"),
+        "pairs whose description lacks the scheduler": (edit(PAIRS, scheduler=None), f"its {PAIRS} cannot be read"),
+        "pairs of no samples a shard": (edit(PAIRS, samples_per_shard=0), f"its {PAIRS} cannot be read"),
+        "pairs of another format": (edit(PAIRS, format=9), "its format is 9"),
+        "pairs of another pipeline": (edit(PAIRS, pipeline="FluxPipeline"), "a FluxPipeline made these pairs"),
+        "pairs without a shard": (remove(SHARD), "holds 2 of 3 shards; repeat the generate_pairs command"),
+        "pairs with half a shard": (cut_short(SHARD), "00001.tar is damaged"),
+        "pairs with a shard of something else": (write(SHARD, b"text" * 999), "00001.tar is damaged"),
+        "pairs whose shards are swapped": (
+            lambda f: shutil.copy(f / "00002.tar", f / "00000.tar"),
+            "00000.tar is damaged (pair 0 is not in its place",
+        ),
+        "pairs with an empty shard": (write(SHARD, b""), "00001.tar is damaged"),
+        "pairs with a shard of pickles": (
+            lambda f: write_tar(f / SHARD, pickle_members(f / "trap")),
+            "00001.tar is damaged",
+        ),
+        "pairs whose records are no json": (
+            lambda f: write_tar(f / SHARD, [("000000008.json", b"{")]),
+            "00001.tar is damaged",
+        ),
+        "pairs whose records are lists": (
+            lambda f: write_tar(f / SHARD, [("000000008.json", b"[]")]),
+            "00001.tar is damaged",
+        ),
+        "pairs without latents": (
+            lambda f: replace_members(f / SHARD, ".safetensors", None),
+            "00001.tar is damaged",
+        ),
+        "pairs without records": (
+            lambda f: replace_members(f / SHARD, ".json", None),
+            "00002.tar is damaged (pair 8 is not in its place",
+        ),
+    },
+)
 APPLY = {  # the script's name: its rows
-    **{name: STABLE_DIFFUSION | TEACHERS | SHARDS | ANY for name in ("lcm", "tscd")},
+    **{name: STABLE_DIFFUSION | FULL | TEACHERS | SHARDS | ANY for name in ("lcm", "tscd")},
     **{name: STABLE_DIFFUSION | LORA | TEACHERS | SHARDS | ANY for name in ("lcm_lora", "tscd_lora")},
     "ct": CONSISTENCY | SHARDS | ANY,
     "direct": DIRECT | TEACHERS | ANY,
@@ -622,10 +589,9 @@ def replace_members(path, suffix, content):
     write_tar(path, [(name, data) for name, data in changed if data is not None])
 
 
-def as_pickle(path, world):
+def as_pickle(path):
     path.unlink()
-    content = pickle.dumps([Trap(str(world.tmp_path / "trap"))])
-    path.with_suffix(".bin").write_bytes(content)
+    path.with_suffix(".bin").write_bytes(pickle.dumps([Trap(str(path.with_name("trap")))]))
 
 
 class Trap:
@@ -696,25 +662,22 @@ def test_one_sentence_and_exit_code_2_before_any_weight(tmp_path, made_for_all, 
     assert stopped.value.code == 2 and len(err) == 1 and sentence in err[0], err
     assert err[0].startswith(("pytest", "__main__", "-c", "xdist")) or ": error: " in err[0]
     assert all(path.read_bytes() == content for path, content in users.items())  # nothing of theirs was touched
-    assert not (tmp_path / "trap").exists()
+    assert not list(tmp_path.rglob("trap"))
 
 
 def test_the_table_is_long_enough():
     assert {len(rows) >= 40 for rows in APPLY.values()} == {True} and set(APPLY) == {*SCRIPTS, "ct", "direct"}
 
 
-TEACHER = "--pretrained_teacher_model="
-WEIGHTS = {  # what is found out while things are loaded, or later: (scripts, how, sentence)
+LOADED = {  # what is found out while things are loaded, or later: (scripts, how, sentence)
     "a tokenizer that is none": (
-        ("lcm", "tscd_lora", "direct"),
+        ("lcm", "direct"),
         lambda w: w.spoiled_teacher(lambda f: [path.write_bytes(b"{") for path in (f / "tokenizer").iterdir()]),
         TEACHER,
     ),
     "a class that is not there": (
-        ("lcm", "tscd_lora"),
-        lambda w: w.spoiled_teacher(
-            lambda f: edit_json(f / "model_index.json", scheduler=["diffusers", "NoScheduler"])
-        ),
+        ("tscd_lora",),
+        lambda w: w.spoiled_teacher(edit(INDEX, scheduler=["diffusers", "NoScheduler"])),
         TEACHER,
     ),
     "latents that are none": (
@@ -738,22 +701,22 @@ WEIGHTS = {  # what is found out while things are loaded, or later: (scripts, ho
     ),
     "a feature network that is a pickle": (
         ("ct",),
-        lambda w: w.feature_network(lambda f: as_pickle(f / "model.safetensors", w)),
+        lambda w: w.feature_network(pickled("model.safetensors")),
         "--feature_network=",
     ),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "row"), [pytest.param(name, row, id=f"{row}-{name}") for row, (on, *_) in WEIGHTS.items() for name in on]
+    ("name", "row"), [pytest.param(name, row, id=f"{row}-{name}") for row, (on, *_) in LOADED.items() for name in on]
 )
 def test_one_sentence_where_something_cannot_be_loaded(tmp_path, made_for_all, monkeypatch, capsys, name, row):
-    world, (_, make, sentence) = World(tmp_path, made_for_all, monkeypatch, name), WEIGHTS[row]
+    world, (_, make, sentence) = World(tmp_path, made_for_all, monkeypatch, name), LOADED[row]
     with pytest.raises(SystemExit) as stopped:
         train(world.flags(tmp_path / "out", **make(world)), world.script)
     err = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert stopped.value.code == 2 and len(err) == 1 and sentence in err[0], err
-    assert not (tmp_path / "trap").exists()
+    assert not list(tmp_path.rglob("trap"))
 
 
 BAD_SAMPLES = {  # name: (image, caption, class)

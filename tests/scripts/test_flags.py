@@ -11,6 +11,8 @@ from pathlib import Path
 
 from common import errors
 from common import flags as flags_module
+from common.ct import card as ct_card
+from common.ct import flags as ct_flags
 from common.data.shards import expand_shards
 from common.flags import command_line, public_args, resolve_teacher_defaults
 from common.run import engine, screen, training_data, training_run
@@ -26,7 +28,7 @@ SCRIPTS = [
     "train_tscd_distill_sd_wds",
     "train_tscd_distill_lora_sd_wds",
 ]
-ALL_SCRIPTS = [*SCRIPTS, "train_direct_distill"]
+ALL_SCRIPTS = [*SCRIPTS, "train_direct_distill", "train_cm_ct_unconditional"]
 
 ROOT = Path(flags_module.__file__).parents[1]
 
@@ -135,13 +137,10 @@ PUBLIC_FLAGS = {
     "tracker_project_name": "text2image-fine-tune",
 }  # fmt: skip
 REQUIRED = ["--pretrained_teacher_model=t", "--train_shards_path_or_url=s.tar"]
-REQUIRED_BY = {"train_direct_distill": ["--pretrained_teacher_model=t", "--pairs_dir=p"]}  # others: REQUIRED
-
-
-NOT_OF_DIRECT = (
-    "--resolution", "--dataloader_num_workers", "--proportion_empty_prompts", "--validation_num_inference_steps",
-    "--num_ddim_timesteps", "--validation_prompts",
-)  # fmt: skip
+REQUIRED_BY = {  # others: REQUIRED
+    "train_direct_distill": ["--pretrained_teacher_model=t", "--pairs_dir=p"],
+    "train_cm_ct_unconditional": ["--dataset_name=d"],
+}
 
 
 def script(name):
@@ -206,64 +205,72 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         script(name).parse_args(["--help"])
     assert stopped.value.code == 0
     flags = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)) - {"local_rank"}
-    modules = (script(name), flags_module, engine, training_run, training_data, tscd_flags)
+    modules = [script(name), flags_module, engine, training_run, training_data]
+    if name == "train_cm_ct_unconditional":
+        flags, modules = flags - {"prediction_type"}, [*modules, ct_flags, ct_card]
+    elif "tscd" in name:
+        modules.append(tscd_flags)
     source = "".join(open(module.__file__).read() for module in modules)
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 55 and not dead
 
 
+MISTAKES = [
+    (["--unknown_flag=1"], "unrecognized arguments: --unknown_flag=1"),
+    (["--train_batch_siz=4"], "unrecognized arguments: --train_batch_siz=4"),
+    (["--train_batch_size=0"], "--train_batch_size: must be at least 1, not 0"),
+    (["--gradient_accumulation_steps=-1"], "--gradient_accumulation_steps: must be at least 1"),
+    (["--max_train_steps=0"], "--max_train_steps: must be at least 1"),
+    (["--max_train_steps=many"], "--max_train_steps: invalid positive whole number value: 'many'"),
+    (["--resolution=0"], "--resolution: must be at least 1"),
+    (["--dataloader_num_workers=-1"], "--dataloader_num_workers: must not be negative"),
+    (["--learning_rate=nan"], "--learning_rate: must be a number that is not negative"),
+    (["--adam_beta1=1.5"], "--adam_beta1: must be at least 0 and less than 1"),
+    (["--proportion_empty_prompts=2"], "--proportion_empty_prompts: must be between 0 and 1"),
+    (["--adam_beta2=1"], "--adam_beta2: must be at least 0 and less than 1"),
+    ([f"--seed={2**64}"], "--seed: must be a whole number from 0 to 2^62"),
+    (["--validation_num_inference_steps="], "--validation_num_inference_steps: names no number"),
+    (
+        ["--num_ddim_timesteps=2", "--validation_num_inference_steps=4"],
+        "--validation_num_inference_steps: at most --num_ddim_timesteps=2 steps",
+    ),
+    (["--report_to=tensorboard,none"], "--report_to=tensorboard,none: none and all stand alone"),
+    (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "--lr_scheduler=polynomial falls to 1e-7"),
+    (["--huber_c=0"], "--huber_c: must be a positive number"),
+    (["--lr_scheduler=magic"], "--lr_scheduler: invalid choice: 'magic'"),
+    (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
+    (["--report_to=nothing"], "--report_to=nothing: no such tracker"),
+    (["--report_to=wandb"], "--report_to=wandb: wandb is not installed"),
+    (["--push_to_hub"], "--push_to_hub: not logged in to the hub"),
+    (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt cannot be read"),
+    (["--validation_num_inference_steps=0"], "--validation_num_inference_steps: must be at least 1"),
+    (["--lr_warmup_steps=5", "--lr_scheduler=constant"], "--lr_warmup_steps: constant has no warm-up"),
+    (["--cache_dir="], "--cache_dir is empty (a variable that is not set?); give it a value, or drop it"),
+    (["--huber_c=0.1", "--loss_type=l2"], "--huber_c: --loss_type=l2 has none; pass --loss_type=huber"),
+    (["--hub_token", "hf_x", "--hub_private_repo"], "--hub_token, --hub_private_repo: nothing is uploaded; add"),
+]
+
+
+@pytest.mark.parametrize(("flags", "sentence"), MISTAKES)
 @pytest.mark.parametrize("name", ALL_SCRIPTS)
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--unknown_flag=1"], "unrecognized arguments: --unknown_flag=1"),
-        (["--train_batch_siz=4"], "unrecognized arguments: --train_batch_siz=4"),
-        (["--train_batch_size=0"], "--train_batch_size: must be at least 1, not 0"),
-        (["--gradient_accumulation_steps=-1"], "--gradient_accumulation_steps: must be at least 1"),
-        (["--max_train_steps=0"], "--max_train_steps: must be at least 1"),
-        (["--max_train_steps=many"], "--max_train_steps: invalid positive whole number value: 'many'"),
-        (["--resolution=0"], "--resolution: must be at least 1"),
-        (["--dataloader_num_workers=-1"], "--dataloader_num_workers: must not be negative"),
-        (["--learning_rate=nan"], "--learning_rate: must be a number that is not negative"),
-        (["--adam_beta1=1.5"], "--adam_beta1: must be at least 0 and less than 1"),
-        (["--proportion_empty_prompts=2"], "--proportion_empty_prompts: must be between 0 and 1"),
-        (["--adam_beta2=1"], "--adam_beta2: must be at least 0 and less than 1"),
-        ([f"--seed={2**64}"], "--seed: must be a whole number from 0 to 2^62"),
-        (["--validation_num_inference_steps="], "--validation_num_inference_steps: names no number"),
-        (
-            ["--num_ddim_timesteps=2", "--validation_num_inference_steps=4"],
-            "--validation_num_inference_steps: at most --num_ddim_timesteps=2 steps",
-        ),
-        (["--report_to=tensorboard,none"], "--report_to=tensorboard,none: none and all stand alone"),
-        (["--lr_scheduler=polynomial", "--learning_rate=1e-8"], "--lr_scheduler=polynomial falls to 1e-7"),
-        (["--huber_c=0"], "--huber_c: must be a positive number"),
-        (["--lr_scheduler=magic"], "--lr_scheduler: invalid choice: 'magic'"),
-        (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
-        (["--report_to=nothing"], "--report_to=nothing: no such tracker"),
-        (["--report_to=wandb"], "--report_to=wandb: wandb is not installed"),
-        (["--push_to_hub"], "--push_to_hub: not logged in to the hub"),
-        (["--validation_prompts=@missing.txt"], "--validation_prompts=@missing.txt cannot be read"),
-        (["--validation_num_inference_steps=0"], "--validation_num_inference_steps: must be at least 1"),
-        (["--lr_warmup_steps=5", "--lr_scheduler=constant"], "--lr_warmup_steps: constant has no warm-up"),
-        (["--cache_dir="], "--cache_dir is empty (a variable that is not set?); give it a value, or drop it"),
-        (["--huber_c=0.1", "--loss_type=l2"], "--huber_c: --loss_type=l2 has none; pass --loss_type=huber"),
-        (["--hub_token", "hf_x", "--hub_private_repo"], "--hub_token, --hub_private_repo: nothing is uploaded; add"),
-    ],
-)
 def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr(flags_module, "get_token", lambda: None)
-    with pytest.raises(SystemExit) as stopped:
-        script(name).parse_args(REQUIRED_BY.get(name, REQUIRED) + flags)
-    out, err = capsys.readouterr()
-    if name == "train_direct_distill" and flags[0].split("=")[0] in NOT_OF_DIRECT:
+    required = REQUIRED_BY.get(name, REQUIRED)
+    if flags == ["--huber_c=0"] and name == "train_cm_ct_unconditional":
+        assert script(name).parse_args(required + flags).huber_c == 0  # a value there
+        return
+    if any(flag[2:].split("=")[0] not in vars(script(name).parse_args(required)) for flag in flags if "--" in flag):
         sentence = "unrecognized arguments"
+    with pytest.raises(SystemExit) as stopped:
+        script(name).parse_args(required + flags)
+    out, err = capsys.readouterr()
     assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1 and not out
 
 
 @pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_an_average_that_never_moves_and_adapters_that_never_answer_are_refused(name, capsys):
-    mistakes = ["--ema_decay=1"] if "lora" not in name else []
+    mistakes = ["--ema_decay=1"] if "lora" not in name and "ct" not in name else []
     mistakes += ["--lora_dropout=1"] if "lora" in name or "direct" in name else []
     for flag in mistakes:
         with pytest.raises(SystemExit):
