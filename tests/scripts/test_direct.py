@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 ROOT = Path(direct.__file__).parent
 NUM_PAIRS, TEACHER_STEPS = 24, 8
 QUICK = {
-    "vae_steps": 150, "unet_steps": 150, "unet_channels": (16, 32), "unet_batch_size": 32, "unet_learning_rate": 4e-3,
+    "vae_steps": 150, "unet_steps": 300, "unet_channels": (16, 32), "unet_batch_size": 32, "unet_learning_rate": 4e-3,
 }  # fmt: skip
 
 
