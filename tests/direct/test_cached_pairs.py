@@ -26,8 +26,7 @@ from tests.scripts.test_direct import (
 )
 from tests.scripts.test_stable_diffusion import scalars
 from tests.tools import test_encode_pairs
-from tests.tools.test_encode_pairs import sentence
-from tests.tools.test_encode_shards import array, other_vae, read_tar, rewritten
+from tests.tools.test_encode_shards import array, one_sentence, other_vae, read_tar, rewritten
 
 import numpy as np
 import pytest
@@ -176,11 +175,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_other_pairs_are_refused(
     words = flags(tmp_path / "b", **options | {"max_train_steps": 5}, resume_from_checkpoint="latest")
     shutil.rmtree(folder)
     ask(source, folder, direct_teacher(), **latents_in_bf16)
-    assert "was trained on other pairs than --pairs_dir" in sentence(capsys, run, words)
+    assert "was trained on other pairs than --pairs_dir" in one_sentence(capsys, run, words)
     shutil.rmtree(folder)
     other = edited(source, tmp_path / "other", lambda samples: samples["000000009"].update(json=b'{"seed": 5}'))
     ask(other, folder, direct_teacher())
-    assert "was trained on other pairs than --pairs_dir" in sentence(capsys, run, words)
+    assert "was trained on other pairs than --pairs_dir" in one_sentence(capsys, run, words)
 
 
 def test_dry_run_loads_and_writes_nothing(tmp_path, flags, cached, capsys, monkeypatch):
@@ -245,7 +244,7 @@ def test_images_that_are_no_pairs_are_refused(
     ask(folder, tmp_path / "out", direct_teacher(), **options)
     words = flags(tmp_path / "run", pairs_dir=tmp_path / "out")
     monkeypatch.setattr(pipelines, "load_pipeline", None)
-    said = sentence(capsys, run, words)
+    said = one_sentence(capsys, run, words)
     assert f"--pairs_dir={tmp_path}/out" in said and expected in said
 
 
@@ -253,7 +252,7 @@ def test_a_key_that_comes_twice_is_refused(tmp_path, flags, source, direct_teach
     members = [(f"{k}.{e}", c) for k, raw in read_tar(source / "00001.tar").items() for e, c in raw.items()]
     write_tar(tmp_path / "00001.tar", members * 2)
     ask(tmp_path / "00001.tar", tmp_path / "out", direct_teacher())
-    said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=tmp_path / "out"))
+    said = one_sentence(capsys, run, flags(tmp_path / "run", pairs_dir=tmp_path / "out"))
     assert "00001.tar has two samples called 000000008; give each image of a shard a name of its own" in said
 
 
@@ -372,7 +371,7 @@ def test_shards_that_do_not_fit_are_refused_before_any_weight(
     words = flags(tmp_path / "run", pairs_dir=folder)
     change(folder)
     monkeypatch.setattr(pipelines, "load_pipeline", None)
-    said = sentence(capsys, run, words)
+    said = one_sentence(capsys, run, words)
     assert "--pairs_dir" in said and "--train_shards_path_or_url" not in said and expected in said
 
 
@@ -386,7 +385,7 @@ def test_names_that_mean_no_pairs_are_refused(tmp_path, flags, cached, source, c
         f"pipe:cat {cached}/{{00000..00002}}.tar": "pairs are read in any order; copy the shards to a disk",
         "https://host/{00000..00002}.tar": "pairs are read in any order; copy the shards to a disk",
     }.items():
-        said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=spec))
+        said = one_sentence(capsys, run, flags(tmp_path / "run", pairs_dir=spec))
         assert f"--pairs_dir={spec}" in said and expected in said
 
 
@@ -394,7 +393,7 @@ def test_names_that_mean_no_pairs_are_refused(tmp_path, flags, cached, source, c
 def test_a_teacher_with_another_kind_of_vae_is_refused(tmp_path, flags, cached, direct_teacher, capsys, config):
     teacher = Path(shutil.copytree(direct_teacher(), tmp_path / "teacher"))
     edit_json(teacher / "vae" / "config.json", **config) if config else shutil.rmtree(teacher / "vae")
-    said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=cached, pretrained_teacher_model=teacher))
+    said = one_sentence(capsys, run, flags(tmp_path / "run", pairs_dir=cached, pretrained_teacher_model=teacher))
     what = (
         " is AutoencoderDC; make pairs with generate_pairs"
         if config
@@ -413,7 +412,7 @@ def test_another_encoder_is_refused_before_the_rest_is_loaded(
     (teacher / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
     words = flags(tmp_path / "run", pairs_dir=cached, pretrained_teacher_model=teacher, **options)
     monkeypatch.setattr("common.direct.pipelines.check_pipeline", lambda *args, **options: None)
-    said = sentence(capsys, run, words)
+    said = one_sentence(capsys, run, words)
     assert (
         f"--pairs_dir={cached}: the VAE of " in said and "this run's VAE has other weights; encode the images" in said
     )
@@ -428,7 +427,7 @@ def test_wrong_seeds_are_refused(tmp_path, flags, source, direct_teacher, capsys
     for name in ("00000.tar", "00001.tar", "00002.tar"):
         folder = edited(folder, tmp_path / f"in_{name}", shift, name)
     ask(folder, tmp_path / "out", direct_teacher())
-    said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=tmp_path / "out"))
+    said = one_sentence(capsys, run, flags(tmp_path / "run", pairs_dir=tmp_path / "out"))
     assert "--pairs_dir, --dataset_metadata_path: seeds and results do not belong together" in said
 
 
@@ -444,7 +443,7 @@ def test_a_pipeline_that_decodes_something_else_is_refused(tmp_path, flags, cach
         return pipeline
 
     monkeypatch.setattr(pipelines, "load_pipeline", load_wrong)
-    said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=cached))
+    said = one_sentence(capsys, run, flags(tmp_path / "run", pairs_dir=cached))
     assert f"--pairs_dir={cached}: StableDiffusionPipeline cannot be given images instead of latents" in said
 
 
@@ -464,7 +463,7 @@ def test_a_vae_that_overflows_in_float16_encodes_in_float32(direct_teacher):
 def test_a_mean_that_cannot_be_read_ends_the_run_in_a_sentence(tmp_path, flags, cached, capsys):
     folder = Path(shutil.copytree(cached, tmp_path / "cached"))
     in_bytes(b"'<f2', 'fortran_order': False", b"'|O2', 'fortran_order': False")(folder)
-    said = sentence(capsys, run, flags(tmp_path / "run", pairs_dir=folder))
+    said = one_sentence(capsys, run, flags(tmp_path / "run", pairs_dir=folder))
     assert "--pairs_dir: pair 8 in " in said and "delete it and repeat encode_shards" in said
 
 
