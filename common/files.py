@@ -48,20 +48,25 @@ def sync(path):
         os.close(descriptor)
 
 
-def check_settings(path, settings, what, free=()):
-    """UserError unless the folder of `path` is new or empty, or `path` there holds these settings, or more.
-
-    what: of the folder, in words. free: names that may differ. Returns the file's bytes, or None where there is none.
-    """
-    path = Path(path)
+def check_place(path):
+    """UserError unless the folder of `path` is new or empty, or holds `path`."""
     flag = f"`output_dir`={path.parent}"
     if path.parent.exists() and not path.parent.is_dir():
         raise UserError(f"{flag} is a file; name a folder")
+    there = path.is_file() or all(name.endswith(".tmp") for name in lock.contents(path.parent))
+    if not there and not path.is_file():  # nor has another task written it in between
+        raise UserError(f"{flag} holds other files and no {path.name}; name an empty or new folder")
+
+
+def check_settings(path, settings, what, free=()):
+    """`check_place`, and UserError unless `path` there holds these settings, or more.
+
+    what: of the folder, in words. free: names that may differ. Returns the file's bytes, or None where there is none.
+    """
+    check_place(path)
     if not path.is_file():
-        if any(not name.endswith(".tmp") for name in lock.contents(path.parent)) and not path.is_file():
-            raise UserError(f"{flag} holds other files and no {path.name}; name an empty or new folder")
-        if not path.is_file():  # nor has another task written it in between
-            return None
+        return None
+    flag = f"`output_dir`={path.parent}"
     with blame(f"{flag}: its {path.name} cannot be read", OSError, ValueError, TypeError, way_out="name a new folder"):
         text = path.read_bytes()
         there = dict(json.loads(text))
@@ -80,7 +85,6 @@ def write_settings(path, settings, what, free=()):
 
     Returns the file's bytes, equal for all tasks. The first that comes writes it. UserError as of `check_settings`.
     """
-    path = Path(path)
     if check_settings(path, settings, what, free) is None:
         text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         try:

@@ -10,14 +10,13 @@ import hashlib
 import io
 import json
 import math
-import os
 import tarfile
 from pathlib import Path
 
-from common import lock
 from common.data.cached_latents import manifest_digest
 from common.direct.probes import noise_sha256
 from common.errors import UserError, blame
+from common.files import check_place, whole
 from common.keyed_random import keyed_seed
 
 import torch
@@ -56,12 +55,7 @@ def recorded(scheduler):
 
 def check_folder(folder):
     """UserError for a folder that no pairs can be written to, since it is a file or holds others; needs no teacher."""
-    folder, flag = Path(folder), f"`output_dir`={folder}"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} is a file; name a folder")
-    is_new = folder.is_dir() and not (folder / CONFIG).exists()
-    if is_new and any(not name.endswith(".tmp") for name in lock.contents(folder)):
-        raise UserError(f"{flag} holds other files and no {CONFIG}; name an empty or new folder")
+    check_place(Path(folder, CONFIG))
 
 
 def write_config(folder, config, free=("versions",)):
@@ -84,9 +78,8 @@ def write_config(folder, config, free=("versions",)):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / f"{CONFIG}.{os.getpid()}.tmp"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.rename(folder / CONFIG)
+        with whole(folder / CONFIG) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
 
@@ -97,18 +90,8 @@ def write_shard(path, pairs):
     pairs: (index, prompt, seed, latents of one sample, uint8 image (H, W, 3) or None, (height, width) in pixels where
     the sample's call is to say it, else None).
     """
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        _write_tar(unfinished, pairs)
-        unfinished.rename(path)
-    except BaseException:  # an interrupt too
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def _write_tar(path, pairs):
-    with open(path, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with whole(path) as unfinished:
+        with tarfile.open(unfinished, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for index, prompt, seed, latents, image, size in pairs:
                 record = {"index": index, "prompt": prompt, "seed": seed} | ({"size": size} if size else {})
                 record["noise_sha256"] = noise_sha256(seed, latents.numel())
@@ -122,14 +105,12 @@ def _write_tar(path, pairs):
                     member = tarfile.TarInfo(f"{index:09d}.{extension}")  # owner 0, time 0
                     member.size = len(payload)
                     tar.addfile(member, io.BytesIO(payload))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def report(who, own, config, folder):
     """The last line of a tool: what its process has done, `own` shards, and how much of the whole is there by now."""
-    whole, missing = missing_shards(folder, config)
-    there = f"{len(whole) - len(missing)} of {len(whole)} shards are in {folder}"
+    wanted, missing = missing_shards(folder, config)
+    there = f"{len(wanted) - len(missing)} of {len(wanted)} shards are in {folder}"
     done = f"{len(own)} of its {len(own)} shards are done; {there}"
     print(f"{who}: {done}", flush=True)
 
