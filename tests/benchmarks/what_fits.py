@@ -172,7 +172,7 @@ def direct_rows(kind):
             (direct.pipelines, "load_pipeline", lambda name, dtype, scheduler, **_: load(teacher, dtype, scheduler)),
             (direct, "read_data", lambda args: setattr(args, "num_held_out", 1) or setattr(
                 args, "num_inference_steps", 4) or Pairs(teacher.latents)),
-            (direct.cached_pairs, "check_vae", lambda *_, **__: None),
+            (direct.sources, "check_vae", lambda *_, **__: None),
         ):  # fmt: skip
             stack.enter_context(unittest.mock.patch.object(owner, name, value))
         words = ["--pretrained_teacher_model=teacher", "--pairs_dir=pairs", "--output_dir=no_such_folder", "--seed=1"]
