@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 METHODS = {"lcm": "LCM", "lcm_lora": "LCM LoRA", "tscd": "TSCD", "tscd_lora": "TSCD LoRA", "direct": "direct"}
 SHOWN = {"teacher": (50, 4, 1), "student": (4, 2, 1)}
-COLOURS = ["#444444", "#d1495b", "#edae49", "#00798c", "#7b4b94"]
+COLOURS = ["#444444", "#d1495b", "#edae49", "#00798c", "#66a182", "#7b4b94"]
 SCALE, GAP, LEFT = 3, 4, 170
 
 
