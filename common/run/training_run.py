@@ -129,7 +129,7 @@ class TrainingRun:
         if num_samples is not None:
             derived["samples per epoch"] = str(num_samples)
             derived["updates per epoch"] = f"{num_samples / self.total_batch_size:.1f}"
-            derived["epochs"] = f"{updates * self.total_batch_size / num_samples:.2f}"
+            derived["epochs"] = f"{updates * self.total_batch_size / num_samples:.2f}" if num_samples else "none"
         elif self.args.dry_run:
             derived["samples per epoch"] = "not counted: the shards are not local"
         return derived

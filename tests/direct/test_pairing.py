@@ -2,7 +2,7 @@
 
 import functools
 
-from common.direct import pairing, pipelines, probes
+from common.direct import pairing, pipelines, probes, sources
 from common.direct.student import student_kwargs
 from common.errors import UserError
 from common.tools import generate_pairs
@@ -46,7 +46,7 @@ def guide(direct_teacher, prompts_file):
     with torch.no_grad():
         images = stock.image_processor.postprocess(stock.vae.decode(latents / stock.vae.config.scaling_factor).sample)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
-    return {"latents": (prompts, latents), "png": (prompts, pipelines.encode(stock, pixels))}
+    return {"latents": (prompts, latents), "png": (prompts, sources.encode_images(stock, pixels))}
 
 
 @pytest.fixture(scope="module")

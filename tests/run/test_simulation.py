@@ -35,6 +35,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 GIB = 2**30
 
@@ -291,7 +292,9 @@ def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):  # noqa
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys):  # noqa: F811
+def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys, monkeypatch):  # noqa: F811
+    shown = {"disable": False, "mininterval": 0}  # as on a terminal
+    monkeypatch.setattr(simulation, "tqdm", lambda **options: tqdm(**options | shown))
     result = simulate(flags(tmp_path / "out", dry_run=True), report=True)
     assert "simulating: update 2 of 2, backward" in capsys.readouterr().err
     assert result.card == 12 and result._replace(peak=30 * GIB).card == 40

@@ -121,7 +121,7 @@ def test_the_limit_is_of_updates_in_a_row(tmp_path):
         update(factor)
     assert guard.count() == 4
     update(NAN)
-    with pytest.raises(UserError, match="max_nonfinite_steps=3: .* in 3 updates in a row.* step 6 .*samples key nan"):
+    with pytest.raises(UserError, match="max_nonfinite_steps`=3: .* in 3 updates in a row.* step 6 .*samples key nan"):
         guard.count()
 
 

@@ -539,7 +539,7 @@ DIRECT |= spoiled(
         "pairs of no samples a shard": (edit(PAIRS, samples_per_shard=0), f"its {PAIRS} cannot be read"),
         "pairs of another format": (edit(PAIRS, format=9), "its format is 9"),
         "pairs of another pipeline": (edit(PAIRS, pipeline="FluxPipeline"), "a FluxPipeline made these pairs"),
-        "pairs without a shard": (remove(SHARD), "holds 2 of 3 shards; repeat the generate_pairs command"),
+        "pairs without a shard": (remove(SHARD), "holds 2 of 3 shards; repeat the command that began it"),
         "pairs with half a shard": (cut_short(SHARD), "00001.tar is damaged"),
         "pairs with a shard of something else": (write(SHARD, b"text" * 999), "00001.tar is damaged"),
         "pairs whose shards are swapped": (

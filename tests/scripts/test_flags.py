@@ -319,8 +319,9 @@ def test_an_interrupt_ends_in_one_sentence(capsys):
     def main(args):
         raise KeyboardInterrupt
 
+    args = script(SCRIPTS[0]).parse_args(REQUIRED)
     with pytest.raises(SystemExit) as stopped:
-        main(None)
+        main(args)
     assert stopped.value.code == 130 and "--resume_from_checkpoint=latest" in capsys.readouterr().err
 
 

@@ -47,7 +47,7 @@ def test_no_line_of_ours_unpickles_evaluates_or_opens_a_shell():
                 shells.append((path.name, ast.unparse(node)))
     assert loads and set(loads) == {"True"}
     # the pipe: that the user typed, and the demo and the evaluation that start scripts by a list of words
-    assert {name for name, text in shells if "bash" in text or "arguments" in text} <= {"shards.py"}, shells
+    assert {name for name, text in shells if "bash" in text or "arguments" in text} <= {"transfers.py"}, shells
 
 
 class Evil:
