@@ -4,6 +4,7 @@ Both read the same generated 640 x 480 JPEG shards, decode, bring the shorter si
 to uint8 batches. webdataset resizes with Pillow's bilinear filter and shuffles over the same number of samples. Where
 the source is at least twice the resolution, the stream decodes it at half its size, webdataset in full. The two take
 turns, so that what else the machine does hits both. Prints the medians and the ratio, then one line of JSON.
+With --remote MB/s the shards come from a throttled server: see `remote.py` beside this file.
 """
 
 import argparse
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import flags  # noqa: E402
 from common.data.images import decode_image_text  # noqa: E402
 from common.data.stream import TrainingData  # noqa: E402
+from tests.benchmarks import remote  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -106,7 +108,12 @@ def main():
     add("--batch_size", type=flags.positive_int, default=16)
     add("--rounds", type=flags.positive_int, default=9)
     add("--batches", type=flags.positive_int, default=32, help="per round and stream; 32 x 16 are two shuffle blocks")
+    add("--remote", type=flags.positive_float, help="MB/s of each connection to a server of shards, with 4 processes")
+    add("--seconds", type=flags.positive_int, default=60, help="of each side and round, with --remote")
     args = parser.parse_args()
+    if args.remote:
+        remote.main(args.remote, args.seconds, args.rounds, natural_image, pillow_decode)
+        return
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

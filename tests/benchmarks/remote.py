@@ -1,0 +1,149 @@
+"""The training stream against webdataset on shards of a slow server: `python tests/benchmarks/data.py --remote 3`.
+
+A server on loopback gives so many MB/s to each connection. Both read the same 16 shards of 24 MB with 4 loader
+processes, into batches of 16 at 256 px, for a consumer that takes 0.1 s a batch; webdataset shuffles over 1,000
+samples. Then the stream reads local files and its cache, as fast as it can. The sides take turns.
+"""
+
+import contextlib
+import http.server
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from common.data.images import decode_image_text
+from common.data.stream import TrainingData
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch.utils.data import DataLoader
+
+SHARDS, SAMPLES, IMAGES, BATCH, WORKERS, PAUSE = 16, 400, 64, 16, 4, 0.1
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    rate = 0.0
+
+    def copyfile(self, source, output):
+        start, sent = time.monotonic(), 0
+        with contextlib.suppress(OSError):
+            while chunk := source.read(1 << 16):
+                output.write(chunk)
+                sent += len(chunk)
+                time.sleep(max(0.0, sent / self.rate - (time.monotonic() - start)))
+
+    def log_message(self, *args):
+        pass
+
+
+def serve(folder, rate, port):
+    os.chdir(folder)
+    Handler.rate = rate
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    port.value = server.server_port
+    server.serve_forever()
+
+
+def write_shards(folder, natural_image):
+    rng, images, paths = np.random.default_rng(0), [], []
+    for _ in range(IMAGES):
+        buffer = io.BytesIO()
+        natural_image(rng, 480, 640).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    for shard in range(SHARDS):
+        paths.append(folder / f"{shard:05d}.tar")
+        with tarfile.open(paths[-1], "w") as tar:
+            for number in range(SAMPLES):
+                for extension, content in (("jpg", images[number % IMAGES]), ("txt", b"a photograph of something")):
+                    info = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return paths
+
+
+def ours(shards, **options):
+    decode = partial(decode_image_text, resolution=256)
+    options = {"report": lambda line: None, "batch_size": BATCH, "seed": 0, "num_workers": WORKERS} | options
+    return iter(TrainingData(list(map(str, shards)), decode, **options))
+
+
+def collate(samples):
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {name: torch.stack(column) if torch.is_tensor(column[0]) else column for name, column in columns.items()}
+
+
+def theirs(shards, decode):
+    dataset = wds.WebDataset(shards, shardshuffle=len(shards), empty_check=False).repeat().shuffle(1000)
+    decoded = dataset.map(partial(decode, rng=random.Random(0), resolution=256))
+    return iter(DataLoader(decoded, batch_size=BATCH, num_workers=WORKERS, collate_fn=collate))
+
+
+def measure(make, seconds, pause=PAUSE):
+    """[seconds to the first batch, samples/s after it, share of the time spent waiting, longest wait]"""
+    start = time.monotonic()
+    batches = make()
+    next(batches)
+    first, waits, longest, count = time.monotonic() - start, 0.0, 0.0, 0
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        time.sleep(pause)
+        asked = time.monotonic()
+        count += len(next(batches)["captions"])
+        wait = time.monotonic() - asked
+        waits, longest = waits + wait, max(longest, wait)
+    passed = time.monotonic() - begun
+    del batches
+    return [first, count / passed, waits / passed, longest]
+
+
+def main(rate, seconds, rounds, natural_image, pillow_decode):
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        local = write_shards(Path(folder), natural_image)
+        port = multiprocessing.Value("i", 0)
+        server = multiprocessing.Process(target=serve, args=(folder, rate * 1e6, port), daemon=True)
+        server.start()
+        while not port.value:
+            time.sleep(0.01)
+        remote = [f"http://127.0.0.1:{port.value}/{path.name}" for path in local]
+        cache = Path(folder, "cache")
+        cached = partial(ours, remote, shard_cache_dir=cache)
+        sides = {
+            "stream": lambda: measure(partial(ours, remote), seconds),
+            "webdataset": lambda: measure(partial(theirs, remote, pillow_decode), seconds),
+            "stream, into a cache": lambda: measure(cached, seconds),
+        }
+        for _ in range(rounds):
+            for name, side in sides.items():
+                results.setdefault(name, []).append(side())
+                if name != "stream, into a cache":
+                    continue
+                shutil.rmtree(cache)
+        batches = cached()
+        while next(batches) and len(list(cache.glob("*.tar"))) < SHARDS:
+            pass
+        del batches
+        for _ in range(rounds):
+            for name, side in {"local files": partial(ours, local), "cache": cached}.items():
+                results.setdefault(name, []).append(measure(side, seconds, 0.0))
+        server.terminate()
+        server.join()
+    print(f"{rate:g} MB/s a connection, {rounds} round(s) of {seconds} s; medians")
+    print("| | first batch | samples/s after it | time spent waiting | longest wait |\n|---|---|---|---|---|")
+    medians = {name: [statistics.median(row) for row in zip(*rows, strict=True)] for name, rows in results.items()}
+    for name, (first, speed, waiting, longest) in medians.items():
+        print(f"| {name} | {first:.1f} s | {speed:.0f} | {waiting:.0%} | {longest:.1f} s |")
+    ratio = medians["stream"][1] / medians["webdataset"][1]
+    of_cache = statistics.median(c[1] / f[1] for c, f in zip(results["cache"], results["local files"], strict=True))
+    print(f"stream / webdataset {ratio:.2f}, cache / local files {of_cache:.2f}")
+    print(json.dumps({"benchmark": "remote data", "rate": rate, "results": results}))
