@@ -24,6 +24,7 @@ import json
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -50,6 +51,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 SKIP_WINDOW, SKIP_WINDOW_MIN = 10_000, 1_000  # samples over which max_skip_ratio is judged
 POLL_SECONDS = 5  # how often a wait for the workers checks that they live
+END_SECONDS = 3  # for the workers to end by themselves
+MAX_TMPDIR = 75  # characters; a Unix socket in it, of at most 107, is /pymp-????????/listener-????????
 
 
 class TrainingData:
@@ -252,6 +255,11 @@ class TrainingData:
     def __iter__(self) -> Iterator[dict]:
         if self._is_remote:
             self._make_room()
+        if self.num_workers and len(tempfile.gettempdir()) > MAX_TMPDIR:
+            raise UserError(
+                f"TMPDIR={tempfile.gettempdir()} is too long for the sockets of loader processes: set it to a path "
+                f"of at most {MAX_TMPDIR} characters, or pass `dataloader_num_workers`=0"
+            )
         items = _Items(self)
         loader = DataLoader(
             items,
@@ -277,7 +285,7 @@ class TrainingData:
             raise
         finally:
             if self.num_workers:  # not left to the collector: in the traceback of an error it can wait for 10 s
-                iterator._shutdown_workers()
+                _end_workers(iterator)
             elif items.made is not None:
                 items.made.close()
 
@@ -432,6 +440,14 @@ def _no_signal_on_worker_death():
     yield
     if threading.current_thread() is threading.main_thread() and handler is not None:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def _end_workers(iterator):
+    """End a loader's processes; one that still waits for its storage is killed: it would outlive the run's SIGTERM."""
+    kill = threading.Timer(END_SECONDS, lambda: [worker.kill() for worker in iterator._workers])
+    kill.start()
+    iterator._shutdown_workers()
+    kill.cancel()
 
 
 SKIPPED = "skipped_samples.jsonl"  # what its data stream writes

@@ -96,13 +96,15 @@ def server(tmp_path):
 def nothing_is_left(tmp_path, monkeypatch):
     """No thread of a transfer, child or temporary file is there when a test has ended."""
     monkeypatch.setattr(fetch, "BACKOFF", 0.01)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    yield
-    assert not [thread for thread in threading.enumerate() if thread.name == "fetch a shard"]
-    assert not Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.islink(link)]
-    assert not [file for file in files if file.startswith(str(tmp_path / "tmp"))]
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = children.read_text().split()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # tmp_path can be too long for a Unix socket
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+        assert not [thread for thread in threading.enumerate() if thread.name == "fetch a shard"]
+        assert not [child for child in children.read_text().split() if child not in before]
+        files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.islink(link)]
+        assert not [file for file in files if file.startswith(folder)]
 
 
 def read(shard, timeout=5, cache=None):
@@ -257,11 +259,25 @@ def test_all_lanes_begin_at_once_and_fetch_one_shard_ahead_where_there_is_room(t
 
 def test_an_end_in_the_middle_leaves_nothing(tmp_path, server):
     remote = [f"{server.address}/good/{Path(shard).name}" for shard in make_shards(tmp_path, [9] * 16)]
-    remote += [f"pipe:cat {tmp_path}/00000.tar; sleep 60"]
-    for num_workers in (0, 2):
-        batches = iter(make_data(remote, num_workers=num_workers, num_lanes=4))
-        next(batches)
+    for shards in (remote, [f"pipe:cat {tmp_path}/0000{i}.tar; sleep 60" for i in range(4)]):
+        for num_workers in (0, 2):
+            batches = iter(make_data(shards, num_workers=num_workers, num_lanes=4))
+            assert len(list(islice(batches, 6))) == 6  # the loader processes wait for the commands' ends by now
+            started = time.monotonic()
+            batches.close()
+            assert time.monotonic() - started < 8
+
+
+def test_a_tmpdir_that_is_too_long_for_sockets_is_named(tmp_path, monkeypatch):
+    for characters in (75, 76):
+        folder = f"/tmp/{tmp_path.parent.name}".ljust(characters, "x")
+        os.mkdir(folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        batches = iter(make_data(make_shards(tmp_path, [9] * 8), num_workers=1))
+        with pytest.raises(UserError, match="TMPDIR=.*too long") if characters == 76 else contextlib.nullcontext():
+            next(batches)
         batches.close()
+        os.rmdir(folder)
 
 
 def test_remote_shards_give_the_order_of_local_ones_also_resumed(tmp_path, server):
@@ -376,9 +392,10 @@ time.sleep(60)"""
 def test_a_writer_that_gives_up_leaves_its_followers_to_themselves(tmp_path, server, cache):
     whole = Path(make_shards(tmp_path, [9])[0]).read_bytes()
     server.open.clear()
-    shelves = [fetch.Shelf(5, cache=cache) for _ in range(2)]
-    files = [shelf.open(0, f"{server.address}/good/00000.tar") for shelf in shelves]
-    assert files[0].read(9000) == files[1].read(9000)
+    shelves, files = [fetch.Shelf(5, cache=cache) for _ in range(2)], []
+    for shelf in shelves:
+        files.append(shelf.open(0, f"{server.address}/good/00000.tar"))
+        assert files[-1].read(9000) == whole[:9000]  # so that the first one writes
     shelves[0].close()
     server.open.set()
     assert files[1].read() == whole[9000:]
