@@ -349,7 +349,8 @@ def write_card(args, pipeline, data, kwargs, files, run, result):
     model, scheduler = export.model_code(args.output_dir, args.hub_model_id), type(pipeline.scheduler).__name__
     teacher = {"name": args.pretrained_teacher_model, "revision": args.revision, "variant": args.variant}
     size = data.call_kwargs([0]) if len(set(data.sizes)) == 1 else {}
-    snippet = pipelines.student_code(pipeline, model, kwargs | size, files, teacher if args.lora_rank else None)
+    teacher = teacher if args.lora_rank else None
+    snippet = pipelines.student_code(pipeline, model, data.prompts[0], kwargs | size, files, teacher)
     number = result["held_out_pairs"]
     where = f"{number} held-out pairs" if number else "pairs that it was trained on"
     error = f"On {where} its squared error is {result['relative_mse']:.3f} of the variance of the teacher's latents, "

@@ -16,7 +16,7 @@ import functools
 import itertools
 from pathlib import Path
 
-from common import errors, flags
+from common import flags
 from common.data.cached_latents import use_cached
 from common.data.shards import expand_shards
 from common.errors import UserError
@@ -237,7 +237,7 @@ def main(args):
     if not run.stopped:
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
-                write_card(args, config, teacher_options, len(shards), run)
+                write_card(args, config, teacher_options, shards, run)
             images = sample(step=run.global_step)  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, prompts)
@@ -245,21 +245,22 @@ def main(args):
     run.finish()
 
 
-def write_card(args, config, teacher_options, num_shards, run):
+def write_card(args, config, teacher_options, shards, run):
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
+    prompt = export.quoted(run.prompts[0])
     classes = ["LCMScheduler"]
     snippet = f"""
 {export.teacher_code(args.pretrained_teacher_model, config["is_sdxl"], classes, **teacher_options)}
 pipe.scheduler = LCMScheduler.from_pretrained({model}, subfolder="scheduler")
 pipe.load_lora_weights({model}, weight_name="{lora.WEIGHTS}")
-image = pipe("a prompt", num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1{size}).images[0]
+image = pipe({prompt}, num_inference_steps={min(4, args.num_ddim_timesteps)}, guidance_scale=1{size}).images[0]
 """
     export.write_model_card(
         args.output_dir,
         method="An LCM-LoRA (arXiv 2311.05556): with it, the base model samples in 1 to 8 steps with LCMScheduler.",
         teacher=args.pretrained_teacher_model,
-        data=f"`{errors.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        data=export.shards_text(args.train_shards_path_or_url, shards),
         command=flags.command_line(),
         snippet=snippet,
         notes=[

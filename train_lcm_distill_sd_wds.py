@@ -16,7 +16,7 @@ import copy
 import functools
 import itertools
 
-from common import errors, flags
+from common import flags
 from common.data.cached_latents import use_cached
 from common.data.shards import expand_shards
 from common.ema import ema_update
@@ -247,7 +247,7 @@ def main(args):
             if is_main:
                 pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
-                write_card(args, config, len(shards), run)
+                write_card(args, config, shards, run)
             images = sample(step=run.global_step)  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, prompts)
@@ -255,19 +255,20 @@ def main(args):
     run.finish()
 
 
-def write_card(args, config, num_shards, run):
+def write_card(args, config, shards, run):
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     low, high = args.w_min + 1, args.w_max + 1
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
+    prompt = export.quoted(run.prompts[0])
     steps, scale = min(4, args.num_ddim_timesteps), args.validation_guidance_scale
     snippet = f"""{export.pipeline_code(model)}
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={scale:g}{size}).images[0]
+image = pipe({prompt}, num_inference_steps={steps}, guidance_scale={scale:g}{size}).images[0]
 """
     export.write_model_card(
         args.output_dir,
         method="A latent consistency model (arXiv 2310.04378): it samples in 1 to 8 steps with LCMScheduler.",
         teacher=args.pretrained_teacher_model,
-        data=f"`{errors.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        data=export.shards_text(args.train_shards_path_or_url, shards),
         command=flags.command_line(),
         snippet=snippet,
         notes=[

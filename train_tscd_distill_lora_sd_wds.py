@@ -18,7 +18,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from common import errors, flags, losses
+from common import flags, losses
 from common.data.cached_latents import use_cached
 from common.data.shards import expand_shards
 from common.keyed_random import keyed_generator, keyed_seed
@@ -315,7 +315,7 @@ def main(args):
                 lora.save_lora(folder, unet)
                 sampler.save_pretrained(folder / "scheduler")
                 with samples.going_on(accelerator, run.global_step):
-                    write_card(args, config, teacher_options, stage, folder, len(shards), run)
+                    write_card(args, config, teacher_options, stage, folder, shards, run)
             with samples.going_on(accelerator, run.global_step):
                 grid = sample(stage)  # by every process
                 run.show(grid, labels=prompts, name=f"{stage.name}/sample_grid.png")
@@ -333,7 +333,7 @@ def main(args):
     if not run.stopped:
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
-                write_card(args, config, teacher_options, stage, None, len(shards), run)
+                write_card(args, config, teacher_options, stage, None, shards, run)
             if not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
                 grid = sample(stage)  # by every process
             if is_main:
@@ -343,10 +343,11 @@ def main(args):
     run.finish()
 
 
-def write_card(args, config, teacher_options, stage, stage_folder, num_shards, run):
+def write_card(args, config, teacher_options, stage, stage_folder, shards, run):
     """README.md of the LoRA in --output_dir, or of one stage's in its folder there."""
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
+    prompt = export.quoted(run.prompts[0])
     prefix = f"{stage.name}/" if stage_folder else ""
     weight_name = f"{prefix}{lora.WEIGHTS}"  # not subfolder=: a file of that name above it would be loaded instead
     k, classes = stage.num_segments, ["TCDScheduler"]
@@ -354,14 +355,14 @@ def write_card(args, config, teacher_options, stage, stage_folder, num_shards, r
 {export.teacher_code(args.pretrained_teacher_model, config["is_sdxl"], classes, **teacher_options)}
 pipe.scheduler = TCDScheduler.from_pretrained({model}, subfolder="{prefix}scheduler")
 pipe.load_lora_weights({model}, weight_name="{weight_name}")
-image = pipe("a prompt", num_inference_steps={k}, guidance_scale=1, eta=0.0{size}).images[0]
+image = pipe({prompt}, num_inference_steps={k}, guidance_scale=1, eta=0.0{size}).images[0]
 """
     folder = stage_folder or args.output_dir
     export.write_model_card(
         folder,
         method=f"A LoRA that samples in {k} step(s), by trajectory segmented consistency distillation (2404.13686).",
         teacher=args.pretrained_teacher_model,
-        data=f"`{errors.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        data=export.shards_text(args.train_shards_path_or_url, shards),
         command=flags.command_line(),
         snippet=snippet,
         notes=[

@@ -18,7 +18,7 @@ import copy
 import itertools
 from pathlib import Path
 
-from common import errors, flags, losses
+from common import flags, losses
 from common.data.cached_latents import use_cached
 from common.data.shards import expand_shards
 from common.ema import ema_update
@@ -309,7 +309,7 @@ def main(args):
             if is_main:
                 export.save_parts(folder, unet=shown["student"], scheduler=sampler)
                 with samples.going_on(accelerator, run.global_step):
-                    write_card(args, config, teacher_options, stage, folder, len(shards), run)
+                    write_card(args, config, teacher_options, stage, folder, shards, run)
             with samples.going_on(accelerator, run.global_step):
                 grid = sample(stage)  # by every process
                 run.show(grid, labels=prompts, name=f"{stage.name}/sample_grid.png")
@@ -329,7 +329,7 @@ def main(args):
             if is_main:
                 pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
-                write_card(args, config, teacher_options, stage, None, len(shards), run)
+                write_card(args, config, teacher_options, stage, None, shards, run)
             if not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
                 grid = sample(stage)  # by every process
             if is_main:
@@ -339,7 +339,7 @@ def main(args):
     run.finish()
 
 
-def write_card(args, config, teacher_options, stage, stage_folder, num_shards, run):
+def write_card(args, config, teacher_options, stage, stage_folder, shards, run):
     """README.md of the pipeline in --output_dir, or of one stage's U-Net in its folder there."""
     w = f"from {args.w_min:g} to {args.w_max:g}" if args.w_min < args.w_max else f"fixed at {args.w_min:g}"
     guidance, scale = "Guidance is baked in: pass `guidance_scale=1`; the pipeline's default would guide twice.", 1.0
@@ -347,6 +347,7 @@ def write_card(args, config, teacher_options, stage, stage_folder, num_shards, r
         guidance = f"`guidance_scale` is w + 1: {args.w_min + 1:g} to {args.w_max + 1:g}, an input of the network."
         scale = (args.w_min + args.w_max) / 2 + 1.0
     model, size = export.model_code(args.output_dir, args.hub_model_id), export.size_code(config, args.resolution)
+    prompt = export.quoted(run.prompts[0])
     k, load = stage.num_segments, export.pipeline_code(model)
     if stage_folder:
         load = export.stage_code(
@@ -357,13 +358,13 @@ def write_card(args, config, teacher_options, stage, stage_folder, num_shards, r
             **teacher_options,
         )
     snippet = f"""{load}
-image = pipe("a prompt", num_inference_steps={k}, guidance_scale={scale:g}, eta=0.0{size}).images[0]
+image = pipe({prompt}, num_inference_steps={k}, guidance_scale={scale:g}, eta=0.0{size}).images[0]
 """
     export.write_model_card(
         stage_folder or args.output_dir,
         method=f"It samples in {k} step(s), by trajectory segmented consistency distillation (2404.13686).",
         teacher=args.pretrained_teacher_model,
-        data=f"`{errors.mask_credentials(args.train_shards_path_or_url)}` ({num_shards} shards)",
+        data=export.shards_text(args.train_shards_path_or_url, shards),
         command=flags.command_line(),
         snippet=snippet,
         notes=[

@@ -150,10 +150,10 @@ def record(output_dir, step, rows, checkpoint=None, metric="frechet_distance"):
 
 
 def describe_best(output_dir):
-    """The best evaluation of a run in words, None where nothing was measured."""
+    """The best evaluation of a run in words."""
     path = Path(output_dir, BEST)
     if not path.is_file():
-        return None
+        return "not measured: `eval_steps` and `feature_network` do that while it trains"
     best = json.loads(path.read_text())
     what = f"{best['metric'].replace('_', ' ')} {best[best['metric']]:.4g}" if best[best["metric"]] else "not finite"
     return f"{what} with {best['num_inference_steps']} steps, the best, at update {best['step']}; all in {METRICS}"

@@ -302,8 +302,8 @@ def save_denoisers(output_dir, pipeline):
     return list(denoisers(pipeline))
 
 
-def student_code(pipeline, model, kwargs, files=(), teacher=None):
-    """Python that makes images with a student, for its card.
+def student_code(pipeline, model, prompt, kwargs, files=(), teacher=None):
+    """Python that makes images of a prompt with a student, for its card.
 
     model: where it is, as from `export.model_code`; kwargs: of the call. A LoRA needs teacher too, the arguments of
     `export.load_code` that name it, and files, what `save_lora` has written.
@@ -326,7 +326,7 @@ def student_code(pipeline, model, kwargs, files=(), teacher=None):
         if file in files:
             more = "".join(f", {name}={value}" for name, value in extra.items())
             lines.append(f'pipe.load_lora_weights({model}, weight_name="{file}"{more})')
-    return "\n".join([*lines, f'images = pipe("a prompt", {public_kwargs(kwargs)})[0]'])
+    return "\n".join([*lines, f"images = pipe({export.quoted(prompt)}, {public_kwargs(kwargs)})[0]"])
 
 
 def public_kwargs(kwargs):

@@ -7,7 +7,7 @@ import platform
 import traceback
 from pathlib import Path
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, mask_credentials
 from common.networks import teachers
 from common.results.samples import image_grid
 
@@ -143,6 +143,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({model}, dtype=torch.float16).to("cuda")"""
+
+
+def shards_text(name, shards):
+    """The training data in a card's words: what was named, and of how many tars where there are several."""
+    return f"`{mask_credentials(name)}`" + (f" ({len(shards)} shards)" if len(shards) > 1 else "")
 
 
 def size_code(config, resolution):

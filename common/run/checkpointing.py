@@ -190,7 +190,8 @@ def find_checkpoint(output_dir, resume_from_checkpoint, report=print):
                 return checkpoint
             report(f"{checkpoint} is passed over: {problem}")
         _check_no_result(output_dir)
-        report(f"no complete checkpoint under {output_dir}: the run starts anew")
+        if lock.contents(output_dir):
+            report(f"no complete checkpoint under {output_dir}: the run starts anew")
         return None
     flag = f"`resume_from_checkpoint`={resume_from_checkpoint}"
     for candidate in (Path(output_dir, resume_from_checkpoint), Path(resume_from_checkpoint)):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from common.flags import ArgumentParser, spelled
+from common.networks import lora
 
 import torch
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from tqdm import tqdm
 WIDTH = 119
 ENTRIES = 100  # lines of a whole run in a log file, and one more after each SILENCE seconds
 SILENCE = 600
+MEASURED_WITH = {"num_inference_steps", "guidance_scale", "eta", "height", "width"}  # what `evaluate` can pass on
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -130,13 +132,14 @@ class Progress:
         """Say where the result is, how to use it and how good it is. quality: in words, where the script knows it."""
         self.bar.close()
         took, loss = _duration(time.monotonic() - self.started), self.values.get("loss")
-        done = f"{self.step - self.start} updates in {took}" + (f", loss {loss:.4g}" if loss is not None else "")
+        done = f"{self.step - self.start} updates" + (f" ({self.step} in all)" if self.start else "") + f" in {took}"
+        done += f", loss {loss:.4g}" if loss is not None else ""
         if "samples_read" in self.values:
             done += "; samples: {samples_read} read, {samples_skipped} skipped".format_map(self.values)
             done += " (skipped_samples.jsonl)" if self.values["samples_skipped"] else ""
         lines = {"done": done, "result": f"{args.output_dir}: README.md says how to use it, sample_grid.png shows it"}
         if quality:
-            lines["quality"] = quality
+            lines["quality"] = spelled(quality)
         if code := card_code(args.output_dir):
             lines |= {"sample": sample_command(code), "measure": evaluate_command(args, code)}
         print("\n".join(f"{name:<8} {line}" for name, line in lines.items() if line), flush=True)
@@ -164,16 +167,22 @@ def sample_command(code):
 
 
 def evaluate_command(args, code):
-    """What measures the result of a Stable Diffusion script, called as in a card's code, against its training images;
-    None for other scripts."""
-    if not hasattr(args, "validation_prompts"):
+    """What measures the result, called as in a card's code: against training images, or else by its prompts alone;
+    None where `evaluate` cannot call it so."""
+    call = next(node for node in ast.walk(ast.parse(code).body[-1]) if getattr(node, "keywords", None))
+    called = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    if not MEASURED_WITH >= called.keys():
         return None
     given = {"pretrained_model": args.output_dir}
     if not Path(args.output_dir, "model_index.json").is_file():
+        if not Path(args.output_dir, lora.WEIGHTS).is_file():
+            return None
         given = {"pretrained_model": args.pretrained_teacher_model, "lora": args.output_dir}
-    given |= dict(re.findall(r"(num_inference_steps|guidance_scale)=([\d.]+)", code))
-    given |= {"prompts": "@prompts.txt", "feature_network": "facebook/dinov2-large"}
-    given |= {"reference": args.train_shards_path_or_url}
+    given |= called | {"prompts": "@prompts.txt"}
+    if shards := getattr(args, "train_shards_path_or_url", None):
+        given |= {"feature_network": "facebook/dinov2-large", "reference": shards}
+    else:
+        given["clip_model"] = "openai/clip-vit-large-patch14"
     given |= {"output_dir": f"{os.path.normpath(args.output_dir)}_measured"}
     words = [f"--{name}={value}" for name, value in given.items()]
     return f"python -m common.tools.evaluate {shlex.join(words)}  # prompts.txt: one a line"

@@ -91,6 +91,7 @@ class TrainingRun:
         if self.checkpoint:
             self.resumed = checkpointing.read_state(self.checkpoint)
         self.global_step, self.is_last, self.data = self.resumed["global_step"], False, None
+        self.draws_seed = args.seed is None and self.resumed["args"].get("seed") is None
         args.seed = resolve_seed(args.seed, self.resumed["args"].get("seed"))
 
     def resolve_data(self, num_images):
@@ -137,14 +138,17 @@ class TrainingRun:
     def resolve_prompts(self, captions):
         """What is sampled: `validation_prompts`, the resumed run's prompts, or up to 4 captions of the first batch."""
         captions = [caption for caption in captions if caption] or [""]
-        return self.args.validation_prompts or self.resumed.get("validation_prompts") or captions[:4]
+        self.prompts = self.args.validation_prompts or self.resumed.get("validation_prompts") or captions[:4]
+        return self.prompts
 
     def announce(self, derived):
         """Print the flags and what follows from them, {name: text}, and keep both as training_config.json."""
         self.flags, self.derived = public_args(self.args), derived
         if not self.accelerator.is_main_process:
             return
-        screen.show_flags(self.flags, self.args.verbose)
+        drawn = [n for n in ("seed", "data_seed") if self.draws_seed and self.flags[n] == self.args.seed]
+        unknown = drawn if self.args.dry_run else []  # the run will draw another
+        screen.show_flags(self.flags | dict.fromkeys(unknown), self.args.verbose)
         screen.show_changes(self.flags, self.resumed["args"])
         screen.echo("What follows", derived)
         if warning := screen.warmup_warning(self.args):

@@ -244,6 +244,8 @@ def test_partial_checkpoints_are_refused_by_name_and_passed_over_by_latest(tmp_p
 def test_what_resume_from_checkpoint_may_be(tmp_path):
     lines = []
     assert checkpointing.find_checkpoint(tmp_path, None) is None
+    assert checkpointing.find_checkpoint(tmp_path, "latest", lines.append) is None and not lines  # a first start
+    (tmp_path / checkpointing.CONFIG).touch()
     assert checkpointing.find_checkpoint(tmp_path, "latest", lines.append) is None and "starts anew" in lines[0]
     path = save(tmp_path, 5)
     for name in ("latest", "checkpoint-5", str(path)):
