@@ -1,4 +1,4 @@
-"""Remote shards: files that grow. A thread fetches a shard while it is read, and each lane's next one ahead of it.
+"""Remote shards: files that grow. A thread fetches a shard while it is read, and each lane's next ones ahead of it.
 
 http(s) and fsspec go on where a transfer broke. A command runs again, and so does a server that knows no ranges; what
 they send must begin with what is there. A shard is whole when its length and the command's exit code are right.
@@ -12,9 +12,9 @@ import io
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from common.data.shard_cache import ShardCache, lock
+from common.data.shard_cache import ShardCache, lock, shards_ahead
 from common.data.shards import SampleError, is_remote
 from common.data.transfers import retry_after, transfer
 
@@ -37,37 +37,44 @@ def open_shard(shard: str, timeout: float):
 
 
 class Shelf:
-    """The remote shards that a process reads, one a lane, and those that it fetches ahead, one more a lane.
+    """The remote shards that a process reads, one a lane, and those that it fetches ahead for each lane.
 
     disk_bytes: what they may take together; fetching ahead waits for room, reading does not. cache: a `ShardCache`, in
-    which they stay, whatever they take.
+    which they stay, whatever they take. block_bytes: what a lane reads at once, from several shards where they are
+    small.
     """
 
-    def __init__(self, timeout: float, disk_bytes: float | None = None, cache: ShardCache | None = None):
-        self.timeout, self.disk_bytes, self.cache = timeout, disk_bytes, cache
+    def __init__(
+        self,
+        timeout: float,
+        disk_bytes: float | None = None,
+        cache: ShardCache | None = None,
+        block_bytes: int = 0,
+    ):
+        self.timeout, self.disk_bytes, self.cache, self.block_bytes = timeout, disk_bytes, cache, block_bytes
         self._ahead, self._there, self._largest = {}, [], 0
         self._lock = threading.Lock()
 
-    def begin(self, lane: int, shard: str, after: "Fetch | None" = None):
-        """Fetch the shard that the lane will open next, when `after` has come."""
-        if is_remote(shard) and not (self.cache and self.cache.path(shard).exists()):
-            self._ahead[lane] = self._start(shard, after)
+    def begin(self, lane: int, shards: list[str], after: "Fetch | None" = None):
+        """Fetch shards that the lane will open next, one after the other, the first when `after` has come."""
+        before, ahead = self._ahead.get(lane, {}), {}
+        for shard in shards[: shards_ahead(self._largest_known(), self.block_bytes)]:
+            if is_remote(shard) and shard not in ahead and not (self.cache and self.cache.path(shard).exists()):
+                after = ahead[shard] = before.pop(shard, None) or self._start(shard, after)
+        self._ahead[lane] = ahead
+        for fetch in before.values():
+            self._release(fetch)
 
-    def open(self, lane: int, shard: str, following: str | None = None):
-        """A seekable binary file, in which a read waits for its bytes; `following` is fetched after it."""
+    def open(self, lane: int, shard: str, following: Sequence[str] = ()):
+        """A seekable binary file, in which a read waits for its bytes; of `following` some are fetched after it."""
         if not is_remote(shard):
             try:
                 return open(shard, "rb")
             except OSError as error:
                 raise SampleError("shard_open", str(error)) from error
-        fetch, cached = self._ahead.pop(lane, None), self.cache and self.cache.open(shard)
-        if fetch is not None and (cached or fetch.shard != shard):
-            self._release(fetch)
-            fetch = None
-        if not cached:
-            fetch = fetch or self._start(shard)
-        if following is not None:
-            self.begin(lane, following, fetch)
+        cached = self.cache and self.cache.open(shard)
+        fetch = None if cached else self._ahead.get(lane, {}).pop(shard, None) or self._start(shard)
+        self.begin(lane, following, fetch)
         return cached or io.BufferedReader(_Growing(fetch, self._release), 1 << 16)
 
     def forget(self, shard: str):
@@ -107,11 +114,15 @@ class Shelf:
         if after is not None and not after.ended:
             return False
         with self._lock:
-            begun = [one for one in list(self._there) if one.begun]
-            self._largest = max([self._largest, *(one.length or one.size for one in begun)])
-            taken = sum(one.length or max(one.size, self._largest) for one in begun) + self._largest
+            begun, largest = [one for one in list(self._there) if one.begun], self._largest_known()
+            taken = sum(one.length or max(one.size, largest) for one in begun) + largest
             fetch.begun = after is None or self.disk_bytes is None or taken <= self.disk_bytes or bool(self.cache)
         return fetch.begun
+
+    def _largest_known(self):
+        sizes = [one.length or one.ended and one.size for one in list(self._there)]
+        self._largest = max([self._largest, *sizes])
+        return self._largest
 
 
 class _Growing(io.RawIOBase):

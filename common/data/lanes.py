@@ -65,7 +65,7 @@ class Lane:
     def __init__(self, data, index: int, cursor: dict[str, int], shelf):
         self.data, self.index, self.cursor, self.shelf = data, index, dict(cursor), shelf
         if data._folder is None:
-            shelf.begin(index, self._shard_at(cursor["epoch"], cursor["unit"]))
+            shelf.begin(index, self._shards_from(cursor["epoch"], cursor["unit"])[:1])
         self.reader = None  # of the epoch; opened at the cursor
         self.block, self.after = [], None  # the permuted block, and (unit, position) where the next one starts
 
@@ -149,10 +149,9 @@ class Lane:
         units = self._order("units", epoch, len(shards) * parts)
         return [(shards[unit // parts], unit % parts, parts) for unit in units]
 
-    def _shard_at(self, epoch: int, unit: int) -> str:
-        """The shard that is read at a place, which may be the end of an epoch."""
-        units = self._units(epoch)
-        return (units[unit] if unit < len(units) else self._units(epoch + 1)[0])[0]
+    def _shards_from(self, epoch: int, unit: int) -> list[str]:
+        """The shards that are read from a place on, until the end of the next epoch."""
+        return [shard for shard, _, _ in self._units(epoch)[unit:] + self._units(epoch + 1)]
 
     def _raw_samples(self, epoch: int, unit: int, position: int) -> Iterator[tuple]:
         """(unit, position, shard, key, raw) of an epoch in plan order, from a position on.
@@ -167,7 +166,7 @@ class Lane:
             return
         for unit_index, (shard, part, parts) in list(enumerate(self._units(epoch)))[unit:]:
             try:
-                with self.shelf.open(self.index, shard, self._shard_at(epoch, unit_index + 1)) as file:
+                with self.shelf.open(self.index, shard, self._shards_from(epoch, unit_index + 1)) as file:
                     for index, key, raw in tar_samples(file, data.required, part, parts, position):
                         yield unit_index, index + 1, shard, f"{shard.rsplit('/', 1)[-1]}/{key}", raw
             except SampleError as error:

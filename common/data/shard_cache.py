@@ -18,6 +18,8 @@ from common.data.shards import tar_suffix
 from common.data.transfers import length_of
 from common.errors import UserError, without_credentials
 
+MOST_AHEAD = 8  # shards; each is an open file
+
 
 class ShardCache:
     """folder: of the cache. max_bytes: of its whole shards, of which those that were read longest ago go."""
@@ -136,7 +138,14 @@ def _is(path, file) -> bool:
         return False
 
 
-def temporary_room(shard: str, lanes: int, disk_bytes: float | None = None) -> tuple[float | None, str]:
+def shards_ahead(size: int | None, block_bytes: int) -> int:
+    """How many shards of a size a lane fetches ahead: as many as a block may need; one where it is not known."""
+    return min(MOST_AHEAD, 1 + block_bytes // size) if size else 1
+
+
+def temporary_room(
+    shard: str, lanes: int, disk_bytes: float | None = None, block_bytes: int = 0
+) -> tuple[float | None, str]:
     """(what the shards of a process may take in TMPDIR, a note on that or ""); shard: one of them.
 
     Raises UserError where TMPDIR cannot be written, or holds no shard for each lane.
@@ -156,10 +165,11 @@ def temporary_room(shard: str, lanes: int, disk_bytes: float | None = None) -> t
             f"{flag}: TMPDIR={folder} has {free / 1e9:.1f} GB for a process, and its {lanes} lanes need "
             f"{least / 1e9:.1f} for a shard each: {way_out}"
         )
-    if 2 * least > min(free, disk_bytes or math.inf):
+    most = least * (1 + shards_ahead(size, block_bytes))
+    if most > min(free, disk_bytes or math.inf):
         disk_bytes = min(0.9 * free, disk_bytes or math.inf)
-    need = f"{2 * least / 1e9:.1f} GB" if size else "two shards a lane"
-    if free < 2 * least:
+    need = f"{most / 1e9:.1f} GB" if size else "two shards a lane"
+    if free < most:
         return disk_bytes, f"TMPDIR={folder} has no room for {need} a process, so less is fetched ahead: {way_out}"
     if _is_memory(folder):
         return disk_bytes, f"TMPDIR={folder} is memory, and takes up to {need} a process: {way_out}"

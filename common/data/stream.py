@@ -237,7 +237,7 @@ class TrainingData:
         disk_bytes = self._disk_bytes and self._disk_bytes / num_workers
         steps = itertools.count(self._consumed + worker, num_workers)
         numbers = (self._first + n * self.world_size + self.rank for n in steps)
-        with contextlib.closing(Shelf(self.data_timeout, disk_bytes, self._cache)) as shelf:
+        with contextlib.closing(Shelf(self.data_timeout, disk_bytes, self._cache, self.shuffle_block_bytes)) as shelf:
             first = list(itertools.islice(numbers, count))  # one of each lane
             own = [j % self.num_lanes for j in first]
             lanes = {lane: Lane(self, lane, self._cursors[lane], shelf) for lane in own}
@@ -294,7 +294,9 @@ class TrainingData:
             self._cache.prepare()
             return
         remote = next(filter(is_remote, self.shards))
-        self._disk_bytes, note = temporary_room(remote, self.num_lanes // self.world_size, self._disk_bytes)
+        self._disk_bytes, note = temporary_room(
+            remote, self.num_lanes // self.world_size, self._disk_bytes, self.shuffle_block_bytes
+        )
         if note and self.rank == 0:
             self.report(f"note: {note}.")
 

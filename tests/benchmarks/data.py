@@ -14,7 +14,6 @@ import os
 import random
 import statistics
 import sys
-import tarfile
 import tempfile
 import time
 from functools import partial
@@ -47,18 +46,19 @@ def natural_image(rng: np.random.Generator, height: int, width: int) -> Image.Im
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def write_shards(folder: Path, count: int, samples: int) -> list[str]:
-    rng, paths = np.random.default_rng(0), []
+def write_shards(folder: Path, count: int, samples: int, distinct: int | None = None, quality: int = 90) -> list[str]:
+    """distinct: how many images there are, which repeat; default: all."""
+    rng, images, paths = np.random.default_rng(0), [], []
+    for _ in range(distinct or count * samples):
+        buffer = io.BytesIO()
+        natural_image(rng, 480, 640).save(buffer, "JPEG", quality=quality)
+        images.append(buffer.getvalue())
     for shard in range(count):
         paths.append(str(folder / f"{shard:05d}.tar"))
-        with tarfile.open(paths[-1], "w") as tar:
+        with wds.TarWriter(paths[-1], encoder=False) as tar:
             for number in range(samples):
-                buffer = io.BytesIO()
-                natural_image(rng, 480, 640).save(buffer, "JPEG", quality=90)
-                for extension, content in (("jpg", buffer.getvalue()), ("txt", b"a photograph of something")):
-                    info = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                image = images[(shard * samples + number) % len(images)]
+                tar.write({"__key__": f"{shard:05d}{number:04d}", "jpg": image, "txt": b"a photograph of something"})
     return paths
 
 
@@ -112,7 +112,7 @@ def main():
     add("--seconds", type=flags.positive_int, default=60, help="of each side and round, with --remote")
     args = parser.parse_args()
     if args.remote:
-        remote.main(args.remote, args.seconds, args.rounds, natural_image, pillow_decode)
+        remote.main(args.remote, args.seconds, args.rounds, write_shards, pillow_decode)
         return
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):

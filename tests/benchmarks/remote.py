@@ -7,14 +7,12 @@ samples. Then the stream reads local files and its cache, as fast as it can. The
 
 import contextlib
 import http.server
-import io
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import statistics
-import tarfile
 import tempfile
 import time
 from functools import partial
@@ -23,12 +21,11 @@ from pathlib import Path
 from common.data.images import decode_image_text
 from common.data.stream import TrainingData
 
-import numpy as np
 import torch
 import webdataset as wds
 from torch.utils.data import DataLoader
 
-SHARDS, SAMPLES, IMAGES, BATCH, WORKERS, PAUSE = 16, 400, 64, 16, 4, 0.1
+SHARDS, SAMPLES, BATCH, WORKERS, PAUSE = 16, 400, 16, 4, 0.1
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -54,27 +51,10 @@ def serve(folder, rate, port):
     server.serve_forever()
 
 
-def write_shards(folder, natural_image):
-    rng, images, paths = np.random.default_rng(0), [], []
-    for _ in range(IMAGES):
-        buffer = io.BytesIO()
-        natural_image(rng, 480, 640).save(buffer, "JPEG", quality=90)
-        images.append(buffer.getvalue())
-    for shard in range(SHARDS):
-        paths.append(folder / f"{shard:05d}.tar")
-        with tarfile.open(paths[-1], "w") as tar:
-            for number in range(SAMPLES):
-                for extension, content in (("jpg", images[number % IMAGES]), ("txt", b"a photograph of something")):
-                    info = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    return paths
-
-
 def ours(shards, **options):
     decode = partial(decode_image_text, resolution=256)
     options = {"report": lambda line: None, "batch_size": BATCH, "seed": 0, "num_workers": WORKERS} | options
-    return iter(TrainingData(list(map(str, shards)), decode, **options))
+    return iter(TrainingData(shards, decode, **options))
 
 
 def collate(samples):
@@ -106,16 +86,16 @@ def measure(make, seconds, pause=PAUSE):
     return [first, count / passed, waits / passed, longest]
 
 
-def main(rate, seconds, rounds, natural_image, pillow_decode):
+def main(rate, seconds, rounds, write_shards, pillow_decode):
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        local = write_shards(Path(folder), natural_image)
+        local = write_shards(Path(folder), SHARDS, SAMPLES, distinct=64, quality=40)  # 60 kB each
         port = multiprocessing.Value("i", 0)
         server = multiprocessing.Process(target=serve, args=(folder, rate * 1e6, port), daemon=True)
         server.start()
         while not port.value:
             time.sleep(0.01)
-        remote = [f"http://127.0.0.1:{port.value}/{path.name}" for path in local]
+        remote = [f"http://127.0.0.1:{port.value}/{os.path.basename(path)}" for path in local]
         cache = Path(folder, "cache")
         cached = partial(ours, remote, shard_cache_dir=cache)
         sides = {
