@@ -12,7 +12,7 @@ Limits. Resuming reads each lane's block again, after a scan of at most one shar
 second epoch while another is in its first. A remote shard that breaks off is counted and the rest left out, so such a
 run repeats exactly only if the error does. The window of `max_skip_ratio` starts anew on resume.
 Memory of a worker: its lanes x (`shuffle_block_bytes` + one sample) undecoded, and two finished micro-batches.
-Temporary disk space (TMPDIR), for remote shards without a cache: two per lane.
+Temporary disk space (TMPDIR), for remote shards without a cache: two per lane, of small ones up to nine.
 
 Left out: video and audio, ICC profiles, writing shards, and any decoding of members that `required` does not name.
 """

@@ -227,32 +227,32 @@ def test_the_first_samples_come_before_the_shard_is_there(tmp_path, server):
 def test_a_transfer_is_ended_while_the_server_is_silent(tmp_path, server):
     make_shards(tmp_path, [9])
     shelf = fetch.Shelf(60)
-    shelf.begin(0, f"{server.address}/silent/00000.tar")
+    shelf.begin(0, [f"{server.address}/silent/00000.tar"])
     until(lambda: server.asked)
     start = time.monotonic()
     shelf.close()
     assert time.monotonic() - start < 2
 
 
-def test_all_lanes_begin_at_once_and_fetch_one_shard_ahead_where_there_is_room(tmp_path, server):
-    shards = make_shards(tmp_path, [9] * 16)
-    remote = [f"{server.address}/good/{Path(shard).name}" for shard in shards]
-    for disk_bytes, asked in ((None, 8), (1, 4)):
+def test_all_lanes_begin_at_once_and_fetch_ahead_what_a_block_needs_where_there_is_room(tmp_path, server):
+    shards = make_shards(tmp_path, [9] * 20)
+    remote, size = [f"{server.address}/good/{Path(shard).name}" for shard in shards], os.path.getsize(shards[0])
+    for disk_bytes, block_bytes, asked in ((None, size - 1, 8), (None, 2 * size, 16), (1, 2 * size, 4)):
         server.asked.clear()
         server.open.clear()
-        shelf = fetch.Shelf(5, disk_bytes)
+        shelf = fetch.Shelf(5, disk_bytes, block_bytes=block_bytes)
         for lane in range(4):
-            shelf.begin(lane, remote[lane])
+            shelf.begin(lane, remote[lane : lane + 1])
         until(lambda: len(server.asked) == 4)
+        until(lambda shelf=shelf: shelf._largest_known() == size)
         server.open.set()
-        files = [shelf.open(lane, remote[lane], remote[lane + 4]) for lane in range(4)]
+        files = [shelf.open(lane, remote[lane], remote[lane + 4 :: 4]) for lane in range(4)]
         [file.read() for file in files]
-        if asked == 8:
-            until(lambda: len(server.asked) == 8)
+        until(lambda asked=asked: len(server.asked) == asked)
         time.sleep(0.3)
-        assert len(server.asked) == asked
+        assert sorted(name for _, name, _ in server.asked) == [Path(shard).name for shard in shards[:asked]]
         with shelf.open(0, remote[4]) as file:  # what is needed waits for no room
-            assert len(file.read()) == os.path.getsize(shards[4])
+            assert len(file.read()) == size
         [file.close() for file in files]
         shelf.close()
 
