@@ -1,5 +1,6 @@
 """Small models and data that the tests share, built once for all test processes."""
 
+import gc
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
@@ -14,6 +15,12 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """The libraries' objects, a million, are left out of the collections that end each run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
