@@ -11,7 +11,8 @@ out: LPIPS, supervision of intermediate states, a memo of the text embeddings.
     accelerate launch train_direct_distill.py --pretrained_teacher_model=Qwen/Qwen-Image --pairs_dir=pairs \\
         --output_dir=direct --num_inference_steps=4 --lora_rank=64 --mixed_precision=bf16 --gradient_checkpointing
 
-To change the method, copy this file and edit step 7.
+To change the method, copy this file and edit step 7. Another solver is another `--student_scheduler`. Another
+objective: 7.2 to 7.4, 4 and 6 (what is measured and sampled), 8, `write_card`.
 """
 
 import functools

@@ -9,7 +9,8 @@ student equals the teacher at step 0; the teacher runs before the student, which
         --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm --mixed_precision=bf16 \\
         --learning_rate=1e-6 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
 
-To change the method, copy this file and edit step 7.
+To change the method, copy this file and edit step 7. Another solver: 7.6 and 7.7, and the line of 3 that makes it.
+Another objective: 3 (schedule), 4 (student, target, sampler), 6 (what is saved and sampled), 7, 8, `write_card`.
 """
 
 import copy
@@ -202,7 +203,7 @@ def main(args):
                 pred_x_0 = to_x_0(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
                 pred_eps = to_eps(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
 
-                # 7.7 One DDIM step down to t_n.
+                # 7.7 One DDIM step down to t_n: z_{t_n} = alpha_{t_n} x_0 + sigma_{t_n} eps.
                 z_prev = solver.step(pred_x_0, pred_eps, timesteps)  # (B, 4, h, w)
 
                 # 7.8 Target: f(z_{t_n}, t_n, c, w) of the EMA network.

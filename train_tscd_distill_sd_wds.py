@@ -10,7 +10,8 @@ of a segment by default (--boundary_prob), where a network that cannot see the e
         --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd --mixed_precision=bf16 \\
         --learning_rate=1e-6 --adam_weight_decay=0 --max_train_steps=4000 --train_batch_size=12
 
-To change the method, copy this file and edit step 7.
+To change the method, copy this file and edit step 7. Another solver: 7.6 and 7.7, and the line of 3 that makes it (7.8
+and 7.9 jump with it too). Another objective: 3 (schedule), 4 (student, target, sampler), 6, 7, 8, `write_card`.
 """
 
 import argparse
@@ -234,7 +235,7 @@ def main(args):
                 cond_output, uncond_output = teacher_output.chunk(2)
                 guided = cond_output + append_dims(w, 4) * (cond_output - uncond_output)
 
-                # 7.7 The exact jump down to t'.
+                # 7.7 The exact jump down to t': r x_t + (sigma_t' - r sigma_t) eps with r = alpha_t' / alpha_t.
                 z_prev = solver.jump(guided, noisy_latents, start_timesteps, timesteps)  # (B, 4, h, w)
 
                 # 7.8 Target: the EMA network's jump from t' to s.

@@ -2,10 +2,12 @@
 
     schedules solvers losses ema keyed_random    the maths: torch alone; errors, files, lock: what every room may use
     networks/    teachers, encoders, LoRA, memory and speed, what a folder of weights holds
-    data/        where samples come from: folders, tar shards, tables, decoding, the stream, cached latents
+    data/        where samples come from: folders, tar shards, tables, decoding, the stream, cached latents. What is
+                 skipped is found in `stream._make_item`, counted in `stream._count`, listed in skipped_samples.jsonl
     results/     samples, metrics, what is exported
     flags        the parser and the flags that scripts share
-    run/         the run object, checkpoints, updates, stopping, simulation
+    run/         the run object, checkpoints, updates, stopping, simulation. A skipped update: `updates.UpdateGuard`,
+                 which lists it in nonfinite_updates.jsonl
     ct/ direct/ tscd/    for one method's scripts each
     tools/       programs: `python -m common.tools.NAME`
 

@@ -349,7 +349,7 @@ def without_autocast(module):
     module.forward = types.MethodType(forward, module)  # of a copy, copy.deepcopy makes the copy's own
 
 
-def make_student(teacher_unet, time_cond_proj_dim, init_unet=None, revision=None, cache_dir=None):
+def make_student(teacher_unet, time_cond_proj_dim=None, init_unet=None, revision=None, cache_dir=None):
     """A trainable float32 copy of the teacher's float32 U-Net with an embedding of w, as wide as `time_cond_proj_dim`,
     or without one (None).
 
