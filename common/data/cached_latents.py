@@ -28,6 +28,7 @@ from common.files import check_settings, whole, write_settings
 
 import numpy as np
 import torch
+import webdataset as wds
 
 FORMAT = 1
 MANIFEST, MEMBER = "manifest.json", "__manifest__"
@@ -206,21 +207,16 @@ def write_shard(path, manifest_bytes, samples, stats):
 
 def _write_tar(file, manifest_bytes, samples):
     digest, count = manifest_digest(json.loads(manifest_bytes)), 0
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        _add(tar, MEMBER, manifest_bytes)
+    with wds.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:  # of names of any length
+        head = tarfile.TarInfo(MEMBER)
+        head.size = len(manifest_bytes)
+        tar.tarstream.addfile(head, io.BytesIO(manifest_bytes))
         for key, caption, record, mean, std in samples:
             record = json.dumps(record | {"manifest": digest}, sort_keys=True).encode()
             members = {"mean.npy": _npy(mean), "std.npy": _npy(std), "txt": caption.encode(), "json": record}
-            for extension, payload in members.items():
-                _add(tar, f"{key}.{extension}", payload)
+            tar.write({"__key__": key} | members)
             count += 1
     return count
-
-
-def _add(tar, name, payload):
-    member = tarfile.TarInfo(name)  # owner 0, time 0
-    member.size = len(payload)
-    tar.addfile(member, io.BytesIO(payload))
 
 
 def _npy(array):

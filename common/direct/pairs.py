@@ -20,6 +20,7 @@ from common.files import check_place, whole
 from common.keyed_random import keyed_seed
 
 import torch
+import webdataset as wds
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -91,7 +92,7 @@ def write_shard(path, pairs):
     the sample's call is to say it, else None).
     """
     with whole(path) as unfinished:
-        with tarfile.open(unfinished, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with open(unfinished, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
             for index, prompt, seed, latents, image, size in pairs:
                 record = {"index": index, "prompt": prompt, "seed": seed} | ({"size": size} if size else {})
                 record["noise_sha256"] = noise_sha256(seed, latents.numel())
@@ -101,10 +102,7 @@ def write_shard(path, pairs):
                     png = io.BytesIO()
                     Image.fromarray(image).save(png, format="png")
                     members["png"] = png.getvalue()
-                for extension, payload in members.items():
-                    member = tarfile.TarInfo(f"{index:09d}.{extension}")  # owner 0, time 0
-                    member.size = len(payload)
-                    tar.addfile(member, io.BytesIO(payload))
+                tar.write({"__key__": f"{index:09d}"} | members)
 
 
 def report(who, own, config, folder):

@@ -11,12 +11,12 @@ is trained together with the U-Net. Everything is fixed by its seed.
 import hashlib
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import webdataset as wds
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -137,7 +137,7 @@ def write_shards(output_dir, seed=0, captions=NAMED):
 
 
 def _write_shard(folder, shard, samples):
-    with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+    with open(folder / f"{shard:05d}.tar", "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
         for index, (image, caption) in enumerate(samples):
             key = f"{shard:05d}{index:04d}"
             png = io.BytesIO()
@@ -153,14 +153,8 @@ def _write_shard(folder, shard, samples):
                 "original_height": RESOLUTION,
                 "sha256": hashlib.sha256(png.getvalue()).hexdigest(),
             }
-            for extension, payload in (
-                ("png", png.getvalue()),
-                ("txt", caption.encode()),
-                ("json", json.dumps(record, indent=4).encode()),
-            ):
-                member = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0
-                member.size = len(payload)
-                tar.addfile(member, io.BytesIO(payload))
+            members = {"png": png.getvalue(), "txt": caption.encode(), "json": json.dumps(record, indent=4).encode()}
+            tar.write({"__key__": key} | members)
     stats = {"count": len(samples), "successes": len(samples), "failed_to_download": 0, "failed_to_resize": 0}
     (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4) + "\n")
 
