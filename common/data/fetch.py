@@ -29,7 +29,7 @@ def open_shard(shard: str, timeout: float):
     file = Shelf(timeout).open(0, shard)
     try:
         if is_remote(shard):
-            file.raw.wait_whole()
+            file.raw.fetch.wait_whole()
     except BaseException:
         file.close()
         raise
@@ -129,7 +129,7 @@ class _Growing(io.RawIOBase):
     """A reader of a `Fetch`."""
 
     def __init__(self, fetch: "Fetch", release: Callable):
-        self._fetch, self._release, self._position = fetch, release, 0
+        self.fetch, self._release, self._position = fetch, release, 0
 
     def readable(self):
         return True
@@ -145,17 +145,14 @@ class _Growing(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer):
-        count = self._fetch.read_at(self._position, buffer)
+        count = self.fetch.read_at(self._position, buffer)
         self._position += count
         return count
-
-    def wait_whole(self):
-        self._fetch.wait_whole()
 
     def close(self):
         if not self.closed:
             super().close()
-            self._release(self._fetch)
+            self._release(self.fetch)
 
 
 class Fetch:
@@ -181,7 +178,8 @@ class Fetch:
             count = min(len(buffer), self.size - position)
         if count > 0:
             return os.preadv(self.file.fileno(), [memoryview(buffer)[:count]], position)
-        self._check()
+        if self.error:
+            raise SampleError("shard_read" if self.size else "shard_open", self.error)
         return 0
 
     def wait_whole(self):
@@ -204,10 +202,6 @@ class Fetch:
         self.needed = True
         self._changed.notify_all()
         self._changed.wait_for(is_so)
-
-    def _check(self):
-        if self.error:
-            raise SampleError("shard_read" if self.size else "shard_open", self.error)
 
     # ----- in the thread
 
