@@ -4,9 +4,16 @@ import importlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+from common.tools.demo import __main__ as demo
+from common.tools.demo import measuring, stable_diffusion
+from common.tools.demo.stable_diffusion import build_classifier, build_teacher
+from tests.scripts.test_ct import no_cache_at_home, save_data_set  # noqa: F401
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -112,7 +119,13 @@ def documented_commands():
     inline = [code for page in PAGES for code in re.findall(r"`([^`\n]+ --[^`\n]+)`", prose(page))]
     texts += [code for code in inline if not STANDS_FOR.search(code)]
     texts += [path.read_text() for path in PYTHON if path.parts[len(ROOT.parts)] != "tests"]
-    for line in (line for text in texts for line in commands(text)):
+    for text in texts:
+        yield from modules(text)
+
+
+def modules(text):
+    """(module, the words after it) of each line of shell in `text` that starts a script or a tool."""
+    for line in commands(text):
         found = re.search(r"(?:-m (common\.tools\.\w+)|(?<!plan )\b(train_\w+)\.py)(?: |$)", line)
         if found:
             yield found[1] or found[2], shlex.split(line[found.end() :])
@@ -169,53 +182,84 @@ def test_commands_of_tests_name_files_and_flags_that_exist(page):
             assert f'"{flag}"' in (ROOT / found[1]).read_text(), line
 
 
-# --- Python
+# --- a reader, who runs a page from top to bottom
 
 
+# What is not to be had here (a hub, SLURM, installs) or takes long: suite, studies, plan, other methods' demos.
+ELSEWHERE = re.compile(
+    r"^(?:pip|cp|sbatch) |\.\.\.|-m pytest|tests/benchmarks|tools\.plan|facebook/|xl-base|metadata|--method"
+)
+SD = ["--resolution=16", "--max_train_steps=1", "--validation_num_inference_steps=1", "--shuffle_block_samples=16"]
+STAGES = [*SD, "--stage_segments=8,4,1", "--stage_steps=1", "--max_train_steps=3", "--adv_weights=0"]
+TRAINING = ["--train_batch_size=2", "--gradient_accumulation_steps=1", "--validation_steps=0", "--mixed_precision=no"]
+SMALL = {  # flags after those of a guide's command, of which the last counts
+    "train_lcm_distill_sd_wds": SD + TRAINING,
+    "train_lcm_distill_lora_sd_wds": [*SD, "--lora_rank=4", *TRAINING],
+    "train_tscd_distill_sd_wds": STAGES + TRAINING,
+    "train_tscd_distill_lora_sd_wds": [*STAGES, "--lora_rank=4", *TRAINING],
+    "train_cm_ct_unconditional": ["--resolution=8", "--max_train_steps=10", "--eval_batch_size=2", *TRAINING],
+    "train_direct_distill": [
+        "--max_train_steps=1", "--num_held_out=2", "--lora_rank=4", "--skip_pairs_check", *TRAINING,
+    ],
+    "common.tools.generate_pairs": ["--num_inference_steps=6", "--num_pairs=8", "--dtype=float32"],
+    "common.tools.encode_shards": ["--resolution=16"],
+    "common.tools.evaluate": ["--num_images=20", "--batch_size=20", "--num_inference_steps=1,2"],
+}  # fmt: skip
 SMALL_UNET = {
     "_class_name": "UNet2DModel", "block_out_channels": [16, 16], "layers_per_block": 1, "norm_num_groups": 8,
     "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
 }  # fmt: skip
-SHARED = ["--train_batch_size=2", "--validation_steps=0", "--seed=0", "--shuffle_block_samples=16"]
 
 
-def train(name, folder, *flags):
+def lines_of(code):
+    """The commands of a block of shell that can be run here."""
+    lines = re.split(r"\n| && ", code.replace("\\\n", ""))
+    return [line for line in lines if commands(line) and not ELSEWHERE.search(line)]
+
+
+def run(line):
+    """A command of the guides, in this process, made small."""
+    [(name, words)] = modules(line)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    script = importlib.import_module(name)
-    script.main(script.parse_args([f"--output_dir={folder}", *SHARED, *flags]))
+    module = importlib.import_module(name + (".__main__" if name == "common.tools.demo" else ""))
+    module.main(module.parse_args([*words, *SMALL.get(name, [])]))
 
 
 @pytest.fixture(scope="session")
-def students(build_once, teacher, shards):
-    """A folder with students of a few updates, under the names that the guides' commands give them."""
+def demo_folder(build_once, teacher):
+    """What the demo's command leaves, its networks trained for a moment and few samples measured."""
+
+    def launch(command):
+        script = next(place for place, word in enumerate(command) if word.endswith(".py"))
+        run(shlex.join(["accelerate", "launch", Path(command[script]).name, *command[script + 1 :]]))
+        return subprocess.CompletedProcess(command, 0)
 
     def build(folder):
-        sd = [f"--pretrained_teacher_model={teacher()}", f"--train_shards_path_or_url={shards}", "--resolution=16"]
-        sd += ["--max_train_steps=1", "--validation_num_inference_steps=1"]
-        stages = [*sd, "--stage_segments=8,4,1", "--stage_steps=1", "--max_train_steps=3", "--adv_weights=0"]
-        train("train_lcm_distill_sd_wds", folder / "lcm", *sd)
-        train("train_lcm_distill_lora_sd_wds", folder / "lcm_lora", *sd, "--lora_rank=4")
-        train("train_tscd_distill_sd_wds", folder / "tscd", *stages)
-        train("train_tscd_distill_lora_sd_wds", folder / "tscd_lora", *stages, "--lora_rank=4")
-        draw = np.random.default_rng(0)
-        for number in range(20):
-            path = folder / "images" / str(number % 10) / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
-        (folder / "unet.json").write_text(json.dumps(SMALL_UNET))
-        train("train_cm_ct_unconditional", folder / "ict", f"--train_data_dir={folder / 'images'}", "--resolution=8",
-              "--class_conditional", "--num_classes=10", f"--model_config_name_or_path={folder / 'unet.json'}",
-              "--max_train_steps=10", "--eval_batch_size=2")  # fmt: skip
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(stable_diffusion, "build_teacher", partial(build_teacher, vae_steps=5, unet_steps=5))
+            patch.setattr(stable_diffusion, "build_classifier", partial(build_classifier, steps=20))
+            patch.setattr(measuring, "SET_SIZE", 20)
+            patch.setattr(measuring, "NUM_SETS", 1)
+            patch.setattr(demo, "TEACHER_STEPS", (4, 1))
+            patch.setattr(demo.subprocess, "run", launch)
+            run("python -m common.tools.demo")
 
-    return build_once("students", build)
+    return build_once("demo", build) / "demo"
 
 
 @pytest.fixture
-def users_folder(tmp_path, students, monkeypatch):
-    """Where the guides' Python runs: the students, photos with captions, and COCO's captions."""
-    for student in students.iterdir():
-        (tmp_path / student.name).symlink_to(student)
+def users_folder(tmp_path, teacher, shards, demo_folder, monkeypatch):
+    """Where a reader is: data of each kind under the guides' names, and what they have made before."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo_folder, "demo")
+    for script in TRAIN_SCRIPTS:  # a reader stands in the repository
+        (tmp_path / f"{script}.py").symlink_to(ROOT / f"{script}.py")
+    (tmp_path / "unet.json").write_text(json.dumps(SMALL_UNET))
+    (tmp_path / "prompts.txt").write_text("a photo of the digit three\na photo of the digit four\n")
+    save_data_set(tmp_path / "cifar10")
     (tmp_path / "photos").mkdir()
     for number in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / "photos" / f"{number}.jpg")
@@ -223,26 +267,39 @@ def users_folder(tmp_path, students, monkeypatch):
     (tmp_path / "annotations").mkdir()
     rows = [{"image_id": number // 2, "caption": f"image\n{number}"} for number in range(11_000)]
     (tmp_path / "annotations" / "captions_val2014.json").write_text(json.dumps({"annotations": rows}))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    new = " --model_config_name_or_path=unet.json"
+    return {
+        "shards/{00000..00099}.tar": shards, "latents/{00000..00099}.tar": "latents/{00000..00007}.tar",
+        "runwayml/stable-diffusion-v1-5": teacher(), "Qwen/Qwen-Image": teacher(),
+        "=200000": "=2", "_dir=ict": "_dir=ict" + new, "_dir=diffusion": "_dir=diffusion" + new,
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_the_python_of_the_guides_runs(page, users_folder, teacher):
-    """In a page's order, on a CPU, on small students: what a reader pastes after the page's commands."""
+def test_all_scripts_and_these_tools_are_run():
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in lines_of(block)]
+    tools = {f"common.tools.{tool}" for tool in ("demo", "evaluate", "encode_shards", "generate_pairs")}
+    assert {name for line in lines for name, _ in modules(line)} == TRAIN_SCRIPTS | tools
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "\n```" in page.read_text()], ids=lambda page: page.stem)
+def test_what_a_page_says_runs(page, users_folder):
+    """Its commands and its Python in their order, on a CPU and on small things, as a reader pastes them."""
     names = {}
-    for code in blocks(page, "python"):
-        if "import ray" in code:  # tests/tools/test_encode_shards.py runs it
-            continue
-        code = code.replace('.to("cuda")', "").replace("torch.float16", "torch.float32")
-        code = code.replace("runwayml/stable-diffusion-v1-5", teacher())
-        exec(compile(code, str(page), "exec"), names)
+    for language, code in FENCE.findall(page.read_text()):
+        for name, stand_in in users_folder.items():
+            code = code.replace(name, stand_in)
+        if language == "bash":
+            for line in lines_of(code):
+                run(line)
+        elif language == "python" and "import ray" not in code:  # tests/tools/test_encode_shards.py runs that
+            code = code.replace('.to("cuda")', "").replace("torch.float16", "torch.float32")
+            exec(compile(code, str(page), "exec"), names)
     if page.name in ("lcm.md", "tscd.md"):
         assert names["image"].size == (16, 16)
     if page.name == "consistency_training.md":
         assert len(names["one_step"]) == len(names["two_steps"]) == 8
-    made = {"README.md": "out.png", "data.md": "shards/00000.tar", "evaluation.md": "coco5k.txt"}
-    if page.name in made:
+    made = {"README.md": "out.png", "data.md": "shards/00000.tar", "direct_distill.md": "direct/README.md"}
+    if page in (README, ROOT / "docs" / page.name) and page.name in made:
         assert Path(made[page.name]).stat().st_size
     if page.name == "evaluation.md":
         assert len(Path("coco5k.txt").read_text().splitlines()) == 5000
