@@ -4,12 +4,15 @@ Only this module and the scripts see the argparse Namespace; everything below th
 """
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import math
 import os
 import re
 import shlex
 import sys
+import time
 
 from common.data import tables
 from common.data.folders import expand_home
@@ -108,11 +111,15 @@ def exit_with(prog, message, on_one_rank=False):
     """Print `prog: error: message` as one line and exit with code 2.
 
     Only the first process of a node prints what all of them meet; what may have met one alone, that one prints.
-    Parameters in backquotes are printed as flags.
+    Parameters in backquotes are printed as flags. The launcher of several processes repeats it at the end of its own
+    report, where `torch.distributed.elastic` looks for it.
     """
+    message = f"{prog}: error: {mask_credentials(' '.join(spelled(str(message)).split()))}"
     if on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        message = " ".join(spelled(str(message)).split())
-        print(f"{prog}: error: {mask_credentials(message)}", file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(report, "w", encoding="utf-8") as file:
+            json.dump({"message": message, "timestamp": int(time.time())}, file)
     raise SystemExit(2)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import importlib
+import json
 import re
 import shlex
 import signal
@@ -307,11 +308,14 @@ def test_steps_of_stages_decide_the_length_of_a_run():
     assert script(name).parse_args(REQUIRED).max_train_steps is None
 
 
-def test_only_one_process_of_a_node_prints_the_sentence(monkeypatch, capsys):
+def test_only_one_process_of_a_node_prints_the_sentence_and_all_tell_the_launcher(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit):
         script(SCRIPTS[0]).parse_args(REQUIRED + ["--train_batch_size=0"])
     assert capsys.readouterr().err == ""
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert "--train_batch_size: must be at least 1, not 0" in told
 
 
 def test_an_interrupt_ends_in_one_sentence(capsys):

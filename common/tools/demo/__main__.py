@@ -270,7 +270,8 @@ def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
     last = digits.NUM_TRAIN_SHARDS - 1
     data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
     data = f"--pairs_dir={data_dir}" if recipe["script"] == DIRECT["script"] else data
-    command = ["launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = ["launch", "--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+    command.append("--dynamo_backend=no")
     command += [] if torch.cuda.is_available() else ["--cpu"]
     command += [
         os.path.relpath(ROOT / recipe["script"]),
