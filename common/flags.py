@@ -128,94 +128,45 @@ def spelled(text):
     return re.sub(r"`(\w+)`", lambda found: ArgumentParser.spelling.get(found[1], found[0]), text)
 
 
-def positive_int(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def _number(name, read, fits, message):
+    """An argparse type: what `read` makes of a text, where it `fits`; else the message, of {value} or {text}."""
+
+    def parse(text):
+        value = read(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(message.format(value=value, text=text))
+        return value
+
+    parse.__name__ = name  # which argparse says of a text that is no number
+    return parse
 
 
-def non_negative_int(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, it is {value}")
-    return value
+def _numbers(name, item):
+    """An argparse type: `1,2,4` -> [1, 2, 4], each as from the type `item`, at least one."""
+
+    def read(text):
+        return [item(part) for part in text.split(",") if part.strip()]
+
+    return _number(name, read, bool, "names no number; give one or more, such as 1,2,4")
 
 
-def fraction(text):
-    value = float(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {value}")
-    return value
-
-
-def positive_float(text):
-    value = float(text)
-    if not (0.0 < value < float("inf")):
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
-    return value
-
-
-def real(text):
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, not {text}")
-    return value
-
-
-def non_negative_float(text):
-    value = float(text)
-    if not (0.0 <= value < float("inf")):
-        raise argparse.ArgumentTypeError(f"must be a number that is not negative, not {text}")
-    return value
-
-
-def seed(text):
-    value = int(text)
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^62, not {value}")
-    return value
-
-
-def beta(text):
-    value = float(text)
-    if not 0.0 <= value < 1.0:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, not {value}")
-    return value
-
-
-def embedding_width(text):
-    """Half of it are sines, half cosines, and two of each are needed."""
-    value = int(text)
-    if value < 4 or value % 2:
-        raise argparse.ArgumentTypeError(f"must be an even number of at least 4, not {value}")
-    return value
-
-
-def int_list(text):
-    """`1,2,4` -> [1, 2, 4], at least one, all at least 1."""
-    return _list(text, positive_int)
-
-
-def weight_list(text):
-    """`1,0.5` -> [1.0, 0.5], at least one, none negative."""
-    return _list(text, non_negative_float)
-
-
-def _list(text, item):
-    values = [item(part) for part in text.split(",") if part.strip()]
-    if not values:
-        raise argparse.ArgumentTypeError("names no number; give one or more, such as 1,2,4")
-    return values
-
-
-for _type, _name in [(positive_int, "positive whole number"), (non_negative_int, "whole number")]:
-    _type.__name__ = _name  # argparse names the type in its message for text that is no number
-for _type, _name in [(fraction, "fraction"), (positive_float, "positive number"), (non_negative_float, "number")]:
-    _type.__name__ = _name
-seed.__name__, beta.__name__, real.__name__ = "whole number", "fraction", "number"
-embedding_width.__name__ = "whole number"
-int_list.__name__, weight_list.__name__ = "list of whole numbers", "list of numbers"
+positive_int = _number("positive whole number", int, lambda n: n >= 1, "must be at least 1, not {value}")
+non_negative_int = _number("whole number", int, lambda n: n >= 0, "must not be negative, it is {value}")
+seed = _number("whole number", int, lambda n: 0 <= n < 2**62, "must be a whole number from 0 to 2^62, not {value}")
+embedding_width = _number(  # half of it are sines, half cosines, and two of each are needed
+    "whole number", int, lambda n: n >= 4 and n % 2 == 0, "must be an even number of at least 4, not {value}"
+)
+real = _number("number", float, math.isfinite, "must be a number, not {text}")
+fraction = _number("fraction", float, lambda x: 0.0 <= x <= 1.0, "must be between 0 and 1, not {value}")
+beta = _number("fraction", float, lambda x: 0.0 <= x < 1.0, "must be at least 0 and less than 1, not {value}")
+positive_float = _number(
+    "positive number", float, lambda x: 0.0 < x < math.inf, "must be a positive number, not {text}"
+)
+non_negative_float = _number(
+    "number", float, lambda x: 0.0 <= x < math.inf, "must be a number that is not negative, not {text}"
+)
+int_list = _numbers("list of whole numbers", positive_int)
+weight_list = _numbers("list of numbers", non_negative_float)
 
 
 def add_hub_arguments(add, of):
@@ -259,12 +210,7 @@ def add_data_arguments(parser, text=True):
     with_data("--train_shards_path_or_url", type=path, required=text, help=tars)
     add_image_arguments(add)
     if text:
-        add(
-            "--proportion_empty_prompts",
-            type=fraction,
-            default=0.0,
-            help="share of captions that are dropped",
-        )
+        add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions that are dropped")
     with_data("--max_train_samples", type=positive_int, help="use at most so many distinct samples")
     with_data("--shuffle_block_samples", type=positive_int, default=1000, help="samples of one lane shuffled together")
     with_data(
