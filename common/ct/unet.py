@@ -73,9 +73,7 @@ def read_unet_config(
     if pretrained:
         _check_pretrained(flag, name, config, resolution, num_classes, stock_scheduler, revision, cache_dir)
         place = {"revision": revision, "cache_dir": cache_dir}
-        folder = weights.local_folder(name, "/".join(filter(None, (_subfolder(name), "config.json"))), **place)
-        if folder is not None and (Path(name).is_dir() or any(folder.glob("*.safetensors"))):
-            weights.check_network(flag, folder, UNet2DModel, variant)
+        weights.check_alone(flag, name, UNet2DModel, _subfolder(name), variant=variant, **place)
     config |= {"sample_size": resolution, "num_class_embeds": num_classes}
     if class_embed_type is not None or num_classes is None:
         config["class_embed_type"] = class_embed_type

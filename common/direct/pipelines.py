@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from common.direct import tasks
-from common.errors import UserError, blame
+from common.errors import UserError, blame, line_of
 from common.networks import lora, teachers
 from common.networks.weights import check_name, check_parts, check_pipeline
 from common.results import export
@@ -40,10 +40,9 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
     check_name(flag, name)
     if Path(name).exists() and not Path(name, "model_index.json").is_file():
         raise UserError(f"{flag}: no model_index.json in it, so it is not a pipeline in diffusers layout")
-    try:
-        index = DiffusionPipeline.load_config(name, **options)
-        if not isinstance(index, dict):
-            raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
+    errors = OSError, ValueError, AttributeError, TypeError, IndexError
+    with blame(f"{flag}: neither a folder nor a model that the hub gives", *errors):
+        index = teachers.read_index(flag, name, **options)
         if index.get("requires_aesthetics_score"):
             raise UserError(f"{flag}: {teachers.REFINER}")
         parts = {key: value for key, value in index.items() if isinstance(value, list) and value[1] is not None}
@@ -62,9 +61,6 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
         if scheduler_class is None:
             raise UserError(f"{flag}: diffusers {diffusers.__version__} has no {parts['scheduler'][1]}")
         scheduler = scheduler_class, scheduler_class.load_config(name, subfolder="scheduler", **options)
-    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
-        line = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag}: neither a folder nor a model that the hub gives ({line})") from None
     for part, (_, values) in {**configs, "scheduler": scheduler}.items():
         if not isinstance(values, dict):
             raise UserError(f"{flag}: the configuration of its {part} is no JSON object")
@@ -92,8 +88,7 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     try:
         pipeline = teachers.load_checked(flag, name, index, loader, **options, **skipped | replaced)
     except (*teachers.LOAD_ERRORS, ImportError) as error:
-        line = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag} cannot be loaded: {line}") from None
+        raise UserError(f"{flag} cannot be loaded: {line_of(error)}") from None
     for network in denoisers(pipeline).values():
         keep_float32(network)
     return teachers.frozen(pipeline)

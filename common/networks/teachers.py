@@ -5,7 +5,7 @@ import inspect
 import types
 from pathlib import Path
 
-from common.errors import UserError, blame, line_of
+from common.errors import UserError, blame
 from common.networks import weights
 from common.networks.encoders import NUM_TIME_IDS, is_sdxl, vae_scale_factor
 from common.schedules import PREDICTION_TYPES
@@ -49,10 +49,7 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{flag}: the folder has no model_index.json, so it is not a pipeline in diffusers layout")
     options = {"revision": revision, "cache_dir": cache_dir}
-    with blame(f"{flag}: neither a folder nor a model that the hub gives", OSError, ValueError):
-        index = DiffusionPipeline.load_config(name, **options)
-    if not isinstance(index, dict):
-        raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
+    index = read_index(flag, name, **options)
     sdxl = _check_kind(flag, index)
     parts = {part: index[part] for part in PARTS[: len(PARTS) if sdxl else -2] if part in index}
     weights.check_parts(flag, name, parts)  # a ControlNet or an adapter beside them is not loaded
@@ -74,6 +71,19 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     config = _checked_config(flag, {"is_sdxl": sdxl, "model_index": index} | configs)
     weights.check_pipeline(flag, name, parts, variant, **options)
     return config
+
+
+def read_index(flag, name, **options):
+    """The model_index.json of a folder or hub repository; UserError where it is none. options: revision, cache_dir."""
+    index = _read_config(flag, "a folder", DiffusionPipeline, name, **options)
+    if not isinstance(index, dict):
+        raise UserError(f"{flag}: its model_index.json is no pipeline's, it holds no names of parts")
+    return index
+
+
+def _read_config(flag, what, cls, name, **options):
+    with blame(f"{flag}: neither {what} nor a model that the hub gives", OSError, ValueError):
+        return cls.load_config(name, **options)
 
 
 def _read_single_file(flag, name, cache_dir):
@@ -111,19 +121,11 @@ def read_vae_config(name, config, revision=None, cache_dir=None):
     flag = f"`pretrained_vae_model_name_or_path`={name}"
     weights.check_name(flag, name)
     subfolder, options = vae_subfolder(name), {"revision": revision, "cache_dir": cache_dir}
-    with blame(f"{flag}: neither a VAE's folder nor a model that the hub gives", OSError, ValueError):
-        vae = AutoencoderKL.load_config(name, subfolder=subfolder, **options)
+    vae = _read_config(flag, "a VAE's folder", AutoencoderKL, name, subfolder=subfolder, **options)
     if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != config["unet"]["in_channels"]:
         raise UserError(f"{flag}: not an AutoencoderKL with {config['unet']['in_channels']} latent channels")
-    _check_alone(flag, name, AutoencoderKL, subfolder, **options)
+    weights.check_alone(flag, name, AutoencoderKL, subfolder, has_variant_flag=False, **options)
     return _checked_config(flag, config | {"vae": vae})
-
-
-def _check_alone(flag, name, cls, subfolder, **options):
-    """UserError unless a network that is no part of the teacher has its weights; of the hub's those in the cache."""
-    folder = weights.local_folder(name, "/".join(filter(None, (subfolder, "config.json"))), **options)
-    if folder is not None and (Path(name).is_dir() or any(folder.glob("*.safetensors"))):
-        weights.check_network(flag, folder, cls, has_variant_flag=False)
 
 
 def vae_subfolder(name):
@@ -137,8 +139,7 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     weights.check_name(flag, name)
     subfolder = "unet" if Path(name, "unet").is_dir() else None
     options = {"revision": revision, "cache_dir": cache_dir}
-    with blame(f"{flag}: neither a U-Net's folder nor a model that the hub gives", OSError, ValueError):
-        unet = UNet2DConditionModel.load_config(name, subfolder=subfolder, **options)
+    unet = _read_config(flag, "a U-Net's folder", UNet2DConditionModel, name, subfolder=subfolder, **options)
     if unet.get("time_cond_proj_dim") != time_cond_proj_dim:
         raise UserError(
             f"{flag}: its time_cond_proj_dim is {unet.get('time_cond_proj_dim')}; pass the same number as "
@@ -148,7 +149,7 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     for key in (*shape, "down_block_types", "up_block_types", "addition_embed_type", "attention_head_dim"):
         if unet.get(key) != config["unet"].get(key):
             raise UserError(f"{flag}: it is no student of this teacher, its {key} is {unet.get(key)}")
-    _check_alone(flag, name, UNet2DConditionModel, subfolder, **options)
+    weights.check_alone(flag, name, UNet2DConditionModel, subfolder, has_variant_flag=False, **options)
 
 
 def _check_kind(flag, index):
@@ -269,11 +270,9 @@ def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, va
     replaced: parts that are there already and are not loaded (unet, scheduler). Weights are safetensors, and no code
     of a repository is run. Raises UserError where something cannot be loaded.
     """
-    try:
+    flag = f"`pretrained_teacher_model`={name}" + (f", `pretrained_vae_model_name_or_path`={vae}" if vae else "")
+    with blame(f"{flag}: the weights cannot be loaded", *LOAD_ERRORS):
         return _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced)
-    except LOAD_ERRORS as error:
-        flag = f"`pretrained_teacher_model`={name}" + (f", `pretrained_vae_model_name_or_path`={vae}" if vae else "")
-        raise UserError(f"{flag}: the weights cannot be loaded ({line_of(error)})") from error
 
 
 def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced):

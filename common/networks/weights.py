@@ -98,6 +98,13 @@ def has_variant(folder, variant):
     return folder.is_dir() and any(path.name.partition(".")[2].startswith(variant) for path in folder.iterdir())
 
 
+def check_alone(flag, name, cls, subfolder=None, revision=None, cache_dir=None, **options):
+    """`check_network` of a network that is no part of a pipeline; of the hub's where the cache has its weights."""
+    folder = local_folder(name, "/".join(filter(None, (subfolder, "config.json"))), revision, cache_dir)
+    if folder is not None and (Path(name).is_dir() or any(folder.glob("*.safetensors"))):
+        check_network(flag, folder, cls, **options)
+
+
 def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant_flag=True):
     """UserError unless the folder holds, as safetensors, the tensors that a `cls` of its configuration consists of.
 
