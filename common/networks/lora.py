@@ -168,9 +168,9 @@ def merged(network):
     return copy
 
 
-def saved_tensors(network, dtype=torch.float32):
+def saved_tensors(network):
     """`adapter_tensors` as they stand in files."""
-    return {name: p.detach().cpu().to(dtype).contiguous() for name, p in adapter_tensors(network).items()}
+    return {name: p.detach().cpu().contiguous() for name, p in adapter_tensors(network).items()}
 
 
 def saved_metadata(network):
@@ -186,18 +186,18 @@ def _unwrap(model):
     return model
 
 
-def save_lora(output_dir, unet, dtype=torch.float32):
+def save_lora(output_dir, unet):
     """Write both files into `output_dir`, each complete or not at all; called by the main process alone.
 
     `pytorch_lora_weights.safetensors` is for diffusers: `pipe.load_lora_weights(output_dir)`; alpha and rank are in
     its metadata, which old versions of diffusers ignore: where alpha is not the rank they need the other file.
     `pytorch_lora_weights_kohya.safetensors` is for ComfyUI and A1111, with alpha beside each module's weights, and
-    diffusers reads it too (weight_name=). dtype: of the weights in both files. Returns the two paths.
+    diffusers reads it too (weight_name=). Returns the two paths.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     unet = _unwrap(unet)
-    config, tensors, metadata = unet.peft_config[ADAPTER], saved_tensors(unet, dtype), saved_metadata(unet)
+    config, tensors, metadata = unet.peft_config[ADAPTER], saved_tensors(unet), saved_metadata(unet)
     with whole(output_dir / WEIGHTS) as unfinished:
         StableDiffusionPipeline.save_lora_weights(
             unfinished.parent,

@@ -7,7 +7,7 @@ import platform
 import traceback
 from pathlib import Path
 
-from common.errors import UserError, first_line, mask_credentials
+from common.errors import UserError, first_line, line_of, mask_credentials
 from common.networks import teachers
 from common.results.samples import image_grid
 
@@ -41,13 +41,12 @@ def after_weights(accelerator, output_dir, global_step):
                 file.write(traceback.format_exc())  # after another process's, which may be what this one ended of
         found = [path for path in output_dir.iterdir() if path.is_dir() and path.name.startswith(DENOISERS)]
         names = ", ".join(sorted(path.name for path in [*found, *output_dir.glob("*.safetensors")]))
-        failure = UserError(
+        raise UserError(
             f"`output_dir`={output_dir}: training is done and its weights are safe there ({names}), what follows them "
             f"failed: {first_line(error)} ({FAILURE} says where); `resume_from_checkpoint`=latest begins at step "
-            f"{global_step} and writes the rest"
-        )
-        failure.on_one_rank = is_main
-        raise failure from error
+            f"{global_step} and writes the rest",
+            on_one_rank=is_main,
+        ) from error
     if is_main:
         (output_dir / FAILURE).unlink(missing_ok=True)  # of an earlier attempt
 
@@ -66,13 +65,13 @@ def save_rest(pipeline, output_dir, written):
     pipeline.save_config(output_dir)  # model_index.json, last: the folder loads once it is there
 
 
-def teacher_license(name, token=None):
+def teacher_license(name):
     """The licence that the teacher's own card states, or None where there is no card or it states none."""
     card = Path(name, "README.md")
     try:
         if Path(name).exists():
             return ModelCard.load(card).data.get("license") if card.is_file() else None
-        return ModelCard.load(name, token=token).data.get("license")
+        return ModelCard.load(name).data.get("license")
     except (OSError, ValueError, yaml.YAMLError):
         return None
 
@@ -157,29 +156,17 @@ def size_code(config, resolution):
 
 
 def write_model_card(
-    output_dir,
-    *,
-    method,
-    data,
-    command,
-    snippet,
-    notes,
-    tags,
-    teacher=None,
-    license=None,
-    pipeline_tag="text-to-image",
+    output_dir, *, method, data, command, snippet, notes, tags, teacher=None, pipeline_tag="text-to-image"
 ):
     """Write README.md: front matter for the hub, what the model is, the snippet that runs it, samples, the command.
 
-    teacher, data, command, method, notes: text; teacher is None where there is none. license: without it, what the
-    teacher's card states. snippet: Python. The samples are `sample_grid.png` beside the card, the title is the
-    folder's name. A teacher that is a local folder is named in the text only: `base_model` must be a hub repository.
+    teacher, data, command, method, notes: text; teacher is None where there is none; the licence is what its card states.
+    snippet: Python. The samples are `sample_grid.png` beside the card, the title is the folder's name. A teacher that is a local folder is named in the text only: `base_model` must be a hub repository.
     """
-    front = {"library_name": "diffusers", "pipeline_tag": pipeline_tag, "tags": list(tags)}
+    front = {"library_name": "diffusers", "pipeline_tag": pipeline_tag, "tags": tags}
     if teacher is not None and not Path(teacher).exists():
         front["base_model"] = teacher
-    if license is None and teacher is not None:
-        license = teacher_license(teacher)
+    license = teacher_license(teacher) if teacher is not None else None
     if license:
         front["license"] = license
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", ""]
@@ -192,11 +179,10 @@ def write_model_card(
     lines += ["![samples](sample_grid.png)", ""]
     lines += ["## How it was made", "", "```bash", command, "```", ""]
     lines += ["Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
-    text = "\n".join(lines)
-    Path(output_dir, "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+    Path(output_dir, "README.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
-def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_message="Add the trained model"):
+def push_to_hub(output_dir, repo_id=None, token=None, private=False):
     """Upload the model and its card, and nothing else of the folder: no checkpoint, log or run file.
 
     The model is model_index.json with its parts, folders of U-Nets and other denoisers beside them, weights in the
@@ -213,7 +199,7 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_mess
         elif path.is_file() and path.suffix == ".safetensors":
             wanted.append(path.name)
     api = HfApi(token=token)
-    options = {"allow_patterns": wanted, "commit_message": commit_message}
+    options = {"allow_patterns": wanted, "commit_message": "Add the trained model"}
     try:
         repo = api.create_repo(repo_id or output_dir.resolve().name, private=private, exist_ok=True)
         for card in [*output_dir.glob("README.md"), *output_dir.glob("stage-*/README.md")]:  # of where others find it
@@ -221,9 +207,8 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False, commit_mess
             card.write_text(text.replace(model_code(output_dir, repo_id), quoted(repo.repo_id)), encoding="utf-8")
         api.upload_folder(repo_id=repo.repo_id, folder_path=str(output_dir), **options)
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"`push_to_hub`: the upload failed ({reason}); the model is complete in {output_dir}, upload it with "
-            "`hf upload`"
+            f"`push_to_hub`: the upload failed ({line_of(error)[:200]}); the model is complete in {output_dir}, upload it "
+            "with `hf upload`"
         ) from error
     return str(repo)

@@ -86,7 +86,7 @@ class FeatureNetwork(NamedTuple):
     name: str
 
 
-def load_feature_network(name_or_path, device="cpu", dtype=torch.float32, revision=None, cache_dir=None):
+def load_feature_network(name_or_path, device="cpu", cache_dir=None):
     """Load an image network and its preprocessing: CLIP, DINOv2, any transformers image classifier.
 
     name_or_path: a hub name, or a folder as `save_pretrained` of the model and of its image processor leave it (CLIP
@@ -96,8 +96,7 @@ def load_feature_network(name_or_path, device="cpu", dtype=torch.float32, revisi
     """
     import transformers
 
-    where = {"revision": revision, "cache_dir": cache_dir}
-    name = str(name_or_path)
+    name, where = str(name_or_path), {"cache_dir": cache_dir}
     config = transformers.AutoConfig.from_pretrained(name, **where)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil", **where)
@@ -110,7 +109,7 @@ def load_feature_network(name_or_path, device="cpu", dtype=torch.float32, revisi
     if not hasattr(transformers, architecture):
         raise ValueError(f"transformers has no {architecture}, which {name} asks for")
     model, info = getattr(transformers, architecture).from_pretrained(
-        name, dtype=dtype, output_loading_info=True, use_safetensors=True, **where
+        name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **where
     )
     if info["missing_keys"]:
         raise ValueError(
@@ -144,11 +143,8 @@ def clip_score(network, images, prompts, batch_size=64):
     As most tables report it: times 100, not times 2.5, negative cosines kept. Prompts longer than CLIP's text length
     are cut there.
 
-    network: a CLIP from `load_feature_network`, or its name or folder (then loaded here, on the CPU).
-    images: uint8 (N, 3, H, W); prompts: N strings. Returns a float.
+    network: a CLIP from `load_feature_network`; images: uint8 (N, 3, H, W); prompts: N strings. Returns a float.
     """
-    if not isinstance(network, FeatureNetwork):
-        network = load_feature_network(network)
     if network.tokenizer is None:
         raise ValueError(f"{network.name} is a {type(network.model).__name__}, which does not read text: take a CLIP")
     if len(images) != len(prompts):

@@ -16,7 +16,7 @@ from pathlib import Path
 from common import lock
 from common.data.folders import expand_home
 from common.data.stream import SKIPPED
-from common.errors import UserError, without_credentials
+from common.errors import UserError, line_of, without_credentials
 from common.files import sync
 from common.results.export import versions
 from common.run import preemption
@@ -119,7 +119,7 @@ def _take_output_dir(output_dir, resume_from_checkpoint, overwrite):
     return held.owner
 
 
-def move_aside(output_dir, report=print):
+def move_aside(output_dir):
     """Rename an earlier run's folder to NAME.1, NAME.2, ...: nothing of it is lost. Main process only.
 
     Returns its new path, None where there was nothing. UserError where the folder holds anything but is no run's.
@@ -131,7 +131,7 @@ def move_aside(output_dir, report=print):
         raise UserError(f"`overwrite_output_dir`: `output_dir`={output_dir} holds files but no run; name a new folder")
     number = next(n for n in itertools.count(1) if not output_dir.with_name(f"{output_dir.name}.{n}").exists())
     moved = output_dir.rename(output_dir.with_name(f"{output_dir.name}.{number}"))
-    report(f"{output_dir} was moved to {output_dir}.{number}")
+    print(f"{output_dir} was moved to {output_dir}.{number}")
     return moved
 
 
@@ -271,7 +271,7 @@ def remove_leftovers(output_dir):
             shutil.rmtree(leftover)
 
 
-def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, objects=None, total_limit=None):
+def save_checkpoint(accelerator, output_dir, global_step, state, modules, objects, total_limit=None):
     """Write `checkpoint-{global_step}`; called by every rank. Returns its path.
 
     What accelerate prepared (model, optimizer, GradScaler) and every rank's RNG are saved by `save_state`. On top:
@@ -281,20 +281,19 @@ def save_checkpoint(accelerator, output_dir, global_step, state, modules=None, o
     """
     tmp = Path(output_dir, f"checkpoint-{global_step}.tmp")
     try:
-        return _save(accelerator, Path(output_dir), tmp, global_step, state, modules or {}, objects or {}, total_limit)
+        return _save(accelerator, Path(output_dir), tmp, global_step, state, modules, objects, total_limit)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = line_of(error)[:200]
         if isinstance(error, RuntimeError):
             if not re.search("PytorchStreamWriter|inline_container|iostream error", reason):  # of torch.save
                 raise
             reason = f"most likely the disk is full: {reason}"
         shutil.rmtree(tmp, ignore_errors=True)
-        failure = UserError(
+        raise UserError(
             f"`output_dir`={output_dir}: the checkpoint of step {global_step} could not be written ({reason}); make "
-            "room and resume, the checkpoints before it are whole"
-        )
-        failure.on_one_rank = True
-        raise failure from error
+            "room and resume, the checkpoints before it are whole",
+            on_one_rank=True,
+        ) from error
 
 
 def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, total_limit):
@@ -313,15 +312,15 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
         (tmp / STATE).write_text(json.dumps(payload, indent=1))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        absent = [name for name in _of_every_process(accelerator.num_processes) if not _comes(tmp / name)]
+        names = _of_every_process(accelerator.num_processes)
+        absent = [name for name in names if not lock.wait_for(tmp, (tmp / name).is_file)]
         if absent:
             shutil.rmtree(tmp, ignore_errors=True)
-            failure = UserError(
+            raise UserError(
                 f"`output_dir`={output_dir}: the checkpoint of step {global_step} lacks {absent[0]}, which another "
-                "node wrote; name a folder that all nodes share"
+                "node wrote; name a folder that all nodes share",
+                on_one_rank=True,
             )
-            failure.on_one_rank = True
-            raise failure
         files = sorted(path for path in tmp.rglob("*") if path.is_file())
         for path in files:
             sync(path)
@@ -350,17 +349,13 @@ def _of_every_process(world_size):
     return [f"{RNG_STATE_NAME}_{rank}.pkl" for rank in range(world_size)]
 
 
-def _comes(path):
-    return lock.wait_for(path.parent, path.is_file)
-
-
 def _best(output_dir):
     """The name of the checkpoint that BEST names, None without one."""
     path = Path(output_dir, BEST)
     return json.loads(path.read_text())["checkpoint"] if path.is_file() else None
 
 
-def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
+def load_checkpoint(accelerator, checkpoint, modules, objects):
     """Restore what `save_checkpoint` wrote into the prepared objects, `modules` and `objects`; called by every rank.
 
     Every rank's RNG is restored exactly when the number of processes is the checkpoint's.
@@ -368,19 +363,19 @@ def load_checkpoint(accelerator, checkpoint, modules=None, objects=None):
     state = read_state(checkpoint)
     try:
         accelerator.load_state(str(checkpoint))
-        for name, module in (modules or {}).items():
+        for name, module in modules.items():
             load_model(module, str(Path(checkpoint, f"{name}.safetensors")), strict=True)
         saved = torch.load(Path(checkpoint, "objects.pt"), map_location="cpu", weights_only=True)
-        for name, obj in (objects or {}).items():
+        for name, obj in objects.items():
             obj.load_state_dict(saved[name])
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0][:200]
         raise UserError(
-            f"`resume_from_checkpoint`: {checkpoint} is damaged or of another model ({reason}); pass an earlier one"
+            f"`resume_from_checkpoint`: {checkpoint} is damaged or of another model ({line_of(error)[:200]}); pass an "
+            "earlier one"
         ) from error
     # accelerate restored the count of micro-batches of a run that may have had another number of them in an update
     accelerator.step = state["global_step"] * accelerator.gradient_accumulation_steps
-    for optimizer in (*accelerator._optimizers, *(objects or {}).values()):
+    for optimizer in (*accelerator._optimizers, *objects.values()):
         _match_layout(getattr(optimizer, "optimizer", optimizer))
     same_world = len(state["rng_digests"]) == accelerator.num_processes
     # accelerate only logs when it could not restore the generators: make sure that it did.

@@ -382,13 +382,6 @@ def test_diffusers_finds_every_module_of_the_full_networks_in_a_kohya_file(confi
     assert len(alphas) == len(paths)
 
 
-def test_weights_of_another_dtype(tmp_path):
-    files = lora.save_lora(tmp_path, make_student(make_unet(SD)), dtype=torch.float16)
-    for file in files:
-        tensors = load_file(file)
-        assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith("alpha")} == {torch.float16}
-
-
 def test_a_save_that_dies_leaves_the_earlier_file(tmp_path, monkeypatch):
     student = make_student(make_unet(SD))
     files = lora.save_lora(tmp_path, student)
