@@ -96,9 +96,8 @@ def contents(folder):
 def take(folder, part=(0, 1), report=print):
     """Create the folder and its lock, to be released by `releasing`. Returns the Lock.
 
-    part: (index, count) of a task that shares the folder with others and
-    writes what `range(index, n, count)` numbers; (0, 1): all of it. UserError where a living process writes the same,
-    or the folder cannot be written to. Waits SILENCE seconds where the owner is on another host.
+    part: (index, count) of a task that shares the folder and writes what `range(index, n, count)` numbers. UserError
+    where a living process writes the same, or the folder cannot be written to.
     """
     folder, index, count = Path(folder), *part
     path = folder / (NAME if count == 1 else f"{NAME}.{index}-of-{count}")
@@ -205,16 +204,15 @@ def _read(path):
 def _create(path, text):
     """Whether the file was created; the first that comes creates it."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        file = open(path, "xb", buffering=0)
     except FileExistsError:
         return False
-    try:
-        os.write(descriptor, text.encode())
-    except OSError:
-        path.unlink()  # rather than leave one without a name on a full disk
-        raise
-    finally:
-        os.close(descriptor)
+    with file:
+        try:
+            file.write(text.encode())
+        except OSError:
+            path.unlink()  # rather than leave one without a name on a full disk
+            raise
     return True
 
 

@@ -113,7 +113,7 @@ def add_lora(network, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, i
 
 
 def start_from(unet, init_lora, rank, alpha):
-    """Copy an earlier LoRA into the adapters, as `add_lora` describes it."""
+    """Copy an earlier LoRA into the adapters, as `add_lora` says."""
     _copy_tensors(_read_lora(unet, init_lora, rank, alpha), adapter_tensors(unet))
 
 
@@ -210,9 +210,10 @@ def save_lora(output_dir, unet):
         kohya[f"{key}.lora_down.weight"] = tensors[f"{path}.lora_A.weight"]
         kohya[f"{key}.lora_up.weight"] = tensors[f"{path}.lora_B.weight"]
         kohya[f"{key}.alpha"] = torch.tensor(float(config.lora_alpha))
-    header = {"ss_network_module": "networks.lora", "ss_network_dim": config.r, "ss_network_alpha": config.lora_alpha}
+    header = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(config.r)}
+    header["ss_network_alpha"] = str(config.lora_alpha)
     with whole(output_dir / KOHYA_WEIGHTS) as unfinished:
-        save_file(kohya, unfinished, metadata={"format": "pt"} | {name: str(value) for name, value in header.items()})
+        save_file(kohya, unfinished, metadata=header)
     return output_dir / WEIGHTS, output_dir / KOHYA_WEIGHTS
 
 
@@ -223,21 +224,16 @@ def kohya_keys(unet_config, paths):
     (`input_blocks_...`), which kohya's trainer writes. ComfyUI and diffusers read both; A1111 does not find
     `up_blocks_0_upsamplers_0_conv` of SDXL under the diffusers name.
     """
-    if _is_laid_out_like_sdxl(unet_config):
-        return {path: kohya_key(_sgm_path(path, unet_config["layers_per_block"])) for path in paths}
+    layers, up_blocks = unet_config["layers_per_block"], unet_config["up_block_types"]
+    is_sdxl = unet_config.get("addition_embed_type") == "text_time" and isinstance(layers, int)
+    # `_sgm_path` holds with attention before every upsampler; and diffusers reads block numbers of one digit
+    if is_sdxl and set(up_blocks[:-1]) <= {"CrossAttnUpBlock2D"} and len(up_blocks) * (layers + 1) <= 10:
+        return {path: kohya_key(_sgm_path(path, layers)) for path in paths}
     return {path: kohya_key(path) for path in paths}
 
 
 def kohya_key(path):
     return "lora_unet_" + path.replace(".", "_")
-
-
-def _is_laid_out_like_sdxl(unet_config):
-    """Whether `_sgm_path` holds: attention before every upsampler; and diffusers reads block numbers of one digit."""
-    layers, up_blocks = unet_config["layers_per_block"], unet_config["up_block_types"]
-    attention = all(block == "CrossAttnUpBlock2D" for block in up_blocks[:-1])
-    is_sdxl = unet_config.get("addition_embed_type") == "text_time"
-    return is_sdxl and attention and isinstance(layers, int) and len(up_blocks) * (layers + 1) <= 10
 
 
 SGM_NAMES = {

@@ -53,14 +53,8 @@ def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
     sdxl = _check_kind(flag, index)
     parts = {part: index[part] for part in PARTS[: len(PARTS) if sdxl else -2] if part in index}
     weights.check_parts(flag, name, parts)  # a ControlNet or an adapter beside them is not loaded
-    with blame(
-        f"{flag}: a part of the teacher is missing or unreadable",
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        StrictDataclassError,
-    ):
+    errors = OSError, ValueError, AttributeError, TypeError, StrictDataclassError
+    with blame(f"{flag}: a part of the teacher is missing or unreadable", *errors):
         configs = {
             "unet": UNet2DConditionModel.load_config(name, subfolder="unet", **options),
             "vae": AutoencoderKL.load_config(name, subfolder="vae", **options),

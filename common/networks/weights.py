@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from common.errors import UserError, blame
+from common.errors import CALL_ERRORS, UserError, blame
 
 import accelerate
 import diffusers
@@ -71,20 +71,20 @@ def check_pipeline(flag, name, index, variant=None, revision=None, cache_dir=Non
     folder = local_folder(name, revision=revision, cache_dir=cache_dir)
     if folder is None:
         return
-    whole = downloaded or Path(name).is_dir()
-    if whole and dry_run and _has_no_weights(folder, _parts(index, skip)):
+    whole, parts = downloaded or Path(name).is_dir(), _parts(index, skip)
+    if whole and dry_run and _has_no_weights(folder, parts):
         print(f"WARNING: {flag} holds no weights; `dry_run` needs none, the run itself does", flush=True)
         return
     variants = {part: variant for part in index if variant and has_variant(folder / part, variant)}
     if variant and not variants and whole:
         raise UserError(f"{flag}: it is partial, it has no weights of the variant {variant!r}; drop `variant`")
-    for part, (library, class_name) in _parts(index, skip).items():
+    for part, (library, class_name) in parts.items():
         cls = _network_class(library, class_name)
         if cls is not None and (whole or _weight_files(folder / part)):
             check_network(flag, folder / part, cls, variants.get(part), of_pipeline=variant or True)
-    for part, (library, class_name) in _parts(index, skip).items():
+    for part, (library, class_name) in parts.items():
         encoder = part.replace("tokenizer", "text_encoder")
-        if library == "transformers" and class_name.startswith("CLIPTokenizer") and encoder in _parts(index, skip):
+        if library == "transformers" and class_name.startswith("CLIPTokenizer") and encoder in parts:
             _check_vocabulary(flag, folder, part, encoder, class_name)
 
 
@@ -114,46 +114,34 @@ def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant
     where = f"{folder.name}/" if of_pipeline else ""  # of a part, what precedes its files' names
     if issubclass(cls, transformers.PreTrainedModel) and (folder / "adapter_config.json").is_file():
         raise UserError(f"{flag}: {where or 'it'} was saved with a LoRA on it (adapter_config.json); {FUSE}")
-    with blame(
-        f"{flag}: {where or 'it '}has no configuration that can be read",
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        KeyError,
-    ):
+    with blame(f"{flag}: {where or 'it '}has no configuration that can be read", OSError, *CALL_ERRORS):
         config = _load_config(folder, cls)
     advice = _variant_advice(variant, of_pipeline, has_variant_flag)
     files, named = _find_files(flag, folder, where, cls, variant, advice)
     shapes = {}
     for file in files:
         shapes |= _read_header(flag, file, where)
-    adapters = [key for key in shapes if any(name in f".{key}" for name in ADAPTER_NAMES)]
-    if adapters:
-        raise UserError(f"{flag}: its file {where}{named} was saved with a LoRA on it ({adapters[0]}); {FUSE}")
-    if _of(config, "quantization_config") is not None:
+    what = f"{flag}: its file {where}{named}"
+    _refuse_adapters(what, shapes)
+    name = "quantization_config"
+    if (config.get(name) if isinstance(config, dict) else getattr(config, name, None)) is not None:
         return
-    with blame(
-        f"{flag}: {where}config.json describes no {cls.__name__}",
-        AttributeError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        KeyError,
-        IndexError,
-        ZeroDivisionError,
-    ):
+    with blame(f"{flag}: {where}config.json describes no {cls.__name__}", RuntimeError, *CALL_ERRORS):
         missing, unexpected, mismatched = _compare(cls, config, shapes, sharded=named.endswith(".json"))
-    _refuse(f"{flag}: its file {where}{named}", cls, missing, unexpected, mismatched)
+    _refuse(what, cls, missing, unexpected, mismatched)
 
 
 def check_loaded(flag, network, info):
     """The same from what a library's `output_loading_info=True` says, where the files were not there before."""
-    adapters = [key for key in info["unexpected_keys"] if any(name in f".{key}" for name in ADAPTER_NAMES)]
-    if adapters:
-        raise UserError(f"{flag}: it was saved with a LoRA on it ({adapters[0]}); {FUSE}")
+    _refuse_adapters(f"{flag}: it", info["unexpected_keys"])
     unexpected = _unexpected(type(network), network.state_dict(), info["unexpected_keys"])
     _refuse(flag, type(network), sorted(info["missing_keys"]), unexpected, [])
+
+
+def _refuse_adapters(what, names):
+    adapters = [key for key in names if any(name in f".{key}" for name in ADAPTER_NAMES)]
+    if adapters:
+        raise UserError(f"{what} was saved with a LoRA on it ({adapters[0]}); {FUSE}")
 
 
 def check_made(flag, pipeline):
@@ -228,9 +216,7 @@ def _find_files(flag, folder, where, cls, variant, advice):
         raise UserError(f"{flag}: it is partial, {place} has no {what}")
     if named == single:
         return [folder / named], named
-    with blame(
-        f"{flag}: its file {where}{named} is damaged", OSError, ValueError, KeyError, TypeError, AttributeError
-    ):
+    with blame(f"{flag}: its file {where}{named} is damaged", OSError, *CALL_ERRORS):
         names = sorted(set(json.loads((folder / named).read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -254,10 +240,6 @@ def _load_config(folder, cls):
     if not isinstance(config, dict):
         raise ValueError(f"{folder.name}/config.json is no JSON object")
     return config
-
-
-def _of(config, name):
-    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
 def _compare(cls, config, shapes, sharded):
@@ -303,18 +285,13 @@ def _compare_diffusers(cls, config, shapes, sharded):
     if not sharded:
         network._fix_state_dict_keys_on_load(state)
     there, needed = {name: tuple(tensor.shape) for name, tensor in state.items()}, network.state_dict()
-    modules = dict(network.named_modules())
-    made = {name for name, _ in network.named_buffers() if not _is_learnt(modules[name.rpartition(".")[0]])}
+    learnt = {path for path, m in network.named_modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)}
+    made = {name for name, _ in network.named_buffers() if name.rpartition(".")[0] not in learnt}
     ignored = cls._keys_to_ignore_on_load_unexpected or ()
     unexpected = [n for n in there.keys() - needed.keys() if not any(re.search(p, n) for p in ignored)]
     wrong = [(n, there[n], tuple(needed[n].shape)) for n in sorted(there.keys() & needed.keys())]
     unexpected = _unexpected(cls, needed, unexpected)
     return sorted(needed.keys() - there.keys() - made), unexpected, [row for row in wrong if row[1] != row[2]]
-
-
-def _is_learnt(module):
-    """Whether the buffers of a module come from training."""
-    return isinstance(module, torch.nn.modules.batchnorm._NormBase)
 
 
 def _unexpected(cls, needed, names):

@@ -160,8 +160,8 @@ def write_model_card(
 ):
     """Write README.md: front matter for the hub, what the model is, the snippet that runs it, samples, the command.
 
-    teacher, data, command, method, notes: text; teacher is None where there is none; the licence is what its card states.
-    snippet: Python. The samples are `sample_grid.png` beside the card, the title is the folder's name. A teacher that is a local folder is named in the text only: `base_model` must be a hub repository.
+    teacher: None where there is none; the licence is that of its card, and one that is a local folder is no
+    `base_model`, which must be a hub repository. snippet: Python. The title is the folder's name.
     """
     front = {"library_name": "diffusers", "pipeline_tag": pipeline_tag, "tags": tags}
     if teacher is not None and not Path(teacher).exists():
@@ -208,7 +208,7 @@ def push_to_hub(output_dir, repo_id=None, token=None, private=False):
         api.upload_folder(repo_id=repo.repo_id, folder_path=str(output_dir), **options)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(
-            f"`push_to_hub`: the upload failed ({line_of(error)[:200]}); the model is complete in {output_dir}, upload it "
-            "with `hf upload`"
+            f"`push_to_hub`: the upload failed ({line_of(error)[:200]}); the model is complete in {output_dir}, "
+            "upload it with `hf upload`"
         ) from error
     return str(repo)

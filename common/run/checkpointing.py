@@ -336,7 +336,9 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
         sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         if total_limit:
-            others = [c for c in list_checkpoints(output_dir) if c.name not in (final.name, _best(output_dir))]
+            best = Path(output_dir, BEST)
+            kept = {final.name, json.loads(best.read_text())["checkpoint"] if best.is_file() else None}
+            others = [c for c in list_checkpoints(output_dir) if c.name not in kept]
             for old in others[: -(total_limit - 1) or None]:
                 doomed = old.rename(old.with_name(f"{old.name}.replaced.tmp"))  # whole under its name, or not at all
                 shutil.rmtree(doomed)
@@ -347,12 +349,6 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
 def _of_every_process(world_size):
     """The files of a checkpoint that each process wrote one of, by accelerate's names."""
     return [f"{RNG_STATE_NAME}_{rank}.pkl" for rank in range(world_size)]
-
-
-def _best(output_dir):
-    """The name of the checkpoint that BEST names, None without one."""
-    path = Path(output_dir, BEST)
-    return json.loads(path.read_text())["checkpoint"] if path.is_file() else None
 
 
 def load_checkpoint(accelerator, checkpoint, modules, objects):

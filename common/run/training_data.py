@@ -22,20 +22,15 @@ def image_options(args):
 
 def data_options(args, accelerator):
     """The flags of `data.TrainingData`, with this process's place among the others."""
-    return {
+    names = ("max_train_samples", "shuffle_block_samples", "max_skip_ratio", "data_timeout")
+    names += ("shard_disk_gb", "shard_cache_dir", "shard_cache_gb")
+    return {name: getattr(args, name) for name in names} | {
         "batch_size": args.train_batch_size,
         "seed": args.data_seed,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
         "num_lanes": args.data_lanes,
         "num_workers": args.dataloader_num_workers,
-        "max_train_samples": args.max_train_samples,
-        "shuffle_block_samples": args.shuffle_block_samples,
-        "max_skip_ratio": args.max_skip_ratio,
-        "data_timeout": args.data_timeout,
-        "shard_disk_gb": args.shard_disk_gb,
-        "shard_cache_dir": args.shard_cache_dir,
-        "shard_cache_gb": args.shard_cache_gb,
         "pin_memory": accelerator.device.type == "cuda",
         "skipped_log": None if args.dry_run else Path(args.output_dir, stream.SKIPPED),
         "report": accelerator.print,

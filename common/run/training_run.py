@@ -92,7 +92,8 @@ class TrainingRun:
             self.resumed = checkpointing.read_state(self.checkpoint)
         self.global_step, self.is_last, self.data = self.resumed["global_step"], False, None
         self.draws_seed = args.seed is None and self.resumed["args"].get("seed") is None
-        args.seed = resolve_seed(args.seed, self.resumed["args"].get("seed"))
+        seeds = (args.seed, self.resumed["args"].get("seed"), secrets.randbelow(2**32))
+        args.seed = broadcast_object_list([next(seed for seed in seeds if seed is not None)])[0]
 
     def resolve_data(self, num_images):
         """Fill in `data_seed` and `data_lanes`, then `check_flags`. num_images: as of `training_data.resolve_data`."""
@@ -168,7 +169,8 @@ class TrainingRun:
             checkpointing.load_checkpoint(accelerator, self.checkpoint, modules, objects)
             accelerator.print(f"resumed from {self.checkpoint} at step {self.global_step}")
         self.run_id = broadcast_object_list([self.resumed.get("run_id") or uuid.uuid4().hex])[0]
-        if accelerator.is_main_process and not args.dry_run:
+        is_shown = accelerator.is_main_process and not args.dry_run
+        if is_shown:
             start_trackers(accelerator, args.tracker_project_name, self.flags | self.derived, self.run_id)
         self.stopper = preemption.Stopper(accelerator, args.output_dir, args.stop_margin, self.global_step)
         self.guard = UpdateGuard(
@@ -179,10 +181,9 @@ class TrainingRun:
             num_skipped=self.resumed.get("updates_skipped", 0),
             networks=networks,
         )
-        is_shown = accelerator.is_main_process and not args.dry_run
         if is_shown:
-            parameters = {p for network in networks.values() for p in network.parameters() if p.requires_grad}
-            number = sum(parameter.numel() for parameter in parameters) / 1e6
+            trained = {p for network in networks.values() for p in network.parameters() if p.requires_grad}
+            number = sum(p.numel() for p in trained) / 1e6
             print(f"training {number:.4g} M weights, output in {args.output_dir}", flush=True)
         self.progress = screen.Progress(self.global_step, args.max_train_steps, is_shown)
         self.means = RunningMeans()
@@ -275,22 +276,16 @@ class TrainingRun:
             self.progress.finish(args, quality)
 
 
-def resolve_seed(seed, saved_seed=None):
-    """The seed of the run, equal on all ranks: `seed`, else the resumed run's, else a drawn one."""
-    if seed is None:
-        seed = saved_seed if saved_seed is not None else secrets.randbelow(2**32)
-    return broadcast_object_list([seed])[0]
-
-
 def start_trackers(accelerator, project_name, config, run_id):
     """Start every tracker with the run's flags; a resumed run continues under its old id."""
     options = {
         "wandb": {"id": run_id, "resume": "allow", "dir": accelerator.logging_dir},
         "comet_ml": {"experiment_key": run_id},
     }
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}  # as all take it
     try:
         Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers(project_name, tracker_config(config), options)
+        accelerator.init_trackers(project_name, config, options)
     except OSError as error:
         raise UserError(
             f"`logging_dir`, `tracker_project_name`: {accelerator.logging_dir}: {error}; change them"
@@ -303,11 +298,6 @@ def sum_counters(counters):
     read = total.pop("read")
     classes = {f"skipped/{name}": n for name, n in total.items() if n}
     return {"samples_read": read, "samples_skipped": sum(total.values())} | classes
-
-
-def tracker_config(values):
-    """{name: value} as every tracker takes it: numbers, strings and booleans; the rest as text."""
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
 
 
 class RunningMeans:

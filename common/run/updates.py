@@ -107,8 +107,7 @@ class UpdateGuard:
             accelerator.unscale_gradients(optimizer)
             norm = total_norm(parameters)
         else:
-            norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
-            norm = torch.as_tensor(norm)
+            norm = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm))
         finite = norm.isfinite()
         if accelerator.scaler is None:
             step_if(finite, optimizer)
@@ -141,15 +140,11 @@ class UpdateGuard:
             self.num_skipped += 1
             self.in_a_row += 1
             if self.in_a_row == 1 and not looked:
-                self._check_weights()
-                looked = True
+                looked = gather_object([broken_weights(self.networks) or ""])  # one process may have met it alone
+                if found := next(filter(None, looked), None):
+                    raise UserError(f"step {self.global_step} has no finite loss or gradient: {found}; {REPAIR}")
             self._report(gather_object(list(keys)))
         return self.num_skipped
-
-    def _check_weights(self):
-        found = next(filter(None, gather_object([broken_weights(self.networks)])), None)  # one may have met it alone
-        if found:
-            raise UserError(f"step {self.global_step} has no finite loss or gradient: {found}; {REPAIR}")
 
     def _report(self, keys):
         if self.accelerator.is_main_process:

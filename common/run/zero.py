@@ -24,8 +24,8 @@ from accelerate.utils.constants import OPTIMIZER_NAME
 from safetensors.torch import load_file, save_file
 
 PREFIX = "ACCELERATE_DEEPSPEED_"
-BUCKET = "reduce_bucket_size"
-DEFAULTS = {BUCKET: 50_000_000, "allgather_bucket_size": 50_000_000}  # values; DeepSpeed's own take 2 GB each
+WAY_OUT = "use `distributed_type: MULTI_GPU`"
+DEFAULTS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}  # values; DeepSpeed's own: 2 GB
 SWITCHES = ("overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions")
 BY_FLAGS = {  # what accelerate's configuration and the script's flags both have: {variable: flag}
     "ACCELERATE_GRADIENT_CLIPPING": "max_grad_norm",
@@ -42,9 +42,8 @@ def take_settings(args):
     """
     if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
         return None
-    way_out = "use `distributed_type: MULTI_GPU`"
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"`accelerate config`: DeepSpeed is not installed; pip install deepspeed, or {way_out}")
+        _refuse(f"DeepSpeed is not installed; pip install deepspeed, or {WAY_OUT}")
     if "RANK" not in os.environ:
         raise UserError(
             "ACCELERATE_USE_DEEPSPEED is set, and no launcher started this process; start it by `accelerate launch` "
@@ -52,53 +51,50 @@ def take_settings(args):
         )
     given = {variable: os.environ.pop(variable, "auto") for variable in BY_FLAGS}
     for variable, flag in BY_FLAGS.items():
-        launchers_own = ("auto", "none", "1") if flag == "gradient_accumulation_steps" else ("auto", "none")
+        launchers_own = ["auto", "none"] + ["1"] * (flag == "gradient_accumulation_steps")
         name, value, ours = variable.removeprefix("ACCELERATE_").lower(), given[variable].lower(), getattr(args, flag)
         if value not in (*launchers_own, str(ours), str(float(ours or 0))):
-            raise UserError(
-                f"`accelerate config`: {name} is {value} and `{flag}`={ours}; drop it from DeepSpeed's configuration, "
-                "the flag decides"
-            )
+            _refuse(f"{name} is {value} and `{flag}`={ours}; drop it from DeepSpeed's configuration, the flag decides")
     zero = _zero_optimization()
     if zero["stage"] not in (2, "2"):
-        raise UserError(
-            f"`accelerate config`: zero_stage is {zero['stage']}; samples, targets and exports need the whole student "
-            f"on each GPU, set it to 2, or {way_out}"
-        )
-    offloaded = [name for name in zero if name.startswith("offload_")]
-    if offloaded:
-        raise UserError(f"`accelerate config`: {offloaded[0]} is not supported; set its device to none, or {way_out}")
+        reason = "samples, targets and exports need the whole student on each GPU"
+        _refuse(f"zero_stage is {zero['stage']}; {reason}, set it to 2, or {WAY_OUT}")
+    if offloaded := [name for name in zero if name.startswith("offload_")]:
+        _refuse(f"{offloaded[0]} is not supported; set its device to none, or {WAY_OUT}")
     for name, value in zero.items():
         _check_setting(name, value)
     if getattr(args, "lora_rank", 0):
         raise UserError(
-            f"`lora_rank`={args.lora_rank}: a LoRA has hardly any gradients and states to split over GPUs; {way_out} "
+            f"`lora_rank`={args.lora_rank}: a LoRA has hardly any gradients and states to split over GPUs; {WAY_OUT} "
             "in `accelerate config`"
         )
     for flag in ("use_8bit_adam", "channels_last"):
         if getattr(args, flag):
             raise UserError(
                 f"`{flag}` works on each weight by itself, and ZeRO-2 lays the weights out one behind the other; drop "
-                f"the flag, or {way_out} in `accelerate config`"
+                f"the flag, or {WAY_OUT} in `accelerate config`"
             )
     if (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "fp16":
         raise UserError("`mixed_precision`=fp16 is not supported with ZeRO-2; pass bf16 or no")
     return zero | {"stage": 2}
 
 
+def _refuse(sentence):
+    raise UserError(f"`accelerate config`: {sentence}")
+
+
 def _check_setting(name, value):
     """UserError for a setting of `zero_optimization` that DeepSpeed would not take, or of which it is not known that a
     run and its checkpoints stay what they are: with round_robin_gradients, DeepSpeed mistakes one weight's states for
     another's."""
-    if name in DEFAULTS:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < math.inf or value % 1:
-            raise UserError(f"`accelerate config`: zero_optimization: {name} is {value!r}; give a number of values")
-    elif name in SWITCHES:
-        if not isinstance(value, bool):
-            raise UserError(f"`accelerate config`: zero_optimization: {name} is {value!r}; give true or false")
-    elif name != "stage":
-        known = ", ".join(("stage", *DEFAULTS, *SWITCHES))
-        raise UserError(f"`accelerate config`: zero_optimization: {name} is not supported; drop it, there are {known}")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in DEFAULTS and not (is_number and 1 <= value < math.inf and value % 1 == 0):
+        _refuse(f"zero_optimization: {name} is {value!r}; give a number of values")
+    if name in SWITCHES and not isinstance(value, bool):
+        _refuse(f"zero_optimization: {name} is {value!r}; give true or false")
+    known = ("stage", *DEFAULTS, *SWITCHES)
+    if name not in known:
+        _refuse(f"zero_optimization: {name} is not supported; drop it, there are {', '.join(known)}")
 
 
 def _is_auto(value):
@@ -119,13 +115,10 @@ def _zero_optimization():
         config = dict(json.loads(Path(path).read_text(encoding="utf-8-sig")))
         zero = dict(config.pop("zero_optimization"))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"`accelerate config`: deepspeed_config_file={path} cannot be read ({error!r})") from None
-    other = next((key for key, value in sorted(config.items()) if not _is_auto(value)), None)
-    if other is not None:
-        raise UserError(
-            f"`accelerate config`: deepspeed_config_file={path} sets {other}, which the script's flags decide; keep "
-            "nothing in it but `zero_optimization`"
-        )
+        _refuse(f"deepspeed_config_file={path} cannot be read ({error!r})")
+    if others := [key for key, value in sorted(config.items()) if not _is_auto(value)]:
+        way_out = "keep nothing in it but `zero_optimization`"
+        _refuse(f"deepspeed_config_file={path} sets {others[0]}, which the script's flags decide; {way_out}")
     unset = {n for n, v in zero.items() if v in ("auto", None) or isinstance(v, dict) and v.get("device") == "none"}
     decided = {name: value for name, value in zero.items() if name not in unset}
     return DEFAULTS | {"stage": 0} | decided
