@@ -11,9 +11,7 @@ from common.networks import performance
 from common.run import simulation
 from common.run.zero import ZeroAccelerator, take_settings
 
-import diffusers
 import torch
-import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
 from diffusers.optimization import get_scheduler
@@ -28,10 +26,6 @@ def make_accelerator(args):
     Raises UserError where the launcher's processes do not see each other (each would be a run of its own) and for an
     engine that shards.
     """
-    diffusers.utils.logging.set_verbosity_error()  # a training run's own lines should be found among the libraries'
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     zero = take_settings(args)
     if zero is None:

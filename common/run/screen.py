@@ -17,7 +17,9 @@ from pathlib import Path
 from common.flags import ArgumentParser, spelled
 from common.networks import lora
 
+import diffusers
 import torch
+import transformers
 from tqdm import tqdm
 
 WIDTH = 119
@@ -25,6 +27,13 @@ ENTRIES = 100  # lines of a whole run in a log file, and one more after each SIL
 SILENCE = 600
 MEASURED_WITH = {"num_inference_steps", "guidance_scale", "eta", "height", "width"}  # what `evaluate` can pass on
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def quiet_libraries():
+    """Leave out bars and warnings of diffusers and transformers, among which one's own lines would not be found."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def echo(title, values):

@@ -36,6 +36,7 @@ def user_errors(main, is_tool=False):
 
     @functools.wraps(main)
     def wrapped(args):
+        screen.quiet_libraries()
         try:
             with lock.releasing_at_sigterm() if is_tool else lock.releasing(), signals(), simulation.ending(args):
                 return main(args)

@@ -20,7 +20,6 @@ from common.tools.work import (
     add_device_argument,
     add_work_arguments,
     find_device,
-    quiet_libraries,
     resolve_work,
 )
 
@@ -56,7 +55,6 @@ def parse_args(argv=None):
 def main(args):
     # 1. What is encoded and the teacher's configuration, before any weight is loaded.
     device = find_device(args.device)
-    quiet_libraries()
     dtype, place = DTYPES[args.dtype], {"revision": args.revision, "cache_dir": args.cache_dir}
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
     with speaking_of("IN", "pairs_dir"):

@@ -43,7 +43,7 @@ from common.keyed_random import keyed_seed
 from common.networks import encoders, teachers
 from common.results.export import versions
 from common.run import training_run
-from common.tools.work import add_device_argument, add_work_arguments, find_device, quiet_libraries, resolve_work
+from common.tools.work import add_device_argument, add_work_arguments, find_device, resolve_work
 
 import torch
 from tqdm import tqdm
@@ -94,7 +94,6 @@ def parse_args(argv=None):
 @training_run.tool_errors
 def main(args):
     # 1. What there is to do: all of it, whoever does it.
-    quiet_libraries()
     device = find_device(args.device)
     units = list_units(args)
 

@@ -27,7 +27,6 @@ from common.tools.work import (
     add_device_argument,
     add_work_arguments,
     find_device,
-    quiet_libraries,
     resolve_work,
 )
 
@@ -88,7 +87,6 @@ def main(args):
     rank, world_size = args.shard_index, args.num_shards
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = find_device(args.device)
-    quiet_libraries()
 
     # 2. What is asked, checked before any weight is loaded.
     prompts = read_prompts(args.prompts, args.prompt_column)

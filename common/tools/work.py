@@ -8,18 +8,9 @@ import os
 from common.errors import UserError
 from common.flags import non_negative_int, positive_int
 
-import diffusers
 import torch
-import transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def quiet_libraries():
-    """A tool's own lines and progress bar should be found among the libraries'."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def add_device_argument(add):

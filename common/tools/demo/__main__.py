@@ -179,6 +179,7 @@ def main(args):
     lock.take(output_dir)
     open_output_dir(output_dir, args.seed, args.rebuild)
     started = time.perf_counter()
+    print(f"Parts that are complete are kept in {output_dir}: started again, the same command goes on.", flush=True)
     if args.method == "ct":
         consistency.run(output_dir, args.seed)
         print(f"finished in {time.perf_counter() - started:.0f} s", flush=True)
