@@ -55,7 +55,7 @@ class Shelf:
         self._ahead, self._there, self._largest = {}, [], 0
         self._lock = threading.Lock()
 
-    def begin(self, lane: int, shards: list[str], after: "Fetch | None" = None):
+    def begin(self, lane: int, shards: Sequence[str], after: "Fetch | None" = None):
         """Fetch shards that the lane will open next, one after the other, the first when `after` has come."""
         before, ahead = self._ahead.get(lane, {}), {}
         for shard in shards[: shards_ahead(self._largest_known(), self.block_bytes)]:
@@ -136,9 +136,6 @@ class _Growing(io.RawIOBase):
 
     def seekable(self):
         return True
-
-    def tell(self):
-        return self._position
 
     def seek(self, offset, whence=os.SEEK_SET):
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position}[whence]

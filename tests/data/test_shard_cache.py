@@ -140,9 +140,9 @@ def test_tmpdir_is_looked_at_before_the_start(tmp_path, server, monkeypatch):
     size = os.path.getsize(make_shards(tmp_path, [9])[0])
     shard, usage = f"{server.address}/good/00000.tar", shutil._ntuple_diskusage
     monkeypatch.setattr(shard_cache, "_is_memory", lambda folder: False)
-    for free, room in ((40, None), (12, 0.9 * 12 * size)):
+    for free, block, room in ((40, 0, None), (12, 0, 0.9 * 12 * size), (40, 4 * size, 0.9 * 40 * size)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage(0, 0, free * size))
-        found, note = temporary_room(shard, 8)
+        found, note = temporary_room(shard, 8, block_bytes=block)
         assert found == room and ("less is fetched ahead" in note) == (room is not None)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 7 * size))
     with pytest.raises(UserError, match="TMPDIR=.* its 8 lanes need .* set TMPDIR to"):
