@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from common import lock
 from common.errors import UserError
 from common.run import checkpointing, training_run
-from tests.data.test_stream import encode, random_image
+from tests.data.making import encode, random_image
 from tests.forks import end_of, fork, is_running
 
 import pytest

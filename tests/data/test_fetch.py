@@ -18,7 +18,7 @@ from common.data.shard_cache import ShardCache
 from common.data.shards import SampleError, expand_shards, tar_samples
 from common.data.stream import TrainingData
 from common.errors import UserError
-from tests.data.test_stream import count_after, describe, make_data, make_shards, run
+from tests.data.making import count_after, describe, make_data, make_shards, run
 
 import fsspec
 import pytest

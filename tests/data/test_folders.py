@@ -18,7 +18,7 @@ from common.data.stream import TrainingData
 from common.direct import sources
 from common.errors import UserError
 from common.tools.reference import iterate_images, reference_files, to_tensor
-from tests.data.test_stream import encode, random_image, write_tar
+from tests.data.making import encode, random_image, write_tar
 
 import numpy as np
 import pytest

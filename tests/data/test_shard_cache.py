@@ -12,8 +12,8 @@ from pathlib import Path
 from common.data import fetch, shard_cache
 from common.data.shard_cache import ShardCache, temporary_room
 from common.errors import UserError
+from tests.data.making import make_data, make_shards, run
 from tests.data.test_fetch import read
-from tests.data.test_stream import make_data, make_shards, run
 
 import pytest
 

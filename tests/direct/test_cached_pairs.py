@@ -10,7 +10,7 @@ from common.direct import pairs, pipelines, sources, student
 from common.run import simulation
 from common.tools import encode_pairs, encode_shards
 from tests import tiny_pipelines as tiny
-from tests.data.test_stream import encode, random_image, write_tar
+from tests.data.making import encode, random_image, write_tar
 from tests.networks.test_teachers import edit_json
 from tests.scripts.test_direct import (
     digests,

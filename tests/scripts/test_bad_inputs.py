@@ -28,7 +28,7 @@ from common.networks import teachers
 from common.run import checkpointing, simulation
 from common.tools.demo import stable_diffusion
 from tests.cases import CASES, command
-from tests.data.test_stream import encode, pickle_members, png_header, random_image, write_tar
+from tests.data.making import encode, pickle_members, png_header, random_image, write_tar
 from tests.networks.test_teachers import edit_json
 from tests.scripts.test_ct import CONFIG, data_set, no_cache_at_home
 from tests.scripts.test_direct import direct_teacher, made, prompts_file

@@ -19,7 +19,7 @@ from common.data.shards import SampleError, expand_shards
 from common.errors import UserError
 from common.networks import encoders, teachers
 from common.tools import encode_shards
-from tests.data.test_stream import encode, random_image, server, write_tar
+from tests.data.making import encode, random_image, server, write_tar
 from tests.networks.test_teachers import edit_json
 from tests.run.test_slurm import FOLDER
 from tests.scripts.test_bad_inputs import Trap
