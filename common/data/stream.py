@@ -33,14 +33,7 @@ from pathlib import Path
 
 from common.data.fetch import Shelf, open_shard
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
-from common.data.lanes import (
-    MAX_LOGGED_SKIPS,
-    Lane,
-    last_detail,
-    listing,
-    new_cursor,
-    seen_and_unreadable,
-)
+from common.data.lanes import MAX_LOGGED_SKIPS, Lane, last_detail, listing, new_cursor, seen_and_unreadable
 from common.data.shard_cache import ShardCache, temporary_room
 from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote, tar_samples
 from common.errors import UserError, mask_credentials, without_credentials
@@ -202,9 +195,7 @@ class TrainingData:
     def _folder_sample(self, index: int) -> tuple[str, dict]:
         """(key, raw)"""
         name, caption = self._items[index]
-        if self._source is not None:
-            return name, self._source.read(index)
-        return name, read_sample(self._folder, name, caption)
+        return name, self._source.read(index) if self._source is not None else read_sample(self._folder, name, caption)
 
     def _make_item(self, j: int, lane: Lane) -> dict:
         """Micro-batch j, with what the consumer needs to account for it."""
@@ -239,8 +230,7 @@ class TrainingData:
         numbers = (self._first + n * self.world_size + self.rank for n in steps)
         with contextlib.closing(Shelf(self.data_timeout, disk_bytes, self._cache, self.shuffle_block_bytes)) as shelf:
             first = list(itertools.islice(numbers, count))  # one of each lane
-            own = [j % self.num_lanes for j in first]
-            lanes = {lane: Lane(self, lane, self._cursors[lane], shelf) for lane in own}
+            lanes = {i: Lane(self, i, self._cursors[i], shelf) for i in (j % self.num_lanes for j in first)}
             for j in itertools.chain(first, numbers):
                 lane = lanes[j % self.num_lanes]
                 try:
@@ -294,9 +284,8 @@ class TrainingData:
             self._cache.prepare()
             return
         remote = next(filter(is_remote, self.shards))
-        self._disk_bytes, note = temporary_room(
-            remote, self.num_lanes // self.world_size, self._disk_bytes, self.shuffle_block_bytes
-        )
+        lanes = self.num_lanes // self.world_size
+        self._disk_bytes, note = temporary_room(remote, lanes, self._disk_bytes, self.shuffle_block_bytes)
         if note and self.rank == 0:
             self.report(f"note: {note}.")
 
