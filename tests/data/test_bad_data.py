@@ -31,6 +31,7 @@ from tests.data.making import (
     members,
     pickle_members,
     random_image,
+    server,
     write_tar,
 )
 
@@ -38,6 +39,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+__all__ = ["server"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 
 

@@ -19,14 +19,17 @@ from tests.data.making import (
     make_data,
     make_shards,
     members,
+    quick_retries,
     random_image,
     run,
+    server,
     write_tar,
 )
 
 import fsspec
 import pytest
 
+__all__ = ["quick_retries", "server"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 
 

@@ -22,6 +22,7 @@ from tests.data.making import (
     image_folder,
     make_data,
     make_shards,
+    quick_retries,
     run,
     write_tar,
 )
@@ -30,6 +31,7 @@ import numpy as np
 import pytest
 import torch
 
+__all__ = ["quick_retries"]  # fixtures
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
 
 
