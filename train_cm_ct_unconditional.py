@@ -271,7 +271,7 @@ def main(args):
                 loss = (weight * consistency.pseudo_huber(model_pred, target, args.huber_c)).mean()
             accelerator.backward(loss)
             finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
         run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue

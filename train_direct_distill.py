@@ -305,7 +305,7 @@ def main(args):
             # 7.5 Backward, update.
             accelerator.backward(loss)
             finite = run.update(optimizer, weights, loss, [str(i) for i in indices])
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
         run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue

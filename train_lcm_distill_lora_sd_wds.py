@@ -215,7 +215,7 @@ def main(args):
             loss = distance(model_pred, target, args.loss_type, args.huber_c)
             accelerator.backward(loss)
             run.update(optimizer, lora.lora_parameters(unet), loss, batch["keys"])
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
         run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue

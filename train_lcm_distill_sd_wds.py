@@ -222,7 +222,7 @@ def main(args):
             loss = distance(model_pred, target, args.loss_type, args.huber_c)
             accelerator.backward(loss)
             finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
         run.means.add({"loss": loss})
         if not accelerator.sync_gradients:
             continue

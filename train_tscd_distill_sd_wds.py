@@ -276,7 +276,7 @@ def main(args):
                 adv_logged["loss_adv"] = losses.masked_mean(adv_losses, is_whole)
             accelerator.backward(loss)
             finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
             if "loss_adv" in adv_logged and stage.mse_weight:
                 adv_logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
+DEVICE = torch.ops.prim.device.default
 BLOCK = 512  # bytes that CUDA's allocator hands out at least, and a multiple of which
 READS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten._unique2, aten.is_nonzero}
 CPU_ATTENTION = {
@@ -117,6 +118,8 @@ class Meter(TorchDispatchMode):
             self.events.append((serial, size, self.moment))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is DEVICE and isinstance(args[0], FakeTensor):  # most of all calls
+            return args[0].fake_device
         kwargs = kwargs or {}
         if getattr(kwargs.get("device"), "type", None) == "cpu":  # of one of several processes it is cpu:0
             kwargs = kwargs | {"device": torch.device("cpu")}

@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from tqdm import tqdm
 
 UPDATES = 2  # the second one has the optimizer's states from its start on
-MICRO_BATCHES = 2  # of an update, at most; more of them take the same memory
+MICRO_BATCHES = 2  # of an update, at most; more take the same memory, and one does where the gradients are there
 CARDS = (12, 16, 24, 40, 48, 80, 141)  # GB
 CONTEXT = 0.75 * 2**30  # bytes that CUDA, cuBLAS and cuDNN take, stated until a GPU has measured it
 FRAGMENTATION = 0.05  # of the peak, likewise
@@ -122,7 +122,8 @@ def is_on():
 def wishing(**wishes):
     """Inside, simulations have other settings: processes, the number of them; like_gpu, False for the rules of a run
     on the CPU; fake, False to run the real update under the same counter; report, False to print none; updates, 1 to
-    make the optimizers' states without a first update, which takes half of the time."""
+    make the optimizers' states without a first update, and the gradients without a first micro-batch, which takes a
+    quarter of the time."""
     before = dict(_wishes)
     _wishes.update(wishes)
     try:
@@ -137,7 +138,7 @@ def begin(args, accelerator, batch=None):
     args: its flags, which are changed so that nothing is logged, saved, sampled or evaluated. Processes other than the
     main one end here.
     """
-    if not accelerator.is_main_process:
+    if _wishes["fake"] and not accelerator.is_main_process:
         raise Finished(None)
     simulation = _Simulation(args, accelerator, sys._getframe(1), **_wishes)
     _active.append(simulation)
@@ -188,7 +189,8 @@ class _Simulation:
             setattr(args, name, NEVER)
         for name in ("validation_steps", "eval_steps"):
             setattr(args, name, 0)
-        accelerator.gradient_accumulation_steps = min(MICRO_BATCHES, self.accumulation)
+        most = MICRO_BATCHES if self.updates > 1 else 1
+        accelerator.gradient_accumulation_steps = min(most, self.accumulation)
         accelerate = accelerator.accumulate
         accelerator.accumulate = lambda *models: self._micro_batch() or accelerate(*models)
         replace(Stopper, "check", lambda stopper: self._update_is_over())
@@ -334,7 +336,8 @@ class _Simulation:
         raise Finished(self._result(), self.report)
 
     def _make_states(self):
-        """The optimizers' states as a first update leaves them, but for those that ZeRO has divided."""
+        """The optimizers' states as a first update leaves them, and the gradients as a first micro-batch does, but for
+        those that ZeRO has divided."""
         if getattr(self.accelerator, "zero_config", None) is not None:
             return
         for optimizer in self._optimizers():
@@ -342,8 +345,9 @@ class _Simulation:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
-            for parameter in parameters:
-                parameter.grad = None
+            if self.accumulation == 1:
+                for parameter in parameters:
+                    parameter.grad = None
 
     def _find_parts(self):
         """Weights by the names of main()'s variables; what is not a script's own is found in its pipelines."""

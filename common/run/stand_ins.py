@@ -26,10 +26,10 @@ def apply(module, function, recurse=True):
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                old = parameter.detach()
-                new = function(old)
-                kinds = [(x.dtype, x.device.type, x.stride()) for x in (old, new)]
-                same = new is old or isinstance(old, FakeTensor) and kinds[0] == kinds[1]
+                with torch.no_grad():
+                    new = function(parameter)
+                kinds = [(x.dtype, x.device.type, x.stride()) for x in (parameter, new)]
+                same = new is parameter or isinstance(new, FakeTensor) and kinds[0] == kinds[1]
                 made[id(parameter)] = parameter if same else torch.nn.Parameter(new.detach(), parameter.requires_grad)
             each._parameters[name] = made[id(parameter)]
         for name, buffer in each._buffers.items():

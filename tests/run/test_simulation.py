@@ -16,6 +16,7 @@ import train_tscd_distill_sd_wds as tscd
 from common.networks import lora, teachers
 from common.run import engine, simulation
 from tests.benchmarks import synthetic
+from tests.fork_server import run_processes
 from tests.networks.test_performance import (  # noqa: F401
     SCRIPTS,
     command,
@@ -166,6 +167,32 @@ def test_several_processes_keep_buckets_and_zero_a_part_of_16_bytes_a_weight(tmp
     (name,) = (name for name in result.parts if name.startswith("ZeRO-2"))
     assert result.parts[name] == pytest.approx(16 * one.trained / 4 + 2 * 4 * 1000, rel=0.01)
     assert "optimizer states" not in result.parts and result.between < one.between
+
+
+REAL = """
+import json, os
+from common.run import simulation
+simulation._wishes.update(fake=False, report=False)
+result = simulation._Simulation._result
+def noted(self):
+    got = result(self)
+    open({path!r} + os.environ["RANK"], "w").write(json.dumps([got.peak, got.between, got.flops]))
+    return got
+simulation._Simulation._result = noted
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_peak_is_that_of_a_real_update_of_two_processes(tmp_path, flags, accumulation):  # noqa: F811
+    words = flags(tmp_path / "out", dry_run=True, gradient_accumulation_steps=accumulation)
+    done = run_processes(words, lcm, 2, REAL.format(path=str(tmp_path / "rank")))
+    assert done.returncode == 0, done.stderr
+    simulated = simulate(words, processes=2, like_gpu=False)
+    for rank in range(2):
+        peak, between, flops = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert simulated.peak == pytest.approx(peak, rel=0.01)
+        assert simulated.between == pytest.approx(between, rel=0.01) and simulated.flops == flops
 
 
 @pytest.mark.soak
