@@ -85,8 +85,7 @@ def line_of(error):
 
 def first_line(error):
     """An exception in one line."""
-    lines = str(error).strip().split("\n")
-    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0][:300]}"
+    return line_of(error) if isinstance(error, UserError) else f"{type(error).__name__}: {line_of(error)[:300]}"
 
 
 # What libraries raise for arguments that they do not take.

@@ -5,6 +5,7 @@ Only this module and the scripts see the argparse Namespace; everything below th
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -39,13 +40,9 @@ class Resumable:
         action.on_resume = on_resume
         return action
 
-    def add_free(self, *names, **options):
-        """A flag that may change whenever a run is resumed."""
-        return self.add_argument(*names, on_resume=FREE, **options)
-
-    def add_with_data(self, *names, **options):
-        """A flag that may change where `data_seed` does: the data then start afresh."""
-        return self.add_argument(*names, on_resume=WITH_DATA, **options)
+    # a flag that may change whenever a run is resumed; where `data_seed` does, with which the data start afresh
+    add_free = functools.partialmethod(add_argument, on_resume=FREE)
+    add_with_data = functools.partialmethod(add_argument, on_resume=WITH_DATA)
 
 
 class Group(Resumable, argparse._ArgumentGroup):

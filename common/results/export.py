@@ -22,9 +22,9 @@ FAILURE = "export_failed.txt"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "webdataset")
 
 
-def versions():
+def versions(packages=PACKAGES):
     """{"python": ..., package: ...} of what a result depends on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 @contextlib.contextmanager

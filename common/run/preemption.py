@@ -84,19 +84,15 @@ class Stopper:
         # Of its own, on the host: no process waits for its GPU to ask.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
-    def _wish(self):
-        """What asks this process to stop: an index into REASONS, 0 for nothing."""
-        late = self.deadline is not None and time.time() >= self.deadline
-        file = self.is_main and (self.output_dir / STOP).exists()
-        return max([1 if late else 0, 2 if file else 0, *_received])
-
     def check(self):
         """Whether all processes stop now, because any of them was asked to; called by all, after every update."""
-        self.reason = self._wish()
+        late = self.deadline is not None and time.time() >= self.deadline
+        file = self.is_main and (self.output_dir / STOP).exists()
+        self.reason = max([1 if late else 0, 2 if file else 0, *_received])
         if self.group is not None:
-            wish = torch.tensor(self.reason)
-            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX, group=self.group)
-            self.reason = int(wish)
+            reason = torch.tensor(self.reason)
+            torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX, group=self.group)
+            self.reason = int(reason)
         self.stops = self.reason > 0
         return self.stops
 

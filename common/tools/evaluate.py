@@ -31,6 +31,7 @@ from common.flags import (
 )
 from common.flags import path as path_type
 from common.networks import teachers, weights
+from common.results.export import versions
 from common.results.metrics import (
     class_statistics,
     clip_score,
@@ -61,10 +62,10 @@ from common.tools.sampling import (
 from common.tools.work import DTYPES, find_device
 
 import numpy as np
-import PIL
 import torch
 from huggingface_hub import hf_hub_download
 
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow")  # whose versions are noted
 GRID_COLUMNS = 8
 COLUMNS = {
     "model": "model",
@@ -298,7 +299,10 @@ def main(args):
     # 2. Generate and measure, one model and one step count at a time; the results so far are on disk after each
     options = {"height": args.height, "width": args.width, "eta": args.eta, "timesteps": args.timesteps}
     options = {name: value for name, value in options.items() if value is not None}
-    result = {"arguments": report_arguments(args), "versions": versions(args.device), "reference": None, "rows": []}
+    on_cuda = torch.device(args.device).type == "cuda"
+    device = {"device": torch.cuda.get_device_name(args.device) if on_cuda else platform.machine()}
+    result = {"arguments": report_arguments(args), "versions": versions(PACKAGES) | device}
+    result |= {"reference": None, "rows": []}
     references, pictures, size = None, [], None
     for label, path in args.models.items():
         pipeline = load_pipeline(
@@ -369,22 +373,6 @@ def report_arguments(args):
     arguments["prompts_sha256"] = hashlib.sha256("\n".join(args.prompts or []).encode()).hexdigest()
     arguments["first_prompts"] = (args.prompts or [])[:GRID_COLUMNS]
     return arguments
-
-
-def versions(device):
-    import diffusers
-    import transformers
-
-    on_cuda = torch.device(device).type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
-    }
 
 
 def write_results(output_dir, result, pictures, column_labels):
