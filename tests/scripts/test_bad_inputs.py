@@ -768,7 +768,7 @@ def test_bad_samples_of_consistency_training_are_skipped_and_counted(tmp_path, m
 
 
 @pytest.mark.parametrize("script", [lcm, tscd_lora], ids=["lcm", "tscd_lora"])
-def test_bad_samples_are_skipped_and_counted(tmp_path, flags, script):
+def test_bad_samples_are_skipped_and_counted(tmp_path, flags, capsys, script):
     contents = []
     for i, (name, (image, caption, _)) in enumerate(BAD_SAMPLES.items()):
         name = name.replace(" ", "_")
@@ -786,6 +786,7 @@ def test_bad_samples_are_skipped_and_counted(tmp_path, flags, script):
     assert found and found == {name: BAD_SAMPLES[name][2] for name in found}
     assert counters["read"] == 12 + sum(counters[name] for name in SKIP_CLASSES) and len(entries) == len(found)
     assert sum(counters[name] for name in SKIP_CLASSES) == len(found) >= 8
+    assert f" read, {len(found)} skipped (skipped_samples.jsonl)\n" in capsys.readouterr().out  # the end of the run
 
 
 SOURCES = [encode(random_image(1, 24, 20), kind) for kind in FORMATS]
