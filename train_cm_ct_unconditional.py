@@ -175,7 +175,7 @@ def main(args):
     torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1
     unet = ct_unet.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_flags.place(args))
     ema_unet = copy.deepcopy(unet).requires_grad_(False).to(device) if args.use_ema else None
-    engine.apply_levers(args, [unet], [ema_unet] if ema_unet else [])
+    engine.apply_performance_flags(args, trained=[unet], frozen=[ema_unet] if ema_unet else [])
     target_unet = unet.forward  # before accelerate puts autocast around it: --no-cast_teacher computes in float32
     target_autocast = functools.partial(
         torch.autocast, device.type, dtype=weight_dtype, enabled=args.cast_teacher and weight_dtype != torch.float32

@@ -235,7 +235,7 @@ def main(args):
     else:
         for module in pipelines.denoisers(pipeline).values():
             module.requires_grad_(True)
-    engine.apply_levers(args, list(pipelines.denoisers(pipeline).values()), [])
+    engine.apply_performance_flags(args, trained=list(pipelines.denoisers(pipeline).values()), frozen=[])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
     shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]

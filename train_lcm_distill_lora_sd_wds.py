@@ -116,7 +116,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    encoders.place(teacher, config, device, weight_dtype)  # VAE and text encoders
+    encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
@@ -125,7 +125,7 @@ def main(args):
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = teachers.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
-    engine.apply_levers(args, [unet], [], teacher.vae)
+    engine.apply_performance_flags(args, trained=[unet], frozen=[], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = engine.make_optimizer(args, lora.lora_parameters(unet), run.total_batch_size)

@@ -125,7 +125,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    encoders.place(teacher, config, device, weight_dtype)  # VAE and text encoders
+    encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
@@ -133,7 +133,7 @@ def main(args):
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
     sampler = teachers.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
-    engine.apply_levers(args, [unet], [target_unet, teacher_unet], teacher.vae)
+    engine.apply_performance_flags(args, trained=[unet], frozen=[target_unet, teacher_unet], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = engine.make_optimizer(args, list(unet.parameters()), run.total_batch_size)

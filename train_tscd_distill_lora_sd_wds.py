@@ -134,7 +134,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    encoders.place(teacher, config, device, weight_dtype)  # VAE and text encoders
+    encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
@@ -146,7 +146,8 @@ def main(args):
     unet = teacher_unet.train()
     teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
     sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    engine.apply_levers(args, [unet, *([discriminator.encoder] if adversarial else [])], [], teacher.vae)
+    trained = [unet, *([discriminator.encoder] if adversarial else [])]
+    engine.apply_performance_flags(args, trained=trained, frozen=[], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = engine.make_optimizer(args, lora.lora_parameters(unet), run.total_batch_size)
@@ -296,7 +297,7 @@ def main(args):
                     loss_discriminator = losses.masked_mean(d_losses, is_whole, batch_size * share_whole)
                     d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
-                    run.guard.watch(discriminator_step(d_optimizer, d_scaler, world_size))
+                    run.guard.count_as_skipped_unless(discriminator_step(d_optimizer, d_scaler, world_size))
                 adv_logged["loss_discriminator"] = losses.masked_mean(d_losses, is_whole)
                 adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
                 adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)

@@ -128,7 +128,7 @@ def main(args):
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
-    encoders.place(teacher, config, device, weight_dtype)  # VAE and text encoders
+    encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
@@ -140,7 +140,7 @@ def main(args):
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
     sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
     trained = [unet, discriminator.encoder] if adversarial else [unet]
-    engine.apply_levers(args, trained, [target_unet, teacher_unet], teacher.vae)
+    engine.apply_performance_flags(args, trained=trained, frozen=[target_unet, teacher_unet], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.
     optimizer = engine.make_optimizer(args, list(unet.parameters()), run.total_batch_size)
@@ -290,7 +290,7 @@ def main(args):
                     loss_discriminator = losses.masked_mean(d_losses, is_whole, batch_size * share_whole)
                     d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
-                    run.guard.watch(discriminator_step(d_optimizer, d_scaler, world_size))
+                    run.guard.count_as_skipped_unless(discriminator_step(d_optimizer, d_scaler, world_size))
                 adv_logged["loss_discriminator"] = losses.masked_mean(d_losses, is_whole)
                 adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
                 adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)

@@ -176,7 +176,7 @@ def call(pipeline, prompts, seeds, output_type="latent", **kwargs):
 
 
 class Rollout(torch.nn.Module):
-    """Owns the denoisers of a pipeline and runs its call: this is what DDP and FSDP wrap, while the pipeline keeps the
+    """Owns the denoisers of a pipeline and runs its call: this is what DDP wraps, while the pipeline keeps the
     networks themselves, of which it reads configuration and dtype."""
 
     def __init__(self, pipeline, **kwargs):

@@ -31,7 +31,7 @@ def text_encoders(pipeline):
     return [pipeline.text_encoder, pipeline.text_encoder_2] if is_sdxl(pipeline) else [pipeline.text_encoder]
 
 
-def place(pipeline, config, device, weight_dtype):
+def to_device(pipeline, config, device, weight_dtype):
     """The VAE and the text encoders of a teacher on `device`, in the dtype that they compute in."""
     pipeline.vae.to(device, vae_dtype(config, weight_dtype))
     for text_encoder in text_encoders(pipeline):

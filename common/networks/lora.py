@@ -1,8 +1,8 @@
 """LoRA on a denoiser: which modules, attach, switch off for the teacher, save for other programs, checkpoint.
 
 The base is frozen in any dtype, the adapters are float32 and the only thing that trains. One network is both student
-(adapters on) and teacher (`adapters_off`). Left out: LoRA on text encoders, DoRA, several adapters at once; and
-FSDP and DeepSpeed save the whole network in checkpoints. Files for other programs and `init_lora` are a U-Net's alone.
+(adapters on) and teacher (`adapters_off`). Left out: LoRA on text encoders, DoRA, several adapters at once. Files for
+other programs and `init_lora` are a U-Net's alone.
 """
 
 import contextlib

@@ -100,7 +100,7 @@ def make_optimizer(args, parameters, total_batch_size):
     )
 
 
-def apply_levers(args, trained, frozen, vae=None):
+def apply_performance_flags(args, trained, frozen, vae=None):
     """`gradient_checkpointing`, `channels_last`, `compile` and xformers' kernels, on denoisers, in place.
 
     trained: those with a backward pass; frozen: the others. After copies and adapters were made, before `prepare`.

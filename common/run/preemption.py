@@ -96,7 +96,7 @@ class Stopper:
         self.stops = self.reason > 0
         return self.stops
 
-    def leave(self, global_step):
+    def exit_if_stopped(self, global_step):
         """Nothing for a run that was not stopped. Else leave REQUEUE, if the run got on, and exit with EXIT_CODE.
 
         After the checkpoint and the end of the trackers; called by all processes.

@@ -272,7 +272,7 @@ class TrainingRun:
             accelerator.print(f"uploaded to {address}")
         accelerator.wait_for_everyone()
         accelerator.end_training()
-        self.stopper.leave(self.global_step)
+        self.stopper.exit_if_stopped(self.global_step)
         if accelerator.is_main_process:
             self.progress.finish(args, quality)
 

@@ -87,7 +87,7 @@ class UpdateGuard:
         where the update was skipped; None between updates. With a GradScaler, that one decides, and what it skips for
         the size of its scale alone does not count.
         """
-        if len(self.pending) >= MAX_PENDING:  # not at the end of a step: `watch` speaks of the latest update
+        if len(self.pending) >= MAX_PENDING:  # not at a step's end: `count_as_skipped_unless` may follow
             self.count()
         self.keys += keys
         self.losses_finite = loss.detach().isfinite() & self.losses_finite
@@ -116,8 +116,8 @@ class UpdateGuard:
         optimizer.step()
         return finite, self.losses_finite & (finite | scale_can_fall)
 
-    def watch(self, finite):
-        """Let the latest update count as skipped where `finite` is false, as of another optimizer on its samples."""
+    def count_as_skipped_unless(self, finite):
+        """Count the latest update as skipped if the gradients of another optimizer on its samples were not finite."""
         keys, counts_as_finite = self.pending[-1]
         self.pending[-1] = keys, counts_as_finite & finite
 

@@ -30,11 +30,11 @@ def test_a_signal_is_noted_and_asks_for_a_stop(tmp_path, number, capsys):
     with preemption.noting_signals():
         stopper = Stopper(ALONE, tmp_path, 300, 4)
         assert not stopper.check() and not stopper.stops
-        stopper.leave(5)  # of a run that was not stopped: nothing
+        stopper.exit_if_stopped(5)  # of a run that was not stopped: nothing
         os.kill(os.getpid(), number)
         assert stopper.check() and stopper.stops
         with pytest.raises(SystemExit) as left:
-            stopper.leave(5)
+            stopper.exit_if_stopped(5)
     assert left.value.code == 75 and signal.getsignal(number) == before
     assert json.loads((tmp_path / "REQUEUE").read_text()) == {"global_step": 5, "reason": number.name}
     assert f"stopped for {number.name} after step 5" in capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_a_run_that_did_not_get_on_asks_for_no_requeue(tmp_path):
     (tmp_path / "STOP").touch()
     assert stopper.check()
     with pytest.raises(SystemExit):
-        stopper.leave(4)
+        stopper.exit_if_stopped(4)
     assert not (tmp_path / "REQUEUE").exists()
 
 

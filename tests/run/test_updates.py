@@ -102,7 +102,7 @@ def test_another_optimizer_may_speak_of_the_update_at_which_the_host_asks(tmp_pa
     guard, _, update = guarded(tmp_path, accumulation=2)
     for i, finite in enumerate([True, False, True, False, True]):
         update(1.0, float(i))
-        guard.watch(torch.tensor(finite))
+        guard.count_as_skipped_unless(torch.tensor(finite))
         assert len(guard.pending) <= 2
     assert guard.count() == 2 and guard.global_step == 5
     entries = list(map(json.loads, (tmp_path / "nonfinite_updates.jsonl").read_text().splitlines()))
