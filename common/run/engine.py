@@ -63,7 +63,7 @@ def make_accelerator(args):
     made_for_gpus = [accelerator.mixed_precision] * (accelerator.mixed_precision != "no")
     made_for_gpus += ["8-bit Adam"] * args.use_8bit_adam
     if accelerator.device.type == "cpu" and made_for_gpus and not args.dry_run:
-        accelerator.print(f"Note: this runs on the CPU, with {' and '.join(made_for_gpus)}, which is made for GPUs")
+        accelerator.print(f"Note: this runs on the CPU, with {' and '.join(made_for_gpus)}, made for GPUs")
     if args.enable_xformers_memory_efficient_attention:
         fails = performance.xformers_failure(accelerator.device, args.mixed_precision)
         fails = next(filter(None, gather_object([fails])), None)  # one process decides for all

@@ -52,7 +52,7 @@ def draw_samples(models):
     return picture
 
 
-def draw_distances(models, width=800, height=420, left=60, right=130, top=20, bottom=50):
+def draw_distances(models, width=800, height=420, left=60, right=130, top=34, bottom=50):
     """Distance over the number of steps, both on logarithmic axes."""
     rows = [row for results, _ in models.values() for row in results]
     steps = sorted({row["steps"] for row in rows})
@@ -72,6 +72,7 @@ def draw_distances(models, width=800, height=420, left=60, right=130, top=20, bo
             y = place(1, distance)[1]
             pen.line([(left, y), (width - right, y)], fill="#dddddd")
             pen.text((left - 8, y), f"{distance:g}", fill="black", font=font, anchor="rm")
+    pen.text((4, 10), "distance", fill="black", font=font, anchor="lm")
     pen.text(((left + width - right) // 2, height - 12), "steps", fill="black", font=font, anchor="mm")
     for number, (label, (results, _)) in enumerate(models.items()):
         points = [place(row["steps"], row["frechet_distance"]) for row in results]  # from many steps to few
