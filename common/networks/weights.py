@@ -4,7 +4,6 @@ The libraries' own loaders, on the meta device, say which tensors are missing or
 tie and ignore is accepted here too. Left out: quantized networks, whose tensors the quantizer makes.
 """
 
-import contextlib
 import inspect
 import json
 import os
@@ -254,25 +253,10 @@ def _compare(cls, config, shapes, sharded):
 def _compare_transformers(cls, config, shapes, sharded):
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": {"": "meta"}}
-    with _quiet_transformers():
-        network, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
+    network, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
     mismatched = [(name, tuple(there), tuple(right)) for name, there, right in info["mismatched_keys"]]
     unexpected = _unexpected(cls, network.state_dict(), info["unexpected_keys"])
     return sorted(info["missing_keys"]), unexpected, sorted(mismatched)
-
-
-@contextlib.contextmanager
-def _quiet_transformers():
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _compare_diffusers(cls, config, shapes, sharded):

@@ -41,6 +41,7 @@ from common.results.metrics import (
     load_feature_network,
 )
 from common.results.samples import image_grid
+from common.run.screen import quiet_libraries
 from common.run.training_run import tool_errors
 from common.tools.reference import (
     check_reference,
@@ -122,6 +123,7 @@ def parse_args(argv=None):
     add("--revision", help="hub revision of --pretrained_model")
     add("--variant", help="weight files to load, such as fp16")
     args = parser.parse_args(argv)
+    quiet_libraries()
     if not args.reference:
         parser.refuse_idle(["num_reference_images"], "there are no reference images; add --reference, or drop it")
     try:
