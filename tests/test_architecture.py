@@ -89,3 +89,10 @@ def test_scripts_call_with_keywords_and_pack_nothing(script):
     calls = (node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call))
     packed = [arg for call in calls for arg in call.args if isinstance(arg, ast.Starred)]
     assert not [ast.unparse(arg) for arg in packed if isinstance(arg.value, ast.Name)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_steps_that_a_scripts_docstring_names_are_there(script):
+    text = script.read_text()
+    named = re.findall(r"\b7\.\d+", ast.get_docstring(ast.parse(text)))
+    assert named and [step for step in named if f"# {step} " not in text] == []
