@@ -56,6 +56,18 @@ def test_start_and_end_of_each_script(tmp_path, monkeypatch, capsys, command, na
     )
 
 
+def test_a_first_start_without_a_seed_or_a_gpu(tmp_path, capsys, command):  # noqa: F811
+    changes = {"seed": None, "mixed_precision": "bf16", "use_8bit_adam": True, "resume_from_checkpoint": "latest"}
+    words = command("lcm", tmp_path / "out", max_train_steps=1, **changes)
+    train([*words, "--dry_run"])
+    out = capsys.readouterr().out
+    assert "not given, so" in out and "seed=" not in out and "Note" not in out  # the run draws another
+    train(words)
+    out = capsys.readouterr().out
+    assert re.search(r"--data_seed=(\d+)\s+--seed=\1\b", out) and "starts anew" not in out
+    assert "Note: this runs on the CPU, with bf16 and 8-bit Adam, made for GPUs" in out
+
+
 @pytest.mark.parametrize(("total", "every", "lines"), [(6, 1, 6), (1000, 10, 100), (100_000, 10, 100), (250, 100, 3)])
 def test_a_log_file_gets_a_hundred_lines(capsys, total, every, lines):
     progress = screen.Progress(0, total, is_shown=True)
