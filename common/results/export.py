@@ -80,7 +80,7 @@ def save_grid(output_dir, images, prompts, name="sample_grid.png"):
     """Write a picture: a row for each tag of {tag: uint8 (N, H, W, 3)}, a column for each prompt. Returns its path."""
     path = Path(output_dir, name)
     rows = [torch.from_numpy(batch).permute(0, 3, 1, 2) for batch in images.values()]
-    labels = [tag.removeprefix("validation/").replace("_", " ") for tag in images]
+    labels = [tag.removeprefix("validation/").replace("_", " ").replace(" 1 steps", " 1 step") for tag in images]
     scale = max(1, 96 // rows[0].shape[-1])
     path.parent.mkdir(exist_ok=True)
     image_grid(rows, labels, prompts, scale=scale).save(path)

@@ -34,6 +34,7 @@ from common.tools.demo.measuring import (
     TEACHERS,
     Judge,
     build_once,
+    label,
     measure_once,
     measure_student,
     measure_teacher,
@@ -326,7 +327,7 @@ def write_report(output_dir):
             measured |= {name: output_dir / name / "metrics.json" for name in students}
         results = {name: json.loads(path.read_text()) for name, path in measured.items() if path.exists()}
         if results:
-            labels = [f"{name}, {row['steps']} steps" for name, result in results.items() for row in result["rows"]]
+            labels = [label(name, row) for name, result in results.items() for row in result["rows"]]
             images = [to_tensor(row) for name in results for row in np.load(measured[name].with_suffix(".npy"))]
             columns = [captions.words[i % len(captions.words)] for i in range(10)]
             pictures.append(samples.image_grid(images, labels, columns, scale=3))

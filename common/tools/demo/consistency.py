@@ -201,7 +201,7 @@ def write_report(output_dir):
     results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     lines = report_lines(results)
     (output_dir / "ct_report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    labels = [f"{name}, {row['steps']} steps" for name, result in results.items() for row in result["rows"]]
+    labels = [measuring.label(name, row) for name, result in results.items() for row in result["rows"]]
     images = [measuring.to_tensor(row) for name in results for row in np.load(paths[name].with_suffix(".npy"))]
     samples.image_grid(images, labels, list(digits.WORDS), scale=3).save(output_dir / "ct_report.png")
     print("\n".join(lines), flush=True)

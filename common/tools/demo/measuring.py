@@ -111,6 +111,11 @@ class Judge:
         return self.scores(self.held_out_images, words.tolist(), captions)
 
 
+def label(name, row):
+    """What a row of images is called, of a model at its number of steps."""
+    return f"{name}, {row['steps']} step{'s' * (row['steps'] > 1)}"
+
+
 def to_tensor(images):
     """uint8 (N, H, W, 3) array to uint8 (N, 3, H, W) tensor."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
