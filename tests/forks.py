@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from tests.scripts.test_stable_diffusion import train
+from tests.cases import train
 
 
 def life(words, script, log, hook=lambda: None):

@@ -12,7 +12,7 @@ from pathlib import Path
 from common.tools.demo import __main__ as demo
 from common.tools.demo import measuring, stable_diffusion
 from common.tools.demo.stable_diffusion import build_classifier, build_teacher
-from tests.scripts.test_ct import no_cache_at_home, save_data_set  # noqa: F401
+from tests.made import save_data_set
 
 import pytest
 import torch

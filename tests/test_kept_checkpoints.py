@@ -11,10 +11,9 @@ import lzma
 from pathlib import Path
 
 from common.tools.demo import digits, stable_diffusion
+from tests.cases import train
 from tests.kept.folders import comparable, digest, filled, read, write
-from tests.scripts.test_ct import CONFIG, save_data_set
-from tests.scripts.test_direct import QUICK, ask
-from tests.scripts.test_stable_diffusion import train
+from tests.made import CONFIG, QUICK, ask, save_data_set
 
 import pytest
 import torch

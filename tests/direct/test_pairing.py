@@ -6,7 +6,6 @@ from common.direct import pairing, pipelines, probes, sources
 from common.direct.student import student_kwargs
 from common.errors import UserError
 from common.tools import generate_pairs
-from tests.scripts.test_direct import direct_teacher, prompts_file
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from scipy.stats import kstest, permutation_test
 
-__all__ = ["direct_teacher", "prompts_file"]
 NUMBER = 32
 
 

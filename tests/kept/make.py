@@ -9,9 +9,8 @@ import tempfile
 from pathlib import Path
 
 from tests import test_kept_checkpoints as kept
-from tests.cases import CASES, command
+from tests.cases import CASES, command, train
 from tests.kept.folders import comparable, filled, read, skeleton, write
-from tests.scripts.test_stable_diffusion import train
 
 import numpy as np
 import pytest

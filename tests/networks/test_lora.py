@@ -244,14 +244,13 @@ def test_distributed_training_through_both_networks(tmp_path):
 # Files for other programs
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "refiner"])
-def base(request):
-    return make_unet(CONFIGS[request.param])
-
-
-@pytest.mark.parametrize(("alpha", "target_modules"), [(10.5, lora.TARGET_MODULES), (4, ATTENTION)])
-def test_a_stock_pipeline_with_either_file_is_the_student(tmp_path, base, alpha, target_modules):
+@pytest.mark.parametrize(
+    ("name", "alpha", "target_modules"),
+    [(name, 10.5, lora.TARGET_MODULES) for name in CONFIGS] + [("sdxl", 4, ATTENTION)],
+)
+def test_a_stock_pipeline_with_either_file_is_the_student(tmp_path, name, alpha, target_modules):
     """Up to rounding, which float64 tells from an error: 1e-6 of float32 is 1e-15."""
+    base = make_unet(CONFIGS[name])
     student = make_student(base, 4, alpha, target_modules)
     expected, base_output = run(student), run(base)
     assert largest_difference(expected, base_output) > 0.01
@@ -401,8 +400,9 @@ def test_a_save_that_dies_leaves_the_earlier_file(tmp_path, monkeypatch):
 # Starting from an earlier LoRA
 
 
-def test_an_earlier_run_in_either_format_is_the_start(tmp_path, base):
-    alpha = 0.3
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_earlier_run_in_either_format_is_the_start(tmp_path, name):
+    base, alpha = make_unet(CONFIGS[name]), 0.3
     student = make_student(base, 4, alpha)
     files = lora.save_lora(tmp_path, student)
     for source in (tmp_path, *files):

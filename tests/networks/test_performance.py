@@ -6,12 +6,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import train_cm_ct_unconditional as ct
 import train_direct_distill as direct
-import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
-import train_tscd_distill_lora_sd_wds as tscd_lora
-import train_tscd_distill_sd_wds as tscd
 from common.direct import pipelines
 from common.errors import UserError
 from common.flags import ArgumentParser
@@ -20,10 +16,8 @@ from common.run import checkpointing, engine
 from common.run.preemption import Stopper
 from common.tscd.discriminator import copy_encoder
 from tests import tiny_pipelines as tiny
-from tests.scripts import test_ct, test_direct
-from tests.scripts.test_ct import data_set, no_cache_at_home  # noqa: F401
-from tests.scripts.test_direct import direct_teacher, made, prompts_file  # noqa: F401
-from tests.scripts.test_stable_diffusion import digests, fingerprint, flags, scalars, train  # noqa: F401
+from tests.cases import ROOT, SCRIPTS, one_sentence, scalars, soak_but, train
+from tests.made import CONFIG
 
 import numpy as np
 import pytest
@@ -33,9 +27,6 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(lcm.__file__).parent
-SCRIPTS = {"lcm": lcm, "lcm_lora": lcm_lora, "tscd": tscd, "tscd_lora": tscd_lora, "ct": ct, "direct": direct}
-ct_flags, direct_flags = test_ct.flags, test_direct.flags
 UNET = {
     "sample_size": 16, "block_out_channels": (8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -46,20 +37,6 @@ LIKE_SDXL = UNET | {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
-
-
-@pytest.fixture
-def command(flags, ct_flags, direct_flags):  # noqa: F811
-    """command(name of a script, output_dir, **changes): a quick run's command line."""
-
-    def make(name, folder, **changes):
-        if name == "ct":
-            return ct_flags(folder, **changes)
-        if name == "direct":
-            return direct_flags(folder, **changes)
-        return flags(folder, SCRIPTS[name], **changes)
-
-    return make
 
 
 @pytest.fixture
@@ -78,7 +55,7 @@ def compiles_at_once(monkeypatch):
 def make_network(kind):
     torch.manual_seed(0)
     if kind == "ct":
-        return UNet2DModel(**test_ct.CONFIG | {"sample_size": 16, "_class_name": None, "dropout": 0.3}).train()
+        return UNet2DModel(**CONFIG | {"sample_size": 16, "_class_name": None, "dropout": 0.3}).train()
     return UNet2DConditionModel(**{"sd": UNET, "sdxl": LIKE_SDXL}[kind]).train()
 
 
@@ -195,11 +172,6 @@ COMPILED = {
 }
 
 
-def soak_but(*quick):
-    """The scripts' names; all but these are run with -m soak."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.soak) for name in SCRIPTS]
-
-
 @pytest.mark.parametrize("name", soak_but("ct"))
 def test_nothing_is_compiled_after_the_first_updates_and_results_are_the_same(
     tmp_path, command, monkeypatch, compiles_at_once, name
@@ -296,13 +268,12 @@ def test_channels_last_reaches_activations_of_every_network_and_changes_little(t
     a, b = (list(scalars(tmp_path / x, "loss").values()) for x in "ab")
     assert a == pytest.approx(b, rel=1e-4)
 
-    # the files hold the usual layout, and either run goes on from the other's checkpoint
-    for x, y, extra in (("a", "c", {}), ("b", "d", {"channels_last": True})):
-        (tmp_path / y).mkdir()
-        shutil.copytree(tmp_path / x / "checkpoint-2", tmp_path / y / "checkpoint-2")
-        shutil.copy(tmp_path / x / checkpointing.CONFIG, tmp_path / y)
-        train(command("lcm", tmp_path / y, resume_from_checkpoint="latest", **extra), lcm)
-        assert list(scalars(tmp_path / y, "loss").values()) == pytest.approx(b[2:], rel=1e-4)
+    # the files hold the usual layout, and a run goes on from the other's checkpoint
+    (tmp_path / "c").mkdir()
+    shutil.copytree(tmp_path / "b" / "checkpoint-2", tmp_path / "c" / "checkpoint-2")
+    shutil.copy(tmp_path / "b" / checkpointing.CONFIG, tmp_path / "c")
+    train(command("lcm", tmp_path / "c", resume_from_checkpoint="latest", channels_last=True), lcm)
+    assert list(scalars(tmp_path / "c", "loss").values()) == pytest.approx(b[2:], rel=1e-4)
     unets = [DiffusionPipeline.from_pretrained(tmp_path / x).unet for x in "ab"]
     for p, q in zip(*(unet.parameters() for unet in unets), strict=True):
         assert p.is_contiguous() and torch.allclose(p, q, atol=1e-3)
@@ -322,13 +293,13 @@ def test_resumed_optimizer_states_have_their_parameters_layout():
     assert torch.equal(state["exp_avg"], expected) and state["step"].ndim == 0
 
 
-def test_channels_last_is_for_convolutions(tmp_path, command, capsys, monkeypatch):
+def test_channels_last_is_for_convolutions(tmp_path, direct_flags, capsys, monkeypatch):
     performance.check_denoisers({"unet": (UNet2DConditionModel, UNET)}, "none", False, True)
-    words = command("direct", tmp_path / "out", channels_last=True, dry_run=True, kind="dit")
+    words = direct_flags(tmp_path / "out", "dit", channels_last=True, dry_run=True)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)  # nothing is loaded before
-    with pytest.raises(SystemExit):
-        train(words, direct)
-    assert "--channels_last is a layout of convolutions, and the teacher's transformer" in capsys.readouterr().err
+    assert "--channels_last is a layout of convolutions, and the teacher's transformer" in one_sentence(
+        capsys, train, words, direct
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,9 +312,9 @@ def test_channels_last_is_for_convolutions(tmp_path, command, capsys, monkeypatc
 )
 def test_levers_that_cannot_work_are_refused(words, sentence, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit):
-        lcm.parse_args([*words, "--pretrained_teacher_model=t", "--train_shards_path_or_url=s"])
-    assert sentence in capsys.readouterr().err
+    assert sentence in one_sentence(
+        capsys, lcm.parse_args, [*words, "--pretrained_teacher_model=t", "--train_shards_path_or_url=s"]
+    )
 
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
@@ -361,7 +332,7 @@ ATTENTION = torch.nn.functional.scaled_dot_product_attention
     ],
     ids=["not installed", "no kernel", "another CUDA", "no words", "wrong in bf16", "works"],
 )
-def test_xformers_is_tried_before_anything_is_loaded(tmp_path, attention, failure, flags, capsys, monkeypatch):  # noqa: F811
+def test_xformers_is_tried_before_anything_is_loaded(tmp_path, attention, failure, flags, capsys, monkeypatch):
     def call(*args):
         if isinstance(attention, Exception):
             raise attention

@@ -9,8 +9,8 @@ from common.direct import pipelines
 from common.errors import UserError
 from common.networks import encoders, teachers
 from common.tools import evaluate, sampling
+from tests.made import CONFIG as CT_UNET
 from tests.networks.test_teachers import edit_json
-from tests.scripts.test_ct import CONFIG as CT_UNET
 from tests.tiny_pipelines import KWARGS, make, wan_transformer
 
 import pytest

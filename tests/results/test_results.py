@@ -10,18 +10,13 @@ from common.errors import UserError
 from common.networks import teachers
 from common.results import export, samples
 from common.run import checkpointing
-from tests.cases import CASES, command
-from tests.scripts.test_bad_inputs import made_for_all
-from tests.scripts.test_ct import data_set, no_cache_at_home
-from tests.scripts.test_direct import direct_teacher, made, prompts_file
-from tests.scripts.test_stable_diffusion import train
+from tests.cases import CASES, command, train
 
 import diffusers
 import pytest
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-__all__ = ["data_set", "direct_teacher", "made", "made_for_all", "no_cache_at_home", "prompts_file"]
 ODD = 'te"a c\\her'  # a folder's name, with what breaks a literal that is not quoted
 WEIGHTS = {
     "lcm": ["unet", "unet_target", "scheduler"],

@@ -4,23 +4,19 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
-import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
-import train_tscd_distill_sd_wds as tscd
 from common.errors import UserError
 from common.run import checkpointing, preemption
 from common.run.preemption import Stopper
+from tests.cases import launch, stop_after, train
 from tests.fork_server import run_processes
-from tests.scripts.test_stable_diffusion import digests, flags, launch, train
 
 import pytest
 import torch
 
-__all__ = ["flags"]
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
 
 
@@ -87,40 +83,6 @@ def test_marks_of_an_earlier_run_are_removed_at_the_start_but_not_by_a_dry_run(t
     assert len(list(tmp_path.iterdir())) == 3
     checkpointing.prepare_output_dir(tmp_path, "latest")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def stop_after(monkeypatch, folder, step):
-    """Have a STOP file touched between updates step - 1 and step."""
-    check, calls = Stopper.check, []
-
-    def checked(self):
-        calls.append(1)
-        if len(calls) == step:
-            Path(folder, "STOP").touch()
-        return check(self)
-
-    monkeypatch.setattr(Stopper, "check", checked)
-
-
-@pytest.mark.parametrize(
-    ("script", "step"),
-    [pytest.param(lcm_lora, 3, marks=pytest.mark.soak), (tscd, 2)],
-    ids=["lcm_lora", "tscd at a stage's end"],
-)
-def test_a_stopped_run_saves_once_leaves_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch, script, step):
-    out, options = tmp_path / "b", {"checkpointing_steps": 4, "logging_steps": 4}
-    train(flags(tmp_path / "a", script, **options), script)
-    with monkeypatch.context() as patch:
-        stop_after(patch, out, step)
-        with pytest.raises(SystemExit) as left:
-            train(flags(out, script, **options), script)
-    assert left.value.code == 75 and (out / "REQUEUE").is_file()
-    assert [c.name for c in checkpointing.list_checkpoints(out)] == [f"checkpoint-{step}"]
-    assert not (out / "README.md").exists() and not list(out.glob("*.safetensors"))
-    assert (out / "stage-0-k2").exists() == (script is tscd)
-    train(flags(out, script, **options, resume_from_checkpoint="latest"), script)
-    assert digests(tmp_path / "a" / "checkpoint-4") == digests(out / "checkpoint-4")
-    assert not (out / "REQUEUE").exists() and not (out / "STOP").exists() and (out / "README.md").is_file()
 
 
 def test_a_stop_at_the_last_step_saves_and_the_next_start_exports(tmp_path, flags, monkeypatch):

@@ -5,24 +5,13 @@ import shlex
 
 from common.run import screen
 from common.tools import evaluate
-from tests.run.test_simulation import (  # noqa: F401
-    SCRIPTS,
-    command,
-    ct_flags,
-    data_set,
-    direct_flags,
-    direct_teacher,
-    flags,
-    made,
-    prompts_file,
-)
-from tests.scripts.test_stable_diffusion import train
+from tests.cases import SCRIPTS, soak_but, train
 
 import pytest
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_start_and_end_of_each_script(tmp_path, monkeypatch, capsys, command, name):  # noqa: F811
+@pytest.mark.parametrize("name", soak_but("lcm", "tscd_lora", "ct", "direct"))
+def test_start_and_end_of_each_script(tmp_path, monkeypatch, capsys, command, name):
     folder = tmp_path / "out"
     words = command(name, folder, max_train_steps=4, validation_steps=2)
     train(words, SCRIPTS[name])

@@ -16,19 +16,8 @@ import train_tscd_distill_sd_wds as tscd
 from common.networks import lora, teachers
 from common.run import engine, simulation
 from tests.benchmarks import synthetic
+from tests.cases import SCRIPTS, launch, train
 from tests.fork_server import run_processes
-from tests.networks.test_performance import (  # noqa: F401
-    SCRIPTS,
-    command,
-    ct_flags,
-    data_set,
-    direct_flags,
-    direct_teacher,
-    flags,
-    made,
-    prompts_file,
-)
-from tests.scripts.test_stable_diffusion import launch, train
 from tests.tools.test_encode_shards import ask
 
 import diffusers
@@ -84,7 +73,7 @@ def no_values(mode, func, *_):
     [*ROWS.values(), *(pytest.param(*row, marks=pytest.mark.soak) for row in LONG_ROWS.values())],
     ids=[*ROWS, *LONG_ROWS],
 )
-def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, shards, monkeypatch, name, changes):  # noqa: F811
+def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, shards, monkeypatch, name, changes):
     """The same update, real and simulated by the rules of a CPU: peak, operations and what is alive in between."""
     monkeypatch.setattr(torch._subclasses.fake_tensor, "run_fallback_kernel", no_values)
     if "pretrained_teacher_model" in changes:
@@ -100,6 +89,7 @@ def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, shards, m
     assert simulated.peak == pytest.approx(real.peak, rel=0.01) and simulated.moment == real.moment
     assert simulated.between == pytest.approx(real.between, rel=0.01)
     assert simulated.flops == real.flops and sum(simulated.parts.values()) == simulated.peak
+    assert ("discriminator" in str(simulated.parts)) == ("tscd" in name and changes.get("adv_weights") != 0)
     assert simulated.waits == real.waits and all("(in diffusers)" in line for line in simulated.waits)
     assert not (tmp_path / "out").exists()
     one = simulate(words, SCRIPTS[name], updates=1, like_gpu=False)  # what plan tries
@@ -154,7 +144,7 @@ def test_an_sdxl_lora_fits_24_gb(tmp_path, shards):
 # --- what several processes take
 
 
-def test_several_processes_keep_buckets_and_zero_a_part_of_16_bytes_a_weight(tmp_path, flags, monkeypatch):  # noqa: F811
+def test_several_processes_keep_buckets_and_zero_a_part_of_16_bytes_a_weight(tmp_path, flags, monkeypatch):
     words = flags(tmp_path / "out", dry_run=True)
     one, two = (simulate(words, processes=n) for n in (1, 2))
     trained = 4 * one.trained
@@ -184,7 +174,7 @@ simulation._Simulation._result = noted
 
 @pytest.mark.soak
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_peak_is_that_of_a_real_update_of_two_processes(tmp_path, flags, accumulation):  # noqa: F811
+def test_the_peak_is_that_of_a_real_update_of_two_processes(tmp_path, flags, accumulation):
     words = flags(tmp_path / "out", dry_run=True, gradient_accumulation_steps=accumulation)
     done = run_processes(words, lcm, 2, REAL.format(path=str(tmp_path / "rank")))
     assert done.returncode == 0, done.stderr
@@ -196,7 +186,7 @@ def test_the_peak_is_that_of_a_real_update_of_two_processes(tmp_path, flags, acc
 
 
 @pytest.mark.soak
-def test_several_processes_simulate_one_of_them(tmp_path, flags):  # noqa: F811
+def test_several_processes_simulate_one_of_them(tmp_path, flags):
     """The main process goes on alone and waits for none; it says what the buckets of gradients add."""
     result = launch(flags(tmp_path / "out", tscd, dry_run=True), num_processes=2, script=tscd)
     assert result.returncode == 0, result.stderr
@@ -230,7 +220,7 @@ LOSS = "            loss = distance(model_pred, target, args.loss_type, args.hub
         ("loss = loss + model_pred[model_pred > 0].sum()", True),
     ],
 )
-def test_an_update_that_waits_for_the_device_is_said(tmp_path, flags, capsys, line, ends):  # noqa: F811
+def test_an_update_that_waits_for_the_device_is_said(tmp_path, flags, capsys, line, ends):
     script = edited(tmp_path, LOSS, f"{LOSS}            {line}\n")
     words = flags(tmp_path / "out", dry_run=True)
     if ends:
@@ -247,7 +237,7 @@ def test_an_update_that_waits_for_the_device_is_said(tmp_path, flags, capsys, li
     assert torch.randn(2).tolist()  # tensors have values again
 
 
-def test_flags_that_need_a_gpu_or_values_are_simulated_without(tmp_path, flags, capsys, teacher):  # noqa: F811
+def test_flags_that_need_a_gpu_or_values_are_simulated_without(tmp_path, flags, capsys, teacher):
     unet = teachers.load_teacher(teacher()).unet
     lora.add_lora(unet, 4, 6.0)
     lora.save_lora(tmp_path / "lora", unet)
@@ -265,7 +255,7 @@ def test_flags_that_need_a_gpu_or_values_are_simulated_without(tmp_path, flags, 
         ("text_encoder", {"hidden_size": 33}, "a part of the teacher is missing or unreadable"),
     ],
 )
-def test_a_wrong_configuration_ends_in_one_sentence(tmp_path, flags, teacher, capsys, part, changes, words):  # noqa: F811
+def test_a_wrong_configuration_ends_in_one_sentence(tmp_path, flags, teacher, capsys, part, changes, words):
     folder = tmp_path / "teacher"
     synthetic.write_configurations(folder, synthetic.SHAPES["tiny"])
     path = folder / part / "config.json"
@@ -277,7 +267,7 @@ def test_a_wrong_configuration_ends_in_one_sentence(tmp_path, flags, teacher, ca
     assert stopped.value.code == 2 and "--pretrained_teacher_model=" in err and words in err, err
 
 
-def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monkeypatch, capsys):  # noqa: F811
+def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monkeypatch, capsys):
     """One file; a variant; configurations alone, which are said, and are not enough for the run itself."""
     expected, folder = simulate(flags(tmp_path / "out", dry_run=True)), tmp_path / "teacher"
     pipeline = teachers.load_teacher(teacher())
@@ -309,7 +299,7 @@ def test_a_teacher_of_another_form_takes_the_same(tmp_path, flags, teacher, monk
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):  # noqa: F811
+def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):
     line = f"import os; os.kill(os.getpid(), {int(number)}); raise AssertionError('it went on')"
     edited(tmp_path, LOSS, f"{LOSS}            {line}\n", loads=False)
     words = [sys.executable, str(tmp_path / "edited.py"), *flags(tmp_path / "out", dry_run=True)]
@@ -319,7 +309,7 @@ def test_a_signal_ends_a_dry_run_at_once(tmp_path, flags, number, code):  # noqa
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys, monkeypatch):  # noqa: F811
+def test_progress_is_shown_and_cards_have_an_order(tmp_path, flags, capsys, monkeypatch):
     shown = {"disable": False, "mininterval": 0}  # as on a terminal
     monkeypatch.setattr(simulation, "tqdm", lambda **options: tqdm(**options | shown))
     result = simulate(flags(tmp_path / "out", dry_run=True), report=True)

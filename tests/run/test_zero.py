@@ -9,7 +9,7 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 from common.errors import UserError
 from common.run import engine, zero
-from tests.scripts.test_stable_diffusion import ROOT, flags
+from tests.cases import ROOT
 
 import pytest
 import yaml
@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 
-__all__ = ["flags"]
 ASKED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "RANK": "0"}
 PLAIN = "use `distributed_type: MULTI_GPU`"
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,15 +19,14 @@ from common.data.stream import TrainingData
 from common.errors import UserError
 from common.keyed_random import keyed_generator
 from common.networks import performance
-from common.run import checkpointing, engine
+from common.run import checkpointing, engine, simulation
 from common.tools.demo import __main__ as demo
 from common.tools.demo import consistency as ct_demo
-from common.tools.demo import digits, measuring, stable_diffusion
-from tests.fork_server import run_processes
-from tests.run.test_preemption import stop_after
-from tests.scripts.test_flags import gpu  # noqa: F401  (a fixture)
-from tests.scripts.test_stable_diffusion import NO_DDP_LEFT, fingerprint, image_tags, scalars
-from tests.scripts.test_stable_diffusion import train as run_script
+from common.tools.demo import digits, measuring
+from tests.cases import digests, finished, image_tags, one_sentence, scalars
+from tests.cases import train as run_script
+from tests.made import CONFIG, NUM_IMAGES, rows
+from tests.scripts.test_flags import gpu  # noqa: F401
 
 import datasets
 import numpy as np
@@ -83,34 +81,6 @@ OTHER_DEFAULTS = {
     "cast_teacher": True, "huber_c": 0.00054 * 3**0.5 * 64, "mid_sigma": 1.526, "output_dir": "consistency-model",
 }  # fmt: skip
 REQUIRED, SHARDS = ["--dataset_name=d"], "--train_shards_path_or_url=s.tar"
-CONFIG = {
-    "_class_name": "UNet2DModel", "block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 8, "dropout": 0.2,
-}  # fmt: skip
-NUM_IMAGES = 120
-
-
-def rows(number=NUM_IMAGES):
-    (images, labels), _ = digits.load_split()
-    return [Image.fromarray(image) for image in images[:number]], labels[:number].tolist()
-
-
-@pytest.fixture(autouse=True)
-def no_cache_at_home(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
-def save_data_set(folder):
-    """A Hugging Face data set with CIFAR-10's columns."""
-    images, labels = rows()
-    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(digits.WORDS))}
-    datasets.Dataset.from_dict({"img": images, "label": labels}, datasets.Features(features)).save_to_disk(folder)
-
-
-@pytest.fixture(scope="session")
-def data_set(build_once):
-    return build_once("ct_data_set", save_data_set)
 
 
 @pytest.fixture(scope="session")
@@ -147,43 +117,16 @@ def label_shards(build_once):
     return build_once("ct_shards", build)
 
 
-@pytest.fixture(scope="session")
-def classifier(build_once):
-    return build_once("ct_classifier", lambda folder: stable_diffusion.build_classifier(folder, steps=20))
-
-
 @pytest.fixture
-def flags(data_set, tmp_path):
-    """flags(output_dir, **changes): a quick run's command line; None drops a flag, True is a bare one."""
-    config = tmp_path / "unet.json"
-    config.write_text(json.dumps(CONFIG))
-
-    def make(folder, **changes):
-        values = {
-            "dataset_name": data_set, "dataset_image_column_name": "img", "output_dir": folder, "resolution": 8,
-            "class_conditional": True, "model_config_name_or_path": config, "train_batch_size": 4,
-            "max_train_steps": 8, "seed": 1, "validation_steps": 0, "logging_steps": 1, "checkpointing_steps": 4,
-            "eval_batch_size": 5, "discretization_s_1": 40, "use_ema": True, "ema_max_decay": 0.5,
-            "shuffle_block_samples": 16, "learning_rate": 1e-3,
-        }  # fmt: skip
-        values |= changes
-        return [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items() if v is not None]
-
-    return make
+def flags(command):
+    """flags(output_dir, **changes): a run of eight updates."""
+    return lambda folder, **changes: command(
+        "ct", folder, **{"max_train_steps": 8, "checkpointing_steps": 4} | changes
+    )
 
 
-def train(flags):
-    run_script(flags, ct)
-
-
-def digests(checkpoint):
-    """What training depends on: the bytes of weights, average, optimizer and LR schedule; RNG and data."""
-    state = checkpointing.read_state(checkpoint)
-    names = [path.name for path in checkpoint.glob("*.safetensors")] + ["objects.pt"]
-    assert "model.safetensors" in names
-    sums = {name: (checkpoint / name).read_bytes() for name in names}
-    sums["optimizer"] = fingerprint(torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"])
-    return sums | {"data": state["data"], "rng": state["rng_digests"]}
+def train(words):
+    run_script(words, ct)
 
 
 def weights(folder):
@@ -278,10 +221,12 @@ def test_every_public_flag_is_there_with_its_default():
     ],
 )
 def test_mistakes_end_in_one_sentence_and_exit_code_2(words, sentence, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        ct.parse_args(words if words[0].startswith(("--train_", "--dataset_name")) else REQUIRED + words)
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and sentence in err and err.count("\n") == 1 and not out
+    assert sentence in one_sentence(
+        capsys,
+        ct.parse_args,
+        words if words[0].startswith(("--train_", "--dataset_name")) else REQUIRED + words,
+        alone=True,
+    )
 
 
 @pytest.mark.parametrize(("resolution", "millions"), [(32, 54.3), (64, 295.5)])
@@ -451,25 +396,6 @@ def test_a_gradient_scaler_drives_the_step_and_is_resumed(tmp_path, flags, monke
     assert digests(tmp_path / "a" / "checkpoint-16") == expected
 
 
-def test_a_poisoned_sample_costs_its_update_and_nothing_else(tmp_path, flags, monkeypatch):
-    """Its loss is NaN; RAdam has no fused step that could skip on the device, so the host decides."""
-    huber, calls = consistency.pseudo_huber, []
-
-    def poisoned(a, b, c):
-        calls.append(1)
-        return huber(a, b, c) * (float("nan") if len(calls) == 2 else 1.0)
-
-    monkeypatch.setattr(consistency, "pseudo_huber", poisoned)
-    train(flags(tmp_path / "out", max_train_steps=4, checkpointing_steps=1, discretization_s_1=10))
-    saved = [digests(tmp_path / "out" / f"checkpoint-{n}") for n in (1, 2, 3)]
-    held = ("model.safetensors", "ema_unet.safetensors", "optimizer")
-    assert all(saved[0][k] == saved[1][k] != saved[2][k] for k in held)
-    assert scalars(tmp_path / "out", "updates_skipped") == {1: 0, 2: 1, 3: 1, 4: 1}
-    assert [n for n, loss in scalars(tmp_path / "out", "loss").items() if loss != loss] == [2]
-    entry = json.loads((tmp_path / "out" / "nonfinite_updates.jsonl").read_text())
-    assert entry["step"] == 2 and len(entry["keys"]) == 4
-
-
 def test_constant_images_are_learnt(tmp_path, flags):
     """Data of one grey value, 0.498: samples of one and two steps are of that value."""
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
@@ -488,35 +414,6 @@ def test_constant_images_are_learnt(tmp_path, flags):
 
 
 # --- data
-
-
-SOURCES = {
-    "image folder": lambda f: {
-        "dataset_name": None, "dataset_image_column_name": None, "train_data_dir": f("image_folder"),
-    },
-    "shards": lambda f: {
-        "dataset_name": None, "dataset_image_column_name": None, "num_classes": 10,
-        "train_shards_path_or_url": str(f("label_shards")) + "/{0..3}.tar",
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags, request, source):
-    """10 + 6 updates are 16, across epochs and curriculum, with workers, accumulation and random flips.
-
-    A data set is resumed, and compared with another whole run, where a stop file ends the first.
-    """
-    options = SOURCES[source](request.getfixturevalue) | {"random_flip": True, "dataloader_num_workers": 2}
-    options |= {"gradient_accumulation_steps": 2, "checkpointing_steps": 10, "max_train_steps": 16}
-    options |= {"train_batch_size": 5, "validation_steps": 8}
-    out = tmp_path / "out"
-    train(flags(out, **options))
-    expected, losses = digests(out / "checkpoint-16"), scalars(out, "loss")
-    assert expected["data"]["next_micro_batch"] == 32 and max(losses) == 16
-    (out / "checkpoint-16" / "COMPLETE").unlink()
-    train(flags(out, **options, resume_from_checkpoint="latest"))
-    assert digests(out / "checkpoint-16") == expected and scalars(out, "loss") == losses
 
 
 def test_all_sources_give_the_same_images_and_classes(data_set, image_folder, label_shards):
@@ -581,9 +478,7 @@ def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):
 
 def test_a_classifier_of_other_classes_is_refused(tmp_path, flags, classifier, capsys):
     options = {"eval_steps": 4, "feature_network": classifier, "eval_class_accuracy": True, "num_classes": 11}
-    with pytest.raises(SystemExit) as stopped:
-        train(flags(tmp_path / "out", **options))
-    assert stopped.value.code == 2 and "knows 10 classes and the data have 11" in capsys.readouterr().err
+    assert "knows 10 classes and the data have 11" in one_sentence(capsys, train, flags(tmp_path / "out", **options))
 
 
 def labelled(labels):
@@ -595,10 +490,9 @@ def labelled(labels):
 def test_a_split_without_classes_is_refused(tmp_path, flags, capsys):
     """Test splits of the hub have -1 in each row; the network then got no class and no embedding for one."""
     labelled([-1] * 20).save_to_disk(tmp_path / "data")
-    with pytest.raises(SystemExit) as stopped:
-        train(flags(tmp_path / "out", dataset_name=tmp_path / "data", num_classes=None))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and "no row has a class, the column label holds only negative numbers" in err
+    assert "no row has a class, the column label holds only negative numbers" in one_sentence(
+        capsys, train, flags(tmp_path / "out", dataset_name=tmp_path / "data", num_classes=None)
+    )
 
 
 def test_cached_latents_are_called_by_their_name(tmp_path):
@@ -617,15 +511,9 @@ def test_data_of_which_nothing_is_usable_are_called_by_their_flag(tmp_path, flag
         (tmp_path / "data" / f"{i}.png").write_bytes(b"no image")
     changes = {"dataset_name": None, "train_data_dir": tmp_path / "data", "class_conditional": None}
     changes |= {"dataset_image_column_name": None, "num_classes": None}
-    with pytest.raises(SystemExit) as stopped:
-        train(flags(tmp_path / "out", **changes))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and f"check --train_data_dir={tmp_path / 'data'}, or pass fewer" in err
-
-
-def test_a_folder_of_images_is_no_shards(image_folder):
-    with pytest.raises(UserError, match="pass images as `train_data_dir`"):
-        open_images(str(image_folder))
+    assert f"check --train_data_dir={tmp_path / 'data'}, or pass fewer" in one_sentence(
+        capsys, train, flags(tmp_path / "out", **changes)
+    )
 
 
 def test_max_train_samples_limits_the_distinct_images(tmp_path, flags, monkeypatch):
@@ -744,14 +632,12 @@ def test_pretraining_alone_is_no_consistency_model_and_a_start_for_ect(tmp_path,
         flags(tmp_path / "a", pretrain_steps=8, objective="ect", max_train_steps=16, resume_from_checkpoint="latest")
     )
     assert scalars(tmp_path / "a", "ect_stage") == {9 + i: 1 + i for i in range(8)}
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "c", **options, class_conditional=None))
-    assert "has 10 classes; pass --class_conditional" in capsys.readouterr().err
+    assert "has 10 classes; pass --class_conditional" in one_sentence(
+        capsys, train, flags(tmp_path / "c", **options, class_conditional=None)
+    )
     scheduler = tmp_path / "a" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("CMStochasticIterativeScheduler", "DDPMScheduler"))
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "c", **options))
-    assert "was trained for DDPMScheduler" in capsys.readouterr().err
+    assert "was trained for DDPMScheduler" in one_sentence(capsys, train, flags(tmp_path / "c", **options))
 
 
 def test_an_extended_run_keeps_its_curriculum(tmp_path, flags):
@@ -768,25 +654,18 @@ def test_overwriting_moves_the_earlier_run_aside(tmp_path, flags, capsys):
     train(flags(tmp_path / "new", max_train_steps=3, overwrite_output_dir=True))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "mine", overwrite_output_dir=True))
-    assert "holds files but no run" in capsys.readouterr().err and (tmp_path / "mine" / "notes.txt").is_file()
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "out"))
-    assert "is not empty" in capsys.readouterr().err
+    assert (
+        "holds files but no run" in one_sentence(capsys, train, flags(tmp_path / "mine", overwrite_output_dir=True))
+        and (tmp_path / "mine" / "notes.txt").is_file()
+    )
+    assert "is not empty" in one_sentence(capsys, train, flags(tmp_path / "out"))
 
 
-def test_steps_follow_from_epochs_by_default(tmp_path, flags, capsys):
+def test_steps_follow_from_epochs_by_default(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr(simulation, "begin", finished)
     train(flags(tmp_path / "out", max_train_steps=None, num_train_epochs=1, max_train_samples=16, dry_run=True))
     out = capsys.readouterr().out
     assert "updates             4" in out and "noise levels        11 to 41" in out and not (tmp_path / "out").exists()
-
-
-def test_levers_change_no_result(tmp_path, flags):
-    train(flags(tmp_path / "a"))
-    train(flags(tmp_path / "b", gradient_checkpointing=True))
-    a, b = (list(scalars(tmp_path / x, "loss").values()) for x in "ab")
-    assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_average_and_xformers_go_together(tmp_path, flags, monkeypatch):
@@ -851,74 +730,6 @@ def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classif
 
 
 # --- several processes
-
-TWO_PROCESSES = (
-    NO_DDP_LEFT
-    + """
-import os
-from common.ct import consistency
-draw = consistency.consistency_function
-def watched(network, x, sigma, *args, **kwargs):
-    os.write(1, f"DRAWN {os.environ['RANK']} {x.double().sum().item():.6f}\\n".encode())
-    return draw(network, x, sigma, *args, **kwargs)
-consistency.consistency_function = watched
-levels = consistency.discretization_steps
-def told(*args, **kwargs):
-    os.write(1, f"LEVELS {os.environ['RANK']} {args[0]} {levels(*args, **kwargs)}\\n".encode())
-    return levels(*args, **kwargs)
-consistency.discretization_steps = told
-"""
-)
-
-
-def test_two_processes_equal_one_and_resume(tmp_path, flags, classifier):
-    """Same curriculum, other noise on each; weights, average and learning rate of one process with accumulation.
-
-    Going on with another number of processes is that of test_stable_diffusion.py, which reads data in the same way.
-    """
-    common = {"train_batch_size": 2, "data_lanes": 4, "lr_scheduler": "cosine", "lr_warmup_steps": 0, "eval_steps": 8}
-    common |= {"feature_network": classifier, "eval_num_samples": 22, "eval_class_accuracy": True}
-    common["checkpointing_steps"] = 5  # an odd number of micro-batches
-    two = flags(tmp_path / "two", **common)
-    done = run_processes(two, ct, 2, TWO_PROCESSES)
-    assert done.returncode == 0, done.stderr[-3000:]
-    train(flags(tmp_path / "one", **common, gradient_accumulation_steps=2))
-    for name in ("unet", "unet_raw"):
-        a, b = weights(tmp_path / "two" / name), weights(tmp_path / "one" / name)
-        assert all(torch.allclose(a[key], b[key], atol=2e-6) for key in a)
-    assert scalars(tmp_path / "two", "lr") == scalars(tmp_path / "one", "lr")
-    assert scalars(tmp_path / "two", "loss") == pytest.approx(scalars(tmp_path / "one", "loss"), rel=1e-5)
-    levels = {rank: re.findall(rf"LEVELS {rank} (\d+ \d+)", done.stdout) for rank in "01"}
-    assert levels["0"] == levels["1"] and levels["0"]
-    drawn = {rank: re.findall(rf"DRAWN {rank} (\S+)", done.stdout) for rank in "01"}
-    assert len(drawn["0"]) == len(drawn["1"]) == 16 and not set(drawn["0"]) & set(drawn["1"])
-    rows = [
-        [json.loads(line) for line in (tmp_path / x / "metrics.jsonl").read_text().splitlines()]
-        for x in ("one", "two")
-    ]
-    for one, other in zip(*rows, strict=True):
-        assert one["frechet_distance"] == pytest.approx(other["frechet_distance"], rel=1e-3)
-
-    expected = digests(tmp_path / "two" / "checkpoint-8")
-    (tmp_path / "two" / "checkpoint-8" / "COMPLETE").unlink()
-    done = run_processes([*two, "--resume_from_checkpoint=latest"], ct, 2, NO_DDP_LEFT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert digests(tmp_path / "two" / "checkpoint-8") == expected
-
-
-def test_a_run_that_a_stop_file_ends_is_saved_once_and_goes_on_bit_for_bit(tmp_path, flags, monkeypatch):
-    out = tmp_path / "b"
-    train(flags(tmp_path / "a"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, out, 3)
-        with pytest.raises(SystemExit) as left:
-            train(flags(out))
-    assert left.value.code == 75 and json.loads((out / "REQUEUE").read_text())["global_step"] == 3
-    assert [c.name for c in checkpointing.list_checkpoints(out)] == ["checkpoint-3"]
-    assert not (out / "README.md").exists() and not (out / "unet").exists()
-    train(flags(out, resume_from_checkpoint="latest"))
-    assert digests(out / "checkpoint-8") == digests(tmp_path / "a" / "checkpoint-8")
-    assert (out / "README.md").is_file() and not (out / "REQUEUE").exists() and not (out / "STOP").exists()
 
 
 # --- the demo

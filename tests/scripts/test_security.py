@@ -12,10 +12,10 @@ from common.errors import UserError
 from common.networks import teachers
 from common.run import checkpointing
 from common.tools import evaluate
+from tests.cases import ROOT
 from tests.data.making import pickle_members, write_tar
 from tests.networks.test_teachers import edit_json
 from tests.run.test_checkpointing import save, setup_run
-from tests.scripts.test_stable_diffusion import ROOT
 
 import datasets
 import pytest

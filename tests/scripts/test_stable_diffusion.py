@@ -1,30 +1,32 @@
 """The scripts from end to end, on the digits."""
 
-import contextlib
 import gc
-import hashlib
-import os
 import re
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
 
-import train_cm_ct_unconditional as ct
-import train_direct_distill as direct
 import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
-import train_tscd_distill_lora_sd_wds as tscd_lora
-import train_tscd_distill_sd_wds as tscd
 from common.data.images import decode_image_text
 from common.data.shards import expand_shards
 from common.data.stream import TrainingData
 from common.keyed_random import keyed_generator
 from common.networks import lora, teachers
-from common.run import checkpointing
+from common.run import checkpointing, simulation
+from tests.cases import (
+    LORA_SCRIPTS,
+    SCRIPTS,
+    SD_SCRIPTS,
+    digests,
+    finished,
+    image_tags,
+    one_sentence,
+    scalars,
+    soak_but,
+    train,
+)
 from tests.fork_server import run_processes
 from tests.scripts.test_flags import GUIDES
 
@@ -32,119 +34,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import tracking
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, ModelMixin, TCDScheduler
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-ROOT = Path(lcm.__file__).parent
-SCRIPTS = {"lcm": lcm, "lcm_lora": lcm_lora, "tscd": tscd, "tscd_lora": tscd_lora}
-LORA_SCRIPTS = (lcm_lora, tscd_lora)
-every_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-# The others differ from these two in what cheaper tests look at.
-two_scripts_and_soak = pytest.mark.parametrize(
-    "script",
-    [
-        pytest.param(script, marks=() if name in ("lcm", "tscd_lora") else pytest.mark.soak)
-        for name, script in SCRIPTS.items()
-    ],
-    ids=SCRIPTS,
-)
 every_lcm_script = pytest.mark.parametrize("script", [lcm, lcm_lora], ids=["lcm", "lcm_lora"])
-# What a script needs on top of the flags that all of them share.
-OWN_FLAGS = {
-    lcm: {"w_min": 0, "w_max": 2, "unet_time_cond_proj_dim": 32},
-    lcm_lora: {"w_min": 0, "w_max": 2, "lora_rank": 4, "lora_alpha": 6},
-    # two stages of two updates, adversarial from the first on
-    tscd: {"w_min": 0, "w_max": 2, "stage_segments": "2,1", "adv_weights": 0.1, "adv_head_learning_rate": 1e-3},
-}
-OWN_FLAGS[tscd_lora] = OWN_FLAGS[tscd] | {"lora_rank": 4, "lora_alpha": 6}
-
-
-@pytest.fixture
-def flags(teacher, shards):
-    """flags(output_dir, script, **changes): a quick run's command line; None drops a flag, True is a bare one."""
-
-    def make(folder, script=lcm, **changes):
-        values = {
-            "pretrained_teacher_model": teacher(), "train_shards_path_or_url": shards, "output_dir": folder,
-            "resolution": 16, "train_batch_size": 4, "max_train_steps": 4, "seed": 1,
-            "validation_steps": 0, "logging_steps": 1, "checkpointing_steps": 2,
-            "validation_num_inference_steps": "1", "shuffle_block_samples": 16,
-        }  # fmt: skip
-        values |= OWN_FLAGS[script] | changes
-        return [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items() if v is not None]
-
-    return make
-
-
-def train(flags, script=lcm):
-    """A run in this process; accelerate's state is a process's, so it starts afresh."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    script.main(script.parse_args(flags))
-
-
-def scalars(output_dir, tag):
-    events = {}
-    for file in sorted(Path(output_dir).rglob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime):
-        accumulator = EventAccumulator(str(file)).Reload()
-        if tag in accumulator.Tags()["scalars"]:
-            events |= {e.step: e.value for e in accumulator.Scalars(tag)}
-    return events
-
-
-def image_tags(output_dir):
-    tags = set()
-    for file in Path(output_dir).rglob("events.out.tfevents.*"):
-        tags |= {tag.rsplit("/image", 1)[0] for tag in EventAccumulator(str(file)).Reload().Tags()["images"]}
-    return tags
-
-
-def fingerprint(value):
-    """Nested containers of tensors and numbers -> the same with the bytes of every tensor."""
-    if isinstance(value, dict):
-        return {key: fingerprint(v) for key, v in value.items()}
-    return value.contiguous().view(torch.uint8).numpy().tobytes() if torch.is_tensor(value) and value.ndim else value
-
-
-def digests(checkpoint):
-    """{file: hash} of what training depends on: weights, EMA, optimizer, LR schedule; RNG and data from the state."""
-    state = checkpointing.read_state(checkpoint)
-    names = [path.name for path in Path(checkpoint).glob("*.safetensors")] + ["objects.pt"]
-    assert {"model.safetensors", "target_unet.safetensors"} <= set(names) or "adapters.safetensors" in names
-    sums = {name: hashlib.sha256(Path(checkpoint, name).read_bytes()).hexdigest() for name in names}
-    optimizer = torch.load(Path(checkpoint, "optimizer.bin"), weights_only=True)["state"]
-    sums["optimizer.bin"] = fingerprint(optimizer)
-    return sums | {"data": state["data"], "rng": state["rng_digests"]}
-
-
-def launch(flags, num_processes=1, prelude=None, use_cpu=True, script=lcm, engine=None):
-    """`accelerate launch` of the script, as a user types it; prelude: Python that each process runs before it; engine:
-    what the launcher is told instead of plain data parallel training in float32."""
-    command = [script.__file__]
-    if prelude:
-        wrapper = Path(next(f for f in flags if f.startswith("--output_dir=")).split("=")[1] + "_wrapper.py")
-        wrapper.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{prelude}\n"
-                           f"import {script.__name__} as s\ns.main(s.parse_args())\n")  # fmt: skip
-        command = [str(wrapper)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    engine = engine or ["--multi_gpu" if num_processes > 1 else "--cpu", "--mixed_precision=no"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *engine, f"--num_processes={num_processes}"]
-    launcher += ["--num_machines=1", "--dynamo_backend=no", f"--main_process_port={port}"]
-    env = os.environ | ({"ACCELERATE_USE_CPU": "true"} if num_processes > 1 and use_cpu else {})
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": "/", "env": env}
-    process = subprocess.Popen([*launcher, *command, *flags], start_new_session=True, **options)
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # no process of a run that hangs outlives its test
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 # --- the result
@@ -285,8 +180,9 @@ def test_only_adapters_train_and_one_network_is_resident(tmp_path, flags, teache
     assert 0.9 * expected < alive < 1.25 * expected  # a second U-Net would make it 1.5 times or more
 
 
-@two_scripts_and_soak
-def test_sdxl_teachers_run_in_the_same_script(tmp_path, flags, teacher, script):
+@pytest.mark.parametrize("name", soak_but("tscd_lora", names=SD_SCRIPTS))
+def test_sdxl_teachers_run_in_the_same_script(tmp_path, flags, teacher, name):
+    script = SD_SCRIPTS[name]
     changes = {"pretrained_teacher_model": teacher("sdxl"), "use_fix_crop_and_size": True, "mixed_precision": "bf16"}
     train(flags(tmp_path, script, **changes, validation_steps=2), script)
     expected = digests(tmp_path / "checkpoint-4")
@@ -342,52 +238,14 @@ def test_the_student_starts_from_unrounded_weights_in_half_precision(tmp_path, f
     assert all(torch.equal(saved[name], tensor) for name, tensor in original.items())
 
 
-def test_memory_levers_change_no_result(tmp_path, flags):
-    train(flags(tmp_path / "a"))
-    train(flags(tmp_path / "b", gradient_checkpointing=True, vae_encode_batch_size=1))
-    a, b = (list(scalars(tmp_path / x, "loss").values()) for x in "ab")
-    assert a == pytest.approx(b, rel=1e-4)
-
-
 # --- resume
-
-
-VARIANTS = {
-    "mid epoch, accumulation, workers, 8-bit Adam and cosine": (
-        lcm,
-        {
-            "gradient_accumulation_steps": 3, "dataloader_num_workers": 2, "use_8bit_adam": True,
-            "lr_scheduler": "cosine", "lr_warmup_steps": 1,
-        },
-    ),
-    "LoRA, bf16, dropout and workers": (
-        lcm_lora,
-        {"mixed_precision": "bf16", "lora_dropout": 0.3, "dataloader_num_workers": 2, "train_batch_size": 5},
-    ),
-    "TSCD, from the edge of a stage": (tscd, {}),
-    "TSCD, from inside a stage, accumulation": (tscd, {"stage_steps": "3,1", "gradient_accumulation_steps": 2}),
-    "TSCD LoRA, bf16, frozen discriminator": (
-        tscd_lora,
-        {"mixed_precision": "bf16", "freeze_discriminator_backbone": True, "lora_dropout": 0.3},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("script", "extra"), VARIANTS.values(), ids=VARIANTS)
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, flags, script, extra):
-    """That two whole runs are equal, too, is seen where one of them is killed or extended."""
-    train(flags(tmp_path, script, **extra), script)
-    expected, losses = digests(tmp_path / "checkpoint-4"), scalars(tmp_path, "loss")
-    (tmp_path / "checkpoint-4" / "COMPLETE").unlink()  # as if it had died while saving: the run goes back to step 2
-    train(flags(tmp_path, script, **extra, resume_from_checkpoint="latest"), script)
-    assert digests(tmp_path / "checkpoint-4") == expected and scalars(tmp_path, "loss") == losses
 
 
 def test_a_run_can_be_extended_and_passes_its_first_end(tmp_path, flags, capsys):
     train(flags(tmp_path / "a", max_train_steps=4))
-    with pytest.raises(SystemExit) as stopped:  # it has no weights of 3 updates to export
-        train(flags(tmp_path / "a", max_train_steps=3, resume_from_checkpoint="latest"))
-    assert stopped.value.code == 2 and "is less than the 4 updates of the checkpoint" in capsys.readouterr().err
+    assert "is less than the 4 updates of the checkpoint" in one_sentence(
+        capsys, train, flags(tmp_path / "a", max_train_steps=3, resume_from_checkpoint="latest")
+    )  # it has no weights of 3 updates to export
     train(flags(tmp_path / "b", max_train_steps=2))
     train(flags(tmp_path / "b", max_train_steps=4, resume_from_checkpoint="checkpoint-2", seed=None))
     assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
@@ -399,16 +257,16 @@ import common.run.checkpointing as c
 fsync, calls = c.sync, []
 def dying(path):
     calls.append(path)
-    if "checkpoint-4" in str(path) and {where}:
+    if "checkpoint-4" in str(path) and "COMPLETE" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(path)
 c.sync = dying
 """
 
 
-@pytest.mark.parametrize(("script", "where"), [(lcm, "True"), (lcm_lora, "'COMPLETE' in str(path)")])
-def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, script, where):
-    done = run_processes(flags(tmp_path / "b", script), script, prelude=KILLED.format(where=where))
+def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, script=lcm_lora):
+    """At other moments and of every script: tests/soak/test_kills.py."""
+    done = run_processes(flags(tmp_path / "b", script), script, prelude=KILLED)
     assert done.returncode != 0
     assert [c.name for c in checkpointing.list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
     assert (tmp_path / "b" / "checkpoint-4.tmp").is_dir()
@@ -418,126 +276,24 @@ def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, script, where):
     assert not list((tmp_path / "b").glob("*.tmp"))
 
 
-# The destructor of DDP's reducer holds the GIL: if it is the process group's last owner, it waits for a thread of the
-# group, which may wait for the GIL. That hung one run in some dozens.
-NO_DDP_LEFT = """
-import gc, torch
-destroy = torch.distributed.destroy_process_group
-def checked(group=None):
-    left = [o for o in gc.get_objects() if isinstance(o, torch.nn.parallel.DistributedDataParallel)]
-    assert not left, "DDP outlives its process group"
-    destroy(group)
-torch.distributed.destroy_process_group = checked
-
-from accelerate import Accelerator
-prepare = Accelerator.prepare
-def prepared(self, *args, **kwargs):
-    engine = self.distributed_type.value, torch.distributed.get_backend(), self.num_processes
-    assert engine == ("MULTI_CPU", "gloo", 2), engine
-    return prepare(self, *args, **kwargs)
-Accelerator.prepare = prepared
-
-import common.run.updates as d
-step = d.discriminator_step
-def step_and_compare(optimizer, scaler, world_size):
-    finite = step(optimizer, scaler, world_size)
-    mine = torch.stack([p.double().sum() for group in optimizer.param_groups for p in group["params"]])
-    first = mine.clone()
-    torch.distributed.broadcast(first, 0)
-    assert world_size == 2 and torch.equal(mine, first), "the discriminators differ"
-    return finite
-d.discriminator_step = step_and_compare
-"""
-
-
-@two_scripts_and_soak
-def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(tmp_path, flags, script, capsys):
-    two = {"train_batch_size": 2, "data_lanes": 8, "checkpointing_steps": 3}  # 3 micro-batches are half of an update
-    done = run_processes(flags(tmp_path / "two", script, **two), script, 2, NO_DDP_LEFT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    expected = digests(tmp_path / "two" / "checkpoint-4")
-    assert len(expected["rng"]) == 2 and len(set(expected["rng"])) == 2
-    assert len(list((tmp_path / "two" / "checkpoint-4").glob("random_states_*.pkl"))) == 2
-
-    # The same micro-batches on one process, accumulated: the same losses and weights, up to the order of sums.
-    train(flags(tmp_path / "one", script, gradient_accumulation_steps=2, **two), script)
-    one, both = (list(scalars(tmp_path / name, "loss").values()) for name in ("one", "two"))
-    assert one == pytest.approx(both, rel=1e-4)
-    weights = "adapters.safetensors" if script in LORA_SCRIPTS else "model.safetensors"
-    a, b = (load_file(tmp_path / name / "checkpoint-4" / weights) for name in ("one", "two"))
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 2e-5
-    assert (
-        checkpointing.read_state(tmp_path / "one" / "checkpoint-4")["data"]["cursors"] == expected["data"]["cursors"]
-    )
-
-    (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()
-    done = run_processes(flags(tmp_path / "two", script, **two, resume_from_checkpoint="latest"), script, 2)
-    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr[-2000:]
-    assert digests(tmp_path / "two" / "checkpoint-4") == expected
-
-    (tmp_path / "two" / "checkpoint-4" / "COMPLETE").unlink()  # and on one process instead of two
-    again = {"resume_from_checkpoint": "latest"}
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "two", script, **two, **again), script)
-    assert "an update had 4 samples and has 2" in capsys.readouterr().err
-    train(flags(tmp_path / "two", script, **two, **again, gradient_accumulation_steps=2), script)
-    (tmp_path / "one" / "checkpoint-4" / "COMPLETE").unlink()  # and on two instead of one
-    again = flags(tmp_path / "one", script, **two, resume_from_checkpoint="latest")
-    done = run_processes(again, script, 2)
-    assert done.returncode == 0 and "at step 3" in done.stdout, done.stderr[-2000:]
-    for name in ("one", "two"):
-        assert digests(tmp_path / name / "checkpoint-4")["data"]["cursors"] == expected["data"]["cursors"]
-        assert list(scalars(tmp_path / name, "loss").values()) == pytest.approx(both, rel=1e-4)
-        c = load_file(tmp_path / name / "checkpoint-4" / weights)
-        assert max((b[k] - c[k]).abs().max().item() for k in b) < 2e-5
-
-
-@pytest.mark.soak  # in one process: tests/scripts/test_bad_inputs.py
-def test_processes_that_did_not_join_are_refused(tmp_path, flags):
-    done = launch(flags(tmp_path / "out"), num_processes=2, use_cpu=False)
-    assert "2 processes were started but did not join" in done.stderr and not (tmp_path / "out").exists()
-
-
 def test_resume_notices_another_precision_and_keeps_the_data_seed(tmp_path, flags, capsys, monkeypatch):
     train(flags(tmp_path / "out", max_train_steps=2, data_seed=7))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "out", resume_from_checkpoint="latest"))
-    assert "--mixed_precision was 'no' and is 'bf16'" in capsys.readouterr().err
+    assert "--mixed_precision was 'no' and is 'bf16'" in one_sentence(
+        capsys, train, flags(tmp_path / "out", resume_from_checkpoint="latest")
+    )
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     train(flags(tmp_path / "out", resume_from_checkpoint="latest"))
     state = checkpointing.read_state(tmp_path / "out" / "checkpoint-4")
     assert state["args"]["data_seed"] == 7 and state["data"]["next_micro_batch"] == 4
 
 
-def test_remote_shards_dry_run(tmp_path, flags, shards, capsys):
+def test_remote_shards_dry_run(tmp_path, flags, shards, capsys, monkeypatch):
+    monkeypatch.setattr(simulation, "begin", finished)
     pattern = {"train_shards_path_or_url": f"pipe:cat {shards}"}
     train(flags(tmp_path / "out", dry_run=True, **pattern))
     assert "not counted" in capsys.readouterr().out
     train(flags(tmp_path / "out", max_train_steps=None, num_train_epochs=1, max_train_samples=8, **pattern))
-
-
-def test_an_unreadable_data_set_is_logged_and_refused(tmp_path, flags, capsys):
-    import tarfile
-
-    (tmp_path / "a.png").write_bytes(b"no image")
-    (tmp_path / "a.txt").write_text("a caption")
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        for i in range(20):
-            tar.add(tmp_path / "a.png", f"{i}.png")
-            tar.add(tmp_path / "a.txt", f"{i}.txt")
-    with pytest.raises(SystemExit) as stopped:
-        train(flags(tmp_path / "out", train_shards_path_or_url=tmp_path / "bad.tar"))
-    err = capsys.readouterr().err
-    assert (
-        stopped.value.code == 2 and "found no usable sample" in err and "; skipped_samples.jsonl has the first" in err
-    )
-    with pytest.raises(SystemExit):
-        train(flags(tmp_path / "dry", train_shards_path_or_url=tmp_path / "bad.tar", dry_run=True))
-    err = capsys.readouterr().err
-    assert "found no usable sample" in err and "skipped_samples" not in err  # a dry run writes none
-    log = (tmp_path / "out" / "skipped_samples.jsonl").read_text().splitlines()
-    assert len(log) >= 2 and '"reason": "decode"' in log[0]
 
 
 def test_one_update_with_a_w_that_matters_a_clipped_gradient_and_an_ema(tmp_path, flags, teacher, shards):
@@ -590,9 +346,10 @@ def test_one_update_with_a_w_that_matters_a_clipped_gradient_and_an_ema(tmp_path
 # --- what a user meets
 
 
-@two_scripts_and_soak
-def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, script):
+@pytest.mark.parametrize("name", soak_but("lcm", names=SD_SCRIPTS))  # the commands differ in few flags
+def test_the_guides_command_runs_with_paths_changed(tmp_path, teacher, shards, name):
     """Excluded: fp16 (GPU only, bf16 here), wandb and the hub (network services)."""
+    script = SD_SCRIPTS[name]
     command = re.sub(r"\$MODEL_(DIR|NAME)", teacher(), GUIDES[script.__name__])
     command = command.replace("$OUTPUT_DIR", str(tmp_path / "out"))
     command = command.replace("--push_to_hub", "")
@@ -688,7 +445,7 @@ def test_every_tracker_is_served_through_accelerate_and_continued(tmp_path, flag
     assert [name for name, _ in started] == ["wandb", "comet_ml"] * 2 and len(set(ids)) == 1 and ids[0]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS.values(), direct, ct], ids=[*SCRIPTS, "direct", "ct"])
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_script_length(script):
     lines = Path(script.__file__).read_text().splitlines()
     start = lines.index("def main(args):")

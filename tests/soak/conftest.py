@@ -4,8 +4,7 @@ import json
 
 from common.tools.demo import digits, stable_diffusion
 from tests import forks
-from tests.scripts.test_ct import CONFIG, save_data_set
-from tests.scripts.test_direct import QUICK, ask
+from tests.made import CONFIG, QUICK, ask, save_data_set
 
 import pytest
 
@@ -36,6 +35,11 @@ def made_before_anything_trains(build_once):
 @pytest.fixture(scope="session")
 def made(made_before_anything_trains):
     return made_before_anything_trains
+
+
+@pytest.fixture
+def made_for_all(made):
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 from common.run import checkpointing
-from tests.cases import CASES, command, contents
-from tests.scripts.test_stable_diffusion import ROOT, launch, scalars, train
+from tests.cases import CASES, ROOT, command, contents, launch, scalars, train
 
 import pytest
 import torch

@@ -7,11 +7,9 @@ import time
 
 import train_lcm_distill_sd_wds as lcm
 from common.run import checkpointing
+from tests.cases import launch
 from tests.run.test_preemption import SENDS, saved_at_a_stop
-from tests.run.test_slurm import job, wait_for
-from tests.scripts.test_stable_diffusion import flags, launch
-
-__all__ = ["flags", "job"]
+from tests.run.test_slurm import wait_for
 
 
 def test_sigterm_to_the_launcher_of_two_processes(tmp_path, flags):

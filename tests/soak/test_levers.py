@@ -1,23 +1,12 @@
 """Levers where it takes longer: kernels of the real compiler, two processes."""
 
-from tests.networks.test_performance import (  # noqa: F401
-    SCRIPTS,
-    command,
-    ct_flags,
-    data_set,
-    direct_flags,
-    direct_teacher,
-    flags,
-    made,
-    prompts_file,
-)
-from tests.scripts.test_stable_diffusion import NO_DDP_LEFT, launch, scalars, train
+from tests.cases import NO_DDP_LEFT, SCRIPTS, launch, scalars, train
 
 import pytest
 
 
 @pytest.mark.parametrize("name", ["lcm_lora", "direct"])
-def test_kernels_of_the_compiler_give_the_same_losses(tmp_path, command, name):  # noqa: F811
+def test_kernels_of_the_compiler_give_the_same_losses(tmp_path, command, name):
     for folder, extra in (("a", {}), ("b", {"compile": True, "channels_last": True})):
         train(command(name, tmp_path / folder, max_train_steps=4, **extra), SCRIPTS[name])
     a, b = (list(scalars(tmp_path / folder, "loss").values()) for folder in "ab")
@@ -41,7 +30,7 @@ DDP.__init__, DDP.no_sync = watched, counted
 
 
 @pytest.mark.parametrize("name", ["lcm_lora", "lcm"])
-def test_two_processes_compile_and_wait_for_each_other_once_an_update(tmp_path, command, name):  # noqa: F811
+def test_two_processes_compile_and_wait_for_each_other_once_an_update(tmp_path, command, name):
     """Two processes of one micro-batch of 2 samples, twice an update; losses as without compilation."""
     changes = {"max_train_steps": 3, "gradient_accumulation_steps": 2, "train_batch_size": 2, "checkpointing_steps": 3}
     for folder, extra in (("a", {}), ("b", {"compile": True})):

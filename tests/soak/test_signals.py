@@ -5,10 +5,9 @@ What is compared with the run that was left alone is all that a checkpoint holds
 
 import re
 
-from tests.cases import CASES, command, contents
+from tests.cases import CASES, command, contents, launch
 from tests.forks import run
 from tests.run.test_preemption import SENDS, saved_at_a_stop
-from tests.scripts.test_stable_diffusion import launch
 
 import pytest
 

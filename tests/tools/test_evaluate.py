@@ -16,6 +16,7 @@ from common.results.metrics import (
 from common.tools.evaluate import format_table, main, parse_args
 from common.tools.reference import iterate_images, reference_features, reference_floor
 from common.tools.sampling import generate_images, load_pipeline
+from tests.cases import one_sentence
 from tests.results.test_metrics import save_tokenizer
 
 import diffusers
@@ -306,9 +307,9 @@ def test_stored_features_stand_for_the_images_of_one_network_and_size(root, tmp_
         assert one["frechet_distance"] == pytest.approx(two["frechet_distance"], rel=1e-3, abs=1e-6)
     assert not (tmp_path / "second" / "reference_features.npz").exists()
     for i, wrong in enumerate([["--height", 24, "--width", 24], ["--feature_network", root / "clip"]]):
-        with pytest.raises(SystemExit):
-            main(parse_args(flags(root, tmp_path / str(i), *more, stored, *wrong)))
-        assert "give the images instead" in capsys.readouterr().err.splitlines()[-1]
+        assert "give the images instead" in one_sentence(
+            capsys, main, parse_args(flags(root, tmp_path / str(i), *more, stored, *wrong))
+        )
 
 
 def test_floor_needs_twice_the_images():
@@ -335,9 +336,9 @@ def damaged(tmp_path, root):
 @pytest.mark.parametrize("name", ["a cut tar", "pickles"])
 def test_a_damaged_reference_is_named(root, tmp_path, capsys, name):
     more = ["--feature_network", str(root / "classifier"), "--reference", str(damaged(tmp_path, root)[name])]
-    with pytest.raises(SystemExit) as caught:
-        main(parse_args(flags(root, tmp_path / "out", *more)))
-    assert caught.value.code == 2 and "is damaged or no file of images" in capsys.readouterr().err
+    assert "is damaged or no file of images" in one_sentence(
+        capsys, main, parse_args(flags(root, tmp_path / "out", *more))
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,9 +349,7 @@ def test_a_damaged_reference_is_named(root, tmp_path, capsys, name):
     ],
 )
 def test_what_the_run_meets_ends_in_one_sentence(root, tmp_path, capsys, more, sentence):
-    with pytest.raises(SystemExit) as caught:
-        main(parse_args(flags(root, tmp_path / "out", *more)))
-    assert caught.value.code == 2 and sentence in capsys.readouterr().err
+    assert sentence in one_sentence(capsys, main, parse_args(flags(root, tmp_path / "out", *more)))
 
 
 def test_format_table():
@@ -400,20 +399,16 @@ def test_format_table():
 )
 def test_mistakes_end_in_one_sentence_before_any_model_is_loaded(root, tmp_path, capsys, monkeypatch, more, expected):
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
-    with pytest.raises(SystemExit) as caught:
-        parse_args(flags(root, tmp_path / "out", *(value.format(root=root) for value in more)))
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert expected in error and error.count("\n") == 1 and "error: " in error
+    assert expected in one_sentence(
+        capsys, parse_args, flags(root, tmp_path / "out", *(value.format(root=root) for value in more)), alone=True
+    )
 
 
 def test_empty_prompts(root, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
     for prompts in [" ", f"@{tmp_path / 'empty.txt'}"]:
         argv = ["--pretrained_model", str(root / "pipeline"), "--output_dir", str(tmp_path / "out")]
-        with pytest.raises(SystemExit) as caught:
-            parse_args([*argv, "--prompts", prompts])
-        assert caught.value.code == 2 and "--prompts holds no text" in capsys.readouterr().err
+        assert "--prompts holds no text" in one_sentence(capsys, parse_args, [*argv, "--prompts", prompts])
 
 
 def test_overwrite_replaces_results_and_leaves_other_files(root, tmp_path):

@@ -6,7 +6,6 @@ import train_lcm_distill_sd_wds as lcm
 from common.errors import UserError
 from common.run import simulation
 from common.tools import plan
-from tests.scripts.test_stable_diffusion import flags  # noqa: F401
 
 import pytest
 from PIL import Image
@@ -47,7 +46,7 @@ def test_what_is_recommended(batches, samples, chosen):
     assert plan.recommend(choices, samples) == (None if chosen is None else choices[chosen])
 
 
-def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):  # noqa: F811
+def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     """A command of 24 samples an update becomes one of the largest batch that divides them; nothing else changes."""
     asked = []
 
