@@ -5,16 +5,10 @@ from common.errors import UserError
 from common.networks import lora
 from common.tools.demo import digits
 
+import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import LoraLayer
@@ -71,12 +65,12 @@ CONFIGS = {"sd": SD, "sdxl": SDXL, "refiner": REFINER}
 
 def make_unet(config):
     torch.manual_seed(0)
-    return UNet2DConditionModel(**config).eval()
+    return diffusers.UNet2DConditionModel(**config).eval()
 
 
 def full_unet(config):
     with torch.device("meta"):
-        return UNet2DConditionModel(**config)
+        return diffusers.UNet2DConditionModel(**config)
 
 
 def make_student(unet, rank=4, alpha=4, target_modules=lora.TARGET_MODULES, **options):
@@ -104,12 +98,17 @@ def make_pipeline(unet):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = digits.build_tokenizer()
     text_config = CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=16, **sizes)
-    parts = {"vae": AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), "scheduler": DDIMScheduler()}
+    parts = {
+        "vae": diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
+        "scheduler": diffusers.DDIMScheduler(),
+    }
     parts |= {"unet": copy.deepcopy(unet), "text_encoder": CLIPTextModel(text_config), "tokenizer": tokenizer}
     if unet.config.addition_embed_type == "text_time":
         second = CLIPTextModelWithProjection(text_config)
-        return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        return diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 def adapted(unet):
@@ -375,7 +374,7 @@ def test_diffusers_finds_every_module_of_the_full_networks_in_a_kohya_file(confi
     tensors = {}
     for key in lora.kohya_keys(unet.config, paths).values():
         tensors |= {f"{key}.{end}": torch.ones(()) for end in ("lora_down.weight", "lora_up.weight", "alpha")}
-    read, alphas = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet.config)
+    read, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=unet.config)
     names = convert_unet_state_dict_to_peft(read)
     assert names.keys() == {f"unet.{path}.{end}.weight" for path in paths for end in ("lora_A", "lora_B")}
     assert len(alphas) == len(paths)

@@ -4,38 +4,14 @@ import json
 import math
 
 from common.results import metrics
-from common.results.metrics import (
-    class_logits,
-    class_statistics,
-    clip_score,
-    frechet_distance,
-    image_features,
-    kernel_distance,
-    load_feature_network,
-    prompt_labels,
-)
 from common.results.samples import image_grid
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import transformers
 from PIL import Image
-from transformers import (
-    BitImageProcessorPil,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    Dinov2Config,
-    Dinov2Model,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-)
 from transformers.models.clip.configuration_clip import CLIPConfig
 
 LABELS = {0: "zero", 1: "one", 2: "two, deuce"}
@@ -51,9 +27,11 @@ def make_images(count=5, height=20, width=24, seed=0):
 def resnet_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("resnet")
     torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=LABELS)
-    ResNetForImageClassification(config).save_pretrained(path)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=LABELS
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(path)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(path)
     return path
 
 
@@ -64,9 +42,9 @@ def clip_dir(tmp_path_factory):
     save_tokenizer(path)
     text = {**VISION, "vocab_size": 600, "max_position_embeddings": 20, "eos_token_id": 513, "bos_token_id": 512}
     vision = {**VISION, "image_size": 32, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(path)
+    transformers.CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(path)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessorPil(**size).save_pretrained(path)
+    transformers.CLIPImageProcessorPil(**size).save_pretrained(path)
     return path
 
 
@@ -79,7 +57,7 @@ def save_tokenizer(path):
     path.mkdir(parents=True, exist_ok=True)
     (path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(path)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(path)
     tokenizer.model_max_length = 20
     tokenizer.save_pretrained(path)
     return tokenizer
@@ -96,8 +74,8 @@ def test_frechet_distance_agrees_with_the_matrix_square_root(counts):
     s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(s_a @ s_b + 0j).real
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s_a + s_b - 2 * root)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
-    assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+    assert metrics.frechet_distance(b, a) == pytest.approx(metrics.frechet_distance(a, b), rel=1e-10)
 
 
 def test_frechet_distance_of_diagonal_gaussians_has_a_closed_form():
@@ -107,7 +85,7 @@ def test_frechet_distance_of_diagonal_gaussians_has_a_closed_form():
     a, b = (whitened(x) for x in (a, b))
     std_a, std_b, mean_b = rng.uniform(0.1, 3, 5), rng.uniform(0.1, 3, 5), rng.normal(size=5)
     expected = np.square(mean_b).sum() + np.square(std_a - std_b).sum()
-    assert frechet_distance(a * std_a, b * std_b + mean_b) == pytest.approx(expected, rel=1e-10)
+    assert metrics.frechet_distance(a * std_a, b * std_b + mean_b) == pytest.approx(expected, rel=1e-10)
 
 
 def whitened(x):
@@ -117,7 +95,7 @@ def whitened(x):
 
 def test_frechet_distance_of_equal_sets_is_zero_even_with_fewer_images_than_features():
     features = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)) * 100
-    assert frechet_distance(features, features.flip(0)) == pytest.approx(0.0, abs=1e-8)
+    assert metrics.frechet_distance(features, features.flip(0)) == pytest.approx(0.0, abs=1e-8)
 
 
 @pytest.mark.parametrize("block_size", [3, 7, 2048])
@@ -130,19 +108,19 @@ def test_kernel_distance_agrees_with_a_double_loop(block_size):
 
     within = [np.mean([k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]) for x in (a, b)]
     expected = sum(within) - 2 * np.mean([k(x, y) for x in a for y in b])
-    assert kernel_distance(a, b, block_size) == pytest.approx(expected, rel=1e-10)
+    assert metrics.kernel_distance(a, b, block_size) == pytest.approx(expected, rel=1e-10)
 
 
 def test_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
     rng = np.random.default_rng(3)
     pairs = [(rng.normal(size=(20, 4)), rng.normal(size=(30, 4))) for _ in range(400)]
-    distances = np.array([kernel_distance(a, b) for a, b in pairs])
+    distances = np.array([metrics.kernel_distance(a, b) for a, b in pairs])
     assert abs(distances.mean()) < 4 * distances.std() / len(pairs) ** 0.5
     assert (distances < 0).any()
-    assert np.mean([frechet_distance(a, b) for a, b in pairs]) > 0.1
+    assert np.mean([metrics.frechet_distance(a, b) for a, b in pairs]) > 0.1
 
 
-@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+@pytest.mark.parametrize("distance", [metrics.frechet_distance, metrics.kernel_distance])
 def test_distances_refuse_what_has_none(distance):
     good = torch.randn(5, 3)
     with pytest.raises(ValueError, match="N of 2 or more"):
@@ -157,13 +135,18 @@ def test_distances_refuse_what_has_none(distance):
 
 
 def test_classifier_features_and_logits(resnet_dir):
-    network = load_feature_network(resnet_dir)
+    network = metrics.load_feature_network(resnet_dir)
     images = make_images()
-    features, logits = image_features(network, images, batch_size=2), class_logits(network, images, batch_size=2)
+    features, logits = (
+        metrics.image_features(network, images, batch_size=2),
+        metrics.class_logits(network, images, batch_size=2),
+    )
     assert features.shape == (5, 16) and features.dtype == torch.float32 and logits.shape == (5, 3)
-    model = ResNetForImageClassification.from_pretrained(resnet_dir).eval()
+    model = transformers.ResNetForImageClassification.from_pretrained(resnet_dir).eval()
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    pixels = ViTImageProcessorPil.from_pretrained(resnet_dir)(pictures, return_tensors="pt")["pixel_values"]
+    pixels = transformers.ViTImageProcessorPil.from_pretrained(resnet_dir)(pictures, return_tensors="pt")[
+        "pixel_values"
+    ]
     with torch.no_grad():
         pooled = model.resnet(pixels).pooler_output.flatten(1)
         torch.testing.assert_close(features, pooled)
@@ -173,12 +156,12 @@ def test_classifier_features_and_logits(resnet_dir):
 def test_preprocessing_is_pils(resnet_dir):
     """Each pixel_value by hand: PIL's bilinear resize, then (x / 255 - 0.5) / 0.5."""
     seen = []
-    network = load_feature_network(resnet_dir)
+    network = metrics.load_feature_network(resnet_dir)
     handle = network.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
     )
     images = make_images(2, 50, 40)
-    image_features(network, images)
+    metrics.image_features(network, images)
     handle.remove()
     for image, pixels in zip(images, seen[0], strict=True):
         resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BILINEAR)
@@ -187,49 +170,51 @@ def test_preprocessing_is_pils(resnet_dir):
 
 
 def test_vit_classifier_features_enter_its_last_layer(tmp_path):
-    config = ViTConfig(**VISION, image_size=32, patch_size=8, id2label=LABELS)
-    ViTForImageClassification(config).save_pretrained(tmp_path)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    network = load_feature_network(tmp_path)
+    config = transformers.ViTConfig(**VISION, image_size=32, patch_size=8, id2label=LABELS)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    network = metrics.load_feature_network(tmp_path)
     images = make_images()
-    expected = class_logits(network, images)
-    torch.testing.assert_close(network.model.classifier(image_features(network, images)), expected)
+    expected = metrics.class_logits(network, images)
+    torch.testing.assert_close(network.model.classifier(metrics.image_features(network, images)), expected)
 
 
 def test_dinov2_features_are_the_pooled_output(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path)
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
-    BitImageProcessorPil(**size).save_pretrained(tmp_path)
+    transformers.BitImageProcessorPil(**size).save_pretrained(tmp_path)
     images = make_images()
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    pixels = BitImageProcessorPil.from_pretrained(tmp_path)(pictures, return_tensors="pt")["pixel_values"]
+    pixels = transformers.BitImageProcessorPil.from_pretrained(tmp_path)(pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        expected = Dinov2Model.from_pretrained(tmp_path).eval()(pixels).last_hidden_state[:, 0]
-    network = load_feature_network(tmp_path)
-    torch.testing.assert_close(image_features(network, images, batch_size=3), expected)
+        expected = transformers.Dinov2Model.from_pretrained(tmp_path).eval()(pixels).last_hidden_state[:, 0]
+    network = metrics.load_feature_network(tmp_path)
+    torch.testing.assert_close(metrics.image_features(network, images, batch_size=3), expected)
     with pytest.raises(ValueError, match="not an image classifier"):
-        class_logits(network, images)
+        metrics.class_logits(network, images)
 
 
 def test_clip_vision_tower_with_projection(tmp_path):
-    config = CLIPVisionConfig(**VISION, image_size=32, patch_size=8, projection_dim=12)
-    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    config = transformers.CLIPVisionConfig(**VISION, image_size=32, patch_size=8, projection_dim=12)
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessorPil(**size).save_pretrained(tmp_path)
-    network = load_feature_network(tmp_path)
-    assert image_features(network, make_images()).shape == (5, 12)
+    transformers.CLIPImageProcessorPil(**size).save_pretrained(tmp_path)
+    network = metrics.load_feature_network(tmp_path)
+    assert metrics.image_features(network, make_images()).shape == (5, 12)
     with pytest.raises(ValueError, match="does not read text"):
-        clip_score(network, make_images(1), ["zero"])
+        metrics.clip_score(network, make_images(1), ["zero"])
 
 
 def test_clip_score_agrees_with_the_models_own_logits(clip_dir):
     images, prompts = make_images(3), ["a zero", "one", "a zero and very very many more words than it reads"]
-    network = load_feature_network(clip_dir)
+    network = metrics.load_feature_network(clip_dir)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    pixels = CLIPImageProcessorPil.from_pretrained(clip_dir)(pictures, return_tensors="pt")["pixel_values"]
-    model = CLIPModel.from_pretrained(clip_dir).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(clip_dir)
+    pixels = transformers.CLIPImageProcessorPil.from_pretrained(clip_dir)(pictures, return_tensors="pt")[
+        "pixel_values"
+    ]
+    model = transformers.CLIPModel.from_pretrained(clip_dir).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_dir)
     cosines = []
     for image, prompt in zip(pixels, prompts, strict=True):  # one by one: no padding, no batches
         tokens = tokenizer([prompt], truncation=True, max_length=20, return_tensors="pt")
@@ -237,60 +222,60 @@ def test_clip_score_agrees_with_the_models_own_logits(clip_dir):
             output = model(pixel_values=image[None], **tokens)
         cosines.append(output.logits_per_image.item() / model.logit_scale.exp().item())
     expected = 100 * sum(cosines) / 3
-    assert clip_score(network, images, prompts, batch_size=2) == pytest.approx(expected, abs=1e-4)
+    assert metrics.clip_score(network, images, prompts, batch_size=2) == pytest.approx(expected, abs=1e-4)
     with pytest.raises(ValueError, match="3 images but 1 prompts"):
-        clip_score(network, images, ["one"])
+        metrics.clip_score(network, images, ["one"])
 
 
 def test_prompt_labels():
-    found = prompt_labels(LABELS, ["a ONE.", "zero", "deuce of spades", "two", "a ONE."])
+    found = metrics.prompt_labels(LABELS, ["a ONE.", "zero", "deuce of spades", "two", "a ONE."])
     assert found == [1, 0, 2, 2, 1]
     for prompt, names in [("someone", "none"), ("one or zero", "zero, one")]:
         with pytest.raises(ValueError, match=f"names {names}"):
-            prompt_labels(LABELS, [prompt])
+            metrics.prompt_labels(LABELS, [prompt])
 
 
 def test_class_statistics(resnet_dir, monkeypatch):
     """Two prompts: classes 0 and 1 fit the first, 2 the second; the first's six images show 0 three times, 1, 2, 1."""
-    network, images = load_feature_network(resnet_dir), make_images(8)
+    network, images = metrics.load_feature_network(resnet_dir), make_images(8)
     shares = torch.tensor([[0.5, 0.25, 0.25]] * 3 + [[0.25, 0.5, 0.25], [0.25, 0.25, 0.5], [0.25, 0.5, 0.25]])
     shares = torch.cat([shares, torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])])
     monkeypatch.setattr(metrics, "class_logits", lambda *_: shares.log())
-    seen = class_statistics(network, images, [(0, 1)] * 6 + [(2,)] * 2)
+    seen = metrics.class_statistics(network, images, [(0, 1)] * 6 + [(2,)] * 2)
     assert seen["accuracy"] == 6 / 8 and seen["confidence"] == pytest.approx((6 * 0.5 + 2) / 8)
     assert seen["classes"] == pytest.approx((math.exp(scipy.stats.entropy([3, 2])) + 1) / 2)
     with pytest.raises(ValueError, match="8 images need as many tuples"):
-        class_statistics(network, images, [(0,)])
+        metrics.class_statistics(network, images, [(0,)])
 
 
 def test_class_statistics_are_those_of_the_classifier(resnet_dir):
-    network, images = load_feature_network(resnet_dir), make_images(8)
-    probabilities = class_logits(network, images).softmax(1)
-    seen = class_statistics(network, images, [(label,) for label in probabilities.argmax(1).tolist()])
+    network, images = metrics.load_feature_network(resnet_dir), make_images(8)
+    probabilities = metrics.class_logits(network, images).softmax(1)
+    seen = metrics.class_statistics(network, images, [(label,) for label in probabilities.argmax(1).tolist()])
     assert seen["accuracy"] == seen["classes"] == 1
     assert seen["confidence"] == pytest.approx(probabilities.max(1).values.mean().item(), rel=1e-5)
 
 
 def test_images_of_another_kind_are_refused(resnet_dir):
-    network = load_feature_network(resnet_dir)
+    network = metrics.load_feature_network(resnet_dir)
     for images in [make_images().float(), make_images()[0], make_images()[:, :1], [1]]:
         with pytest.raises(ValueError, match="uint8 tensor"):
-            image_features(network, images)
+            metrics.image_features(network, images)
     with pytest.raises(ValueError, match="no images"):
-        image_features(network, make_images(0))
+        metrics.image_features(network, make_images(0))
 
 
 def test_folders_without_preprocessing_or_with_missing_weights_are_refused(tmp_path):
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    model = ResNetForImageClassification(config)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    model = transformers.ResNetForImageClassification(config)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="preprocessor_config.json"):
-        load_feature_network(tmp_path)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+        metrics.load_feature_network(tmp_path)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("classifier")}
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ValueError, match="lacks weights"):
-        load_feature_network(tmp_path)
+        metrics.load_feature_network(tmp_path)
 
 
 # Grid

@@ -4,17 +4,7 @@ import json
 import re
 
 from common.run import checkpointing
-from tests.cases import (
-    NO_DDP_LEFT,
-    SCRIPTS,
-    digests,
-    one_sentence,
-    scalars,
-    soak_but,
-    stop_after,
-    train,
-    undo,
-)
+from tests.cases import NO_DDP_LEFT, SCRIPTS, digests, one_sentence, scalars, soak_but, stop_after, train, undo
 from tests.fork_server import run_processes
 
 import pytest

@@ -20,15 +20,7 @@ from common.errors import UserError
 from common.networks import encoders, teachers
 from common.run import simulation
 from common.tools import encode_shards
-from tests.cases import (
-    ROOT,
-    SD_SCRIPTS,
-    finished,
-    one_sentence,
-    scalars,
-    soak_but,
-    train,
-)
+from tests.cases import ROOT, SD_SCRIPTS, finished, one_sentence, scalars, soak_but, train
 from tests.data.making import encode, random_image, server, write_tar  # noqa: F401
 from tests.networks.test_teachers import edit_json
 from tests.run.test_slurm import FOLDER

@@ -6,13 +6,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from common.results.metrics import (
-    class_statistics,
-    frechet_distance,
-    image_features,
-    kernel_distance,
-    load_feature_network,
-)
+from common.results import metrics
 from common.tools.evaluate import format_table, main, parse_args
 from common.tools.reference import iterate_images, reference_features, reference_floor
 from common.tools.sampling import generate_images, load_pipeline
@@ -23,28 +17,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    CMStochasticIterativeScheduler,
-    ConsistencyModelPipeline,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+import transformers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTImageProcessorPil,
-)
 
 SIZE = 16
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -52,7 +28,7 @@ TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num
 
 def make_unet(seed):
     torch.manual_seed(seed)
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
         norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -66,15 +42,15 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     tokenizer = save_tokenizer(root / "vocabulary")
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
     )  # fmt: skip
     text = {**TEXT, "vocab_size": 600, "max_position_embeddings": 20, "eos_token_id": 513, "bos_token_id": 512}
     unet = make_unet(0)
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**text)), tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False), safety_checker=None, feature_extractor=None,
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)), tokenizer=tokenizer,
+        unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(root / "pipeline")
@@ -83,17 +59,21 @@ def root(tmp_path_factory):
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    StableDiffusionPipeline.save_lora_weights(root / "lora", unet_lora_layers=get_peft_model_state_dict(unet))
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        root / "lora", unet_lora_layers=get_peft_model_state_dict(unet)
+    )
 
-    config = ResNetConfig(
+    config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label={0: "zero", 1: "one"}
     )
-    ResNetForImageClassification(config).save_pretrained(root / "classifier")
-    ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(root / "classifier")
+    transformers.ResNetForImageClassification(config).save_pretrained(root / "classifier")
+    transformers.ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(root / "classifier")
     vision = {**TEXT, "image_size": SIZE, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(root / "clip")
+    transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    ).save_pretrained(root / "clip")
     sides = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
-    CLIPImageProcessorPil(**sides).save_pretrained(root / "clip")
+    transformers.CLIPImageProcessorPil(**sides).save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")
 
     rng = np.random.default_rng(0)
@@ -125,10 +105,10 @@ def test_end_to_end(root, tmp_path, capsys):
     assert result["reference"]["images"] == 14 and result["reference"]["floor"]["other_images"] == 9
 
     # every number again, by hand
-    pipeline = StableDiffusionPipeline.from_pretrained(root / "pipeline", safety_checker=None)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(root / "pipeline", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a zero", "one", "a zero", "one", "a zero"]
-    network = load_feature_network(root / "classifier")
+    network = metrics.load_feature_network(root / "classifier")
     reference = [Image.open(file) for file in sorted((root / "images").rglob("*.png"))]
     reference = torch.stack([by_hand(image) for image in reference])
     for row, steps in zip(result["rows"], [1, 2], strict=True):
@@ -138,10 +118,14 @@ def test_end_to_end(root, tmp_path, capsys):
             picture = pipeline(prompt, num_inference_steps=steps, guidance_scale=2.0, generator=generator).images[0]
             images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
         images = torch.stack(images)
-        features, reference_of = image_features(network, images), image_features(network, reference)
-        assert row["frechet_distance"] == pytest.approx(frechet_distance(features, reference_of), rel=0.02, abs=1e-6)
-        assert row["kernel_distance"] == pytest.approx(kernel_distance(features, reference_of), rel=0.02, abs=1e-6)
-        seen = class_statistics(network, images, [(0,), (1,), (0,), (1,), (0,)])
+        features, reference_of = metrics.image_features(network, images), metrics.image_features(network, reference)
+        assert row["frechet_distance"] == pytest.approx(
+            metrics.frechet_distance(features, reference_of), rel=0.02, abs=1e-6
+        )
+        assert row["kernel_distance"] == pytest.approx(
+            metrics.kernel_distance(features, reference_of), rel=0.02, abs=1e-6
+        )
+        seen = metrics.class_statistics(network, images, [(0,), (1,), (0,), (1,), (0,)])
         assert row["accuracy"] == seen["accuracy"] and row["confidence"] == pytest.approx(seen["confidence"], rel=1e-5)
         assert -100 <= row["clip_score"] <= 100
         assert row["images"] == 5 and row["seconds_per_image"] > 0 and row["scheduler"] == "DDIMScheduler"
@@ -248,11 +232,11 @@ def test_timesteps(root, tmp_path):
 
 
 def test_unconditional_pipeline(tmp_path):
-    unet = UNet2DModel(
+    unet = diffusers.UNet2DModel(
         sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,),
         norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), attention_head_dim=8,
     )  # fmt: skip
-    pipeline = ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())
+    pipeline = diffusers.ConsistencyModelPipeline(unet, diffusers.CMStochasticIterativeScheduler())
     pipeline.save_pretrained(tmp_path / "pipeline")
     argv = ["--pretrained_model", str(tmp_path / "pipeline"), "--num_inference_steps", "1,2", "--num_images", "3"]
     result = main(parse_args([*argv, "--device", "cpu", "--output_dir", str(tmp_path / "out")]))
@@ -286,9 +270,9 @@ def test_folder_tar_and_npz_references_agree(root, tmp_path):
     expected = torch.stack([by_hand(Image.open(file)) for file in files])
     for reference in [root / "images", tmp_path / "{00..01}.tar", tmp_path, tmp_path / "images.npz"]:
         assert torch.equal(torch.stack(list(iterate_images(str(reference), SIZE, SIZE))), expected)
-    network = load_feature_network(root / "classifier")
+    network = metrics.load_feature_network(root / "classifier")
     features = reference_features(str(tmp_path), network, SIZE, SIZE, batch_size=4, limit=10)
-    torch.testing.assert_close(features, image_features(network, expected[:10]))
+    torch.testing.assert_close(features, metrics.image_features(network, expected[:10]))
 
 
 def add_member(tar, name, data):
