@@ -147,16 +147,9 @@ def test_of_many_starts_at_once_one_gets_a_dead_owners_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "first, second, taken",
-    [
-        ((0, 4), (1, 4), True),
-        ((1, 4), (1, 4), False),
-        ((0, 1), (3, 4), False),
-        ((3, 4), (0, 1), False),
-        ((0, 2), (1, 4), True),
-        ((1, 2), (3, 4), False),
-        ((2, 3), (1, 2), False),
-    ],
-)
+    [((0, 4), (1, 4), True), ((1, 4), (1, 4), False), ((0, 1), (3, 4), False), ((3, 4), (0, 1), False),
+     ((0, 2), (1, 4), True), ((1, 2), (3, 4), False), ((2, 3), (1, 2), False)],
+)  # fmt: skip
 def test_tasks_share_a_folder_where_they_write_different_shards(tmp_path, first, second, taken):
     """A task of index i of n writes shards i, i + n, ..."""
     overlap = set(range(first[0], 48, first[1])) & set(range(second[0], 48, second[1]))

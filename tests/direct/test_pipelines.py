@@ -246,16 +246,9 @@ def test_schedulers_with_more_evaluations_than_steps(shipped):
 
 @pytest.mark.parametrize(
     ("last", "steps", "wasted"),
-    [
-        (0.009, 4, True),
-        (0.1, 4, True),
-        (0.25, 4, False),
-        (0.125, 8, False),
-        (0.02, 8, True),
-        (1.0, 1, False),
-        (0.05, 20, False),
-    ],
-)
+    [(0.009, 4, True), (0.1, 4, True), (0.25, 4, False), (0.125, 8, False), (0.02, 8, True), (1.0, 1, False),
+     (0.05, 20, False)],
+)  # fmt: skip
 def test_wasted_is_relative_to_an_even_schedule(last, steps, wasted):
     assert probes.is_wasted(last, steps) == wasted
 

@@ -17,49 +17,35 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-SMALL = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "norm_num_groups": 8, "cross_attention_dim": 32}
+SMALL = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "norm_num_groups": 8, "cross_attention_dim": 32,
+    "layers_per_block": 1, "block_out_channels": (16, 32, 32), "attention_head_dim": 4,
+}  # fmt: skip
 SD = SMALL | {
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "block_out_channels": (16, 32), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "attention_head_dim": 4,
-}
+}  # fmt: skip
 XL = {
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
+    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 16 + 6 * 8,
-}
+}  # fmt: skip
 SDXL = SMALL | XL | {
-    "block_out_channels": (16, 32, 32),
-    "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 1, 1),
-    "attention_head_dim": (2, 4, 4),
+    "transformer_layers_per_block": (1, 1, 1), "attention_head_dim": (2, 4, 4),
 }  # fmt: skip
 # The SDXL refiner's blocks: an upsampler without attention before it, which has another number in sgm names.
 REFINER = SMALL | XL | {
-    "block_out_channels": (16, 32, 32),
-    "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 4,
 }  # fmt: skip
 FULL_SD = {"cross_attention_dim": 768, "attention_head_dim": 8}  # the defaults of the class are SD1.5's
-FULL_SDXL = {
-    "cross_attention_dim": 2048,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": SDXL["down_block_types"],
-    "up_block_types": SDXL["up_block_types"],
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
+FULL_SDXL = XL | {
+    "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "addition_time_embed_dim": 256,
+    "down_block_types": SDXL["down_block_types"], "up_block_types": SDXL["up_block_types"],
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
     "projection_class_embeddings_input_dim": 2816,
-}
+}  # fmt: skip
 CONFIGS = {"sd": SD, "sdxl": SDXL, "refiner": REFINER}
 
 

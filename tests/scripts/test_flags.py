@@ -18,18 +18,13 @@ from common.data.shards import expand_shards
 from common.flags import command_line, public_args, resolve_teacher_defaults
 from common.run import engine, screen, training_data, training_run
 from common.tscd import flags as tscd_flags
-from tests.cases import one_sentence
+from tests.cases import SD_SCRIPTS, one_sentence
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-SCRIPTS = [
-    "train_lcm_distill_sd_wds",
-    "train_lcm_distill_lora_sd_wds",
-    "train_tscd_distill_sd_wds",
-    "train_tscd_distill_lora_sd_wds",
-]
+SCRIPTS = [script.__name__ for script in SD_SCRIPTS.values()]
 ALL_SCRIPTS = [*SCRIPTS, "train_direct_distill", "train_cm_ct_unconditional"]
 
 ROOT = Path(flags_module.__file__).parents[1]
@@ -451,12 +446,7 @@ def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
     ("scheduler", "warmup", "updates", "sentence"),
     [
         ("cosine", None, 400, "--lr_warmup_steps=500 is 125% of the run's 400 updates.*never reaches.*80% of it"),
-        (
-            "linear",
-            None,
-            1000,
-            "--lr_warmup_steps=500 is 50% of .* 1000 .*such as --lr_warmup_steps=100$",
-        ),
+        ("linear", None, 1000, "--lr_warmup_steps=500 is 50% of .* 1000 .*such as --lr_warmup_steps=100$"),
         ("constant_with_warmup", 30, 30, "--lr_warmup_steps=30 is 100% .*never reaches"),
         ("cosine", None, 1001, None),
         ("cosine", 0, 10, None),

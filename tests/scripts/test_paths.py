@@ -9,17 +9,11 @@ from common.data.shards import expand_shards
 from common.errors import UserError
 from common.run import checkpointing
 from common.tools import evaluate, reference
+from tests.cases import SCRIPTS
 
 import pytest
 
-TRAINING = [
-    "train_lcm_distill_sd_wds",
-    "train_lcm_distill_lora_sd_wds",
-    "train_tscd_distill_sd_wds",
-    "train_tscd_distill_lora_sd_wds",
-    "train_cm_ct_unconditional",
-    "train_direct_distill",
-]
+TRAINING = [script.__name__ for script in SCRIPTS.values()]
 TOOLS = [
     f"common.tools.{name}" for name in ("demo.__main__", "encode_pairs", "encode_shards", "evaluate", "generate_pairs")
 ]

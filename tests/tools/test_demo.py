@@ -177,18 +177,8 @@ def test_classifier_is_read_as_a_feature_network(tmp_path):
 
 
 def fake_results(path, steps, distance):
-    rows = [
-        {
-            "steps": n,
-            "frechet_distance": distance / n,
-            "frechet_distance_std": 0.01,
-            "prompt_accuracy": 0.99,
-            "classes": 4.9,
-            "confidence": 0.9,
-            "seconds_per_image": 0.002 * n,
-        }
-        for n in steps
-    ]
+    same = {"frechet_distance_std": 0.01, "prompt_accuracy": 0.99, "classes": 4.9, "confidence": 0.9}
+    rows = [same | {"steps": n, "frechet_distance": distance / n, "seconds_per_image": 0.002 * n} for n in steps]
     results = {"guidance_scale": 2.0, "num_sets": 3, "set_size": 360, "batch_size": 60, "threads": 1}
     results["held_out"] = {"frechet_distance": 0.27, "prompt_accuracy": 1.0, "classes": 5.0, "confidence": 0.94}
     path.parent.mkdir(parents=True, exist_ok=True)
