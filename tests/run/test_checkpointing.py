@@ -214,23 +214,14 @@ def test_nothing_is_pruned_before_the_new_one_stands(tmp_path, monkeypatch):
     assert checkpointing.completeness(tmp_path / "checkpoint-1") is None
 
 
-def spoil_truncated(path):
-    (path / "model.safetensors").write_bytes(b"x")
-
-
-def spoil_missing(path):
-    (path / "optimizer.bin").unlink()
-
-
-def spoil_complete(path):
-    (path / "COMPLETE").unlink()
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(spoil_truncated, "model.safetensors has 1 bytes"), (spoil_missing, "optimizer.bin is missing"),
-     (spoil_complete, "no COMPLETE file")],
-)  # fmt: skip
+    [
+        (lambda path: (path / "model.safetensors").write_bytes(b"x"), "model.safetensors has 1 bytes"),
+        (lambda path: (path / "optimizer.bin").unlink(), "optimizer.bin is missing"),
+        (lambda path: (path / "COMPLETE").unlink(), "no COMPLETE file"),
+    ],
+)
 def test_partial_checkpoints_are_refused_by_name_and_passed_over_by_latest(tmp_path, spoil, words):
     run, lines = setup_run(), []
     save(tmp_path, 1, run=run)
