@@ -9,7 +9,7 @@ for _name in ("HF_TOKEN", "ACCELERATE_MIXED_PRECISION", "RANK", "LOCAL_RANK", "W
     os.environ.pop(_name, None)
 
 from common.tools.demo import digits, dit, stable_diffusion  # noqa: E402
-from tests import made as making  # noqa: E402
+from tests import made as makers  # noqa: E402
 from tests.cases import CASES, SD_SCRIPTS  # noqa: E402
 from tests.cases import command as words_of  # noqa: E402
 
@@ -88,14 +88,14 @@ def direct_teacher(build_once):
     def get(kind="sd"):
         if kind == "dit":
             return str(build_once("direct_dit", lambda f: dit.build_teacher(f, vae_steps=5, steps=30, layers=2)))
-        return str(build_once("direct_sd", lambda f: stable_diffusion.build_teacher(f, **making.QUICK)))
+        return str(build_once("direct_sd", lambda f: stable_diffusion.build_teacher(f, **makers.QUICK)))
 
     return get
 
 
 @pytest.fixture(scope="session")
 def prompts_file(build_once):
-    return str(build_once("prompts.txt", making.save_prompts))
+    return str(build_once("prompts.txt", makers.save_prompts))
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def made(build_once, direct_teacher, prompts_file):
 
     def get(kind="sd"):
         extra = {"teacher_kwargs": json.dumps(dit.CALL_KWARGS)} if kind == "dit" else {}
-        build = lambda f: making.ask(f, direct_teacher(kind), prompts_file, save_images=True, **extra)  # noqa: E731
+        build = lambda f: makers.ask(f, direct_teacher(kind), prompts_file, save_images=True, **extra)  # noqa: E731
         return str(build_once(f"pairs_{kind}", build))
 
     return get
@@ -114,13 +114,13 @@ def made(build_once, direct_teacher, prompts_file):
 def pictured(build_once, direct_teacher, prompts_file):
     """Pairs with pngs, by a scheduler that this weak teacher can follow in few steps."""
     own = {"scheduler": "DDIMScheduler", "scheduler_kwargs": '{"timestep_spacing": "trailing"}', "save_images": True}
-    return str(build_once("pictured", lambda folder: making.ask(folder, direct_teacher(), prompts_file, **own)))
+    return str(build_once("pictured", lambda folder: makers.ask(folder, direct_teacher(), prompts_file, **own)))
 
 
 @pytest.fixture
 def table(tmp_path, pictured):
     """The guide's metadata.csv and images, from the pngs beside the pairs."""
-    return making.save_table(pictured, tmp_path / "images")
+    return makers.save_table(pictured, tmp_path / "images")
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,7 @@ def classifier(build_once):
 
 @pytest.fixture(scope="session")
 def data_set(build_once):
-    return str(build_once("data_set", making.save_data_set))
+    return str(build_once("data_set", makers.save_data_set))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -147,7 +147,7 @@ def made_for_all(request, build_once):
     class Made(dict):
         def __missing__(self, name):
             if name == "unet":
-                return str(build_once("unet.json", lambda path: path.write_text(json.dumps(making.CONFIG))))
+                return str(build_once("unet.json", lambda path: path.write_text(json.dumps(makers.CONFIG))))
             found = request.getfixturevalue({"pairs": "made"}.get(name, name))
             return found() if callable(found) else found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.direct import pairs, pipelines, sources
 from common.tools import encode_pairs
 from tests.cases import one_sentence
-from tests.scripts import test_direct
+from tests.made import NUM_PAIRS
 from tests.scripts.test_direct import members, run
 
 import pytest
@@ -96,4 +96,4 @@ def test_mistakes_before_any_weight(tmp_path, table, direct_teacher, capsys, mon
     with open(table / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([rows[0], *([*row[:place], 0, *row[place + 1 :]] for row in rows[1:])])
     assert "num_inference_steps is 0; seed" in one_sentence(capsys, ask, table, tmp_path / "o", direct_teacher())
-    assert not (tmp_path / "o").exists() and test_direct.NUM_PAIRS == len(rows) - 1
+    assert not (tmp_path / "o").exists() and NUM_PAIRS == len(rows) - 1
