@@ -9,7 +9,7 @@ import train_lcm_distill_sd_wds as lcm
 from common.run import checkpointing
 from tests.cases import launch
 from tests.run.test_preemption import SENDS, saved_at_a_stop
-from tests.run.test_slurm import wait_for
+from tests.run.test_slurm import job, wait_for  # noqa: F401
 
 
 def test_sigterm_to_the_launcher_of_two_processes(tmp_path, flags):
@@ -21,7 +21,7 @@ def test_sigterm_to_the_launcher_of_two_processes(tmp_path, flags):
     assert 2 <= step < 100 and done.returncode != 0
 
 
-def test_two_nodes_train_stop_at_the_jobs_signal_and_are_requeued(tmp_path, job, flags):
+def test_two_nodes_train_stop_at_the_jobs_signal_and_are_requeued(tmp_path, job, flags):  # noqa: F811
     """Two launchers on this machine, each for a node of one process; everything but SLURM's commands is real."""
     command = flags(tmp_path / "out", max_train_steps=500, checkpointing_steps=500, train_batch_size=2, data_lanes=8)
     command = [word for word in command if not word.startswith("--output_dir")]
