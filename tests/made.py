@@ -14,7 +14,8 @@ from PIL import Image
 NUM_IMAGES = 120  # of the data set of consistency training
 NUM_PAIRS, TEACHER_STEPS = 24, 8
 QUICK = {  # a teacher whose autoencoder is good enough to encode its own images again
-    "vae_steps": 150, "unet_steps": 300, "unet_channels": (16, 32), "unet_batch_size": 32, "unet_learning_rate": 4e-3,
+    "vae_steps": 250, "vae_batch_size": 16, "unet_steps": 300, "unet_channels": (16, 32), "unet_batch_size": 16,
+    "unet_learning_rate": 4e-3,
 }  # fmt: skip
 CONFIG = {  # the network of consistency training
     "_class_name": "UNet2DModel", "block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8,

@@ -47,6 +47,7 @@ def build_teacher(
     prediction_type="epsilon",
     seed=0,
     vae_steps=400,
+    vae_batch_size=64,
     unet_steps=1500,
     unet_channels=(32, 64),
     unet_batch_size=64,
@@ -59,7 +60,7 @@ def build_teacher(
     (images, labels), _ = load_split()
     pixels, labels = to_tensor(images), torch.from_numpy(labels)
 
-    vae = train_vae(pixels, vae_steps)
+    vae = train_vae(pixels, vae_steps, vae_batch_size)
     pipeline = untrained_pipeline(vae, prediction_type, unet_channels, sdxl, captions)
     words = torch.from_numpy(captions.word_of(labels.numpy()))
     train_unet(pipeline, pixels, words, unet_steps, unet_batch_size, unet_learning_rate, captions)
