@@ -168,6 +168,13 @@ def flags(command):
 
 
 @pytest.fixture
+def ct_flags(command):
+    """ct_flags(output_dir, **changes): consistency training of eight updates."""
+    own = {"max_train_steps": 8, "checkpointing_steps": 4}
+    return lambda folder, **changes: command("ct", folder, **own | changes)
+
+
+@pytest.fixture
 def direct_flags(command, direct_teacher, made):
     """direct_flags(output_dir, "sd" or "dit", **changes): that of direct distillation of all weights."""
 

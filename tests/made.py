@@ -66,3 +66,7 @@ def save_table(pictured, folder):
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return folder
+
+
+def members(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

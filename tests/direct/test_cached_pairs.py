@@ -12,8 +12,9 @@ from common.tools import encode_pairs, encode_shards
 from tests import tiny_pipelines as tiny
 from tests.cases import finished, one_sentence, scalars
 from tests.data.making import encode, random_image, write_tar
+from tests.made import members
 from tests.networks.test_teachers import edit_json
-from tests.scripts.test_direct import members, run
+from tests.scripts.test_direct import run
 from tests.tools import test_encode_pairs
 from tests.tools.test_encode_shards import array, other_vae, read_tar, rewritten
 

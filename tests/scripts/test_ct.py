@@ -1,128 +1,34 @@
 """train_cm_ct_unconditional.py from end to end, on the digits at 8 pixels."""
 
-import io
 import json
 import shlex
-import shutil
-import subprocess
-import tarfile
 
 import train_cm_ct_unconditional as ct
 from common.ct import consistency
-from common.ct import flags as ct_flags
 from common.ct import unet as ct_unet
 from common.ct.data import decode_image_label, open_images
 from common.ct.scheduler import PreconditionedConsistencyScheduler
-from common.data import cached_latents
 from common.data.folders import IMAGE_KEYS
 from common.data.stream import TrainingData
-from common.errors import UserError
 from common.keyed_random import keyed_generator
 from common.networks import performance
 from common.run import checkpointing, engine, simulation
-from common.tools.demo import __main__ as demo
-from common.tools.demo import consistency as ct_demo
-from common.tools.demo import digits, measuring
 from tests.cases import digests, finished, image_tags, one_sentence, scalars
 from tests.cases import train as run_script
-from tests.made import CONFIG, NUM_IMAGES, rows
-from tests.scripts.test_flags import gpu  # noqa: F401
+from tests.ct.test_flags import GUIDE_CT
+from tests.made import CONFIG, NUM_IMAGES
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-# The guide's command, verbatim.
-GUIDE_CT = """
-accelerate launch examples/research_projects/consistency_training/train_cm_ct_unconditional.py \\
-    --dataset_name="cifar10" \\
-    --dataset_image_column_name="img" \\
-    --output_dir="/path/to/output/dir" \\
-    --mixed_precision=fp16 \\
-    --resolution=32 \\
-    --max_train_steps=1000 --max_train_samples=10000 \\
-    --dataloader_num_workers=8 \\
-    --noise_precond_type="cm" --input_precond_type="cm" \\
-    --train_batch_size=4 \\
-    --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 \\
-    --use_8bit_adam \\
-    --use_ema \\
-    --validation_steps=100 --eval_batch_size=4 \\
-    --checkpointing_steps=100 --checkpoints_total_limit=10 \\
-    --class_conditional --num_classes=10 \\
-"""
-
-# name: default, as the public script has them, but for those that the papers set otherwise (OTHER_DEFAULTS).
-PUBLIC_FLAGS = {
-    "model_config_name_or_path": None, "pretrained_model_name_or_path": None, "revision": None, "variant": None,
-    "train_data_dir": None, "dataset_name": None, "dataset_config_name": None, "dataset_image_column_name": "image",
-    "dataset_class_label_column_name": "label", "resolution": 64, "interpolation_type": "bilinear",
-    "center_crop": False, "random_flip": False, "class_conditional": False, "num_classes": None,
-    "class_embed_type": None, "dataloader_num_workers": 0, "overwrite_output_dir": False, "cache_dir": None,
-    "seed": None, "train_batch_size": 16, "num_train_epochs": 100, "max_train_steps": None, "max_train_samples": None,
-    "learning_rate": 1e-4, "scale_lr": False, "lr_warmup_steps": 500, "use_8bit_adam": False, "adam_beta2": 0.999,
-    "adam_weight_decay": 1e-6, "adam_epsilon": 1e-8, "prediction_type": "sample", "sigma_min": 0.002,
-    "sigma_max": 80.0, "rho": 7.0, "discretization_s_0": 10, "discretization_s_1": 1280,
-    "constant_discretization_steps": False, "p_mean": -1.1, "p_std": 2.0, "noise_precond_type": "cm",
-    "input_precond_type": "cm", "skip_steps": 1, "use_ema": False, "ema_min_decay": None, "ema_max_decay": 0.99993,
-    "use_ema_warmup": False, "ema_inv_gamma": 1.0, "ema_power": 0.75, "mixed_precision": None, "allow_tf32": False,
-    "gradient_checkpointing": "none", "gradient_accumulation_steps": 1,
-    "enable_xformers_memory_efficient_attention": False, "local_rank": -1, "validation_steps": 200,
-    "eval_batch_size": 16, "checkpointing_steps": 500, "checkpoints_total_limit": None, "resume_from_checkpoint": None,
-    "report_to": ["tensorboard"], "logging_dir": "logs", "push_to_hub": False, "hub_token": None, "hub_model_id": None,
-    "hub_private_repo": False, "tracker_project_name": "consistency-training",
-}  # fmt: skip
-OTHER_DEFAULTS = {
-    "optimizer_type": "radam", "lr_scheduler": "constant", "adam_beta1": 0.9, "max_grad_norm": None,
-    "cast_teacher": True, "huber_c": 0.00054 * 3**0.5 * 64, "mid_sigma": 1.526, "output_dir": "consistency-model",
-}  # fmt: skip
-REQUIRED, SHARDS = ["--dataset_name=d"], "--train_shards_path_or_url=s.tar"
-
-
-@pytest.fixture(scope="session")
-def image_folder(build_once):
-    def build(folder):
-        for i, (image, label) in enumerate(zip(*rows(), strict=True)):
-            (folder / digits.WORDS[label]).mkdir(parents=True, exist_ok=True)
-            image.save(folder / digits.WORDS[label] / f"{i}.png")
-
-    return build_once("ct_image_folder", build)
-
-
-@pytest.fixture(scope="session")
-def label_shards(build_once):
-    """Shards of images, the class as `cls` in even ones and in the json in odd ones."""
-
-    def build(folder):
-        folder.mkdir()
-        images, labels = rows()
-        for shard in range(4):
-            with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-                for i in range(shard, NUM_IMAGES, 4):
-                    png = io.BytesIO()
-                    images[i].save(png, "png")
-                    text = str(labels[i]) if i % 2 else json.dumps({"label": labels[i]})
-                    for name, data in (
-                        (f"{i}.png", png.getvalue()),
-                        (f"{i}.{'cls' if i % 2 else 'json'}", text.encode()),
-                    ):
-                        member = tarfile.TarInfo(name)
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-
-    return build_once("ct_shards", build)
-
 
 @pytest.fixture
-def flags(command):
-    """flags(output_dir, **changes): a run of eight updates."""
-    return lambda folder, **changes: command(
-        "ct", folder, **{"max_train_steps": 8, "checkpointing_steps": 4} | changes
-    )
+def flags(ct_flags):
+    return ct_flags
 
 
 def train(words):
@@ -142,16 +48,6 @@ def quiet(pipeline):
     return pipeline
 
 
-# --- flags
-
-
-def test_the_guides_command_parses_verbatim(gpu):  # noqa: F811
-    words = shlex.split(GUIDE_CT.rstrip().removesuffix("\\").replace("\\\n", "")) + ["\\"]  # no line follows the last
-    args = ct.parse_args(words[3:])
-    assert args.optimizer_type == "adamw" and args.max_train_samples == 10_000 and args.num_classes == 10
-    assert args.mid_sigma == 0.821 and args.huber_c == pytest.approx(0.00054 * (3 * 32 * 32) ** 0.5)
-
-
 def test_the_guides_command_runs_on_a_data_set_with_its_columns(tmp_path, data_set, monkeypatch):
     """Changed: paths, fp16 to bf16 (no fp16 on a CPU), fewer steps, a small network in the 54 M default's place."""
     monkeypatch.setitem(ct_unet.DEFAULT_CONFIGS, 32, CONFIG)
@@ -161,85 +57,6 @@ def test_the_guides_command_runs_on_a_data_set_with_its_columns(tmp_path, data_s
     train(shlex.split(command.replace("\\\n", ""))[3:])
     pipeline = quiet(ConsistencyModelPipeline.from_pretrained(tmp_path / "out"))
     assert pipeline(class_labels=3, num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
-
-
-def test_every_public_flag_is_there_with_its_default():
-    args = vars(ct.parse_args(REQUIRED)) | {"dataset_name": None}
-    assert {flag: args[flag] for flag in PUBLIC_FLAGS} == PUBLIC_FLAGS
-    assert {flag: args[flag] for flag in OTHER_DEFAULTS} == pytest.approx(OTHER_DEFAULTS)
-    assert (
-        len(PUBLIC_FLAGS) + len(OTHER_DEFAULTS) - 1 + len(ct_flags.REFUSED) == 79
-    )  # mid_sigma is not the public one's
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--ddpm_num_steps=1000"], "--ddpm_num_steps: a consistency model has no DDPM schedule"),
-        (["--ddpm_num_inference_steps=10"], "--ddpm_num_inference_steps: a consistency model has no DDPM schedule"),
-        (["--ddpm_beta_schedule=linear"], "--ddpm_beta_schedule: a consistency model has no DDPM schedule"),
-        (["--save_images_epochs=10"], "--save_images_epochs: samples are drawn every --validation_steps"),
-        (["--save_model_epochs=10"], "--save_model_epochs: checkpoints are saved every --checkpointing_steps"),
-        ([*REQUIRED, "--train_data_dir=x"], "one of --dataset_name, --train_data_dir and --train_shards_path_or_url"),
-        (["--num_classes=10"], "--num_classes is for --class_conditional"),
-        (["--class_embed_type=timestep"], "--class_embed_type is for --class_conditional"),
-        (["--class_conditional", "--class_embed_type=identity"], "--class_embed_type=identity takes a vector"),
-        (["--overwrite_output_dir", "--resume_from_checkpoint=latest"], "drop one"),
-        (["--pretrained_model_name_or_path=x", "--model_config_name_or_path=y"], "drop --model_config_name_or_path"),
-        (["--use_8bit_adam", "--optimizer_type=radam"], "--use_8bit_adam is 8-bit AdamW; drop it"),
-        (["--use_ema", "--ema_min_decay=0.9999999"], "is more than --ema_max_decay"),
-        (["--use_ema", "--ema_gamma=7", "--use_ema_warmup"], "--ema_gamma is another average"),
-        (["--use_ema_warmup", "--ema_max_decay=0.9"], "--ema_max_decay, --use_ema_warmup: there is no average"),
-        (["--use_ema", "--ema_gamma=7", "--ema_max_decay=0.9"], "--ema_max_decay: --ema_gamma is an average without"),
-        (["--use_ema", "--ema_inv_gamma=2", "--ema_power=1"], "--ema_inv_gamma, --ema_power: there is no warm-up"),
-        (["--ect_k=8", "--ect_q=2"], "--ect_q, --ect_k: --objective=ict has no such number; drop it"),
-        (
-            ["--objective=ect", "--pretrain_steps=1", "--skip_steps=2"],
-            "--skip_steps: --objective=ect has no such number",
-        ),
-        (["--pretrain_p_std=1"], "--pretrain_p_std: there is no diffusion training; add --pretrain_steps"),
-        (["--dataset_class_label_column_name=x"], "--dataset_class_label_column_name: no class is read; add"),
-        (["--dataset_name="], "--dataset_name is empty (a variable that is not set?); give it a value, or drop it"),
-        (["--feature_network=x", "--eval_num_samples=9"], "--feature_network, --eval_num_samples: nothing is"),
-        (["--p_mean=nan"], "--p_mean: must be a number, not nan"),
-        (["--pretrain_p_mean=inf", "--pretrain_steps=1"], "--pretrain_p_mean: must be a number, not inf"),
-        (["--mid_sigma=90"], "--mid_sigma=90.0 must lie between"),
-        (["--eval_steps=10"], "--eval_steps needs --feature_network"),
-        (["--eval_class_accuracy"], "--eval_class_accuracy needs --eval_steps"),
-        (["--eval_steps=1", "--feature_network=x", "--eval_num_samples=1"], "a distance needs at least 2 of each"),
-        (["--sigma_min=90"], "--sigma_min=90.0 must be less than"),
-        (["--objective=ect"], "--objective=ect tunes a diffusion model"),
-        (["--ect_q=1", "--objective=ect", "--pretrain_steps=1"], "--ect_q must be more than 1"),
-        (["--ect_q=256", "--objective=ect", "--pretrain_steps=1"], "ect_q^ect_stages at most 65536"),
-        (["--discretization_s_1=5"], "--discretization_s_1=5 is less than --discretization_s_0"),
-        (["--skip_steps=11"], "--skip_steps=11: at most --discretization_s_0=10"),
-        (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
-        (["--prediction_type=epsilon"], "--prediction_type: invalid choice"),
-        ([SHARDS, "--class_conditional"], "shards do not tell how many classes there are"),
-        ([SHARDS, "--dataset_image_column_name=img"], "--dataset_image_column_name: shards have no columns"),
-        (["--train_data_dir=y", "--dataset_config_name=x"], "--dataset_config_name is for --dataset_name"),
-    ],
-)
-def test_mistakes_end_in_one_sentence_and_exit_code_2(words, sentence, capsys):
-    assert sentence in one_sentence(
-        capsys,
-        ct.parse_args,
-        words if words[0].startswith(("--train_", "--dataset_name")) else REQUIRED + words,
-        alone=True,
-    )
-
-
-@pytest.mark.parametrize(("resolution", "millions"), [(32, 54.3), (64, 295.5)])
-def test_default_networks_have_the_papers_sizes(resolution, millions):
-    config = ct_unet.read_unet_config(resolution, num_classes=10)
-    with torch.device("meta"):
-        unet = UNet2DModel.from_config(config)
-        assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=1)
-        bottom = []
-        unet.mid_block.register_forward_hook(lambda module, args, out: bottom.append(out.shape[-1]))
-        unet(torch.empty(1, 3, resolution, resolution), torch.empty(1), torch.zeros(1, dtype=torch.long))
-    attends = sum("Attn" in name for name in config["down_block_types"])
-    assert bottom == [8] and attends == (1 if resolution == 32 else 3)
 
 
 # --- the method
@@ -411,121 +228,6 @@ def test_constant_images_are_learnt(tmp_path, flags):
             generator=torch.Generator().manual_seed(0),
         ).images  # fmt: skip
         assert (2 * images - 1).mean().item() == pytest.approx(0.498, abs=0.05)
-
-
-# --- data
-
-
-def test_all_sources_give_the_same_images_and_classes(data_set, image_folder, label_shards):
-    seen = []
-    for where in ({"dataset_name": data_set, "image_column": "img"}, {"train_data_dir": image_folder}):
-        seen.append(read_all(*open_images(None, label_column="label", **where)))
-    seen.append(read_all(*open_images(str(label_shards))))
-    names = sorted(digits.WORDS)  # the classes of an image folder are in alphabetic order
-    for images, other in zip(seen[0], seen[1], strict=True):
-        assert images[0] == other[0] and digits.WORDS[images[1]] == names[other[1]]
-    assert len(seen[0]) == NUM_IMAGES and seen[0] == seen[2]
-
-
-def read_all(shards, source):
-    def decode(raw, rng):
-        return decode_image_label(raw, rng, resolution=8, num_classes=10)
-
-    required = (IMAGE_KEYS, ("cls", "json"))
-    data = TrainingData(shards, decode, batch_size=1, seed=0, num_lanes=1, source=source, required=required)
-    samples = [next_batch for next_batch, _ in zip(data, range(NUM_IMAGES), strict=False)]
-    return sorted((batch["images"].numpy().tobytes(), batch["class_labels"].item()) for batch in samples)
-
-
-def test_unreadable_images_and_classes_are_skipped_and_counted(tmp_path, flags):
-    images, labels = rows(40)
-    encoded = []
-    for image in images:
-        png = io.BytesIO()
-        image.save(png, "png")
-        encoded.append({"bytes": png.getvalue(), "path": None})
-    encoded[3]["bytes"], encoded[5]["bytes"] = b"no image", b""
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_dict({"img": encoded, "label": labels[:7] + [-1] + labels[8:]}, features).save_to_disk(
-        tmp_path / "bad"
-    )
-    train(flags(tmp_path / "out", dataset_name=tmp_path / "bad", max_train_steps=20, checkpointing_steps=20))
-    log = [json.loads(line) for line in (tmp_path / "out" / "skipped_samples.jsonl").read_text().splitlines()]
-    assert {line["key"] for line in log} == {"00000003", "00000005", "00000007"}
-    assert any("`num_classes`=10" in line["detail"] for line in log)
-
-
-def test_hub_data_sets_are_read_by_name_and_configuration(monkeypatch):
-    """What `datasets` is asked for; a download is not possible here."""
-    asked, images = [], rows(4)
-    features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=["a", *digits.WORDS])})
-    data = datasets.Dataset.from_dict({"img": images[0], "fine": images[1]}, features)
-
-    def load_dataset(path, name=None, revision=None, cache_dir=None):
-        asked.append((path, name, revision, cache_dir))
-        return datasets.DatasetDict({"test": data.select([0]), "train": data})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    columns = {"image_column": "img", "label_column": "fine"}
-    place = {"cache_dir": "/cache", "revision": "main"}
-    shards, source = open_images(None, "cifar100", dataset_config_name="cfg", **columns, **place)
-    assert asked == [("cifar100", "cfg", "main", "/cache")] and shards == ["cifar100"]
-    assert source.num_classes == 11 and len(source.keys) == 4 and source.read(1)["cls"] == str(images[1][1]).encode()
-    monkeypatch.setattr(datasets, "load_dataset", lambda **kwargs: datasets.DatasetDict({"test": data}))
-    with pytest.raises(UserError, match="has no split named train, only test"):
-        open_images(None, "cifar100", image_column="img")
-
-
-def test_a_classifier_of_other_classes_is_refused(tmp_path, flags, classifier, capsys):
-    options = {"eval_steps": 4, "feature_network": classifier, "eval_class_accuracy": True, "num_classes": 11}
-    assert "knows 10 classes and the data have 11" in one_sentence(capsys, train, flags(tmp_path / "out", **options))
-
-
-def labelled(labels):
-    images, _ = rows(len(labels))
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    return datasets.Dataset.from_dict({"img": images, "label": labels}, features)
-
-
-def test_a_split_without_classes_is_refused(tmp_path, flags, capsys):
-    """Test splits of the hub have -1 in each row; the network then got no class and no embedding for one."""
-    labelled([-1] * 20).save_to_disk(tmp_path / "data")
-    assert "no row has a class, the column label holds only negative numbers" in one_sentence(
-        capsys, train, flags(tmp_path / "out", dataset_name=tmp_path / "data", num_classes=None)
-    )
-
-
-def test_cached_latents_are_called_by_their_name(tmp_path):
-    header = {"format": 1, "shape": [4, 8, 8], "dtype": "float32", "seed": 0, "encoder_sha256": "x"}
-    header |= dict.fromkeys(cached_latents.IMAGE_FLAGS, 0)
-    cached_latents.write_shard(
-        tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size}
-    )
-    with pytest.raises(UserError, match="holds cached latents, and this script trains on images; name the shards"):
-        open_images(str(tmp_path / "0.tar"))
-
-
-def test_data_of_which_nothing_is_usable_are_called_by_their_flag(tmp_path, flags, capsys):
-    (tmp_path / "data").mkdir()
-    for i in range(8):
-        (tmp_path / "data" / f"{i}.png").write_bytes(b"no image")
-    changes = {"dataset_name": None, "train_data_dir": tmp_path / "data", "class_conditional": None}
-    changes |= {"dataset_image_column_name": None, "num_classes": None}
-    assert f"check --train_data_dir={tmp_path / 'data'}, or pass fewer" in one_sentence(
-        capsys, train, flags(tmp_path / "out", **changes)
-    )
-
-
-def test_max_train_samples_limits_the_distinct_images(tmp_path, flags, monkeypatch):
-    keys, stream = set(), TrainingData._consume
-
-    def consume(self, item):
-        keys.update(item["batch"]["keys"])
-        return stream(self, item)
-
-    monkeypatch.setattr(TrainingData, "_consume", consume)
-    train(flags(tmp_path / "out", max_train_samples=8, max_train_steps=8))
-    assert len(keys) == 8
 
 
 # --- the result
@@ -727,49 +429,3 @@ def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classif
     evaluate = evaluation.Evaluation(Accelerator(cpu=True), network, (images, labels), NUM_IMAGES, 16, 0)
     row = evaluate({"raw": None}, None, {1: [0]})[0]
     assert row["frechet_distance"] < 1e-3 and abs(row["kernel_distance"]) < 0.1
-
-
-# --- several processes
-
-
-# --- the demo
-
-
-def test_the_demo_measures_what_it_was_told_to_train(tmp_path, classifier, monkeypatch):
-    """The three runs of the demo, short; the reference is sampled with Heun, the others through the stock pipeline."""
-    shutil.copytree(classifier, tmp_path / "classifier")
-    (tmp_path / "demo.json").write_text(json.dumps({"seed": 3, "format": demo.FORMAT}))
-    short = {"max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 8, "validation_steps": 0}
-    monkeypatch.setattr(ct_demo, "FLAGS", ct_demo.FLAGS | short)
-    changed = {"ict": {}, "ect": {"pretrain_steps": 4}, "diffusion": {"pretrain_steps": 8}}
-    monkeypatch.setattr(ct_demo, "RUNS", {name: ct_demo.RUNS[name] | changed[name] for name in ct_demo.RUNS})
-    monkeypatch.setattr(measuring, "SET_SIZE", 20)
-
-    def in_process(command, **kwargs):
-        train(command[command.index(str(measuring.ROOT / ct_demo.SCRIPT)) + 1 :])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(ct_demo.subprocess, "run", in_process)
-    demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
-    report = (tmp_path / "ct_report.md").read_text()
-    lines = [line for line in report.splitlines() if line.startswith("| ") and "model" not in line]
-    assert [line.split(" | ")[:2] for line in lines] == [
-        ["| ict", "1"], ["| ict", "2"], ["| ect", "1"], ["| ect", "2"], ["| diffusion", "18"],
-    ]  # fmt: skip
-    assert (tmp_path / "ct_report.png").is_file() and "CC BY 4.0" in report
-    monkeypatch.setattr(ct_demo, "train", None)  # a second demo reuses all
-    demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
-    demo.open_output_dir(tmp_path, 4, rebuild=True)
-    assert not list(tmp_path.glob("ct_ict")) and not list(tmp_path.glob("ct_digits"))
-
-
-def test_the_demos_digits_are_those_that_the_classifier_knows(tmp_path):
-    ct_demo.write_digits(tmp_path)
-    shards, source = open_images(None, train_data_dir=tmp_path, label_column="label")
-    (large, labels), _ = digits.load_split()
-    assert source.num_classes == 10 and len(source.keys) == len(labels)
-    images, small_labels = digits.load_small()
-    floats = np.repeat(images[..., None], 3, axis=-1) / 255
-    assert np.array_equal(ct_demo.enlarge(floats), large) and np.array_equal(small_labels, labels)
-    row = source.read(0)
-    assert np.asarray(Image.open(io.BytesIO(row["png"]))).shape == (8, 8) and row["cls"] == b"0"

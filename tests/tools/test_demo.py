@@ -3,12 +3,17 @@
 import hashlib
 import io
 import json
+import shutil
+import subprocess
 import tarfile
 
+import train_cm_ct_unconditional as ct
+from common.ct.data import open_images
 from common.results import metrics
 from common.tools.demo import __main__ as demo
+from common.tools.demo import consistency as ct_demo
 from common.tools.demo import digits, dit, measuring, stable_diffusion
-from tests.cases import one_sentence
+from tests.cases import one_sentence, train
 
 import numpy as np
 import pytest
@@ -364,3 +369,43 @@ def test_every_stages_model_is_measured_at_its_own_number_of_steps(tmp_path, mon
     )
     assert [row["steps"] for row in results["rows"]] == list(measuring.STUDENT_STEPS)
     assert results["rows"][0]["guidance_scale"] == 1.5
+
+
+def test_the_demo_measures_what_it_was_told_to_train(tmp_path, classifier, monkeypatch):
+    """The three runs of the demo, short; the reference is sampled with Heun, the others through the stock pipeline."""
+    shutil.copytree(classifier, tmp_path / "classifier")
+    (tmp_path / "demo.json").write_text(json.dumps({"seed": 3, "format": demo.FORMAT}))
+    short = {"max_train_steps": 8, "train_batch_size": 4, "checkpointing_steps": 8, "validation_steps": 0}
+    monkeypatch.setattr(ct_demo, "FLAGS", ct_demo.FLAGS | short)
+    changed = {"ict": {}, "ect": {"pretrain_steps": 4}, "diffusion": {"pretrain_steps": 8}}
+    monkeypatch.setattr(ct_demo, "RUNS", {name: ct_demo.RUNS[name] | changed[name] for name in ct_demo.RUNS})
+    monkeypatch.setattr(measuring, "SET_SIZE", 20)
+
+    def in_process(command, **kwargs):
+        train(command[command.index(str(measuring.ROOT / ct_demo.SCRIPT)) + 1 :], ct)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ct_demo.subprocess, "run", in_process)
+    demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
+    report = (tmp_path / "ct_report.md").read_text()
+    lines = [line for line in report.splitlines() if line.startswith("| ") and "model" not in line]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| ict", "1"], ["| ict", "2"], ["| ect", "1"], ["| ect", "2"], ["| diffusion", "18"],
+    ]  # fmt: skip
+    assert (tmp_path / "ct_report.png").is_file() and "CC BY 4.0" in report
+    monkeypatch.setattr(ct_demo, "train", None)  # a second demo reuses all
+    demo.main(demo.parse_args([f"--output_dir={tmp_path}", "--method=ct", "--seed=3"]))
+    demo.open_output_dir(tmp_path, 4, rebuild=True)
+    assert not list(tmp_path.glob("ct_ict")) and not list(tmp_path.glob("ct_digits"))
+
+
+def test_the_demos_digits_are_those_that_the_classifier_knows(tmp_path):
+    ct_demo.write_digits(tmp_path)
+    shards, source = open_images(None, train_data_dir=tmp_path, label_column="label")
+    (large, labels), _ = digits.load_split()
+    assert source.num_classes == 10 and len(source.keys) == len(labels)
+    images, small_labels = digits.load_small()
+    floats = np.repeat(images[..., None], 3, axis=-1) / 255
+    assert np.array_equal(ct_demo.enlarge(floats), large) and np.array_equal(small_labels, labels)
+    row = source.read(0)
+    assert np.asarray(Image.open(io.BytesIO(row["png"]))).shape == (8, 8) and row["cls"] == b"0"

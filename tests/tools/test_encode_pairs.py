@@ -8,8 +8,8 @@ from pathlib import Path
 from common.direct import pairs, pipelines, sources
 from common.tools import encode_pairs
 from tests.cases import one_sentence
-from tests.made import NUM_PAIRS
-from tests.scripts.test_direct import members, run
+from tests.made import NUM_PAIRS, members
+from tests.scripts.test_direct import run
 
 import pytest
 import torch
