@@ -4,7 +4,7 @@ From the same prompt and noise, the student's few-step result is regressed onto 
 result, with gradients through all steps of the pipeline's own call, so that training and inference are the same code.
 Method: DiffSynth-Studio's direct distillation; there is no paper. Deviations: targets are the teacher's latents, not
 an image that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation. Left
-out: LPIPS, supervision of intermediate states, a memo of the text embeddings.
+out: LPIPS, supervision of intermediate states.
 
     python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
         --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 from common import flags
-from common.direct import pairing, pairs, pipelines, probes, sources
+from common.direct import embeddings, pairing, pairs, pipelines, probes, sources
 from common.direct.student import (
     check_noise,
     check_overrides,
@@ -201,10 +201,9 @@ def main(args):
         sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
     pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler).to(device)
-    networks = networks_of(pipeline)
     if not args.dry_run:
         check_same_weights(pipeline, pairs_config, args.pairs_dir)
-        check_weights(networks)  # before what is made with them is blamed on the pairs
+        check_weights(networks_of(pipeline))  # before what is made with them is blamed on the pairs
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
     own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()
@@ -227,6 +226,9 @@ def main(args):
                 scheduler=config["scheduler"],
                 model=teacher,
             )
+    folder, options = Path(args.output_dir, "embeddings"), kwargs | data.call_kwargs([0])
+    accelerator.print(embeddings.let_go(pipeline, data.prompts, options, folder, accelerator, args.dry_run))
+    networks = networks_of(pipeline)  # without the text encoders
 
     # 4. Student: adapters or all weights of the denoisers, owned by one module. What gets no gradient is frozen. The
     #    checks of the pairs run on the untrained student, whose results the samples show beside the trained one's.
@@ -274,16 +276,8 @@ def main(args):
         pairs_sha256=fingerprint,
     )
     micro_batch = run.resumed["data"].get("next_micro_batch", 0)
-    sample = functools.partial(
-        sample_and_measure,
-        accelerator,
-        student,
-        data,
-        measured=measured,
-        shown=shown,
-        untrained=untrained,
-        batch_size=args.train_batch_size,
-    )
+    shows = {"measured": measured, "shown": shown, "untrained": untrained, "batch_size": args.train_batch_size}
+    sample = functools.partial(sample_and_measure, accelerator, student, data, **shows)
 
     # 7. The loop.
     rollout.train()

@@ -54,7 +54,8 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
         raise UserError(f"{flag} is a file; name a folder")
     names = lock.contents(output_dir)
     skipped = [name for name in names if name.startswith(Path(SKIPPED).stem + ".")]  # of every rank
-    failed_start = CONFIG in names and names - {"pairs"} == {CONFIG, *skipped}  # pairs: images that it encoded
+    encoded = {"pairs", "embeddings"}  # of images and prompts, before the first update
+    failed_start = CONFIG in names and names - encoded == {CONFIG, *skipped}
     if names and not failed_start and not resume_from_checkpoint:
         raise UserError(f"{flag} is not empty; name a new folder, or pass `resume_from_checkpoint`=latest to continue")
     if dry_run:

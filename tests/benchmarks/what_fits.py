@@ -6,8 +6,7 @@ Teachers are the public configurations of Stable Diffusion 1.5 and SDXL, without
 method is simulated at two batch sizes with --gradient_checkpointing=full and bf16, images are encoded one by one, and
 memory is a straight line in the batch size. Direct distillation of SD3.5-medium, Flux.1-dev and Qwen-Image: a LoRA of
 rank 64, and all weights without and with 8-bit Adam, four steps, 1024 px, on 8 processes; denoiser and VAE from the
-public configurations, text encoders as their number of parameters in bf16, which stay on the card, and embeddings of a
-prompt by their shape.
+public configurations, embeddings of a prompt by their shape. Text encoders are let go before the first update.
 """
 
 import contextlib
@@ -23,7 +22,6 @@ from typing import NamedTuple
 
 import train_direct_distill as direct
 from common.networks import teachers
-from common.run import simulation
 from common.tools.demo import digits
 from common.tools.plan import TRIED, needed_at, simulate
 from tests.benchmarks import synthetic
@@ -46,6 +44,13 @@ def largest(needed, card, most=1024):
     return max((n for n in range(1, most) if needed(n) <= card), default=0)
 
 
+def print_row(teacher, method, sizes, less=0):
+    needed = needed_at(sizes, less)
+    fits = " | ".join(str(largest(needed, card) or "none") for card in CARDS)
+    gflops = sizes[1].flops / sizes[1].samples / 1e9
+    print(f"| {teacher} | {method} | {needed(1):.1f} | {fits} | {gflops:,.0f} |", flush=True)
+
+
 def rows(folder, shape):
     """A line of the table for each method, without and with 8-bit Adam."""
     shared = [
@@ -58,11 +63,8 @@ def rows(folder, shape):
         script = importlib.import_module(name)
         sizes = [simulate(script, [*shared, *own, f"--train_batch_size={size}"], 1) for size in TRIED]
         eight = simulate(script, [*shared, *own, f"--train_batch_size={TRIED[0]}", "--use_8bit_adam"], 1)
-        for adam, less in (("", 0), (", 8-bit Adam", sizes[0].between - eight.between)):
-            needed = needed_at(sizes, less)
-            fits = " | ".join(str(largest(needed, card) or "none") for card in CARDS)
-            gflops = sizes[1].flops / sizes[1].samples / 1e9
-            print(f"| {NAMES[shape]} | {method}{adam} | {needed(1):.1f} | {fits} | {gflops:,.0f} |", flush=True)
+        print_row(NAMES[shape], method, sizes)
+        print_row(NAMES[shape], f"{method}, 8-bit Adam", sizes, sizes[0].between - eight.between)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +76,6 @@ BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "la
 BLOCKS |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 SD3_VAE = BLOCKS | {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX_VAE = BLOCKS | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-T5, CLIP_L, CLIP_G, QWEN_VL = 4_762_310_656, 123_060_480, 694_659_840, 8_292_166_656  # parameters
 
 
 class Teacher(NamedTuple):
@@ -85,7 +86,6 @@ class Teacher(NamedTuple):
     denoiser: tuple
     vae: tuple
     scheduler: dict
-    text: int  # parameters of all text encoders
     latents: tuple  # shape of a sample's
     embed: Callable
     without: tuple  # parts of the pipeline that only encode prompts
@@ -103,7 +103,7 @@ TEACHERS = {
             "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
             "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
             "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
-        (diffusers.AutoencoderKL, SD3_VAE), {"shift": 3.0}, T5 + CLIP_L + CLIP_G, (16, 128, 128),
+        (diffusers.AutoencoderKL, SD3_VAE), {"shift": 3.0}, (16, 128, 128),
         lambda b: (zeros(b, 333, 4096), zeros(b, 333, 4096), zeros(b, 2048), zeros(b, 2048)),
         ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
     ),
@@ -112,7 +112,7 @@ TEACHERS = {
         (diffusers.FluxTransformer2DModel, HEADS | {
             "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
             "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}),
-        (diffusers.AutoencoderKL, FLUX_VAE), {"shift": 3.0, "use_dynamic_shifting": True}, T5 + CLIP_L, (4096, 64),
+        (diffusers.AutoencoderKL, FLUX_VAE), {"shift": 3.0, "use_dynamic_shifting": True}, (4096, 64),
         lambda b: (zeros(b, 512, 4096), zeros(b, 768), torch.zeros(512, 3)),
         ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     ),
@@ -122,7 +122,7 @@ TEACHERS = {
             "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "joint_attention_dim": 3584}),
         (diffusers.AutoencoderKLQwenImage, {}),
         {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
-         "max_image_seq_len": 8192, "shift_terminal": 0.02}, QWEN_VL, (4096, 64),
+         "max_image_seq_len": 8192, "shift_terminal": 0.02}, (4096, 64),
         lambda b: (zeros(b, 128, 3584), torch.ones((b, 128), dtype=torch.long)), ("text_encoder", "tokenizer"),
     ),
 }  # fmt: skip
@@ -178,21 +178,11 @@ def direct_rows(kind):
         words = ["--pretrained_teacher_model=teacher", "--pairs_dir=pairs", "--output_dir=no_such_folder", "--seed=1"]
         words += ["--mixed_precision=bf16", "--gradient_checkpointing=full", "--max_train_steps=100"]
         words += ["--gradient_accumulation_steps=1", "--num_inference_steps=4"]
-        text = 2 * teacher.text / 2**30 * (1 + simulation.FRAGMENTATION)
-        for method, own in (
-            ("direct LoRA", ["--lora_rank=64"]),
-            ("direct", ["--lora_rank=0"]),
-            ("direct, 8-bit Adam", ["--lora_rank=0", "--use_8bit_adam"]),
-        ):
+        for method, own in (("direct LoRA", ["--lora_rank=64"]), ("direct", ["--lora_rank=0"])):
             sizes = [simulate(direct, [*words, *own, f"--train_batch_size={size}"], 8) for size in TRIED]
-            needed = needed_at(sizes)
-            fits = " | ".join(str(largest(lambda n, f=needed: f(n) + text, card) or "none") for card in CARDS)
-            gflops = sizes[1].flops / sizes[1].samples / 1e9
-            print(
-                f"| {teacher.name}, 1024 px | {method} | {needed(1) + text:.1f} | {fits} | {gflops:,.0f} |", flush=True
-            )
-            for line in sizes[1].lines().items():
-                print(*line, file=sys.stderr)
+            print_row(f"{teacher.name}, 1024 px", method, sizes)
+        eight = simulate(direct, [*words, "--lora_rank=0", "--use_8bit_adam", f"--train_batch_size={TRIED[0]}"], 8)
+        print_row(f"{teacher.name}, 1024 px", "direct, 8-bit Adam", sizes, sizes[0].between - eight.between)
 
 
 def main():

@@ -1,0 +1,116 @@
+"""Embeddings that are made once are what the pipelines make of every batch; what else is told of."""
+
+import types
+
+from common.direct import embeddings, pipelines
+from common.errors import UserError
+from tests import tiny_pipelines
+from tests.scripts.test_direct import direct_teacher  # noqa: F401
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+ACCELERATOR = types.SimpleNamespace(
+    device=torch.device("cpu"), num_processes=1, process_index=0, wait_for_everyone=lambda: None
+)
+PROMPTS = ["seven", "a handwritten three", "the number five", "seven"]
+TEXT = CLIPTextModel(
+    CLIPTextConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+)
+
+
+def let_go(pipeline, folder, kwargs, **options):
+    return embeddings.let_go(pipeline, PROMPTS, kwargs, folder / "embeddings", ACCELERATOR, **options)
+
+
+def latents(pipeline, prompts, kwargs):
+    with torch.no_grad():
+        return pipelines.call(pipeline, prompts, range(len(prompts)), **kwargs)
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.PIPELINES)
+def test_the_result_of_every_pipeline_stays(tmp_path, name):
+    pipeline, kwargs = tiny_pipelines.make(name), tiny_pipelines.KWARGS[name] | {"num_inference_steps": 2}
+    for off in ("guidance_scale", "true_cfg_scale"):
+        if off in kwargs:
+            kwargs |= {off: 0.0 if name == "Z-Image" else 1.0}
+    kwargs.pop("negative_prompt", None)
+    expected = latents(pipeline, PROMPTS[:3], kwargs)
+    pipeline.text_encoder = TEXT
+    said = let_go(pipeline, tmp_path, kwargs)
+    assert said.startswith("3 prompts are encoded once") and "text_encoder are let go" in said
+    assert pipeline.text_encoder is None
+    torch.testing.assert_close(latents(pipeline, PROMPTS[:3], kwargs), expected)
+
+
+@pytest.mark.parametrize("kind", ["sd", "dit"])
+def test_text_encoders_of_a_teacher_are_let_go_and_files_are_used_again(tmp_path, direct_teacher, kind, monkeypatch):  # noqa: F811
+    def load():
+        return pipelines.load_pipeline(direct_teacher(kind))
+
+    kwargs = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    expected = latents(load(), PROMPTS[:3], kwargs)
+    monkeypatch.setattr(embeddings, "PROMPTS_A_FILE", 2)
+    pipeline = load()
+    assert "3 prompts are encoded once" in let_go(pipeline, tmp_path, kwargs)
+    assert not [name for name, part in pipeline.components.items() if "text_enc" in name and part is not None]
+    torch.testing.assert_close(latents(pipeline, PROMPTS[:3], kwargs), expected, rtol=1e-4, atol=1e-5)  # of a batch
+    with pytest.raises(UserError, match="embeddings that were not made: .'another'"):
+        latents(pipeline, ["another"], kwargs)
+
+    made = latents(pipeline, PROMPTS[:3], kwargs)
+    files = sorted((tmp_path / "embeddings").iterdir())
+    times = [file.stat().st_mtime_ns for file in files]
+    files[1].write_bytes(files[1].read_bytes()[:-1])  # cut off
+    again = load()
+    let_go(again, tmp_path, kwargs)
+    assert [file.stat().st_mtime_ns == time for file, time in zip(files, times, strict=True)] == [True, False]
+    assert torch.equal(latents(again, PROMPTS[:3], kwargs), made)  # the same bytes
+    other = load()
+    next(other.text_encoder.parameters()).data.add_(1)
+    let_go(other, tmp_path, kwargs)
+    assert not any(file.stat().st_mtime_ns == time for file, time in zip(files, times, strict=True))  # made again
+
+
+def padded(prompt=None, **kwargs):
+    """As Qwen-Image's: rows as long as the longest prompt of a batch, and a mask."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    rows = [tiny_pipelines.embed([text], length=len(text.split())) for text in prompts]
+    most = max(row.shape[1] for row in rows)
+    pad = torch.nn.functional.pad
+    mask = torch.cat([pad(torch.ones(1, row.shape[1], dtype=torch.long), (0, most - row.shape[1])) for row in rows])
+    return torch.cat([pad(row, (0, 0, 0, most - row.shape[1])) for row in rows]), mask, None, None
+
+
+def test_what_a_batch_pads_is_padded():
+    ones, both = [padded([text]) for text in PROMPTS[:2]], padded(PROMPTS[:2])
+    made = embeddings._merged(both, ones[0], [padded([text]) for text in PROMPTS[:3]])
+    assert embeddings._same(made, padded(PROMPTS[:3])) and made[1].sum(1).tolist() == [1, 3, 3]
+
+
+@pytest.mark.parametrize("reason", ["depends on the others", "more than its prompt", "no encode_prompt", "has 0.0"])
+def test_encoders_that_are_needed_stay_and_it_is_said(tmp_path, reason, monkeypatch):
+    pipeline, kwargs = tiny_pipelines.make("SD1.5"), {"num_inference_steps": 2, "guidance_scale": 1.0}
+    pipeline.text_encoder, encode = TEXT, pipeline.encode_prompt
+    if reason.startswith("depends"):
+        pipeline.encode_prompt = lambda prompt, *a, **k: (encode(prompt)[0] * len(prompt), None)
+    elif reason.startswith("has"):
+        monkeypatch.setattr(embeddings.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100))
+    elif reason.startswith("more"):
+        kwargs["negative_prompt_embeds"] = tiny_pipelines.embed(["no"])
+    else:
+        monkeypatch.setattr(embeddings, "hasattr", lambda *_: False, raising=False)
+    said = let_go(pipeline, tmp_path, kwargs)
+    assert said.startswith("note: text_encoder encode each batch and stay in memory") and reason in said
+    assert pipeline.text_encoder is TEXT and not (tmp_path / "embeddings").exists()
+    assert latents(pipeline, PROMPTS[:1], {"num_inference_steps": 1, "guidance_scale": 1.0}).isfinite().all()
+
+
+def test_a_call_that_reads_its_encoder_keeps_it(tmp_path):
+    pipeline, kwargs = tiny_pipelines.make("SD1.5"), {"num_inference_steps": 2, "guidance_scale": 1.0}
+    pipeline.text_encoder = TEXT
+    check = pipeline.check_inputs
+    pipeline.check_inputs = lambda *args, **more: pipeline.text_encoder.config is None or check(*args, **more)
+    said = let_go(pipeline, tmp_path, kwargs)
+    assert "stay in memory, the call needs them: 'NoneType' object has no" in said and pipeline.text_encoder is TEXT
