@@ -5,7 +5,6 @@ import types
 from common.direct import embeddings, pipelines
 from common.errors import UserError
 from tests import tiny_pipelines
-from tests.scripts.test_direct import direct_teacher  # noqa: F401
 
 import pytest
 import torch
@@ -45,7 +44,7 @@ def test_the_result_of_every_pipeline_stays(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["sd", "dit"])
-def test_text_encoders_of_a_teacher_are_let_go_and_files_are_used_again(tmp_path, direct_teacher, kind, monkeypatch):  # noqa: F811
+def test_text_encoders_of_a_teacher_are_let_go_and_files_are_used_again(tmp_path, direct_teacher, kind, monkeypatch):
     def load():
         return pipelines.load_pipeline(direct_teacher(kind))
 
