@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from common.direct.pipelines import call, denoisers
-from common.errors import CALL_ERRORS, UserError, blame, line_of
+from common.errors import CALL_ERRORS, UserError, line_of
 from common.files import whole
 
 import torch
@@ -201,9 +201,8 @@ class _Table:
                         if isinstance(value, torch.Tensor):
                             tensors[f"{i}.{leaf}"] = value.cpu().contiguous().clone()
                     progress.update()
-                with blame("`output_dir`: the prompts' embeddings cannot be written", OSError, SafetensorError):
-                    with whole(self._path(number)) as path:
-                        save_file(tensors, path, {"sha256": self.sha256})
+                with whole(self._path(number)) as path:
+                    save_file(tensors, path, {"sha256": self.sha256})
         accelerator.wait_for_everyone()
 
     def __contains__(self, prompt):

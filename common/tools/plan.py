@@ -4,9 +4,10 @@
         --train_shards_path_or_url="shards/{00000..00099}.tar" --max_train_steps=1000 --mixed_precision=bf16
 
 Updates of the script are simulated as --dry_run does it, at two batch sizes for each choice of recomputed activations;
-memory is a straight line in the batch size between and beyond them. The largest batch that fits, and divides the
-samples of an update, is what is offered; the samples of an update stay what the command says. The choice that is
-recommended is simulated at its batch size. A picture shows memory over its update.
+memory is a straight line in the batch size between and beyond them. Where not even one sample fits, nothing that
+recomputes less is tried. The largest batch that fits, and divides the samples of an update, is what is offered; the
+samples of an update stay what the command says. The choice that is recommended is simulated at its batch size. A
+picture shows memory over its update.
 """
 
 import argparse
@@ -164,15 +165,13 @@ def try_choices(args, script, flags, samples):
             finally:
                 bar.update()
 
-        for which in RECOMPUTED:
+        for which in reversed(RECOMPUTED):
             lever = [] if which == "none" else [f"--gradient_checkpointing={which}"]
             words, more = (
                 (f"--train_batch_size={size}", f"--gradient_accumulation_steps={accumulates}") for size in TRIED
             )
             sizes = [run(*words, *lever)]
             if None in sizes:
-                if which == "none":
-                    raise UserError(refused.popitem()[1].split("error: ")[-1])
                 continue
             if saved is None:
                 eight = run(*words, "--use_8bit_adam")
@@ -180,8 +179,12 @@ def try_choices(args, script, flags, samples):
             peak = sizes[0].peak - max(saved.values())
             if simulation.needed(peak / TRIED[0]) <= args.gpu_memory * GIB:  # else not even one sample fits
                 sizes.append(run(*more, *lever))
-            for use_8bit_adam, less in saved.items():
-                choices.append(choice_of(args, which, use_8bit_adam, sizes, less, samples))
+            found = [choice_of(args, which, adam, sizes, less, samples) for adam, less in saved.items()]
+            choices = found + choices
+            if not any(choice.batch for choice in found):
+                break  # what recomputes less needs more
+    if not choices:
+        raise UserError(refused.popitem()[1].split("error: ")[-1])
     return choices, refused
 
 
