@@ -383,8 +383,8 @@ ALLOWED = {
     # RAdam is not fused, so that the host decides whether it steps, and torch reads its step count, which the host
     # holds; noise levels and their shares are the host's too
     "ct": {"updates.py", "consistency.py"},
-    # inside a pipeline's call: how its scheduler finds its place; the order of pairs is the host's
-    "direct": {"pipelines.py", "pairs.py"},
+    # inside a pipeline's call: how its scheduler finds its place; pairs and embeddings are the host's
+    "direct": {"pipelines.py", "pairs.py", "embeddings.py"},
 }
 
 
