@@ -75,7 +75,8 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     asked.clear()  # a card that does not hold half of two samples: neither four are tried, nor what needs more
     with pytest.raises(SystemExit):
         plan.main(plan.parse_args(["--gpu_memory=4", *options[1:], *words]))
-    assert [which for _, which, _, _ in asked] == ["full", "none"] and "11.2 GiB are needed for 2 sample(s)" in capsys.readouterr().err
+    assert [which for _, which, _, _ in asked] == ["full", "none"]
+    assert "11.2 GiB are needed for 2 sample(s)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
