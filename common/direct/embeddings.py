@@ -35,6 +35,9 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False):
     parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     encoders = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     names, kind = ", ".join(encoders), type(pipeline).__name__
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    held, freed = _gib(modules), _gib(encoders.values())
+    del modules
     stay = f"note: {names} encode each batch and stay in memory, "
     if not encoders:
         return ""
@@ -79,13 +82,16 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False):
         for name, part in encoders.items():
             setattr(pipeline, name, part)
         return f"note: prompts are encoded once, and {names} stay in memory, the call needs them: {line_of(error)}"
-    freed = sum(p.nbytes for part in encoders.values() for p in part.parameters()) / 2**30
     parts.clear(), encoders.clear()
     gc.collect()
     return (
-        f"{len(set(prompts))} prompts are encoded once, which takes {size:.2f} GiB in {folder}; {names} are let go, "
-        f"{freed:.2f} GiB"
+        f"{len(set(prompts))} prompts are encoded once, which takes {size:.2f} GiB in {folder}; let go: {names}, "
+        f"{freed:.2f} of {held:.2f} GiB of weights"
     )
+
+
+def _gib(modules):
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters()) / 2**30
 
 
 def _is_plain(value):
