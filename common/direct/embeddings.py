@@ -62,7 +62,8 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False):
         return f"{stay}for all embeddings take {size:.1f} GiB in `output_dir`, which has {free:.1f}"
     table = dict.fromkeys(prompts, ones[1])
     if not dry_run:
-        identity = [kind, repr(asked), *map(_sample, encoders.values())]
+        given = repr(asked).replace(repr(accelerator.device), "")  # a process's own
+        identity = [kind, given, *map(_sample, encoders.values())]
         table = _Table(folder, sorted(set(prompts)), ones[0], identity)
         table.fill(encode, accelerator)
 
@@ -188,7 +189,8 @@ class _Table:
     def __init__(self, folder, prompts, one, identity):
         self.folder, self.prompts = Path(folder), prompts
         self.leaves, self.form = tree_flatten(one)
-        self.sha256 = hashlib.sha256(json.dumps([prompts, identity]).encode()).hexdigest()
+        dtypes = [str(getattr(leaf, "dtype", leaf)) for leaf in self.leaves]
+        self.sha256 = hashlib.sha256(json.dumps([prompts, dtypes, identity]).encode()).hexdigest()
         self.places = {prompt: divmod(i, PROMPTS_A_FILE) for i, prompt in enumerate(prompts)}
         self.opened = {}
 

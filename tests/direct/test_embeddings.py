@@ -8,6 +8,7 @@ from tests import tiny_pipelines
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 ACCELERATOR = types.SimpleNamespace(
@@ -66,6 +67,9 @@ def test_text_encoders_of_a_teacher_are_let_go_and_files_are_used_again(tmp_path
     let_go(again, tmp_path, kwargs)
     assert [file.stat().st_mtime_ns == time for file, time in zip(files, times, strict=True)] == [True, False]
     assert torch.equal(latents(again, PROMPTS[:3], kwargs), made)  # the same bytes
+    for dtype in (torch.bfloat16, torch.float32):  # the same values in another one are made again
+        let_go(load().to(dtype=torch.bfloat16).to(dtype=dtype), tmp_path, kwargs)
+        assert load_file(files[0])["0.0"].dtype == dtype
     other = load()
     next(other.text_encoder.parameters()).data.add_(1)
     let_go(other, tmp_path, kwargs)
