@@ -9,7 +9,8 @@ the teacher runs before the student.
         --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm_lora --mixed_precision=bf16 \\
         --learning_rate=1e-4 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
 
-To change the method, copy this file and edit step 7. Another solver: 7.6 and 7.7, and the line of 3 that makes it.
+To change the method, copy this file and edit step 7. Another solver: 7.7 and the line of 3 that makes it; one that
+asks the teacher twice makes 7.6 a function of (z, t). alpha may be 0 at the last timestep. Say it in `write_card`.
 Another objective: 3 (schedule), 4 (student, target, sampler), 6 (what is saved and sampled), 7, 8, `write_card`.
 """
 

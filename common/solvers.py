@@ -14,10 +14,13 @@ class DDIMSolver:
     def __init__(self, alpha, sigma):
         self.alpha, self.sigma = alpha, sigma
 
-    def step(self, pred_x_0, pred_eps, timesteps):
-        """z_s = alpha_s x_0 + sigma_s eps for s = timesteps (B,) int64; x_0, eps and the result (B, ...) float32."""
-        alpha_s = append_dims(self.alpha[timesteps], pred_x_0.ndim)
-        sigma_s = append_dims(self.sigma[timesteps], pred_x_0.ndim)
+    def step(self, pred_x_0, pred_eps, end_timesteps):
+        """z_s = alpha_s x_0 + sigma_s eps at s = end_timesteps (B,) int64; x_0, eps and the result (B, ...) float32.
+
+        The start enters through x_0 and eps, which may be of any number of evaluations of the teacher.
+        """
+        alpha_s = append_dims(self.alpha[end_timesteps], pred_x_0.ndim)
+        sigma_s = append_dims(self.sigma[end_timesteps], pred_x_0.ndim)
         return alpha_s * pred_x_0 + sigma_s * pred_eps
 
 
