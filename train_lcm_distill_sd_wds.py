@@ -129,7 +129,8 @@ def main(args):
     encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
-    # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
+    # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with. Without w it is
+    #    `make_student(teacher.unet)` and no timestep_cond, sampled by `scheduler_like(CLASS, config["scheduler"])`.
     unet = teachers.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
@@ -140,7 +141,8 @@ def main(args):
     optimizer = engine.make_optimizer(args, list(unet.parameters()), run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
 
-    # 6. Prepare, resume, trackers.
+    # 6. Prepare, resume, trackers. Without a target network, modules={}; a student without w is sampled with the
+    #    pipeline's own guidance.
     unet, optimizer = accelerator.prepare(unet, optimizer)
     run.register(
         networks=networks_of(teacher) | {"the student": accelerator.unwrap_model(unet), "the target": target_unet},
@@ -219,7 +221,7 @@ def main(args):
             student_x_0 = to_x_0(output.float(), noisy_latents, alpha_start, sigma_start, prediction_type)
             model_pred = c_skip_start * noisy_latents + c_out_start * student_x_0
 
-            # 7.10 Loss, backward, update.
+            # 7.10 Loss, backward, update; skipped where a gradient is not finite (common/run/updates.py).
             loss = distance(model_pred, target, args.loss_type, args.huber_c)
             accelerator.backward(loss)
             finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])

@@ -8,7 +8,7 @@ from torch.nn import functional
 LOSS_TYPES = ("l2", "huber")
 
 
-def distance(model_pred, target, loss_type, huber_c):
+def distance(model_pred, target, loss_type, huber_c=None):
     """l2: mean d^2;  huber: mean (sqrt(d^2 + c^2) - c), the pseudo-Huber loss of 2310.14189 taken per element.
 
     The mean is over every element. model_pred, target: (B, ...), any floating dtype. Returns a float32 scalar.

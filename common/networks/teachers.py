@@ -232,7 +232,7 @@ def check_schedule(flag, scheduler):
 def tcd_scheduler(scheduler_config, num_ddim_timesteps):
     """TCDScheduler with a teacher's betas and prediction type on the trained grid: N = num_ddim_timesteps. Its own
     default of 50 misses the nodes of N = 40. With eta = 0 its k steps are the exact jumps over k segments."""
-    return _scheduler_like(TCDScheduler, scheduler_config, original_inference_steps=num_ddim_timesteps)
+    return scheduler_like(TCDScheduler, scheduler_config, original_inference_steps=num_ddim_timesteps)
 
 
 def lcm_scheduler(scheduler_config, num_ddim_timesteps, timestep_scaling):
@@ -241,10 +241,10 @@ def lcm_scheduler(scheduler_config, num_ddim_timesteps, timestep_scaling):
     Only what the scheduler knows is taken over: it would save the rest, and warn about it whenever it is loaded.
     """
     trained = {"original_inference_steps": num_ddim_timesteps, "timestep_scaling": timestep_scaling}
-    return _scheduler_like(LCMScheduler, scheduler_config, **trained)
+    return scheduler_like(LCMScheduler, scheduler_config, **trained)
 
 
-def _scheduler_like(scheduler_class, scheduler_config, **trained):
+def scheduler_like(scheduler_class, scheduler_config, **trained):
     # By DDPMScheduler, as in training: the classes do not agree on what a configuration that lacks a key means.
     trained_by = DDPMScheduler.from_config(scheduler_config)
     known = inspect.signature(scheduler_class.__init__).parameters.keys()

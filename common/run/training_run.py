@@ -232,6 +232,8 @@ class TrainingRun:
         samples_per_batch = self.args.train_batch_size * self.accelerator.num_processes
         logs = self.means.take(self.accelerator, samples_per_batch) | values
         logs["updates_skipped"] = self.guard.count()
+        if self.accelerator.scaler is not None:  # fp16: what it skips while its scale falls is in no count
+            logs["loss_scale"] = self.accelerator.scaler.get_scale()
         if self.data:
             logs |= sum_counters(gather_object([self.data.counters]))
         self.accelerator.log(logs, step=self.global_step)

@@ -207,6 +207,7 @@ def test_a_gradient_scaler_drives_the_step_and_is_resumed(tmp_path, flags, monke
     options = {"mixed_precision": "bf16", "max_train_steps": 16, "checkpointing_steps": 4, "max_grad_norm": 1.0}
     train(flags(tmp_path / "a", **options))
     assert scales[0] < 2.0**126 and all(torch.isfinite(w).all() for w in weights(tmp_path / "a" / "unet").values())
+    assert scalars(tmp_path / "a", "loss_scale")[16] == scales[-1]
     expected = digests(tmp_path / "a" / "checkpoint-16")
     (tmp_path / "a" / "checkpoint-16" / "COMPLETE").unlink()
     train(flags(tmp_path / "a", **options, resume_from_checkpoint="latest"))
