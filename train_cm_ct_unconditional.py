@@ -19,7 +19,6 @@ import functools
 import itertools
 from argparse import BooleanOptionalAction
 from collections import Counter
-from pathlib import Path
 
 from common import flags
 from common.ct import card as ct_card
@@ -33,8 +32,9 @@ from common.data.folders import IMAGE_KEYS
 from common.data.stream import TrainingData
 from common.ema import MOST_OF_START, ema_decay, ema_start_share, ema_update
 from common.keyed_random import keyed_generator, keyed_seed
+from common.networks import sharded
 from common.results import export, samples
-from common.run import engine, simulation, training_data
+from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.schedules import append_dims
 
@@ -175,8 +175,9 @@ def main(args):
     torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1
     unet = ct_unet.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_flags.place(args))
     ema_unet = copy.deepcopy(unet).requires_grad_(False).to(device) if args.use_ema else None
+    sharding.shard(accelerator, [unet, *([ema_unet] if ema_unet else [])])
     engine.apply_performance_flags(args, trained=[unet], frozen=[ema_unet] if ema_unet else [])
-    target_unet = unet.forward  # before accelerate puts autocast around it: --no-cast_teacher computes in float32
+    target_unet = sharded.plain_forward(unet)  # without accelerate's autocast: --no-cast_teacher computes in float32
     target_autocast = functools.partial(
         torch.autocast, device.type, dtype=weight_dtype, enabled=args.cast_teacher and weight_dtype != torch.float32
     )
@@ -300,12 +301,12 @@ def main(args):
                 run.show(grid(step=run.global_step), labels=columns)
 
     # 8. Export: a pipeline that samples with the network's average, then what may fail: card, samples, upload.
-    if is_main and not run.stopped:
+    if not run.stopped:  # by every process
         start_share = ema_start_share(run.global_step, **ema_options) if ema_unet else 1.0
         chosen = "ema" if start_share <= MOST_OF_START else "raw"
         save_result(args.output_dir, unets[chosen].eval(), scheduler)
         for name in unets.keys() - {chosen}:
-            unets[name].eval().save_pretrained(Path(args.output_dir, f"unet_{name}"))
+            export.save_parts(args.output_dir, **{f"unet_{name}": unets[name].eval()})
     if not run.stopped:
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:

@@ -37,7 +37,7 @@ from common.errors import UserError
 from common.losses import LOSS_TYPES, distance
 from common.networks import lora, performance
 from common.results import export, samples
-from common.run import engine, simulation
+from common.run import engine, sharding, simulation
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import check_weights, networks_of
 
@@ -200,7 +200,9 @@ def main(args):
     if not args.dry_run:
         sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
-    pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler).to(device)
+    pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler)
+    sharding.shard(accelerator, list(pipelines.denoisers(pipeline).values()))
+    pipeline.to(device)
     if not args.dry_run:
         check_same_weights(pipeline, pairs_config, args.pairs_dir)
         check_weights(networks_of(pipeline))  # before what is made with them is blamed on the pairs
@@ -321,9 +323,10 @@ def main(args):
     # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
     quality = None
     with averaged():
-        if is_main and not run.stopped:
+        if not run.stopped:
             save = pipelines.save_lora if args.lora_rank else pipelines.save_denoisers
-            files = save(args.output_dir, pipeline)
+            files = save(args.output_dir, pipeline)  # by every process
+        if is_main and not run.stopped:
             pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
         if not run.stopped:
             with export.after_weights(accelerator, args.output_dir, run.global_step):

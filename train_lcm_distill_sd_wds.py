@@ -27,7 +27,7 @@ from common.keyed_random import keyed_generator
 from common.losses import LOSS_TYPES, distance
 from common.networks import encoders, teachers
 from common.results import export, samples
-from common.run import engine, simulation, training_data
+from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import networks_of
 from common.schedules import (
@@ -135,6 +135,7 @@ def main(args):
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
     sampler = teachers.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
+    sharding.shard(accelerator, [unet, target_unet], plain=[teacher_unet])
     engine.apply_performance_flags(args, trained=[unet], frozen=[target_unet, teacher_unet], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.
@@ -243,7 +244,7 @@ def main(args):
                 run.show(sample(step=run.global_step), labels=prompts)
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
-    if is_main and not run.stopped:
+    if not run.stopped:
         parts = {"unet": accelerator.unwrap_model(unet).eval(), "scheduler": sampler}
         export.save_parts(args.output_dir, **parts, unet_target=target_unet)
     if not run.stopped:

@@ -26,7 +26,7 @@ from common.ema import ema_update
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import encoders, teachers
 from common.results import export, samples
-from common.run import engine, simulation, training_data
+from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import discriminator_step, networks_of
 from common.schedules import alpha_sigma, append_dims, guidance_scale_embedding
@@ -140,6 +140,7 @@ def main(args):
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
     sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
     trained = [unet, discriminator.encoder] if adversarial else [unet]
+    sharding.shard(accelerator, [unet, target_unet], plain=[teacher_unet])
     engine.apply_performance_flags(args, trained=trained, frozen=[target_unet, teacher_unet], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.
@@ -307,8 +308,8 @@ def main(args):
             run.log({"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
         if run.global_step in (stage.end, args.max_train_steps):  # before the checkpoint: a resume goes on after it
             folder, grid = Path(args.output_dir, stage.name), None
+            export.save_parts(folder, unet=shown["student"], scheduler=sampler)  # by every process
             if is_main:
-                export.save_parts(folder, unet=shown["student"], scheduler=sampler)
                 with samples.going_on(accelerator, run.global_step):
                     write_card(args, config, teacher_options, stage, folder, shards, run)
             with samples.going_on(accelerator, run.global_step):
@@ -322,7 +323,7 @@ def main(args):
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
     stage = stage_at(stages, run.global_step - 1)
-    if is_main and not run.stopped:
+    if not run.stopped:
         parts = {"unet": shown["student"].eval(), "scheduler": sampler}
         export.save_parts(args.output_dir, **parts, unet_target=target_unet)
     if not run.stopped:

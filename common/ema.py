@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
 MOST_OF_START = math.exp(-3)  # of an average that is used; a constant decay reaches it after 3 / (1 - decay) updates
@@ -17,9 +18,9 @@ def ema_update(target_parameters, source_parameters, decay, finite=None):
     device.
 
     Both are equally long iterables of tensors of the same shapes and dtypes (float32: a step of 1 - decay times an
-    update of 1e-6 is lost in half precision).
+    update of 1e-6 is lost in half precision). Where both are split over processes, each updates its parts.
     """
-    targets, sources = ([p.detach() for p in each] for each in (target_parameters, source_parameters))
+    targets, sources = ([_part(p) for p in each] for each in (target_parameters, source_parameters))
     if decay < 0.5:  # the first updates of a warm-up: exact where it is a copy, a kernel for each tensor
         weight = 1.0 - decay if finite is None else [(1.0 - decay) * finite] * len(targets)
         torch._foreach_lerp_(targets, sources, weight)
@@ -33,6 +34,11 @@ def ema_update(target_parameters, source_parameters, decay, finite=None):
     options = {"has_sparse_grad": False, "foreach": False, "fused": True, "grad_scale": None, "found_inf": found_inf}
     options |= {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": True}
     sgd(targets, sources, [None] * len(targets), lr=1.0 - decay, **options)
+
+
+def _part(tensor):
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def ema_decay(step, max_decay, min_decay=None, inv_gamma=None, power=0.75, gamma=None):
@@ -65,11 +71,19 @@ def ema_start_share(num_steps, **options):
 
 @contextlib.contextmanager
 def exchanged(parameters, others):
-    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round. No copy."""
+    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round. No copy, but
+    of one tensor that is split over processes: what gathers it reads the memory that it had."""
 
+    @torch.no_grad()
     def exchange():
         for a, b in pairs:
-            a.data, b.data = b.data, a.data
+            if isinstance(a, DTensor):
+                a, b = _part(a), _part(b)
+                values = a.clone()
+                a.copy_(b)
+                b.copy_(values)
+            else:
+                a.data, b.data = b.data, a.data
 
     pairs = list(zip(parameters, others, strict=True))
     exchange()

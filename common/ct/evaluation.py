@@ -54,7 +54,7 @@ def sample_grid(accelerator, unets, scheduler, labels, timesteps, seed, step):
 
     jobs = list(itertools.product(unets, timesteps))
     tags = [f"validation/{name}_{k}_steps" for name, k in jobs]
-    images = dict(zip(tags, samples.share(accelerator, jobs, grid), strict=True))
+    images = dict(zip(tags, samples.share(accelerator, jobs, grid, kind=lambda job: job), strict=True))
     samples.log_images(accelerator.trackers, images, step)
     return images
 

@@ -1,10 +1,10 @@
 """The schedulers of consistency models, and how the result is saved with them."""
 
-from pathlib import Path
-
 from common.ct.consistency import noise_condition
+from common.results.export import save_parts
 
 import torch
+from accelerate import PartialState
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from diffusers.configuration_utils import register_to_config
 
@@ -52,9 +52,10 @@ def make_scheduler(noise_precond_type="cm", input_precond_type="cm", **options):
 
 
 def save_result(output_dir, unet, scheduler):
-    """Save a ConsistencyModelPipeline; without model_index.json where stock diffusers cannot sample it."""
-    if type(scheduler) is CMStochasticIterativeScheduler:
-        ConsistencyModelPipeline(unet, scheduler).save_pretrained(output_dir)
-        return
-    unet.save_pretrained(Path(output_dir, "unet"))
-    scheduler.save_pretrained(Path(output_dir, "scheduler"))
+    """Save a ConsistencyModelPipeline; without model_index.json where stock diffusers cannot sample it.
+
+    Called by every process, the main one writes.
+    """
+    save_parts(output_dir, unet=unet, scheduler=scheduler)
+    if type(scheduler) is CMStochasticIterativeScheduler and PartialState().is_main_process:
+        ConsistencyModelPipeline(unet, scheduler).save_config(output_dir)

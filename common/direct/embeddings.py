@@ -132,7 +132,7 @@ def _asked(pipeline, prompts, kwargs):
     def stop(*_):
         raise Reached
 
-    hooks = [module.register_forward_pre_hook(stop) for module in denoisers(pipeline).values()]
+    hooks = [module.register_forward_pre_hook(stop, prepend=True) for module in denoisers(pipeline).values()]
     pipeline.encode_prompt = noted
     try:
         call(pipeline, prompts, range(len(prompts)), **kwargs)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from common.direct import tasks
 from common.errors import UserError, blame, line_of
-from common.networks import lora, teachers
+from common.networks import lora, sharded, teachers
 from common.networks.weights import check_name, check_parts, check_pipeline
 from common.results import export
 
 import diffusers
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from safetensors.torch import save_file
@@ -143,7 +144,7 @@ def weights_sample(pipeline, num_tensors=32, num_values=4, encoder=False):
     modules = {"vae.encoder": pipeline.vae.encoder} if encoder else denoisers(pipeline)
     named = [(f"{d}.{n}", p) for d, module in modules.items() for n, p in module.named_parameters()]
     chosen = named[:: max(1, len(named) // num_tensors)]
-    return {name: p.detach().flatten()[:num_values].float().tolist() for name, p in chosen}
+    return {name: sharded.whole(p).flatten()[:num_values].float().tolist() for name, p in chosen}
 
 
 def generators(seeds):
@@ -265,13 +266,16 @@ def lora_files(pipeline_class, names):
 
 
 def save_lora(output_dir, pipeline):
-    """Write the adapters for `pipe.load_lora_weights`; returns the names of what was written.
+    """Write the adapters for `pipe.load_lora_weights`; returns the names of what was written. Called by every process,
+    the main one writes.
 
     Of a pipeline class that takes no LoRA in diffusers, each denoiser is written twice: as a PEFT adapter
     (`NAME_adapter/`) and with the adapter merged into its weights (`NAME/`), which stock diffusers loads as `NAME=`.
     """
     output_dir, parts = Path(output_dir), denoisers(pipeline)
     files, written = lora_files(type(pipeline), parts), []
+    if not PartialState().is_main_process:
+        return written
     for name, module in parts.items():
         tensors = lora.saved_tensors(module)
         if files:
@@ -291,9 +295,9 @@ def save_lora(output_dir, pipeline):
 
 
 def save_denoisers(output_dir, pipeline):
-    """Write the denoisers, each into its folder; returns their names."""
+    """Write the denoisers, each into its folder; returns their names. Called by every process, the main one writes."""
     for name, module in denoisers(pipeline).items():
-        module.save_pretrained(Path(output_dir, name))
+        sharded.write_network(Path(output_dir, name), module, max_shard_size=10 * 10**9)
     return list(denoisers(pipeline))
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from common.errors import UserError, first_line, line_of, mask_credentials
 from common.networks import teachers
+from common.networks.sharded import write_network
 from common.results.samples import image_grid
 
 import torch
 import yaml
+from accelerate import PartialState
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -52,9 +54,13 @@ def after_weights(accelerator, output_dir, global_step):
 
 
 def save_parts(output_dir, **parts):
-    """Write parts of a pipeline into folders of their names, the weights of each as one file."""
+    """Write parts of a pipeline into folders of their names, the weights of each as one file; called by every process,
+    the main one writes."""
     for name, part in parts.items():
-        part.save_pretrained(Path(output_dir, name), max_shard_size="100GB")
+        if isinstance(part, torch.nn.Module):
+            write_network(Path(output_dir, name), part)
+        elif PartialState().is_main_process:
+            part.save_pretrained(Path(output_dir, name))
 
 
 def save_rest(pipeline, output_dir, written):

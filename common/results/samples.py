@@ -5,7 +5,7 @@ import itertools
 
 from common import errors
 from common.errors import UserError
-from common.networks import encoders
+from common.networks import encoders, sharded
 
 import numpy as np
 import torch
@@ -14,18 +14,25 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 
-def share(accelerator, jobs, work):
+def share(accelerator, jobs, work, kind=None):
     """[work(job) for job in jobs], on every process: process r of n does jobs r, r + n, and so on.
 
     Called by every process; networks must be equal on all. work returns what can be pickled. An error on one process
     ends all: itself there, UserError on the others, which would wait for it in the next collective call.
+
+    kind: kind(job) is equal for jobs that run the same networks equally often; None: all do. Networks whose weights
+    are split run on all processes at once, so these do jobs of one kind at a time, the last one again where there are
+    fewer; an error on one, which the others would wait for inside of a network, ends the run.
     """
     rank, done, error = accelerator.process_index, {}, None
     try:
-        for i in range(rank, len(jobs), accelerator.num_processes):
-            done[i] = work(jobs[i])
+        for i, counts in _order(accelerator, jobs, kind):
+            result = work(jobs[i])
+            done |= {i: result} if counts else {}
     except Exception as raised:
         error = raised
+    if error and is_split(accelerator):
+        raise UserError(f"process {rank}: {type(error).__name__}: {error}", on_one_rank=True) from error
     gathered = gather_object([(rank, done, error and f"{type(error).__name__}: {error}")])
     if error:
         raise error
@@ -34,6 +41,25 @@ def share(accelerator, jobs, work):
             raise UserError(f"process {other} of {accelerator.num_processes} failed: {failure}")
     results = {i: result for _, done, _ in gathered for i, result in done.items()}
     return [results[i] for i in range(len(jobs))]
+
+
+def is_split(accelerator):
+    """Whether the accelerator splits the weights of networks over the processes."""
+    return getattr(accelerator, "sharding", None) is not None
+
+
+def _order(accelerator, jobs, kind):
+    """(index, whether its result counts) of this process's jobs, as `share` says."""
+    rank, n = accelerator.process_index, accelerator.num_processes
+    if not is_split(accelerator):
+        return [(i, True) for i in range(rank, len(jobs), n)]
+    kinds = [kind(job) if kind else None for job in jobs]
+    rounds = []
+    for i in range(len(jobs)):
+        if not rounds or len(rounds[-1]) == n or kinds[rounds[-1][0]] != kinds[i]:
+            rounds.append([])
+        rounds[-1].append(i)
+    return [(each[min(rank, len(each) - 1)], rank < len(each)) for each in rounds]
 
 
 def make_pipeline(teacher, unet, scheduler):
@@ -79,16 +105,20 @@ def eval_mode(*modules):
         with torch.compiler.set_stance("force_eager"):
             yield [module.eval() for module in modules]
     finally:
+        sharded.reshard(*modules)
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
 
 
 @contextlib.contextmanager
 def going_on(accelerator, step):
-    """Samples during training: whatever fails inside is said, and training goes on, with its weights as they are."""
+    """Samples during training: whatever fails inside is said, and training goes on, with its weights as they are; but
+    for what one process alone has left, which the others still run."""
     try:
         yield
     except Exception as error:
+        if is_split(accelerator) and getattr(error, "on_one_rank", False):
+            raise
         if accelerator.is_main_process:
             failure = f"sampling or measuring failed at step {step} ({errors.first_line(error)})"
             tqdm.write(f"WARNING: {failure}; training goes on with the weights that it has")
@@ -113,7 +143,8 @@ def sample_grid(
     jobs = list(itertools.product(unets, num_inference_steps, range(len(prompts))))
     images = {}
     with eval_mode(*unets.values()):
-        for (name, steps, _), image in zip(jobs, share(accelerator, jobs, sample), strict=True):
+        done = share(accelerator, jobs, sample, kind=lambda job: job[:2])
+        for (name, steps, _), image in zip(jobs, done, strict=True):
             images.setdefault(f"validation/{name}_{steps}_steps", []).append(image)
     images = {tag: np.stack(batch) for tag, batch in images.items()}
     log_images(accelerator.trackers, images, step)

@@ -18,6 +18,7 @@ from common.data.folders import expand_home
 from common.data.stream import SKIPPED
 from common.errors import UserError, line_of, without_credentials
 from common.files import sync
+from common.networks import sharded
 from common.results.export import versions
 from common.run import preemption
 
@@ -305,9 +306,12 @@ def _save(accelerator, output_dir, tmp, global_step, state, modules, objects, to
     accelerator.wait_for_everyone()
     accelerator.save_state(str(tmp))
     rng_sums = gather_object([_rng_digest()])
-    if accelerator.is_main_process:
-        for name, module in modules.items():
+    for name, module in modules.items():
+        if sharded.is_sharded(module):
+            sharded.write_tensors(tmp / f"{name}.safetensors", module.state_dict())
+        elif accelerator.is_main_process:
             save_model(module, str(tmp / f"{name}.safetensors"))
+    if accelerator.is_main_process:
         torch.save({name: obj.state_dict() for name, obj in objects.items()}, tmp / "objects.pt")
         payload = state | {"global_step": global_step, "rng_digests": rng_sums}
         (tmp / STATE).write_text(json.dumps(payload, indent=1))
@@ -361,7 +365,11 @@ def load_checkpoint(accelerator, checkpoint, modules, objects):
     try:
         accelerator.load_state(str(checkpoint))
         for name, module in modules.items():
-            load_model(module, str(Path(checkpoint, f"{name}.safetensors")), strict=True)
+            path = Path(checkpoint, f"{name}.safetensors")
+            if sharded.is_sharded(module):
+                sharded.read_tensors(path, module.state_dict())
+            else:
+                load_model(module, str(path), strict=True)
         saved = torch.load(Path(checkpoint, "objects.pt"), map_location="cpu", weights_only=True)
         for name, obj in objects.items():
             obj.load_state_dict(saved[name])

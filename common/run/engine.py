@@ -8,8 +8,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.flags import spelled
 from common.networks import performance
-from common.run import simulation
-from common.run.zero import ZeroAccelerator, take_settings
+from common.run import sharding, simulation
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -24,14 +23,11 @@ def make_accelerator(args):
     """accelerate's engine as the flags ask for it; trackers write under output_dir.
 
     Raises UserError where the launcher's processes do not see each other (each would be a run of its own) and for an
-    engine that shards.
+    engine that is not supported.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    zero = take_settings(args)
-    if zero is None:
-        make = Accelerator
-    else:
-        make = functools.partial(ZeroAccelerator, zero, args.max_grad_norm, args.train_batch_size)
+    settings = sharding.take_settings(args)
+    make = Accelerator if settings is None else functools.partial(sharding.ShardingAccelerator, settings)
     given = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     stands_in = given == "fp16" and not torch.cuda.is_available()  # in a dry run
     accelerator = make(
@@ -44,11 +40,10 @@ def make_accelerator(args):
             InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
         ],
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UserError(
-            "`accelerate config`: FSDP is not supported: targets, samples and checkpoints need the whole student on "
-            "each GPU; use DeepSpeed's ZeRO-2, or plain data parallel training with `gradient_checkpointing` and "
-            "`use_8bit_adam` or a LoRA script where memory is short"
+            f"`accelerate config`: {accelerator.distributed_type.value} is not supported; use FSDP2 "
+            "(`distributed_type: FSDP`, `fsdp_version: 2`), which splits weights, gradients and states"
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:

@@ -6,7 +6,7 @@ update `Finished` is raised, which `training_run.user_errors` turns into the rep
 as it stands, an edited copy too. The parts of the report are named as main()'s variables are.
 
 Stated rules instead of a run: several processes have the buckets of DistributedDataParallel, in which gradients live;
-ZeRO-2 has this process's part of gradients, states and weights, and its buckets; 8-bit AdamW's states are those of
+FSDP2 has this process's part of gradients, states and weights; 8-bit AdamW's states are those of
 bitsandbytes. Without a GPU the device is the CPU, with fused AdamW and with autocast's rules of a GPU.
 """
 
@@ -167,6 +167,13 @@ def in_main_memory(tensors):
             simulation.meter.forget(tensor)
 
 
+def split(network, blocks, dtype):
+    """Count this process's part of a network's weights, and of what is gathered in `dtype` (None: as it is) the
+    largest of `blocks` twice: one is computed with while the next one comes."""
+    for simulation in _active:
+        simulation.split(network, blocks, dtype)
+
+
 class _Simulation:
     def __init__(self, args, accelerator, frame, processes, like_gpu, fake, report, updates):
         self.args, self.accelerator, self.frame, self.fake = args, accelerator, frame, fake
@@ -176,8 +183,12 @@ class _Simulation:
         self.updates, self.num_updates, self.num_micro_batches = updates, 0, 0
         self.owners, self.counts = {}, {True: 0, False: 0}  # {serial: what it is}; parameters, by whether they train
         self.moments_of, self.in_backward = {}, False
-        self.report, self.progress = report, None
+        self.report, self.progress, self.splits = report, None, []
         self.max_train_steps, self.accumulation = args.max_train_steps, args.gradient_accumulation_steps
+
+    @property
+    def is_split(self):
+        return getattr(self.accelerator, "sharding", None) is not None
 
     # ----- what is changed for as long as it lasts
 
@@ -243,12 +254,12 @@ class _Simulation:
 
     def _prepare(self, network, optimizer):
         """accelerate's, without processes; what several take is laid out by their rules."""
-        accelerator, zero = self.accelerator, getattr(self.accelerator, "zero_config", None)
+        accelerator = self.accelerator
         network = accelerator.prepare_model(network, evaluation_mode=True)
         network.train()
         parameters = [p for p in network.parameters() if p.requires_grad]
-        if zero is not None:
-            self._divide(parameters, zero["zero_optimization"])
+        if self.is_split:
+            self._divide(parameters)
         elif self.processes > 1:
             self._share_buckets(parameters)
         return network, accelerator.prepare_optimizer(optimizer)
@@ -264,15 +275,24 @@ class _Simulation:
             start += parameter.numel()
             parameter.register_post_accumulate_grad_hook(functools.partial(_put, view))
 
-    def _divide(self, parameters, zero):
-        """DeepSpeed's ZeRO-2: a part of gradients, of two states and of the weights, and what gradients pass through;
-        none of them is kept whole."""
+    def _divide(self, parameters):
+        """FSDP2: a part of gradients and of two states; no gradient is kept whole."""
         part = math.ceil(sum(p.numel() for p in parameters) / self.processes)
-        buckets = [int(zero["reduce_bucket_size"])] * (2 if zero.get("overlap_comm") else 1)
-        self.buckets = [torch.empty(size, device=parameters[0].device) for size in [part] * 4 + buckets]
-        self._own(self.buckets, "ZeRO-2's part of gradients, states and weights, and buckets")
+        self.buckets = [torch.empty(part, device=parameters[0].device) for _ in range(3)]
+        self._own(self.buckets, "FSDP2's part of gradients and states")
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(functools.partial(_put, None))
+
+    def split(self, network, blocks, dtype):
+        parts = [torch.empty(-(-p.numel() // self.processes), dtype=p.dtype) for p in network.parameters()]
+        if dtype is not None:  # what is computed with: no other copy is made
+            torch.nn.Module.to(network, dtype)
+        largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()), default=network)
+        gathered = [torch.empty_like(p) for p in largest.parameters() for _ in range(2)]
+        in_main_memory(network.parameters())  # not whole anywhere
+        self._own(parts, f"FSDP2's part of the weights of a {type(network).__name__}")
+        self._own(gathered, f"FSDP2's gathered blocks of a {type(network).__name__}")
+        self.splits.append((parts, gathered))
 
     def _own(self, tensors, name):
         for tensor in tensors:
@@ -337,8 +357,8 @@ class _Simulation:
 
     def _make_states(self):
         """The optimizers' states as a first update leaves them, and the gradients as a first micro-batch does, but for
-        those that ZeRO has divided."""
-        if getattr(self.accelerator, "zero_config", None) is not None:
+        those that FSDP2 has divided."""
+        if self.is_split:
             return
         for optimizer in self._optimizers():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from common.errors import UserError
-from common.run.zero import ZeroOptimizer
+from common.networks.sharded import is_split, part
 
 import torch
 from accelerate.utils import gather_object
@@ -24,8 +24,14 @@ REPAIR = (
 
 
 def total_norm(parameters):
-    """The norm of all gradients, a scalar tensor."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """The norm of all gradients, a scalar tensor, the same on all processes where they are split."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([part(gradient) for gradient in gradients])
+    if any(is_split(gradient) for gradient in gradients):
+        squares = norm.square()
+        torch.distributed.all_reduce(squares)
+        norm = squares.sqrt()
+    return norm
 
 
 def step_if(finite, optimizer):
@@ -51,11 +57,17 @@ def networks_of(pipeline):
 
 
 def broken_weights(networks):
-    """The first tensor of {name: module} that holds NaN or infinity, in words, or None. Waits for the device."""
+    """The first tensor of {name: module} that holds NaN or infinity, in words, or None. Waits for the device; called
+    by every process where weights are split."""
     for name, network in networks.items():
         for key, tensor in network.state_dict().items():
-            if tensor.dtype in FLOATS and not tensor.is_meta and not tensor.isfinite().all():
-                count, dtype = (~tensor.isfinite()).sum().item(), str(tensor.dtype).removeprefix("torch.")
+            if tensor.dtype not in FLOATS or tensor.is_meta:
+                continue
+            count = (~part(tensor).isfinite()).sum()
+            if is_split(tensor):
+                torch.distributed.all_reduce(count)
+            if count:
+                dtype = str(tensor.dtype).removeprefix("torch.")
                 return f"{name} holds NaN or infinity in {key}, {count} of {tensor.numel()} values ({dtype})"
     return None
 
@@ -93,10 +105,7 @@ class UpdateGuard:
         self.losses_finite = loss.detach().isfinite() & self.losses_finite
         if not self.accelerator.sync_gradients:
             return None
-        if isinstance(optimizer, ZeroOptimizer):
-            counts_as_finite = finite = optimizer.clip_and_step()
-        else:
-            finite, counts_as_finite = self._clip_and_step(optimizer, list(parameters), max_grad_norm)
+        finite, counts_as_finite = self._clip_and_step(optimizer, list(parameters), max_grad_norm)
         self.pending.append((self.keys, counts_as_finite))
         self.keys, self.losses_finite = [], True
         return finite

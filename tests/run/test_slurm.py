@@ -125,10 +125,10 @@ def test_a_signal_to_the_job_stops_the_run_and_requeues_it(tmp_path, job, name, 
 
 
 def test_an_engine_takes_the_place_of_multi_gpu_which_would_undo_it(tmp_path, job):
-    job("multi_node.sbatch", "ends", ENGINE="--config_file docs/zero2.yaml").communicate(timeout=60)
+    job("multi_node.sbatch", "ends", ENGINE="--config_file docs/fsdp2.yaml").communicate(timeout=60)
     commands = (tmp_path / "commands").read_text().splitlines()
     assert sorted(c.split(" --num_machines")[0] for c in commands) == [
-        f"{n} launch --config_file docs/zero2.yaml" for n in range(2)
+        f"{n} launch --config_file docs/fsdp2.yaml" for n in range(2)
     ]
 
 

@@ -1,0 +1,134 @@
+"""What two processes hold, exchange and write of split weights: the body of a test in tests/run/test_sharding.py."""
+
+import os
+from pathlib import Path
+
+from common import ema
+from common.networks import sharded
+from common.run import sharding, updates
+
+import pytest
+import torch
+from accelerate import PartialState
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+
+RANK = int(os.environ.get("RANK", "0"))
+SIZE = {"sample_size": 8, "block_out_channels": (4, 10), "norm_num_groups": 2, "layers_per_block": 1}
+SIZE |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return UNet2DModel(**SIZE)
+
+
+def output(net):
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return net(images[2 * RANK : 2 * RANK + 2] if torch.distributed.is_initialized() else images, 3).sample
+
+
+def gathered(net):
+    return {name: sharded.whole(tensor) for name, tensor in net.state_dict().items()}
+
+
+def differ(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def expected(folder):
+    """One process: the network after two updates, the second one clipped, its average, and its optimizer's states."""
+    net, average = network(1), network(1)
+    # eps: the gradient of a bias of keys is nothing but rounding
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, eps=1e-3)
+    norms = []
+    for step in range(2):
+        output(net).square().mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 1e9 if step == 0 else 0.1).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.ema_update(average.parameters(), net.parameters(), 0.0 if step == 0 else 0.75)
+    torch.save([net.state_dict(), average.state_dict(), optimizer.state_dict(), norms], folder / "one.pt")
+    net.save_pretrained(folder / "one", max_shard_size=20_000)
+
+
+def body(folder):
+    folder, state = Path(folder), PartialState(cpu=True)
+    one, one_average, one_states, norms = torch.load(folder / "one.pt")
+    accelerator = sharding.ShardingAccelerator({"reshard_after_forward": True}, cpu=True)
+    net, average = network(1), network(1).requires_grad_(False)
+    sharding.shard(accelerator, [net, average])
+    weights = list(net.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=0.01, eps=1e-3, fused=True)
+    prepared, prepared_optimizer = accelerator.prepare(net, optimizer)
+
+    # Both hold halves, and go by their own class's name.
+    held = sum(sharded.part(p).numel() for p in weights)
+    assert 0.4 < held / sum(p.numel() for p in weights) < 0.6 and all(map(sharded.is_split, weights))
+    assert type(net).__name__ == "UNet2DModel" and type(net).__module__ == UNet2DModel.__module__
+
+    # A gradient of one process that is not finite: nobody updates.
+    guard = updates.UpdateGuard(accelerator, folder, limit=9)
+    before = gathered(net)
+    accelerator.backward(output(prepared).square().mean() * (float("nan") if RANK == 1 else 1.0))
+    finite = guard.step(prepared_optimizer, net.parameters(), 1.0, torch.tensor(1.0), ["a"])
+    assert not finite and differ(gathered(net), before) == 0
+    optimizer.zero_grad()
+
+    # Updates, norm, clipping and average are those of one process.
+    for step in range(2):
+        accelerator.backward(output(prepared).square().mean())
+        norm = updates.total_norm(net.parameters())
+        assert norm.item() == pytest.approx(norms[step], rel=1e-5)
+        finite = guard.step(prepared_optimizer, net.parameters(), 1e9 if step == 0 else 0.1, torch.tensor(1.0), ["a"])
+        assert finite
+        optimizer.zero_grad()
+        ema.ema_update(average.parameters(), net.parameters(), 0.0 if step == 0 else 0.75, finite)
+    assert differ(gathered(net), one) < 1e-5 and differ(gathered(average), one_average) < 1e-5
+    assert guard.count() == 1
+
+    # Inside, the forward is the average's; after it, the network's own again.
+    with torch.no_grad():
+        own, averaged = output(net), output(average)
+        with ema.exchanged(net.parameters(), average.parameters()):
+            assert (output(net) - averaged).abs().max() < 1e-6 < (output(net) - own).abs().max()
+        assert torch.equal(output(net), own)
+
+    # Files are those of whole weights, and are read by halves.
+    accelerator.save_state(folder / "two")
+    accelerator.wait_for_everyone()
+    written = load_file(folder / "two" / "model.safetensors")
+    assert differ(written, gathered(net)) == 0
+    states = torch.load(folder / "two" / "optimizer.bin", weights_only=True)
+    assert states["param_groups"][0].keys() == one_states["param_groups"][0].keys()
+    for index, state_of_one in one_states["state"].items():
+        assert differ(states["state"][index], state_of_one) < 1e-5
+    saved = gathered(net), states["state"]
+    with torch.no_grad():
+        for p in weights:
+            p.mul_(2)
+            for value in optimizer.state[p].values():
+                value.mul_(2)
+    accelerator.wait_for_everyone()
+    accelerator.load_state(folder / "two")
+    assert differ(gathered(net), saved[0]) == 0
+    for index, p in enumerate(weights):
+        assert differ({name: sharded.whole(v) for name, v in optimizer.state[p].items()}, saved[1][index]) == 0
+    for key, kind in (("conv_in.bias", "another shape"), ("else.bias", "other tensors, like")):
+        path = folder / f"bad-{RANK}.safetensors"
+        sharded._is_main, is_main = lambda: True, sharded._is_main
+        sharded.write_tensors(path, written | {key: torch.zeros(9)})
+        sharded._is_main = is_main
+        with pytest.raises(ValueError, match=kind):
+            sharded.read_tensors(path, net.state_dict())
+
+    # An export in several files is the one that diffusers writes.
+    sharded.write_network(folder / "export", net, max_shard_size=20_000)
+    accelerator.wait_for_everyone()
+    assert len(list((folder / "export").glob("*.safetensors"))) > 1
+    loaded = UNet2DModel.from_pretrained(folder / "export")
+    assert differ(loaded.state_dict(), saved[0]) == 0
+    if state.is_main_process:
+        assert (folder / "export" / "config.json").read_text() == (folder / "one" / "config.json").read_text()
+    accelerator.end_training()
