@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 from common import flags
-from common.direct import embeddings, pairing, pairs, pipelines, probes, sources
+from common.direct import embeddings, pairing, pairs, pipelines, probes, sources, stepwise
 from common.direct.student import (
     check_noise,
     check_overrides,
@@ -74,13 +74,20 @@ def parse_args(argv=None):
     add("--num_held_out", type=flags.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
     with_data("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
     flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
-    add = parser.add_argument_group("method").add_argument
+    group = parser.add_argument_group("method")
+    add, free = group.add_argument, group.add_free
     add("--num_inference_steps", type=flags.positive_int, help="of the student; default: 4, or the table's")
     add("--student_scheduler", help="class of diffusers; default: the one that made the pairs")
     add("--student_scheduler_kwargs", help="JSON object of changes to its configuration")
     add("--student_kwargs", help="JSON object of arguments of the student's call, over what is found out")
     add("--loss_type", choices=LOSS_TYPES, default="huber", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=flags.positive_float, default=0.1, help="in standard deviations of the latents")
+    free(
+        "--backward",
+        choices=("whole", "stepwise"),
+        default="whole",
+        help="stepwise keeps the activations of one step, not of all, and computes each once more",
+    )
     add("--ema_decay", type=flags.beta, default=0.0, help="of the weights that are measured and saved; 0: no EMA")
     add("--lora_rank", type=flags.non_negative_int, default=64, help="0 trains all weights of the denoiser")
     add("--lora_alpha", type=flags.positive_float, help="adapters are scaled by alpha / rank; default: the rank")
@@ -251,7 +258,8 @@ def main(args):
                 accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
             share = functools.partial(samples.share, accelerator)
             untrained = measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
-        unused = freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size])
+        is_stepwise = args.backward == "stepwise"
+        unused = freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size], is_stepwise)
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
     sampled = torch.cat([data.latents([i]).float().flatten() for i in list(train_indices)[:256]])
@@ -292,14 +300,17 @@ def main(args):
             # 7.2 Target: what the teacher made of these prompts and seeds in many steps.
             target = data.latents(indices).to(device, torch.float32, non_blocking=True)  # (B, ...)
 
-            # 7.3 Student: the pipeline's call from the same noise in K steps, with gradients through all of them.
-            model_pred = roll_out(rollout, data, indices)  # (B, ...)
+            # 7.3 Student: the pipeline's call from the same noise in K steps, with gradients through all of them; or,
+            #     stepwise, with a graph of the scheduler's arithmetic alone, and the denoiser's calls noted.
+            with stepwise.recording(rollout, is_stepwise) as calls:
+                model_pred = roll_out(rollout, data, indices)  # (B, ...)
 
             # 7.4 Loss, in units of the latents' standard deviation.
             loss = distance(model_pred / latent_std, target / latent_std, args.loss_type, args.huber_c)
 
-            # 7.5 Backward, update.
-            accelerator.backward(loss)
+            # 7.5 Backward, stepwise to the result of each call; each is computed again and taken back. Update.
+            accelerator.backward(loss, retain_graph=bool(calls))
+            stepwise.take_back(rollout, calls)
             finite = run.update(optimizer, weights, loss, [str(i) for i in indices])
             optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
         run.means.add({"loss": loss})

@@ -194,8 +194,10 @@ class Rollout(torch.nn.Module):
             layer.lora_dropout.train(mode)
         return self
 
-    def forward(self, prompts, seeds, **kwargs):
-        return call(self.pipeline, prompts, seeds, **self.kwargs | kwargs)
+    def forward(self, prompts=None, seeds=None, again=None, **kwargs):
+        """The latents of prompts and seeds; or what `again`, a `stepwise.Call` of a denoiser, gives: whatever wraps
+        this module goes round that too."""
+        return again() if again else call(self.pipeline, prompts, seeds, **self.kwargs | kwargs)
 
 
 class _Answer:

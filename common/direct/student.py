@@ -2,7 +2,7 @@
 
 import functools
 
-from common.direct import pixels
+from common.direct import pixels, stepwise
 from common.direct.pipelines import SCHEDULE_ARGUMENTS, decode, public_kwargs, to_pixels, weights_sample
 from common.direct.probes import (
     check_draws,
@@ -200,11 +200,14 @@ def roll_out(rollout, data, indices, shift=0, **kwargs):
     return rollout(prompts, seeds, **data.call_kwargs(indices) | kwargs).float()
 
 
-def freeze_unused(rollout, data, indices):
+def freeze_unused(rollout, data, indices, is_stepwise=False):
     """Freeze parameters that the backward pass of one batch does not reach, and return their names: DDP waits for
-    every parameter that is not frozen. UserError when no gradient reaches any.
+    every parameter that is not frozen. is_stepwise: see `stepwise`. UserError when no gradient reaches any.
     """
-    roll_out(rollout, data, indices).square().mean().backward()
+    with stepwise.recording(rollout, is_stepwise) as calls:
+        latents = roll_out(rollout, data, indices)
+    latents.square().mean().backward(retain_graph=is_stepwise)
+    stepwise.take_back(rollout, calls)
     trained = {name: p for name, p in rollout.named_parameters() if p.requires_grad}
     unused = [name for name, p in trained.items() if p.grad is None]
     norms = [p.grad.float().norm() for p in trained.values() if p.grad is not None]
