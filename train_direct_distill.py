@@ -35,7 +35,7 @@ from common.direct.student import (
 from common.ema import ema_update, exchanged
 from common.errors import UserError
 from common.losses import LOSS_TYPES, distance
-from common.networks import lora, performance
+from common.networks import fusing, lora, performance
 from common.results import export, samples
 from common.run import engine, sharding, simulation
 from common.run.training_run import TrainingRun, user_errors
@@ -54,6 +54,7 @@ def parse_args(argv=None):
         help="folder or hub name of any text-to-image or -video pipeline",
     )
     flags.add_hub_arguments(add, "the teacher")
+    flags.add_teacher_lora(add)
     group = parser.add_argument_group("data")
     add, free, with_data = group.add_argument, group.add_free, group.add_with_data
     add(
@@ -82,24 +83,21 @@ def parse_args(argv=None):
     add("--student_kwargs", help="JSON object of arguments of the student's call, over what is found out")
     add("--loss_type", choices=LOSS_TYPES, default="huber", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=flags.positive_float, default=0.1, help="in standard deviations of the latents")
-    free(
-        "--backward",
-        choices=("whole", "stepwise"),
-        default="whole",
-        help="stepwise keeps the activations of one step, not of all, and computes each once more",
-    )
+    free("--backward", choices=("whole", "stepwise"), default="whole", help="stepwise: one step's activations")
     add("--ema_decay", type=flags.beta, default=0.0, help="of the weights that are measured and saved; 0: no EMA")
     add("--lora_rank", type=flags.non_negative_int, default=64, help="0 trains all weights of the denoiser")
     add("--lora_alpha", type=flags.positive_float, help="adapters are scaled by alpha / rank; default: the rank")
     add("--lora_dropout", type=flags.beta, default=0.0)
     add("--lora_target_modules", help="comma list; default: every linear layer and convolution of the blocks")
+    add("--init_lora", type=flags.path, help="start from this LoRA of the same rank, alpha and modules")
     parser.set_defaults(train_batch_size=4, gradient_accumulation_steps=8, learning_rate=None)
     parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=50)
     args = parser.parse_args(argv)
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 1e-5
-    if not args.lora_rank and (args.lora_alpha or args.lora_dropout or args.lora_target_modules):
-        parser.error("--lora_rank=0 trains all weights; drop --lora_alpha, --lora_dropout and --lora_target_modules")
+    if not args.lora_rank:
+        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "init_lora")
+        parser.refuse_idle(names, "--lora_rank=0 trains all weights; drop it")
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank or 1)
     if bool(args.pairs_dir) == bool(args.dataset_metadata_path):
@@ -121,23 +119,14 @@ def parse_args(argv=None):
 
 def read_data(args):
     """The pairs, or what they are to be made of; fills in --num_inference_steps and --num_held_out."""
-    if args.pairs_dir:
-        data = sources.open_pairs(args.pairs_dir)
-        if len(set(data.sizes)) > 1 and args.train_batch_size > 1:
-            raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
-    else:
-        data = sources.PairImages(
-            args.dataset_metadata_path,
-            args.dataset_base_path,
-            height=args.height,
-            width=args.width,
-            max_pixels=args.max_pixels,
-        )
+    size = {"height": args.height, "width": args.width, "max_pixels": args.max_pixels}
+    table = args.dataset_metadata_path, args.dataset_base_path
+    data = sources.open_pairs(args.pairs_dir) if args.pairs_dir else sources.PairImages(table[0], table[1], **size)
+    if args.pairs_dir and len(set(data.sizes)) > 1 and args.train_batch_size > 1:
+        raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
     steps = set(data.steps)
     if args.num_inference_steps and steps - {args.num_inference_steps}:
-        raise UserError(
-            f"--num_inference_steps={args.num_inference_steps}: the table says {steps.pop()}; drop the flag"
-        )
+        raise UserError(f"--num_inference_steps={args.num_inference_steps}: the table says {steps.pop()}; drop it")
     args.num_inference_steps = args.num_inference_steps or (steps.pop() if steps else 4)
     if args.num_held_out is None:
         args.num_held_out = min(64, len(data) // 10)
@@ -166,14 +155,16 @@ def main(args):
     is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
-    config = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
+    own = {"variant": args.variant, "teacher_lora": args.teacher_lora}
+    config = pipelines.read_pipeline_config(args.pretrained_teacher_model, **own, **place)
     for note in config["notes"]:
         accelerator.print(note)
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
     performance.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     if args.lora_rank:
-        for network_class, values in config["denoisers"].values():
-            lora.check_lora(values, args.lora_rank, args.lora_alpha, target_names, network_class=network_class)
+        for part, (network_class, values) in config["denoisers"].items():
+            options = {"init_lora": args.init_lora, "network_class": network_class, "part": part}
+            lora.check_lora(values, args.lora_rank, args.lora_alpha, target_names, **options)
     run = TrainingRun(args, accelerator)
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
 
@@ -182,7 +173,7 @@ def main(args):
     sources.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
     pairs_config, fingerprint = data.config, pairs.fingerprint(data)  # None where they are made below, of images
     check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
-    scheduler_class, scheduler_config = check_pairs(config, pairs_config, args.pairs_dir)
+    scheduler_class, scheduler_config = check_pairs(config, pairs_config, args.pairs_dir, args.teacher_lora)
     if args.student_scheduler:
         scheduler_class = probes.scheduler_class("--student_scheduler", args.student_scheduler)
     scheduler, notes = probes.student_scheduler(
@@ -203,7 +194,7 @@ def main(args):
     # 3. The teacher's pipeline with the student's scheduler, and what its call does; every change is reported.
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, variant=args.variant, **place)
+    load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, **own, **place)
     if not args.dry_run:
         sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
@@ -225,6 +216,7 @@ def main(args):
         accelerator.print(note)
     if not args.dry_run:  # which encodes no image, but simulates it
         teacher = {"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": str(weight_dtype)[6:]}
+        teacher["teacher_lora"] = fusing.identity(args.teacher_lora)
         with accelerator.autocast():
             data = sources.pairs_of(
                 data,
@@ -242,7 +234,8 @@ def main(args):
     # 4. Student: adapters or all weights of the denoisers, owned by one module. What gets no gradient is frozen. The
     #    checks of the pairs run on the untrained student, whose results the samples show beside the trained one's.
     if args.lora_rank:
-        pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, args.lora_dropout, target_names)
+        options = {"dropout": args.lora_dropout, "names": target_names, "init_lora": args.init_lora}
+        pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, **options)
     else:
         for module in pipelines.denoisers(pipeline).values():
             module.requires_grad_(True)
@@ -357,6 +350,7 @@ def main(args):
 def write_card(args, pipeline, data, kwargs, files, run, result):
     model, scheduler = export.model_code(args.output_dir, args.hub_model_id), type(pipeline.scheduler).__name__
     teacher = {"name": args.pretrained_teacher_model, "revision": args.revision, "variant": args.variant}
+    teacher["lora"] = args.teacher_lora
     size = data.call_kwargs([0]) if len(set(data.sizes)) == 1 else {}
     teacher = teacher if args.lora_rank else None
     snippet = pipelines.student_code(pipeline, model, data.prompts[0], kwargs | size, files, teacher)

@@ -181,11 +181,17 @@ def add_checkpoint_arguments(add):
     add_hub_arguments(add, "everything without a revision flag of its own")
 
 
+def add_teacher_lora(add):
+    """LoRAs that are a part of the teacher, for `networks.fusing`."""
+    add("--teacher_lora", type=path, help="LoRA files that are part of the teacher: PATH or PATH:SCALE, with commas")
+
+
 def add_teacher_arguments(parser):
     add = parser.add_argument_group("teacher").add_argument
     add_checkpoint_arguments(add)
     add("--vae_encode_batch_size", type=positive_int, help="images that the VAE encodes at once; SD: 32, SDXL: 2")
     add("--use_fix_crop_and_size", action="store_true", help="SDXL: say of every sample that it was never cropped")
+    add_teacher_lora(add)
     yes_no = argparse.BooleanOptionalAction
     add("--cast_teacher_unet", action=yes_no, default=True, help="run the teacher in the dtype of --mixed_precision")
 
@@ -346,7 +352,8 @@ def check_training_arguments(parser, args):
 
 def teacher_options(args):
     """Which files of the teacher are loaded."""
-    return {"variant": args.variant, "cache_dir": args.cache_dir, "revision": args.teacher_revision or args.revision}
+    place = {"variant": args.variant, "cache_dir": args.cache_dir, "revision": args.teacher_revision or args.revision}
+    return place | {"lora": getattr(args, "teacher_lora", None)}
 
 
 def resolve_teacher_defaults(args, config, method_defaults=None):

@@ -6,13 +6,14 @@ Left out: pipelines that start from an image (`tasks.py`), and guidance that is 
 argument.
 """
 
+import functools
 import inspect
 import json
 from pathlib import Path
 
 from common.direct import tasks
 from common.errors import UserError, blame, line_of
-from common.networks import lora, sharded, teachers
+from common.networks import fusing, lora, sharded, teachers
 from common.networks.weights import check_name, check_parts, check_pipeline
 from common.results import export
 
@@ -28,13 +29,14 @@ DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call: teacher and student differ in them
 
 
-def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
+def read_pipeline_config(name, revision=None, cache_dir=None, variant=None, teacher_lora=None):
     """What a pipeline consists of, without its weights: {"class", "denoisers": {name: (class, configuration)},
     "scheduler": (class, configuration), "notes": [sentences]}. The class is that which makes images of text alone,
     where another one has saved the same parts.
 
-    name: a folder or hub repository in diffusers layout. Raises UserError when it is missing or partial, when its
-    weights are damaged or pickles, when diffusers has no such pipeline, or when its call cannot be distilled.
+    name: a folder or hub repository in diffusers layout. teacher_lora: see `fusing`. Raises UserError when it is
+    missing or partial, when its weights are damaged or pickles, when diffusers has no such pipeline, when its call
+    cannot be distilled, or when a LoRA is another model's.
     """
     flag = f"`pretrained_teacher_model`={name}"
     options = {"revision": revision, "cache_dir": cache_dir}
@@ -68,17 +70,20 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None):
     check_parts(flag, name, index, teachers.NOT_TRAINED)
     check_pipeline(flag, name, index, variant, **options, skip=teachers.NOT_TRAINED)
     used = sibling or pipeline_class
+    fusing.check(teacher_lora, used, configs)
     change = f"{flag}: a {pipeline_class.__name__} saved it, a {used.__name__} samples it here, from text alone"
     notes = [change] if sibling else []
     return {"class": used, "denoisers": configs, "scheduler": scheduler, "notes": notes}
 
 
-def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_dir=None, **replaced):
+def load_pipeline(
+    name, dtype=torch.float32, revision=None, variant=None, cache_dir=None, teacher_lora=None, **replaced
+):
     """The pipeline on the CPU in `dtype`, every weight frozen and in eval mode, without safety checkers.
 
     name: folder or hub repository in diffusers layout. dtype: of all, or {part or "default": dtype}; what a network
-    keeps in float32 stays there, so it is moved to its device by `.to(device)` alone. replaced: parts that are there
-    already and are not loaded.
+    keeps in float32 stays there, so it is moved to its device by `.to(device)` alone. teacher_lora: fused into it.
+    replaced: parts that are there already and are not loaded.
     """
     index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
     skipped = {part: None for part in teachers.NOT_TRAINED if part in index}
@@ -87,12 +92,13 @@ def load_pipeline(name, dtype=torch.float32, revision=None, variant=None, cache_
     parts = [part for part, value in index.items() if isinstance(value, list)]
     loader = tasks.text_class(getattr(diffusers, index["_class_name"]), parts) or DiffusionPipeline
     try:
-        pipeline = teachers.load_checked(flag, name, index, loader, **options, **skipped | replaced)
+        load = functools.partial(teachers.load_checked, flag, name, index, loader, **options)
+        pipeline = teachers.with_lora(lambda parts: load(**skipped | parts), teacher_lora, replaced)
     except (*teachers.LOAD_ERRORS, ImportError) as error:
         raise UserError(f"{flag} cannot be loaded: {line_of(error)}") from None
     for network in denoisers(pipeline).values():
         keep_float32(network)
-    return teachers.frozen(pipeline)
+    return pipeline
 
 
 def keep_float32(network):
@@ -242,10 +248,10 @@ def to_pixels(images):
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def add_lora(pipeline, rank, alpha, dropout=0.0, names=None):
-    """Attach adapters to every denoiser, in place; names: see `lora.target_paths`."""
-    for module in denoisers(pipeline).values():
-        lora.add_lora(module, rank, alpha, dropout, lora.target_paths(module, names))
+def add_lora(pipeline, rank, alpha, dropout=0.0, names=None, init_lora=None):
+    """Attach adapters to every denoiser, in place; names: see `lora.target_paths`, init_lora: `lora.add_lora`."""
+    for part, module in denoisers(pipeline).items():
+        lora.add_lora(module, rank, alpha, dropout, lora.target_paths(module, names), init_lora, part)
 
 
 def lora_files(pipeline_class, names):
@@ -307,9 +313,10 @@ def student_code(pipeline, model, prompt, kwargs, files=(), teacher=None):
     """Python that makes images of a prompt with a student, for its card.
 
     model: where it is, as from `export.model_code`; kwargs: of the call. A LoRA needs teacher too, the arguments of
-    `export.load_code` that name it, and files, what `save_lora` has written.
+    `export.load_code` that name it with its own "lora", and files, what `save_lora` has written.
     """
-    loader, scheduler, parts = type(pipeline).__name__, type(pipeline.scheduler).__name__, {}
+    loader, scheduler, parts, fused = type(pipeline).__name__, type(pipeline.scheduler).__name__, {}, []
+    teacher = dict(teacher or {})
     if teacher:  # of merged denoisers, each in its folder
         parts = {name: type(part).__name__ for name, part in denoisers(pipeline).items() if name in files}
     names = {loader, *([scheduler] if teacher else []), *parts.values()}
@@ -319,8 +326,9 @@ def student_code(pipeline, model, prompt, kwargs, files=(), teacher=None):
     more = "".join(f", {name}={name}" for name in parts) + ", dtype=torch.bfloat16"
     load = f"{loader}.from_pretrained({model}{more})"
     if teacher:
+        fused = fusing.code(teacher.pop("lora", None))
         load = export.load_code(loader, more=more, **teacher)
-    lines.append(f'pipe = {load}.to("cuda")')
+    lines += [f'pipe = {load}.to("cuda")', *fused]
     if teacher:
         lines.append(f'pipe.scheduler = {scheduler}.from_pretrained({model}, subfolder="scheduler")')
     for file, _, extra in (lora_files(type(pipeline), denoisers(pipeline)) or {}).values():

@@ -16,6 +16,7 @@ from common.direct.probes import (
 )
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError
+from common.networks import fusing
 from common.results import samples
 
 import numpy as np
@@ -82,10 +83,11 @@ def sample_and_measure(accelerator, student, data, measured, shown, untrained, b
     return images, relative_mse
 
 
-def check_pairs(config, pairs_config, folder):
+def check_pairs(config, pairs_config, folder, teacher_lora=None):
     """The scheduler that made the pairs, (class, configuration), the teacher's own without pairs_config.
 
-    config: the teacher's, as from `read_pipeline_config`. UserError when the pairs are of another pipeline.
+    config: the teacher's, as from `read_pipeline_config`. UserError when the pairs are of another pipeline, or of one
+    with another `teacher_lora`.
     """
     if pairs_config is None:
         return config["scheduler"]
@@ -95,6 +97,8 @@ def check_pairs(config, pairs_config, folder):
             f"`pairs_dir`={folder}: a {made_by} made these pairs, `pretrained_teacher_model` is a "
             f"{config['class'].__name__}; name the teacher that made them"
         )
+    if pairs_config.get("teacher_lora", []) != fusing.identity(teacher_lora):
+        raise UserError(f"`pairs_dir`={folder}: made with another `teacher_lora`, or with none; pass the same one")
     recorded = pairs_config["scheduler"]
     return scheduler_class("`pairs_dir`: its scheduler", recorded["class"]), recorded["config"]
 

@@ -2,7 +2,7 @@
 
 The base is frozen in any dtype, the adapters are float32 and the only thing that trains. One network is both student
 (adapters on) and teacher (`adapters_off`). Left out: LoRA on text encoders, DoRA, several adapters at once. Files for
-other programs and `init_lora` are a U-Net's alone.
+other programs are a U-Net's alone.
 """
 
 import contextlib
@@ -76,7 +76,7 @@ def target_paths(network, names=None):
     return sorted(set().union(*selected.values()))
 
 
-def check_lora(config, rank, alpha, target_modules, init_lora=None, network_class=UNet2DConditionModel):
+def check_lora(config, rank, alpha, target_modules, init_lora=None, network_class=UNet2DConditionModel, part="unet"):
     """UserError for modules that the denoiser does not have, for a rank above what any of them can have, which adds
     memory alone, and unless the LoRA of `init_lora` can be the start; needs no weights of the denoiser."""
     with torch.device("meta"):
@@ -89,10 +89,11 @@ def check_lora(config, rank, alpha, target_modules, init_lora=None, network_clas
             f"learnt; pass at most {most}"
         )
     if init_lora is not None:
-        add_lora(network, rank, alpha, 0.0, target_modules, init_lora)
+        names = target_modules if target_modules is not None else target_paths(network)
+        add_lora(network, rank, alpha, 0.0, names, init_lora, part)
 
 
-def add_lora(network, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, init_lora=None):
+def add_lora(network, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, init_lora=None, part="unet"):
     """Freeze a denoiser and attach float32 adapters to it, in place; they add alpha / rank * B A x to each module.
 
     B starts at zero, so that student and teacher agree at step 0. target_modules: as in PEFT. init_lora: a folder with
@@ -109,12 +110,12 @@ def add_lora(network, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, i
         parameter.data = parameter.data.float()
     network._lora_layers = list(lora_layers(network).values())  # for adapters_off, which runs at every step
     if init_lora is not None:
-        start_from(network, init_lora, rank, alpha)
+        start_from(network, init_lora, rank, alpha, part)
 
 
-def start_from(unet, init_lora, rank, alpha):
-    """Copy an earlier LoRA into the adapters, as `add_lora` says."""
-    _copy_tensors(_read_lora(unet, init_lora, rank, alpha), adapter_tensors(unet))
+def start_from(network, init_lora, rank, alpha, part="unet"):
+    """Copy an earlier LoRA into the adapters, as `add_lora` says. part: what files call the network."""
+    _copy_tensors(_read_lora(network, init_lora, rank, alpha, part), adapter_tensors(network))
 
 
 def lora_layers(unet):
@@ -269,23 +270,38 @@ def _sgm_path(path, layers_per_block):
     return f"input_blocks.{number + 1}.{name}" if side == "down_blocks" else f"output_blocks.{number}.{name}"
 
 
-def _read_lora(unet, source, rank, alpha):
+def _files(folder, part):
+    """Where a LoRA of a network may lie in a folder: of diffusers (the second of two networks has a file of its own),
+    kohya, or PEFT."""
+    second = [WEIGHTS.replace(".", f"_{part}.", 1)] if part.endswith("_2") else []
+    names = second or [WEIGHTS, KOHYA_WEIGHTS]
+    return [Path(folder, name) for name in (*names, f"{part}_adapter/adapter_model.safetensors")]
+
+
+def _read_lora(network, source, rank, alpha, part):
     """Adapter tensors of a file, or of a folder's file, named as in `adapter_tensors`; UserError unless they fit."""
     flag = f"`init_lora`={source}"
-    files = [Path(source)] if Path(source).is_file() else [Path(source, name) for name in (WEIGHTS, KOHYA_WEIGHTS)]
+    files = [Path(source)] if Path(source).is_file() else _files(source, part)
     file = next((file for file in files if file.is_file()), None)
     check_name(flag, source)
     if file is None:
-        raise UserError(f"{flag}: neither a LoRA file nor a folder with {WEIGHTS} or {KOHYA_WEIGHTS}")
+        names = " or ".join(file.name for file in files[:2])
+        raise UserError(f"{flag}: neither a LoRA file nor a folder with {names}")
     with blame(f"{flag}: {file.name} cannot be read", SafetensorError, ValueError):
         saved = load_file(file)
         with safe_open(file, "pt") as opened:
             header = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    targets, tensors, alphas = adapter_tensors(unet), {}, set()
-    spellings = [{path: kohya_key(path) for path in lora_layers(unet)}, kohya_keys(unet.config, lora_layers(unet))]
+    targets, tensors, alphas, called = adapter_tensors(network), {}, set(), part.removesuffix("_2")
+    spellings = [{path: kohya_key(path) for path in lora_layers(network)}]
+    if isinstance(network, UNet2DConditionModel):
+        spellings.append(kohya_keys(network.config, lora_layers(network)))
     for path, key in [pair for spelling in spellings for pair in spelling.items()]:
         for end, kohya_end in (("lora_A.weight", "lora_down.weight"), ("lora_B.weight", "lora_up.weight")):
-            for name in {f"unet.{path}.{end}", f"{key}.{kohya_end}"} & saved.keys():
+            for name in {
+                f"{called}.{path}.{end}",
+                f"base_model.model.{path}.{end}",
+                f"{key}.{kohya_end}",
+            } & saved.keys():
                 tensors[f"{path}.{end}"] = saved.pop(name)
         if f"{key}.alpha" in saved:
             alphas.add(saved.pop(f"{key}.alpha").item())
@@ -300,14 +316,18 @@ def _read_lora(unet, source, rank, alpha):
         raise UserError(
             f"{flag}: its rank is {', '.join(map(str, sorted(ranks)))}, not {rank}; pass it as `lora_rank`"
         )
-    alphas = alphas or {header.get("unet.lora_alpha", rank)}
+    config = file.with_name("adapter_config.json")
+    if file.parent.name == f"{part}_adapter" and config.is_file():
+        with blame(f"{flag}: {config.name} cannot be read", OSError, ValueError):
+            header = {f"{called}.lora_alpha": json.loads(config.read_text())["lora_alpha"]}
+    alphas = alphas or {header.get(f"{called}.lora_alpha", rank)}
     if any(abs(other - alpha) > 1e-6 * abs(alpha) for other in alphas):
         raise UserError(
             f"{flag}: its alpha is {', '.join(map(str, sorted(alphas)))}, not {alpha}; pass it as `lora_alpha`"
         )
     wrong = [name for name, tensor in tensors.items() if tensor.shape != targets[name].shape]
     if wrong:
-        raise UserError(f"{flag}: it belongs to another U-Net, {wrong[0]} has another shape")
+        raise UserError(f"{flag}: it belongs to another network, {wrong[0]} has another shape")
     return tensors
 
 

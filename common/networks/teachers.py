@@ -6,7 +6,7 @@ import types
 from pathlib import Path
 
 from common.errors import UserError, blame
-from common.networks import weights
+from common.networks import fusing, weights
 from common.networks.encoders import NUM_TIME_IDS, is_sdxl, vae_scale_factor
 from common.schedules import PREDICTION_TYPES
 
@@ -34,13 +34,20 @@ PLAIN = {False: StableDiffusionPipeline, True: StableDiffusionXLPipeline}  # tex
 DEFAULT_RESOLUTION = {False: 512, True: 1024}  # where the U-Net's sample_size does not say it
 
 
-def read_teacher_config(name, revision=None, variant=None, cache_dir=None):
+def read_teacher_config(name, revision=None, variant=None, cache_dir=None, lora=None):
     """The configurations of a teacher, without its weights: {"is_sdxl", "model_index", "unet", "vae", "scheduler",
     "text_encoder"}, and "text_encoder_2" of SDXL.
 
-    name: a folder or hub repository in diffusers layout, or one `.safetensors` file. Raises UserError when it is
-    missing, partial, not a text-to-image latent diffusion model, or cannot be distilled (see `check_schedule`).
+    name: a folder or hub repository in diffusers layout, or one `.safetensors` file. lora: `teacher_lora`, which is to
+    fit. Raises UserError when it is missing, partial, not a text-to-image latent diffusion model, or cannot be
+    distilled (see `check_schedule`).
     """
+    config = _read_teacher_config(name, revision, variant, cache_dir)
+    fusing.check(lora, PLAIN[config["is_sdxl"]], {"unet": (UNet2DConditionModel, config["unet"])})
+    return config
+
+
+def _read_teacher_config(name, revision, variant, cache_dir):
     flag = f"`pretrained_teacher_model`={name}"
     folder = Path(name)
     weights.check_name(flag, name)
@@ -256,17 +263,30 @@ def scheduler_like(scheduler_class, scheduler_config, **trained):
         return scheduler_class(**taken | {"trained_betas": trained_by.betas.tolist(), "rescale_betas_zero_snr": False})
 
 
-def load_teacher(name, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None, **replaced):
+def load_teacher(
+    name, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None, lora=None, **replaced
+):
     """The teacher as the plain text-to-image pipeline, whatever class it was saved by: every weight float32 on the
     CPU, frozen, in eval mode.
 
     name: folder, hub repository, or one `.safetensors` file. vae: folder or hub name of another VAE, or None.
-    replaced: parts that are there already and are not loaded (unet, scheduler). Weights are safetensors, and no code
-    of a repository is run. Raises UserError where something cannot be loaded.
+    lora: `teacher_lora`, fused into it. replaced: parts that are there already and are not loaded (unet, scheduler).
+    Weights are safetensors, and no code of a repository is run. Raises UserError where something cannot be loaded.
     """
     flag = f"`pretrained_teacher_model`={name}" + (f", `pretrained_vae_model_name_or_path`={vae}" if vae else "")
     with blame(f"{flag}: the weights cannot be loaded", *LOAD_ERRORS):
-        return _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced)
+        load = functools.partial(_load_teacher, name, revision, variant, cache_dir, vae, vae_revision)
+        return with_lora(load, lora, replaced)
+
+
+def with_lora(load, lora, replaced):
+    """The pipeline that `load` makes of the parts that replace its own, with the LoRAs of `teacher_lora` in what is
+    loaded: a network that replaces another is put in afterwards."""
+    later = {name: part for name, part in replaced.items() if lora and isinstance(part, torch.nn.Module)}
+    pipeline = load({name: part for name, part in replaced.items() if name not in later})
+    fusing.fuse(pipeline, lora)
+    pipeline.register_modules(**later)
+    return frozen(pipeline)
 
 
 def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replaced):
@@ -288,7 +308,7 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
         place = {"subfolder": vae_subfolder(vae), "revision": vae_revision} | options
         flag = f"`pretrained_vae_model_name_or_path`={vae}"
         pipeline.vae = load_network(flag, AutoencoderKL, vae, **place)
-    return frozen(pipeline)
+    return pipeline
 
 
 def load_checked(flag, name, index, cls=DiffusionPipeline, dtype=torch.float32, **options):

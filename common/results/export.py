@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from common.errors import UserError, first_line, line_of, mask_credentials
-from common.networks import teachers
+from common.networks import fusing, teachers
 from common.networks.sharded import write_network
 from common.results.samples import image_grid
 
@@ -115,7 +115,9 @@ def load_code(class_name, name, more="", **options):
     return f"{class_name}.{call}({quoted(str(Path(name).absolute()) if is_here else name)}{''.join(given)}{more})"
 
 
-def teacher_code(name, is_sdxl, classes, *, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None):
+def teacher_code(
+    name, is_sdxl, classes, *, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None, lora=None
+):
     """Python that loads the teacher as the plain pipeline `pipe`, as the run did, under imports of this and
     `classes` from diffusers.
 
@@ -129,7 +131,7 @@ def teacher_code(name, is_sdxl, classes, *, revision=None, variant=None, cache_d
         lines.append(f"vae = {load_code('AutoencoderKL', vae, more, **place)}")
         more = f", vae=vae{more}"
     call = load_code(plain, name, more, revision=revision, variant=variant)
-    return "\n".join([*lines, f'pipe = {call}.to("cuda")'])
+    return "\n".join([*lines, f'pipe = {call}.to("cuda")', *fusing.code(lora)])
 
 
 def stage_code(name, is_sdxl, *, model, stage, **teacher_options):

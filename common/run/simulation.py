@@ -21,7 +21,7 @@ import time
 from typing import NamedTuple
 
 from common.data import cached_latents
-from common.networks import lora, performance, weights
+from common.networks import fusing, lora, performance, weights
 from common.run import stand_ins
 from common.run.meter import FLOAT32_ON_GPUS, Meter, in_float32
 from common.run.preemption import Stopper
@@ -232,7 +232,12 @@ class _Simulation:
         replace(transformers.PreTrainedModel, "from_pretrained", classmethod(stand_ins.build_transformers))
         replace(diffusers.DiffusionPipeline, "download", classmethod(stand_ins.download))
         replace(diffusers.DiffusionPipeline, "from_pretrained", classmethod(stand_ins.configurations_only))
-        for module, name in ((weights, "check_pipeline"), (cached_latents, "check_encoder"), (lora, "start_from")):
+        for module, name in (
+            (weights, "check_pipeline"),
+            (cached_latents, "check_encoder"),
+            (lora, "start_from"),
+            (fusing, "fuse"),
+        ):
             replace(module, name, lambda *_, **__: None)  # the headers were checked before, values are not there
         replace(performance, "compile_blocks", lambda network: None)  # operations are counted as they are written
         for pipeline in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):

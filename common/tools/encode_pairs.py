@@ -14,6 +14,7 @@ from common import flags, lock
 from common.data import tables
 from common.direct import pairs, pipelines, probes, sources, student
 from common.errors import UserError, speaking_of
+from common.networks import fusing
 from common.run import training_run
 from common.tools.work import (
     DTYPES,
@@ -36,6 +37,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", type=flags.path, required=True, help="what made the images: folder or hub name")
     flags.add_hub_arguments(add, "the teacher")
+    flags.add_teacher_lora(add)
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("images and work").add_argument
@@ -56,7 +58,8 @@ def main(args):
     # 1. What is encoded and the teacher's configuration, before any weight is loaded.
     device = find_device(args.device)
     dtype, place = DTYPES[args.dtype], {"revision": args.revision, "cache_dir": args.cache_dir}
-    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
+    own = {"variant": args.variant, "teacher_lora": args.teacher_lora}
+    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, **own, **place)
     with speaking_of("IN", "pairs_dir"):
         source = read_source(args.dataset_metadata_path, args.dataset_base_path)
         sources.check_vae(source, args.pretrained_teacher_model, dtype, **place)
@@ -66,11 +69,10 @@ def main(args):
     lock.take(args.output_dir, (args.shard_index, args.num_shards))
 
     # 2. The teacher, what its call does, and the shards of this task that are not there yet.
-    place["variant"] = args.variant
     label, part = f"task {args.shard_index} of {args.num_shards}", (args.shard_index, args.num_shards)
     with speaking_of("IN, --pretrained_teacher_model", "pairs_dir"):
-        sources.check_encoder(source, args.pretrained_teacher_model, **place)
-        pipeline = pipelines.load_pipeline(args.pretrained_teacher_model, dtype, **place).to(device)
+        sources.check_encoder(source, args.pretrained_teacher_model, variant=args.variant, **place)
+        pipeline = pipelines.load_pipeline(args.pretrained_teacher_model, dtype, **own, **place).to(device)
         pipeline.scheduler, _ = probes.student_scheduler(*teacher["scheduler"])
         try:
             kwargs, _ = student.student_kwargs(pipeline, source, {}, *(source.steps or {4}), {})
@@ -83,7 +85,12 @@ def main(args):
             kwargs=kwargs,
             folder=args.output_dir,
             scheduler=teacher["scheduler"],
-            model={"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": args.dtype},
+            model={
+                "model": args.pretrained_teacher_model,
+                "revision": args.revision,
+                "dtype": args.dtype,
+                "teacher_lora": fusing.identity(args.teacher_lora),
+            },
             part=part,
             samples_per_shard=args.samples_per_shard,
             desc=label,

@@ -20,6 +20,7 @@ from common.data.folders import TEXT_KEYS
 from common.data.shards import SampleError, expand_shards, tar_samples
 from common.direct import pairs, pipelines, pixels, probes, tasks
 from common.errors import UserError, speaking_of
+from common.networks import fusing
 from common.results.export import versions
 from common.run import training_run
 from common.tools.work import (
@@ -39,6 +40,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("teacher").add_argument
     add("--pretrained_teacher_model", type=flags.path, required=True, help="folder or hub name, in diffusers layout")
     flags.add_hub_arguments(add, "the teacher")
+    flags.add_teacher_lora(add)
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("what it is asked").add_argument
@@ -92,7 +94,8 @@ def main(args):
     prompts = read_prompts(args.prompts, args.prompt_column)
     num_pairs = args.num_pairs or len(prompts)
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
-    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, variant=args.variant, **place)
+    own = {"variant": args.variant, "teacher_lora": args.teacher_lora}
+    teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, **own, **place)
     for note in teacher["notes"]:
         print(note, flush=True)
     scheduler_class, scheduler_config = teacher["scheduler"]
@@ -107,7 +110,7 @@ def main(args):
 
     # 3. The teacher, and what it does with these arguments.
     pipeline = pipelines.load_pipeline(
-        args.pretrained_teacher_model, DTYPES[args.dtype], variant=args.variant, scheduler=scheduler, **place
+        args.pretrained_teacher_model, DTYPES[args.dtype], scheduler=scheduler, **own, **place
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     kwargs = call_kwargs(args, pipeline)
@@ -120,6 +123,7 @@ def main(args):
         "format": pairs.FORMAT,
         "model": args.pretrained_teacher_model,
         "revision": args.revision,
+        "teacher_lora": fusing.identity(args.teacher_lora),
         "pipeline": type(pipeline).__name__,
         "weights_sample": pipelines.weights_sample(pipeline),
         "scheduler": pairs.recorded(scheduler),

@@ -135,6 +135,24 @@ def test_lora_round_trip_through_stock_diffusers(name, tmp_path):
     assert (trained - untrained).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["SD3", "Wan2.2", "PixArt"])
+def test_adapters_start_from_what_was_saved(name, tmp_path):
+    """Of two denoisers each from its own file; of a pipeline that takes no LoRA, from the PEFT adapter."""
+    saved, again = student(name)[0], student(name)[0]
+    pipelines.add_lora(saved, rank=2, alpha=3.0)
+    torch.manual_seed(1)
+    for module in pipelines.denoisers(saved).values():
+        for parameter in lora.lora_parameters(module):
+            torch.nn.init.normal_(parameter)
+    pipelines.save_lora(tmp_path, saved)
+    with pytest.raises(UserError, match="its alpha is 3.0, not 2.0"):
+        pipelines.add_lora(student(name)[0], rank=2, alpha=2.0, init_lora=tmp_path)
+    pipelines.add_lora(again, rank=2, alpha=3.0, init_lora=tmp_path)
+    for part, module in pipelines.denoisers(again).items():
+        expected = lora.adapter_tensors(pipelines.denoisers(saved)[part])
+        assert all(torch.equal(value, expected[path]) for path, value in lora.adapter_tensors(module).items())
+
+
 @every_pipeline
 @pytest.mark.parametrize("rank", [0, 2])
 def test_one_training_step_lowers_the_loss(name, rank):

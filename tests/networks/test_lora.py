@@ -437,7 +437,7 @@ def test_a_start_that_is_no_lora_is_refused(tmp_path):
         lora.add_lora(make_unet(SD), 4, 4, init_lora=str(tmp_path))
     wider = make_student(make_unet(SD | {"cross_attention_dim": 40}))
     lora.save_lora(tmp_path, wider)
-    with pytest.raises(UserError, match="another U-Net"):
+    with pytest.raises(UserError, match="another network"):
         lora.add_lora(make_unet(SD), 4, 4, init_lora=str(tmp_path))
     lora.check_lora(SD | {"cross_attention_dim": 40}, 4, 4, lora.TARGET_MODULES, str(tmp_path))
 

@@ -192,7 +192,7 @@ def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_t
         ({"student_kwargs": '{"height": 64, "width": 64}'}, "--student_kwargs: height comes from the pairs"),
         ({"student_kwargs": '{"num_images_per_prompt": 2}'}, "num_images_per_prompt comes from the pairs"),
         ({"student_kwargs": '{"timesteps": 4}'}, "--student_kwargs: timesteps must be a list of 4"),
-        ({"lora_rank": 0, "lora_alpha": 8}, "--lora_rank=0 trains all weights; drop --lora_alpha"),
+        ({"lora_rank": 0, "lora_alpha": 8}, "--lora_alpha: --lora_rank=0 trains all weights; drop it"),
         ({"lora_rank": -1}, "--lora_rank: must not be negative"),
         ({"loss_type": "lpips"}, "--loss_type: invalid choice"),
     ],
