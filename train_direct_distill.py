@@ -228,7 +228,8 @@ def main(args):
                 model=teacher,
             )
     folder, options = Path(args.output_dir, "embeddings"), kwargs | data.call_kwargs([0])
-    accelerator.print(embeddings.let_go(pipeline, data.prompts, options, folder, accelerator, args.dry_run))
+    ready = args.pairs_dir and Path(args.pairs_dir, "embeddings")  # of generate_pairs or encode_pairs
+    accelerator.print(embeddings.let_go(pipeline, data.prompts, options, folder, accelerator, args.dry_run, ready))
     networks = networks_of(pipeline)  # without the text encoders
 
     # 4. Student: adapters or all weights of the denoisers, owned by one module. What gets no gradient is frozen. The

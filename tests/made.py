@@ -69,4 +69,4 @@ def save_table(pictured, folder):
 
 
 def members(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -9,10 +9,12 @@ import gc
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from common.direct.pipelines import call, denoisers
-from common.errors import CALL_ERRORS, UserError, line_of
+from common.errors import CALL_ERRORS, UserError, blame, line_of
 from common.files import whole
 
 import torch
@@ -22,50 +24,52 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 PROMPTS_A_FILE = 256
+DAMAGE = (OSError, SafetensorError)
 PLAIN = (type(None), bool, int, float, str, torch.device, torch.dtype)
 
 
-def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False):
+class _Way(NamedTuple):
+    """How a call encodes its prompts."""
+
+    encode: Callable  # prompts -> what each `encode_prompt` of the call returns
+    asked: list  # the other arguments of each
+    ones: list  # the answers for the shortest and for the longest prompt
+    both: tuple  # that for the two
+
+
+def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False, ready=None):
     """Encode all prompts, each process a part; from then on `encode_prompt` looks them up. Drop the text encoders.
 
     prompts: list of str. kwargs: of the student's call, with the size of an image. folder: where the embeddings are
-    kept, for a resumed run too. dry_run: nothing is written, and every prompt is the longest. Returns a sentence on
-    what was done, "" where there is no text encoder. Computes in the encoders' own dtypes, without autocast.
+    kept, for a resumed run too. dry_run: nothing is written, and every prompt is the longest. ready: a folder in which
+    `make` may have put them. Returns a sentence on what was done, "" where there is no text encoder. Computes in the
+    encoders' own dtypes, without autocast.
     """
-    parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
-    encoders = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-    names, kind = ", ".join(encoders), type(pipeline).__name__
+    encoders, kind = _encoders(pipeline), type(pipeline).__name__
+    names, place = ", ".join(encoders), accelerator.device
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     held, freed = _gib(modules), _gib(encoders.values())
     del modules
     stay = f"note: {names} encode each batch and stay in memory, "
     if not encoders:
         return ""
-    if not hasattr(pipeline, "encode_prompt"):
-        return f"{stay}for a {kind} has no encode_prompt"
-    asked, encode_prompt = _asked(pipeline, prompts[:1], kwargs), pipeline.encode_prompt  # twice of HunyuanDiT
-    if not _is_plain(asked) or asked != _asked(pipeline, (prompts * 2)[:2], kwargs):
-        return f"{stay}for the call of a {kind} encodes more than its prompt"
-
-    @torch.no_grad()
-    def encode(texts):
-        with torch.autocast(accelerator.device.type, enabled=False):
-            return tuple(encode_prompt(*args, **more) for args, more in (_put(others, texts) for others in asked))
-
-    short, long = min(prompts, key=len), max(prompts, key=len)
-    ones, both = [encode([prompt]) for prompt in (short, long)], encode([short, long])
-    if not dry_run and not _same(both, _merged(both, ones[0], ones)):
-        return f"{stay}for what a {kind} makes of a prompt depends on the others of its batch"
-    size = len(set(prompts)) * sum(x.nbytes for x in tree_flatten(ones[1])[0] if isinstance(x, torch.Tensor)) / 2**30
-    free = shutil.disk_usage(next(path for path in Path(folder).absolute().parents if path.exists())).free / 2**30
-    if size > free:
-        return f"{stay}for all embeddings take {size:.1f} GiB in `output_dir`, which has {free:.1f}"
+    way = _way(pipeline, prompts, kwargs, place, checks=not dry_run)
+    if isinstance(way, str):
+        return stay + way
+    encode, asked, ones, both = way
+    identity = None if dry_run else _identity(way, encoders, kind, place)
+    made, why = _Table(folder, prompts, way, identity), None
+    if ready and not dry_run and Path(ready).is_dir():
+        advance = _Table(ready, prompts, way, identity)
+        why = advance.objection()
+        made = made if why else advance
+    if made.folder == Path(folder) and made.size() > (free := _free(folder)):
+        return f"{stay}for all embeddings take {made.size():.1f} GiB in `output_dir`, which has {free:.1f}"
     table = dict.fromkeys(prompts, ones[1])
     if not dry_run:
-        given = repr(asked).replace(repr(accelerator.device), "")  # a process's own
-        identity = [kind, given, *map(_sample, encoders.values())]
-        table = _Table(folder, sorted(set(prompts)), ones[0], identity)
-        table.fill(encode, accelerator)
+        made.fill(encode, (accelerator.process_index, accelerator.num_processes))
+        accelerator.wait_for_everyone()
+        table = made
 
     def remembered(*args, **more):
         texts, others = _take(args, more)
@@ -83,12 +87,61 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False):
         for name, part in encoders.items():
             setattr(pipeline, name, part)
         return f"note: prompts are encoded once, and {names} stay in memory, the call needs them: {line_of(error)}"
-    parts.clear(), encoders.clear()
+    del encode, way
+    encoders.clear()
     gc.collect()
-    return (
-        f"{len(set(prompts))} prompts are encoded once, which takes {size:.2f} GiB in {folder}; let go: {names}, "
-        f"{freed:.2f} of {held:.2f} GiB of weights"
-    )
+    once = f"{len(set(prompts))} prompts are encoded once, which takes {made.size():.2f} GiB in {made.folder}"
+    again = f"; those in {ready} are not used, {why}" if why else ""
+    return f"{once}{again}; let go: {names}, {freed:.2f} of {held:.2f} GiB of weights"
+
+
+def make(pipeline, prompts, kwargs, folder, device, part=(0, 1)):
+    """Encode in advance what `let_go` would, the files of a task, (index, count) `part`, that are not there yet.
+
+    Arguments as there. Returns a sentence on what was done. UserError where `let_go` would keep the encoders.
+    """
+    encoders, kind = _encoders(pipeline), type(pipeline).__name__
+    way = _way(pipeline, prompts, kwargs, device) if encoders else f"for a {kind} has no text encoder"
+    if isinstance(way, str):
+        raise UserError(f"`save_embeddings`: training has no use for them, {way}; drop it")
+    table = _Table(folder, prompts, way, _identity(way, encoders, kind, device))
+    if table.size() > (free := _free(folder)):
+        raise UserError(
+            f"`save_embeddings`: they take {table.size():.1f} GiB in {folder}, which has {free:.1f}; drop it"
+        )
+    made = table.fill(way.encode, part)
+    return f"embeddings: {made} of {len(table.places)} prompts are encoded now, into {folder}"
+
+
+def _encoders(pipeline):
+    parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+    return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+
+def _way(pipeline, prompts, kwargs, device, checks=True):
+    """A `_Way`, or why answers cannot be kept, in words. checks: whether there are values to compare."""
+    kind = type(pipeline).__name__
+    if not hasattr(pipeline, "encode_prompt"):
+        return f"for a {kind} has no encode_prompt"
+    asked, encode_prompt = _asked(pipeline, prompts[:1], kwargs), pipeline.encode_prompt  # twice of HunyuanDiT
+    if not _is_plain(asked) or asked != _asked(pipeline, (prompts * 2)[:2], kwargs):
+        return f"for the call of a {kind} encodes more than its prompt"
+
+    @torch.no_grad()
+    def encode(texts):
+        with torch.autocast(torch.device(device).type, enabled=False):
+            return tuple(encode_prompt(*args, **more) for args, more in (_put(others, texts) for others in asked))
+
+    short, long = min(prompts, key=len), max(prompts, key=len)
+    ones, both = [encode([prompt]) for prompt in (short, long)], encode([short, long])
+    if checks and not _same(both, _merged(both, ones[0], ones)):
+        return f"for what a {kind} makes of a prompt depends on the others of its batch"
+    return _Way(encode, asked, ones, both)
+
+
+def _free(folder):
+    """GiB of disk that are free where a folder is or will be."""
+    return shutil.disk_usage(next(path for path in Path(folder).absolute().parents if path.exists())).free / 2**30
 
 
 def _gib(modules):
@@ -180,58 +233,89 @@ def _sample(network):
     return [p.detach().flatten()[:4].float().tolist() for p in parameters[:: max(1, len(parameters) // 16)]]
 
 
+def _digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _identity(way, encoders, kind, device):
+    dtypes = [str(getattr(leaf, "dtype", leaf)) for leaf in tree_flatten(way.ones[0])[0]]
+    given = repr(way.asked).replace(repr(torch.device(device)), "")  # a process's own
+    encoder = _digest([kind, *map(_sample, encoders.values())])
+    return {"precision or student's call": _digest([dtypes, given]), "text encoder": encoder}
+
+
 class _Table:
     """{prompt: its answer} in safetensors files of PROMPTS_A_FILE each, which are mapped, not read.
 
-    one: the answer for a prompt, whose form all have. identity: of what makes them; files of another are made again.
+    identity: of what makes them, which is written into each file; a file of something else is made again.
     """
 
-    def __init__(self, folder, prompts, one, identity):
-        self.folder, self.prompts = Path(folder), prompts
-        self.leaves, self.form = tree_flatten(one)
-        dtypes = [str(getattr(leaf, "dtype", leaf)) for leaf in self.leaves]
-        self.sha256 = hashlib.sha256(json.dumps([prompts, dtypes, identity]).encode()).hexdigest()
-        self.places = {prompt: divmod(i, PROMPTS_A_FILE) for i, prompt in enumerate(prompts)}
+    def __init__(self, folder, prompts, way, identity):
+        self.folder, self.prompts = Path(folder), sorted(set(prompts))
+        self.leaves, self.form = tree_flatten(way.ones[0])
+        self.longest = sum(x.nbytes for x in tree_flatten(way.ones[1])[0] if isinstance(x, torch.Tensor))
+        self.metadata = {"prompts": _digest(self.prompts)} | (identity or {})
+        self.places = {prompt: divmod(i, PROMPTS_A_FILE) for i, prompt in enumerate(self.prompts)}
         self.opened = {}
 
-    def fill(self, encode, accelerator):
-        """Make what is not there: each process its files."""
+    def size(self):
+        """GiB that all take, at most."""
+        return len(self.prompts) * self.longest / 2**30
+
+    def objection(self):
+        """What is wrong with the files, in words; None where all are there."""
+        return next(filter(None, map(self._objection, range(self._count()))), None)
+
+    def fill(self, encode, part):
+        """Make what is not there of a task's files, (index, count) `part`. Returns the number of prompts encoded."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        starts = range(0, len(self.prompts), PROMPTS_A_FILE)
-        own = [i for i in range(len(starts)) if i % accelerator.num_processes == accelerator.process_index]
-        missing = [number for number in own if not self._is_there(number)]
-        total = sum(len(self.prompts[starts[number] :][:PROMPTS_A_FILE]) for number in missing)
+        missing = [number for number in range(self._count())[part[0] :: part[1]] if self._objection(number)]
+        total = sum(map(len, map(self._own, missing)))
         with tqdm(total=total, desc="prompts", unit="prompt", disable=None if total else True) as progress:
             for number in missing:
                 tensors = {}
-                for i, prompt in enumerate(self.prompts[starts[number] :][:PROMPTS_A_FILE]):
+                for i, prompt in enumerate(self._own(number)):
                     for leaf, value in enumerate(tree_flatten(encode([prompt]))[0]):
                         if isinstance(value, torch.Tensor):
                             tensors[f"{i}.{leaf}"] = value.cpu().contiguous().clone()
                     progress.update()
                 with whole(self._path(number)) as path:
-                    save_file(tensors, path, {"sha256": self.sha256})
-        accelerator.wait_for_everyone()
+                    save_file(tensors, path, self.metadata)
+        return total
 
     def __contains__(self, prompt):
         return prompt in self.places
 
     def __getitem__(self, prompt):
         number, i = self.places[prompt]
-        if number not in self.opened:
-            self.opened[number] = safe_open(self._path(number), framework="pt")
-        leaves = [
-            self.opened[number].get_tensor(f"{i}.{k}").to(leaf.device) if isinstance(leaf, torch.Tensor) else leaf
-            for k, leaf in enumerate(self.leaves)
-        ]
+        with blame(f"the embeddings in {self._path(number)} cannot be read", *DAMAGE, way_out="delete this file"):
+            if number not in self.opened:
+                self.opened[number] = safe_open(self._path(number), framework="pt")
+            leaves = [
+                self.opened[number].get_tensor(f"{i}.{k}").to(leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+                for k, leaf in enumerate(self.leaves)
+            ]
         return tree_unflatten(leaves, self.form)
+
+    def _count(self):
+        return -(-len(self.prompts) // PROMPTS_A_FILE)
+
+    def _own(self, number):
+        """The prompts of a file."""
+        return self.prompts[number * PROMPTS_A_FILE :][:PROMPTS_A_FILE]
 
     def _path(self, number):
         return self.folder / f"{number:05d}.safetensors"
 
-    def _is_there(self, number):
+    def _objection(self, number):
+        kept = [k for k, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)]
+        needed = {f"{i}.{k}" for i in range(len(self._own(number))) for k in kept}
         try:
             with safe_open(self._path(number), framework="pt") as file:
-                return file.metadata()["sha256"] == self.sha256
-        except (OSError, SafetensorError, TypeError, LookupError):
-            return False
+                made_by, names = file.metadata() or {}, set(file.keys())
+        except DAMAGE:
+            return f"{self._path(number).name} is missing or damaged"
+        other = [what for what, digest in self.metadata.items() if made_by.get(what) != digest]
+        if other:
+            return f"they are of other {other[0]}" if other[0] == "prompts" else f"they are of another {other[0]}"
+        return None if names == needed else f"{self._path(number).name} lacks prompts"

@@ -1,6 +1,7 @@
 """What direct distillation measures and shows of a student: pairs that it was not trained on, beside the teacher."""
 
 import functools
+import types
 
 from common.direct import pixels, stepwise
 from common.direct.pipelines import SCHEDULE_ARGUMENTS, decode, public_kwargs, to_pixels, weights_sample
@@ -13,6 +14,7 @@ from common.direct.probes import (
     observe,
     repair_last_step,
     scheduler_class,
+    student_scheduler,
 )
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError
@@ -187,6 +189,17 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
     times = ", ".join(f"{t:g}" for t in pipeline.scheduler.timesteps.tolist())
     notes.append(f"the student's call: {public_kwargs(kwargs)}; {type(pipeline.scheduler).__name__} at {times}")
     return kwargs, notes
+
+
+def call_of(pipeline, prompts, teacher_kwargs):
+    """The arguments of a student's call as training finds them out, without flags of its own and for any number of
+    steps: what its prompts are encoded with. teacher_kwargs: of the call that makes the pairs."""
+    scheduler, data = pipeline.scheduler, types.SimpleNamespace(prompts=prompts, call_kwargs=lambda _: {})
+    try:
+        pipeline.scheduler, _ = student_scheduler(type(scheduler), scheduler.config)
+        return student_kwargs(pipeline, data, teacher_kwargs, 4, {}, repair=False)[0]
+    finally:
+        pipeline.scheduler = scheduler
 
 
 def check_noise(data, latents, index):

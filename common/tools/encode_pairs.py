@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import flags, lock
 from common.data import tables
-from common.direct import pairs, pipelines, probes, sources, student
+from common.direct import embeddings, pairs, pipelines, probes, sources, student
 from common.errors import UserError, speaking_of
 from common.networks import fusing
 from common.run import training_run
@@ -46,6 +46,7 @@ def parse_args(argv=None):
         type=flags.path,
         help="folder that the images' names start from; default: that of IN",
     )
+    add("--save_embeddings", action="store_true", help="what the text encoders make of the prompts, for training")
     add("--samples_per_shard", type=flags.positive_int, default=256)
     add_work_arguments(add)
     args = parser.parse_args(argv)
@@ -95,6 +96,9 @@ def main(args):
             samples_per_shard=args.samples_per_shard,
             desc=label,
         )
+    if args.save_embeddings:
+        folder, options = Path(args.output_dir, "embeddings"), kwargs | source.call_kwargs([0])
+        print(embeddings.make(pipeline, source.prompts, options, folder, device, part), flush=True)
     pairs.report(label, own, config, args.output_dir)
 
 

@@ -18,7 +18,7 @@ from common.data import tables
 from common.data.fetch import open_shard
 from common.data.folders import TEXT_KEYS
 from common.data.shards import SampleError, expand_shards, tar_samples
-from common.direct import pairs, pipelines, pixels, probes, tasks
+from common.direct import embeddings, pairs, pipelines, pixels, probes, student, tasks
 from common.errors import UserError, speaking_of
 from common.networks import fusing
 from common.results.export import versions
@@ -65,6 +65,7 @@ def parse_args(argv=None):
     add("--output_dir", type=flags.path, required=True, help="new, empty, or begun by the same command")
     add("--samples_per_shard", type=flags.positive_int, default=256)
     add("--batch_size", type=flags.positive_int, default=8, help="samples at once; part of what the bytes follow from")
+    add("--save_embeddings", action="store_true", help="what the text encoders make of the prompts, for training")
     add("--save_images", action="store_true", help="a png beside the latents, to look at")
     add_work_arguments(add)
     args = parser.parse_args(argv)
@@ -141,7 +142,12 @@ def main(args):
     }
     pairs.write_config(args.output_dir, config)
 
-    # 4. The shards of this process that are not there yet.
+    # 4. What this process has to make of the embeddings, then of the shards.
+    if args.save_embeddings:
+        texts = [prompts[i % len(prompts)] for i in range(num_pairs)]
+        options = student.call_of(pipeline, texts, kwargs)
+        folder = Path(args.output_dir, "embeddings")
+        print(embeddings.make(pipeline, texts, options, folder, device, (rank, world_size)), flush=True)
     shards, missing = pairs.missing_shards(args.output_dir, config, (rank, world_size))
     ranges = {shard: pairs.shard_range(shard, num_pairs, args.samples_per_shard) for shard in shards}
     done = sum(len(ranges[shard]) for shard in shards if shard not in missing)

@@ -8,7 +8,8 @@ from tests import tiny_pipelines
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 ACCELERATOR = types.SimpleNamespace(
@@ -74,6 +75,54 @@ def test_text_encoders_of_a_teacher_are_let_go_and_files_are_used_again(tmp_path
     next(other.text_encoder.parameters()).data.add_(1)
     let_go(other, tmp_path, kwargs)
     assert not any(file.stat().st_mtime_ns == time for file, time in zip(files, times, strict=True))  # made again
+
+
+def test_embeddings_that_were_made_in_advance_are_used_or_it_is_said_why_not(tmp_path, direct_teacher):
+    kwargs, ready = {"num_inference_steps": 2, "guidance_scale": 1.0}, tmp_path / "ready"
+
+    def load():
+        return pipelines.load_pipeline(direct_teacher())
+
+    for part in ((1, 2), (0, 2)):  # of a task of two, neither waits
+        said = embeddings.make(load(), PROMPTS, kwargs, ready, "cpu", part)
+        assert said == f"embeddings: {0 if part[0] else 3} of 3 prompts are encoded now, into {ready}"
+    pipeline = load()
+    said = let_go(pipeline, tmp_path, kwargs, ready=ready)
+    assert f"GiB in {ready}; let go: text_encoder" in said and not (tmp_path / "embeddings").exists()
+    expected = latents(load(), PROMPTS[:3], kwargs)
+    torch.testing.assert_close(latents(pipeline, PROMPTS[:3], kwargs), expected, rtol=1e-4, atol=1e-5)  # of a batch
+
+    (file,) = ready.iterdir()
+    whole, other = file.read_bytes(), load()
+    next(other.text_encoder.parameters()).data.add_(1)
+    tensors = load_file(file)
+    save_file({name: value for name, value in tensors.items() if name[0] != "2"}, tmp_path / "less", metadata(file))
+    less = (tmp_path / "less").read_bytes()
+    for changed, network, options, reason in [
+        (whole, other, kwargs, "they are of another text encoder"),
+        (whole, load().to(dtype=torch.bfloat16), kwargs, "they are of another precision or student's call"),
+        (whole, load(), kwargs | {"clip_skip": 0}, "they are of another precision or student's call"),
+        (less, load(), kwargs, "00000.safetensors lacks prompts"),
+        (whole[:-1], load(), kwargs, "00000.safetensors is missing or damaged"),
+    ]:
+        file.write_bytes(changed)
+        said = let_go(network, tmp_path, options, ready=ready)
+        assert f"in {tmp_path / 'embeddings'}; those in {ready} are not used, {reason}; let go" in said
+    file.write_bytes(whole)
+    assert "they are of other prompts" in embeddings.let_go(
+        load(), [*PROMPTS, "another"], kwargs, tmp_path / "embeddings", ACCELERATOR, ready=ready
+    )
+    let_go(pipeline := load(), tmp_path, kwargs, ready=ready)
+    file.write_bytes(whole[:-1])  # while it trains
+    with pytest.raises(UserError, match="the embeddings in .*00000.safetensors cannot be read"):
+        latents(pipeline, PROMPTS[:1], kwargs)
+    with pytest.raises(UserError, match="`save_embeddings`: training has no use for them, for a StableDiffusionPipe"):
+        embeddings.make(pipeline, PROMPTS, kwargs, ready, "cpu")
+
+
+def metadata(file):
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def padded(prompt=None, **kwargs):

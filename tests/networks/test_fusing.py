@@ -106,7 +106,15 @@ def test_pipelines_without_loras_and_texts(files):
 def test_pairs_and_their_student_have_the_same_teacher(tmp_path, direct_teacher, prompts_file, direct_flags, capsys):
     """generate_pairs and direct distillation with a LoRA; without it, the pairs are another teacher's."""
     file, _ = write_lora(tmp_path / "style", teachers.load_teacher(direct_teacher()).unet)
-    ask(tmp_path / "pairs", direct_teacher(), prompts_file, num_pairs=8, num_inference_steps=4, teacher_lora=file)
+    ask(
+        tmp_path / "pairs",
+        direct_teacher(),
+        prompts_file,
+        num_pairs=8,
+        num_inference_steps=4,
+        teacher_lora=file,
+        save_embeddings=True,
+    )
     own = {"pairs_dir": tmp_path / "pairs", "max_train_steps": 1, "num_held_out": 2, "train_batch_size": 2}
     own |= {"skip_pairs_check": True}
     said = one_sentence(capsys, train, direct_flags(tmp_path / "out", **own), direct)
@@ -114,5 +122,6 @@ def test_pairs_and_their_student_have_the_same_teacher(tmp_path, direct_teacher,
     adapters = {"lora_rank": 4, "lora_alpha": 2, "lora_target_modules": ",".join(lora.TARGET_MODULES)}
     words = direct_flags(tmp_path / "new", **own, **adapters, teacher_lora=file, init_lora=file.parent)
     train(words, direct)
+    assert not (tmp_path / "new" / "embeddings").exists()  # those beside the pairs are its teacher's
     card = (tmp_path / "new" / "README.md").read_text()
     assert f"weight_name='{file.name}')\npipe.fuse_lora(lora_scale=1)\npipe.unload_lora_weights()" in card

@@ -24,12 +24,18 @@ def flags(direct_flags):
 
 def ask(table, out, teacher, **changes):
     values = {"pretrained_teacher_model": teacher, "samples_per_shard": 8} | changes
-    words = [str(table / "metadata.csv"), str(out), *(f"--{k}={v}" for k, v in values.items())]
+    words = [
+        str(table / "metadata.csv"),
+        str(out),
+        *(f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()),
+    ]
     encode_pairs.main(encode_pairs.parse_args(words))
 
 
-def test_they_are_the_images_pairs_and_a_run_needs_no_image(tmp_path, flags, table, direct_teacher, monkeypatch):
-    ask(table, tmp_path / "pairs", direct_teacher())
+def test_they_are_the_images_pairs_and_a_run_needs_no_image(
+    tmp_path, flags, table, direct_teacher, monkeypatch, capsys
+):
+    ask(table, tmp_path / "pairs", direct_teacher(), save_embeddings=True)
     images, stored = sources.PairImages(table / "metadata.csv"), pairs.PairShards(tmp_path / "pairs")
     images.pipeline = pipelines.load_pipeline(direct_teacher())
     assert torch.allclose(images.latents(range(20)), stored.latents(range(20)), atol=1e-5)
@@ -39,6 +45,9 @@ def test_they_are_the_images_pairs_and_a_run_needs_no_image(tmp_path, flags, tab
     run(flags(tmp_path / "out", pairs_dir=tmp_path / "pairs", max_train_steps=1))
     config = json.loads((tmp_path / "out" / "training_config.json").read_text())["flags"]
     assert config["num_inference_steps"] == 4  # the table's
+    said = capsys.readouterr().out
+    assert "embeddings: 10 of 10 prompts are encoded now" in said and not (tmp_path / "out" / "embeddings").exists()
+    assert f"10 prompts are encoded once, which takes 0.00 GiB in {tmp_path / 'pairs' / 'embeddings'}; let go" in said
 
 
 def test_bytes_are_the_same_for_two_tasks_and_only_missing_shards_are_made(tmp_path, table, direct_teacher):
