@@ -35,7 +35,7 @@ from common.direct.student import (
 from common.ema import ema_update, exchanged
 from common.errors import UserError
 from common.losses import LOSS_TYPES, distance
-from common.networks import fusing, lora, performance
+from common.networks import fusing, lora, performance, quantized
 from common.results import export, samples
 from common.run import engine, sharding, simulation
 from common.run.training_run import TrainingRun, user_errors
@@ -89,6 +89,7 @@ def parse_args(argv=None):
     add("--lora_alpha", type=flags.positive_float, help="adapters are scaled by alpha / rank; default: the rank")
     add("--lora_dropout", type=flags.beta, default=0.0)
     add("--lora_target_modules", help="comma list; default: every linear layer and convolution of the blocks")
+    add("--quantize_base", choices=quantized.KINDS, help="the frozen base of a LoRA in 4 or 8 bits")
     add("--init_lora", type=flags.path, help="start from this LoRA of the same rank, alpha and modules")
     parser.set_defaults(train_batch_size=4, gradient_accumulation_steps=8, learning_rate=None)
     parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=50)
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.lora_rank else 1e-5
     if not args.lora_rank:
-        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "init_lora")
+        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "init_lora", "quantize_base")
         parser.refuse_idle(names, "--lora_rank=0 trains all weights; drop it")
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank or 1)
@@ -165,11 +166,14 @@ def main(args):
         for part, (network_class, values) in config["denoisers"].items():
             options = {"init_lora": args.init_lora, "network_class": network_class, "part": part}
             lora.check_lora(values, args.lora_rank, args.lora_alpha, target_names, **options)
+    quantized.check(args.quantize_base, config["denoisers"], config["class"], None if args.dry_run else device)
     run = TrainingRun(args, accelerator)
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
 
     # 2. Pairs, and what follows from the flags.
     data = read_data(args)
+    if args.quantize_base and data.config is None:
+        raise UserError("--quantize_base: make the pairs first, with encode_pairs; they are checked by whole weights")
     sources.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
     pairs_config, fingerprint = data.config, pairs.fingerprint(data)  # None where they are made below, of images
     check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
@@ -200,10 +204,13 @@ def main(args):
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
     pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler)
     sharding.shard(accelerator, list(pipelines.denoisers(pipeline).values()))
-    pipeline.to(device)
+    pipeline = pipeline if args.quantize_base else pipeline.to(device)  # it may fit quantised alone
     if not args.dry_run:
         check_same_weights(pipeline, pairs_config, args.pairs_dir)
         check_weights(networks_of(pipeline))  # before what is made with them is blamed on the pairs
+    for network in pipelines.denoisers(pipeline).values():
+        quantized.quantize(network, args.quantize_base, device)
+    pipeline.to(device)
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
     own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()

@@ -21,7 +21,7 @@ import time
 from typing import NamedTuple
 
 from common.data import cached_latents
-from common.networks import fusing, lora, performance, weights
+from common.networks import fusing, lora, performance, quantized, weights
 from common.run import stand_ins
 from common.run.meter import FLOAT32_ON_GPUS, Meter, in_float32
 from common.run.preemption import Stopper
@@ -239,6 +239,8 @@ class _Simulation:
             (fusing, "fuse"),
         ):
             replace(module, name, lambda *_, **__: None)  # the headers were checked before, values are not there
+        replace(quantized, "pack", stand_ins.pack(quantized.pack))
+        replace(quantized, "unpack", stand_ins.unpack(quantized.unpack))
         replace(performance, "compile_blocks", lambda network: None)  # operations are counted as they are written
         for pipeline in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline):
             replace(pipeline, "from_single_file", stand_ins.without_values(pipeline.from_single_file))

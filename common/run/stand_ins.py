@@ -108,6 +108,31 @@ def _without_values(tensor):
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
+def pack(real):
+    """`quantized.pack` with what bitsandbytes lays out for nf4: half a byte a weight, and scales of 64 weights in
+    bytes, with a float32 for every 256 of them."""
+
+    def packed(weight, kind):
+        if kind != "nf4":
+            return real(weight, kind)
+        number = weight.numel()
+        values = torch.empty(-(-number // 2), 1, dtype=torch.uint8, device=weight.device)
+        scales = torch.empty(-(-number // 64), dtype=torch.uint8, device=weight.device)
+        seconds = torch.empty(-(-number // (64 * 256)), device=weight.device)
+        return values, scales, (weight.shape, weight.dtype, seconds)
+
+    return packed
+
+
+def unpack(real):
+    def whole(packed, scales, state, dtype):
+        if state is None:
+            return real(packed, scales, state, dtype)
+        return torch.empty(state[0], dtype=state[1], device=packed.device).to(dtype)
+
+    return whole
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """The memory of bitsandbytes' optimizer: two states of 8 bits with a float32 scale for every 256 values; float32
     states of tensors with less than 4,096."""
