@@ -208,8 +208,7 @@ def main(args):
     if not args.dry_run:
         check_same_weights(pipeline, pairs_config, args.pairs_dir)
         check_weights(networks_of(pipeline))  # before what is made with them is blamed on the pairs
-    for network in pipelines.denoisers(pipeline).values():
-        quantized.quantize(network, args.quantize_base, device)
+    quantized.quantize(pipelines.denoisers(pipeline).values(), args.quantize_base, device)
     pipeline.to(device)
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
@@ -225,15 +224,8 @@ def main(args):
         teacher = {"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": str(weight_dtype)[6:]}
         teacher["teacher_lora"] = fusing.identity(args.teacher_lora)
         with accelerator.autocast():
-            data = sources.pairs_of(
-                data,
-                accelerator,
-                folder=Path(args.output_dir, "pairs"),
-                pipeline=pipeline,
-                kwargs=kwargs,
-                scheduler=config["scheduler"],
-                model=teacher,
-            )
+            made_by = {"pipeline": pipeline, "kwargs": kwargs, "scheduler": config["scheduler"], "model": teacher}
+            data = sources.pairs_of(data, accelerator, folder=Path(args.output_dir, "pairs"), **made_by)
     folder, options = Path(args.output_dir, "embeddings"), kwargs | data.call_kwargs([0])
     ready = args.pairs_dir and Path(args.pairs_dir, "embeddings")  # of generate_pairs or encode_pairs
     accelerator.print(embeddings.let_go(pipeline, data.prompts, options, folder, accelerator, args.dry_run, ready))
@@ -263,9 +255,7 @@ def main(args):
         unused = freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size], is_stepwise)
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")
-    sampled = torch.cat([data.latents([i]).float().flatten() for i in list(train_indices)[:256]])
-    finite = sampled.isfinite()
-    latent_std = (sampled if finite.all() else sampled[finite]).std().item()
+    latent_std = pairs.standard_deviation(data, list(train_indices)[:256])
     weights = [parameter for parameter in rollout.parameters() if parameter.requires_grad]
     ema_weights = torch.nn.ParameterList([p.detach().clone() for p in weights] if args.ema_decay else [])
     ema_weights.requires_grad_(False)

@@ -212,6 +212,13 @@ class PairShards(Pairs):
         return torch.stack(found)
 
 
+def standard_deviation(data, indices):
+    """Of all values of some pairs' latents that are finite."""
+    sampled = torch.cat([data.latents([i]).float().flatten() for i in indices])
+    finite = sampled.isfinite()
+    return (sampled if finite.all() else sampled[finite]).std().item()
+
+
 def split(num_pairs, num_held_out):
     """(training, held-out) indices: the last ones are held out."""
     return range(num_pairs - num_held_out), range(num_pairs - num_held_out, num_pairs)

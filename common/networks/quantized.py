@@ -111,13 +111,14 @@ def layers(network):
     return {path: m for path, m in found.items() if not kept & set(path.split("."))}
 
 
-def quantize(network, kind, device):
-    """Quantise a denoiser on the CPU, in place, layer by layer onto the device: never is it there as a whole.
+def quantize(networks, kind, device):
+    """Quantise denoisers on the CPU, in place, layer by layer onto the device: never are they there as a whole.
 
-    kind: of KINDS, or None, which leaves it alone. UserError for weights that processes share.
+    kind: of KINDS, or None, which leaves them alone. UserError for weights that processes share.
     """
-    for path, layer in layers(network).items() if kind else ():
-        if isinstance(layer.weight, DTensor):
-            raise UserError("`quantize_base`: the base is sharded over processes already; drop one of the two")
-        parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, QuantizedLinear(layer, kind, device))
+    for network in networks if kind else ():
+        for path, layer in layers(network).items():
+            if isinstance(layer.weight, DTensor):
+                raise UserError("`quantize_base`: the base is sharded over processes already; drop one of the two")
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, QuantizedLinear(layer, kind, device))

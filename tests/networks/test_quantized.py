@@ -54,7 +54,7 @@ def test_a_pipeline_with_a_quantized_base_is_near_it_and_its_adapters_train(name
     for network in pipelines.denoisers(pipeline).values():
         blocks = quantized.layers(network)
         assert len(blocks) > 5 and not {"conv_in", "proj_out", "time_embedding.linear_1"} & blocks.keys()
-        quantized.quantize(network, kind, "cpu")
+        quantized.quantize([network], kind, "cpu")
         assert not quantized.layers(network) and network.dtype == torch.float32
     pipelines.add_lora(pipeline, 2, 2.0)
     rollout = pipelines.Rollout(pipeline, **kwargs).train()
