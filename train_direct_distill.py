@@ -213,7 +213,7 @@ def main(args):
     pipelines.exempt_vae(pipeline)
     data.pipeline = pipeline
     own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()
-    with accelerator.autocast():
+    with accelerator.autocast(), simulation.before_updates(pipeline.components):
         teacher_kwargs = pairs_config["kwargs"] if pairs_config else {}
         kwargs, found = student_kwargs(
             pipeline, data, teacher_kwargs, args.num_inference_steps, args.student_kwargs, repair=not own_schedule
@@ -228,7 +228,9 @@ def main(args):
             data = sources.pairs_of(data, accelerator, folder=Path(args.output_dir, "pairs"), **made_by)
     folder, options = Path(args.output_dir, "embeddings"), kwargs | data.call_kwargs([0])
     ready = args.pairs_dir and Path(args.pairs_dir, "embeddings")  # of generate_pairs or encode_pairs
-    accelerator.print(embeddings.let_go(pipeline, data.prompts, options, folder, accelerator, args.dry_run, ready))
+    with simulation.before_updates(pipeline.components):
+        told = embeddings.let_go(pipeline, data.prompts, options, folder, accelerator, args.dry_run, ready)
+    accelerator.print(told)
     networks = networks_of(pipeline)  # without the text encoders
 
     # 4. Student: adapters or all weights of the denoisers, owned by one module. What gets no gradient is frozen. The

@@ -42,6 +42,7 @@ CARDS = (12, 16, 24, 40, 48, 80, 141)  # GB
 CONTEXT = 0.75 * 2**30  # bytes that CUDA, cuBLAS and cuDNN take, stated until a GPU has measured it
 FRAGMENTATION = 0.05  # of the peak, likewise
 NEVER = sys.maxsize
+BEFORE = "before updates"  # the moment of what `before_updates` surrounds
 
 
 class Finished(Exception):
@@ -57,9 +58,9 @@ class Result(NamedTuple):
 
     peak: int
     moment: str  # in which the peak is
-    moments: dict  # {moment: its peak}, in order
+    moments: dict  # {moment: its peak}, in order; the first may be BEFORE
     parts: dict  # {what: bytes} at the peak
-    between: int  # what is alive between two updates
+    between: int  # bytes that are alive between two updates
     flops: int  # of an update
     waits: dict  # {line of code: how often an update waited there for a value of the device}
     curve: list  # [(live bytes, moment)] over the update
@@ -92,7 +93,8 @@ class Result(NamedTuple):
             "FLOPs per update": f"{self.flops / 1e12:.4g} T on each process, {per_sample / 1e9:.5g} G a sample",
         }
         lines |= {f"- {name}": _size(size) for name, size in self.parts.items()}
-        lines["peak of an update, the sum"] = f"{_size(self.peak)}, in: {self.moment}"
+        where = "peak, the sum" if self.moment == BEFORE else "peak of an update, the sum"
+        lines[where] = f"{_size(self.peak)}, in: {self.moment}"
         lines |= {f"- in: {name}": _size(size) for name, size in self.moments.items() if " the " not in name}
         lines["- between two updates"] = _size(self.between)
         for line, times in self.waits.items():
@@ -174,6 +176,19 @@ def split(network, blocks, dtype):
         simulation.split(network, blocks, dtype)
 
 
+@contextlib.contextmanager
+def before_updates(networks):
+    """Around what a script does on the device before its first update and may take more than one: it counts too.
+
+    networks: {name: module} that are there, others than modules are passed over. Nothing outside of a simulation.
+    """
+    entered = [(simulation, simulation.enter_before(networks)) for simulation in _active]
+    del networks  # what is let go inside is not held here
+    yield
+    for simulation, parts in entered:
+        simulation.leave_before(parts)
+
+
 class _Simulation:
     def __init__(self, args, accelerator, frame, processes, like_gpu, fake, report, updates):
         self.args, self.accelerator, self.frame, self.fake = args, accelerator, frame, fake
@@ -184,6 +199,7 @@ class _Simulation:
         self.owners, self.counts = {}, {True: 0, False: 0}  # {serial: what it is}; parameters, by whether they train
         self.moments_of, self.in_backward = {}, False
         self.report, self.progress, self.splits = report, None, []
+        self.before = {}  # {part: bytes} at the peak before the updates
         self.max_train_steps, self.accumulation = args.max_train_steps, args.gradient_accumulation_steps
 
     @property
@@ -228,6 +244,8 @@ class _Simulation:
         replace(torch.distributed, "all_reduce", lambda *_, **__: None)
         replace(torch.nn.Module, "_apply", stand_ins.apply)
         replace(FakeTensor, "__deepcopy__", stand_ins.deepcopy)
+        for kind in (diffusers.ModelMixin, transformers.PreTrainedModel):
+            replace(kind, "__call__", stand_ins.remembered(kind.__call__, lambda: self.num_micro_batches == 0))
         replace(diffusers.ModelMixin, "from_pretrained", classmethod(stand_ins.build_diffusers))
         replace(transformers.PreTrainedModel, "from_pretrained", classmethod(stand_ins.build_transformers))
         replace(diffusers.DiffusionPipeline, "download", classmethod(stand_ins.download))
@@ -334,6 +352,8 @@ class _Simulation:
         def timed(*args, **kwargs):
             if self.in_backward:  # a checkpoint's own
                 return backward(*args, **kwargs)
+            if self.fake and self.num_micro_batches == 0:
+                return _reach(*args, **kwargs)
             self._enter_moment("backward" if self.meter.moment != "after the step" else "backward, second")
             self.in_backward = True
             try:
@@ -343,6 +363,16 @@ class _Simulation:
                 self._enter_moment("after the backward")
 
         return timed
+
+    def enter_before(self, networks):
+        modules = {name: module for name, module in networks.items() if isinstance(module, torch.nn.Module)}
+        sizes = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
+        self.meter.most = self.meter.live
+        return {f"weights of {name}, frozen": size for name, size in sizes.items()}
+
+    def leave_before(self, parts):
+        parts |= {"activations and the rest": max(0, self.meter.most - sum(parts.values()))}
+        self.before = max(self.before, parts, key=lambda each: sum(each.values()))
 
     def _micro_batch(self):
         if self.num_micro_batches == 0:
@@ -408,16 +438,20 @@ class _Simulation:
         curve = meter.curve()
         sizes = [size for size, _ in curve]
         index = max(range(len(sizes)), key=sizes.__getitem__)
-        parts, moments = {}, {}
+        parts, before = {}, sum(self.before.values())
+        moments = {BEFORE: before} if self.before else {}
         for serial, size in meter.alive_at(index + 1).items():
             name = self.owners.get(serial, "activations and the rest")
             parts[name] = parts.get(name, 0) + size
         for size, moment in curve:
             moments[moment] = max(moments.get(moment, 0), size)
+        peak, moment = sizes[index], curve[index][1]
+        if before > peak:
+            peak, moment, parts = before, BEFORE, self.before
         scale = self.accumulation / self.accelerator.gradient_accumulation_steps
         return Result(
-            peak=sizes[index],
-            moment=curve[index][1],
+            peak=peak,
+            moment=moment,
             moments=moments,
             parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
             between=sum(meter.alive_at_start.values()),
@@ -443,6 +477,20 @@ def _networks(variables):
                     yield f"{name}.{part}", module
         elif isinstance(value, torch.nn.Module):
             yield name, value
+
+
+def _reach(tensors, *_, **__):
+    """Stands for the backward pass of a check before the first update, which asks no more than what gets a gradient:
+    what the graph leads to."""
+    nodes, seen = [tensor.grad_fn for tensor in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad" and node.variable.grad is None:
+            node.variable.grad = torch.empty_like(node.variable)
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _put(gradient, parameter):

@@ -176,7 +176,7 @@ def try_choices(args, script, flags, samples):
             if saved is None:
                 eight = run(*words, "--use_8bit_adam")
                 saved = {False: 0} | ({} if eight is None else {True: sizes[0].between - eight.between})
-            peak = sizes[0].peak - max(saved.values())
+            peak = least_peak(sizes[0], max(saved.values()))
             if simulation.needed(peak / TRIED[0]) <= args.gpu_memory * GIB:  # else not even one sample fits
                 sizes.append(run(*more, *lever))
             found = [choice_of(args, which, adam, sizes, less, samples) for adam, less in saved.items()]
@@ -188,16 +188,22 @@ def try_choices(args, script, flags, samples):
     return choices, refused
 
 
+def least_peak(result, less):
+    """Bytes, where each update takes `less` of them less."""
+    return max(size - less * (moment != simulation.BEFORE) for moment, size in result.moments.items())
+
+
 def needed_at(sizes, less=0):
-    """GiB of a card as a function of the batch size, from results at TRIED; less: bytes that are saved at each."""
+    """GiB of a card as a function of the batch size, from results at TRIED; less: bytes that an update saves."""
     small, large = sizes
 
     def needed(batch):
         peaks = []
         for moment, size in large.moments.items():
             slope = (size - small.moments.get(moment, size)) / (TRIED[1] - TRIED[0])
-            peaks.append(size + slope * (batch - TRIED[1]))
-        return simulation.needed(max(peaks) - less) / GIB
+            saved = 0 if moment == simulation.BEFORE else less
+            peaks.append(size + slope * (batch - TRIED[1]) - saved)
+        return simulation.needed(max(peaks)) / GIB
 
     return needed
 
@@ -206,7 +212,7 @@ def choice_of(args, which, use_8bit_adam, sizes, less, samples):
     """The row of the table: of the batch sizes that divide the samples of an update, the largest that fits."""
     flops = sizes[0].flops / sizes[0].samples
     if len(sizes) == 1:
-        return Choice(which, use_8bit_adam, 0, simulation.needed(sizes[0].peak - less) / GIB, flops, TRIED[0])
+        return Choice(which, use_8bit_adam, 0, simulation.needed(least_peak(sizes[0], less)) / GIB, flops, TRIED[0])
     needed = needed_at(sizes, less)
     fitting = [n for n in range(1, samples + 1) if samples % n == 0 and needed(n) <= args.gpu_memory]
     batch = max(fitting, default=0)

@@ -14,7 +14,7 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_sd_wds as tscd
 from common.networks import lora, teachers
-from common.run import sharding, simulation
+from common.run import meter, sharding, simulation, stand_ins
 from tests.benchmarks import synthetic
 from tests.cases import SCRIPTS, launch, train
 from tests.fork_server import run_processes
@@ -100,6 +100,20 @@ def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, shards, m
     assert not (tmp_path / "out").exists()
     one = simulate(words, SCRIPTS[name], updates=1, like_gpu=False)  # what plan tries
     assert one.peak == pytest.approx(simulated.peak, rel=0.01) and one.flops == simulated.flops
+
+
+def test_what_is_not_asked_again_is_the_same(tmp_path, command, monkeypatch):
+    """Operations on arguments of one form, calls of a check in one form, its backward pass: each event as without."""
+    changes = {"kind": "dit", "lora_rank": 8, "gradient_checkpointing": True, **BF16}
+    words = command("direct", tmp_path / "out", dry_run=True, report_to="none", **changes)
+    backward = torch.autograd.backward
+    quick = simulate(words, SCRIPTS["direct"])
+    monkeypatch.setattr(meter, "_form", lambda *_: None)
+    monkeypatch.setattr(stand_ins, "remembered", lambda call, may: call)
+    monkeypatch.setattr(simulation, "_reach", backward)
+    slow = simulate(words, SCRIPTS["direct"])
+    assert quick.curve == slow.curve and len(quick.curve) > 1000
+    assert quick._replace(seconds=0) == slow._replace(seconds=0)
 
 
 # --- at real shapes
