@@ -47,9 +47,9 @@ TABLES = {aten.arange, aten.linspace}  # small ones are made for real, so that w
 class Meter(TorchDispatchMode):
     """While entered, counts the storages on devices of type `device_type` that operations make.
 
-    live: bytes; most: the largest it was, until it is set again. moment: what the program is doing, set from outside. From `start` on: events, [(serial number of a
-    storage, bytes, negative where it ends, moment)]; flops, those of the operations; waits, {line: how often the host
-    asked there for a value of the device}.
+    live: bytes; most: the largest it was, until it is set again. moment: what the program is doing, set from outside.
+    From `start` on: events, [(serial number of a storage, bytes, negative where it ends, moment)]; flops, those of the
+    operations; waits, {line: how often the host asked there for a value of the device}.
     """
 
     def __init__(self, device_type="cpu"):
@@ -280,6 +280,8 @@ class _Answer(NamedTuple):
     def of(cls, args, kwargs, result, flops):
         """None for a result that cannot be made again so."""
         kind = type(result) if type(result) in (list, tuple) else None
+        if not any(isinstance(tensor, FakeTensor) for tensor in _tensors((result, *args, *kwargs.values()))):
+            return None  # it has values, and is to be computed
         given = {}
         twice = {tensor.untyped_storage()._cdata for tensor in _tensors(tuple(kwargs.values()))}
         for place, tensor in _places_of(args):

@@ -156,6 +156,7 @@ def try_choices(args, script, flags, samples):
 
         def run(*changes):
             errors = io.StringIO()
+            bar.set_postfix_str(" ".join(changes))
             try:
                 with contextlib.redirect_stderr(errors):
                     return simulate(script, [*flags, *changes], args.processes)

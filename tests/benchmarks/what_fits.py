@@ -5,31 +5,33 @@
 Teachers are the public configurations of Stable Diffusion 1.5 and SDXL, without weights (`synthetic.SHAPES`). Each
 method is simulated at two batch sizes with --gradient_checkpointing=full and bf16, images are encoded one by one, and
 memory is a straight line in the batch size. Direct distillation of SD3.5-medium, Flux.1-dev and Qwen-Image: a LoRA of
-rank 64, and all weights without and with 8-bit Adam, four steps, 1024 px, on 8 processes; denoiser and VAE from the
-public configurations, embeddings of a prompt by their shape. Text encoders are let go before the first update.
+rank 64, and all weights without and with 8-bit Adam, four steps, 1024 px, on 8 processes, from the public
+configurations. Text encoders are let go before the first update; what is on the card with them counts.
 """
 
 import contextlib
 import importlib
 import io
+import json
 import sys
 import tempfile
-import unittest.mock
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import train_direct_distill as direct
-from common.networks import teachers
+from common.direct import pairs
+from common.run import simulation
 from common.tools.demo import digits
 from common.tools.plan import TRIED, needed_at, simulate
 from tests.benchmarks import synthetic
 
 import diffusers
-import numpy as np
 import torch
+import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 
+PAIRS = 16
 METHODS = {
     "LCM": ("train_lcm_distill_sd_wds", []),
     "LCM LoRA": ("train_lcm_distill_lora_sd_wds", []),
@@ -76,113 +78,141 @@ BLOCKS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "la
 BLOCKS |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 SD3_VAE = BLOCKS | {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX_VAE = BLOCKS | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_hidden_layers": 12}
+CLIP_L |= {"num_attention_heads": 12, "hidden_act": "quick_gelu"}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "num_hidden_layers": 32}
+CLIP_G |= {"num_attention_heads": 20, "hidden_act": "gelu"}
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64, "vocab_size": 32128}
+T5_XXL |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+QWEN_TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN_TEXT |= {"num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 128000, "rope_theta": 1e6}
+QWEN_TEXT |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
 
 
 class Teacher(NamedTuple):
-    """pipeline, denoiser, vae: classes and configurations. embed: what encode_prompt returns for B prompts."""
+    """pipeline: its class. networks: {part: (class, configuration)}, of text encoders too, in order; each of these has
+    a tokenizer. guided: what its call gets when pairs are made."""
 
     name: str
     pipeline: type
-    denoiser: tuple
-    vae: tuple
+    networks: dict
     scheduler: dict
     latents: tuple  # shape of a sample's
-    embed: Callable
-    without: tuple  # parts of the pipeline that only encode prompts
+    guided: dict
 
 
-def zeros(*shape):
-    return torch.zeros(shape, dtype=torch.bfloat16)
+def clip(sizes):
+    return synthetic.text_config(digits.build_tokenizer(), sizes)
+
+
+def clip_l():
+    return transformers.CLIPTextModelWithProjection, clip(CLIP_L)
+
+
+def t5():
+    return transformers.T5EncoderModel, transformers.T5Config(**T5_XXL)
+
+
+def qwen_vl():
+    config = transformers.Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=QWEN_VISION)
+    return transformers.Qwen2_5_VLForConditionalGeneration, config
 
 
 TEACHERS = {
-    "sd35m": Teacher(
+    "sd35m": lambda: Teacher(
         "SD3.5-medium", diffusers.StableDiffusion3Pipeline,
-        (diffusers.SD3Transformer2DModel, {
+        {"transformer": (diffusers.SD3Transformer2DModel, {
             "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
             "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
             "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
             "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}),
-        (diffusers.AutoencoderKL, SD3_VAE), {"shift": 3.0}, (16, 128, 128),
-        lambda b: (zeros(b, 333, 4096), zeros(b, 333, 4096), zeros(b, 2048), zeros(b, 2048)),
-        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+         "vae": (diffusers.AutoencoderKL, SD3_VAE), "text_encoder": clip_l(),
+         "text_encoder_2": (transformers.CLIPTextModelWithProjection, clip(CLIP_G)), "text_encoder_3": t5()},
+        {"shift": 3.0}, (16, 128, 128), {"guidance_scale": 4.5},
     ),
-    "flux": Teacher(
+    "flux": lambda: Teacher(
         "Flux.1-dev", diffusers.FluxPipeline,
-        (diffusers.FluxTransformer2DModel, HEADS | {
+        {"transformer": (diffusers.FluxTransformer2DModel, HEADS | {
             "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
             "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}),
-        (diffusers.AutoencoderKL, FLUX_VAE), {"shift": 3.0, "use_dynamic_shifting": True}, (4096, 64),
-        lambda b: (zeros(b, 512, 4096), zeros(b, 768), torch.zeros(512, 3)),
-        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+         "vae": (diffusers.AutoencoderKL, FLUX_VAE),
+         "text_encoder": (transformers.CLIPTextModel, clip(CLIP_L)), "text_encoder_2": t5()},
+        {"shift": 3.0, "use_dynamic_shifting": True}, (4096, 64), {"guidance_scale": 3.5},
     ),
-    "qwen": Teacher(
+    "qwen": lambda: Teacher(
         "Qwen-Image", diffusers.QwenImagePipeline,
-        (diffusers.QwenImageTransformer2DModel, HEADS | {
+        {"transformer": (diffusers.QwenImageTransformer2DModel, HEADS | {
             "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "joint_attention_dim": 3584}),
-        (diffusers.AutoencoderKLQwenImage, {}),
+         "vae": (diffusers.AutoencoderKLQwenImage, {}), "text_encoder": qwen_vl()},
         {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
          "max_image_seq_len": 8192, "shift_terminal": 0.02}, (4096, 64),
-        lambda b: (zeros(b, 128, 3584), torch.ones((b, 128), dtype=torch.long)), ("text_encoder", "tokenizer"),
+        {"true_cfg_scale": 4.0, "negative_prompt": " "},
     ),
 }  # fmt: skip
 
 
-class Pairs:
-    """Pairs of no prompt, all of one size."""
-
-    config, hashes, sizes = None, None, [(1024, 1024)]
-    prompts, seeds = ["a prompt"] * 64, list(range(64))
-
-    def __init__(self, shape):
-        self.shape = shape
-
-    def __len__(self):
-        return len(self.prompts)
-
-    def latents(self, indices):
-        return torch.from_numpy(np.ones((len(indices), *self.shape), dtype=np.float32))  # with values, when simulated
-
-    def call_kwargs(self, indices):
-        return {"height": 1024, "width": 1024}
+def save_tokenizer(folder, encoder_class):
+    """A tokenizer of few words for a text encoder; its class. It fills prompts up as the public one does, but Qwen's,
+    which has a token for each letter."""
+    if encoder_class is transformers.T5EncoderModel:
+        words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+        tokenizer = transformers.T5TokenizerFast(vocab=words, extra_ids=0)
+    elif encoder_class is transformers.Qwen2_5_VLForConditionalGeneration:
+        words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        tokenizer = transformers.Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    else:
+        tokenizer = digits.build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    if isinstance(tokenizer, transformers.CLIPTokenizer):
+        digits.save_tokenizer_files(tokenizer, folder)
+    return type(tokenizer)
 
 
-def load(teacher, dtype, scheduler):
-    """The pipeline as `pipelines.load_pipeline` gives it, without text encoders: their weights are added later."""
-    denoiser, vae = (cls.from_config(values) for cls, values in (teacher.denoiser, teacher.vae))
-    denoiser.to(dtype.get("transformer", dtype["default"])), vae.to(dtype["default"])
-    pipeline = teacher.pipeline(transformer=denoiser, vae=vae, scheduler=scheduler, **dict.fromkeys(teacher.without))
+def write_teacher(folder, teacher, size=1024):
+    """Configurations of a teacher, and pairs of size x size pixels, as `common.tools.generate_pairs` writes them:
+    FOLDER/teacher and FOLDER/pairs."""
+    place, parts = folder / "teacher", {}
+    for name, (network_class, config) in teacher.networks.items():
+        library = network_class.__module__.split(".")[0]
+        parts[name] = [library, network_class.__name__]
+        if library == "diffusers":
+            with torch.device("meta"):
+                network_class.from_config(config).save_config(place / name)
+            continue
+        config.architectures = [network_class.__name__]
+        config.save_pretrained(place / name)
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        parts[tokenizer] = [library, save_tokenizer(place / tokenizer, network_class).__name__]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**teacher.scheduler)
+    scheduler.save_pretrained(place / "scheduler")
+    parts["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index = {"_class_name": teacher.pipeline.__name__, "_diffusers_version": diffusers.__version__, **parts}
+    (place / "model_index.json").write_text(json.dumps(index))
+    kwargs = {"num_inference_steps": 40, "height": size, "width": size, **teacher.guided}
+    config = {
+        "format": pairs.FORMAT, "model": teacher.name, "pipeline": teacher.pipeline.__name__, "weights_sample": {},
+        "scheduler": pairs.recorded(scheduler), "kwargs": kwargs, "num_pairs": PAIRS, "samples_per_shard": PAIRS,
+    }  # fmt: skip
+    pairs.write_config(folder / "pairs", config)
+    latents = torch.ones(teacher.latents, dtype=torch.bfloat16)
+    made = ((i, f"the prompt of image {i}", i, latents, None, None) for i in range(PAIRS))
+    pairs.write_shard(pairs.shard_path(folder / "pairs", 0), made)
 
-    def encode_prompt(*args, prompt=None, **kwargs):
-        prompt = prompt if prompt is not None else args[0]
-        return teacher.embed(1 if isinstance(prompt, str) else len(prompt))
 
-    pipeline.encode_prompt = encode_prompt
-    return teachers.frozen(pipeline)
-
-
-def direct_rows(kind):
-    teacher, scheduler = TEACHERS[kind], diffusers.FlowMatchEulerDiscreteScheduler
-    cls, values = teacher.denoiser
-    config = {"class": teacher.pipeline, "denoisers": {"transformer": (cls, values)}, "notes": []}
-    config["scheduler"] = scheduler, dict(scheduler(**teacher.scheduler).config)
-    with contextlib.ExitStack() as stack:
-        for owner, name, value in (
-            (direct.pipelines, "read_pipeline_config", lambda *_, **__: config),
-            (direct.pipelines, "load_pipeline", lambda name, dtype, scheduler, **_: load(teacher, dtype, scheduler)),
-            (direct, "read_data", lambda args: setattr(args, "num_held_out", 1) or setattr(
-                args, "num_inference_steps", 4) or Pairs(teacher.latents)),
-            (direct.sources, "check_vae", lambda *_, **__: None),
-        ):  # fmt: skip
-            stack.enter_context(unittest.mock.patch.object(owner, name, value))
-        words = ["--pretrained_teacher_model=teacher", "--pairs_dir=pairs", "--output_dir=no_such_folder", "--seed=1"]
-        words += ["--mixed_precision=bf16", "--gradient_checkpointing=full", "--max_train_steps=100"]
-        words += ["--gradient_accumulation_steps=1", "--num_inference_steps=4"]
-        for method, own in (("direct LoRA", ["--lora_rank=64"]), ("direct", ["--lora_rank=0"])):
-            sizes = [simulate(direct, [*words, *own, f"--train_batch_size={size}"], 8) for size in TRIED]
-            print_row(f"{teacher.name}, 1024 px", method, sizes)
-        eight = simulate(direct, [*words, "--lora_rank=0", "--use_8bit_adam", f"--train_batch_size={TRIED[0]}"], 8)
-        print_row(f"{teacher.name}, 1024 px", "direct, 8-bit Adam", sizes, sizes[0].between - eight.between)
+def direct_rows(folder, teacher):
+    write_teacher(folder, teacher)
+    words = [f"--pretrained_teacher_model={folder / 'teacher'}", f"--pairs_dir={folder / 'pairs'}"]
+    words += [f"--output_dir={folder / 'out'}", "--mixed_precision=bf16", "--gradient_checkpointing=full"]
+    words += ["--max_train_steps=100", "--gradient_accumulation_steps=1", "--num_inference_steps=4"]
+    name = f"{teacher.name}, 1024 px"
+    for method, own in (("direct LoRA", ["--lora_rank=64"]), ("direct", ["--lora_rank=0"])):
+        sizes = [simulate(direct, [*words, *own, f"--train_batch_size={size}"], 8) for size in TRIED]
+        print_row(name, method, sizes)
+    eight = simulate(direct, [*words, "--lora_rank=0", "--use_8bit_adam", f"--train_batch_size={TRIED[0]}"], 8)
+    print_row(name, "direct, 8-bit Adam", sizes, sizes[0].between - eight.between)
+    start, gib = sizes[0].moments[simulation.BEFORE], 2**30
+    print(f"Before the first update: {start / gib:.1f} GiB of {teacher.name}.", file=sys.stderr, flush=True)
 
 
 def main():
@@ -194,7 +224,7 @@ def main():
             digits.write_shards(Path(folder, "shards"))
         for shape in sys.argv[1:] or (*NAMES, *TEACHERS):
             if shape in TEACHERS:
-                direct_rows(shape)
+                direct_rows(Path(folder, shape), TEACHERS[shape]())
                 continue
             synthetic.write_configurations(Path(folder, shape), synthetic.SHAPES[shape])
             rows(Path(folder), shape)

@@ -15,8 +15,8 @@ import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_sd_wds as tscd
 from common.networks import lora, teachers
 from common.run import meter, sharding, simulation, stand_ins
-from tests.benchmarks import synthetic
-from tests.cases import SCRIPTS, launch, train
+from tests.benchmarks import synthetic, what_fits
+from tests.cases import SCRIPTS, as_words, launch, train
 from tests.fork_server import run_processes
 from tests.tools.test_encode_shards import ask
 
@@ -26,6 +26,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import Qwen2_5_VLConfig
 
 GIB = 2**30
 
@@ -56,7 +57,7 @@ ROWS = {
 }
 LONG_ROWS = {
     "lcm, cached latents": ("lcm", {"train_shards_path_or_url": "cached"}),
-    "direct LoRA, full": ("direct", {"kind": "dit", "lora_rank": 8, "gradient_checkpointing": True, **BF16}),
+    "direct LoRA, full": ("direct", {"lora_rank": 8, "gradient_checkpointing": True, **BF16}),
     "lcm LoRA, channels_last": ("lcm_lora", BF16 | {"channels_last": True}),
     "tscd": ("tscd", {}),
     "lcm": ("lcm", {}),
@@ -102,18 +103,46 @@ def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, shards, m
     assert one.peak == pytest.approx(simulated.peak, rel=0.01) and one.flops == simulated.flops
 
 
-def test_what_is_not_asked_again_is_the_same(tmp_path, command, monkeypatch):
-    """Operations on arguments of one form, calls of a check in one form, its backward pass: each event as without."""
-    changes = {"kind": "dit", "lora_rank": 8, "gradient_checkpointing": True, **BF16}
-    words = command("direct", tmp_path / "out", dry_run=True, report_to="none", **changes)
-    backward = torch.autograd.backward
-    quick = simulate(words, SCRIPTS["direct"])
+def tiny_qwen(folder, width):
+    """The flags of a direct distillation of a tiny Qwen-Image, configurations alone. width: of its text encoder."""
+    teacher, heads = what_fits.TEACHERS["qwen"](), {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text = what_fits.QWEN_TEXT | heads | {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1}
+    text |= {"vocab_size": 512, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "head_dim": 8}
+    vision = what_fits.QWEN_VISION | {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": width}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"intermediate_size": 16})
+    denoiser = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+    networks = teacher.networks | {"text_encoder": (teacher.networks["text_encoder"][0], config)}
+    cls, values = networks["transformer"]
+    networks["transformer"] = cls, values | denoiser | {"joint_attention_dim": width}
+    networks["vae"] = networks["vae"][0], {"base_dim": 8}
+    what_fits.write_teacher(folder, teacher._replace(networks=networks, latents=(16, 64)), size=64)
+    values = BF16 | {"pretrained_teacher_model": folder / "teacher", "pairs_dir": folder / "pairs", "lora_rank": 4}
+    values |= {"output_dir": folder / "out", "gradient_checkpointing": True, "dry_run": True, "report_to": "none"}
+    return as_words(values | {"max_train_steps": 9, "train_batch_size": 2, "num_inference_steps": 2})
+
+
+def test_what_is_not_asked_again_is_the_same(tmp_path, monkeypatch, request):
+    """Operations on arguments of one form, calls of a check in one form, its backward pass: all is as without. Of the
+    events only their number, for storages that end together do so in any order."""
+    words, backward = tiny_qwen(tmp_path, 16), torch.autograd.backward
+    request.addfinalizer(gc.enable)
+    gc.disable()  # when it collects, storages end
+    quick = simulate(words, SCRIPTS["direct"], updates=1)
     monkeypatch.setattr(meter, "_form", lambda *_: None)
     monkeypatch.setattr(stand_ins, "remembered", lambda call, may: call)
     monkeypatch.setattr(simulation, "_reach", backward)
-    slow = simulate(words, SCRIPTS["direct"])
-    assert quick.curve == slow.curve and len(quick.curve) > 1000
-    assert quick._replace(seconds=0) == slow._replace(seconds=0)
+    slow = simulate(words, SCRIPTS["direct"], updates=1)
+    assert len(quick.curve) == len(slow.curve) > 1000
+    assert quick._replace(seconds=0, curve=[]) == slow._replace(seconds=0, curve=[])
+
+
+def test_the_start_counts_where_text_encoders_take_more_than_an_update(tmp_path):
+    small, large = (simulate(tiny_qwen(tmp_path / str(n), n), SCRIPTS["direct"], updates=1) for n in (16, 1024))
+    assert small.moment == "backward" and simulation.BEFORE in small.moments
+    weights = large.parts["weights of text_encoder, frozen"]
+    assert large.moment == simulation.BEFORE and large.peak == large.moments[simulation.BEFORE] > weights > 2 * 2**20
+    assert sum(large.parts.values()) == large.peak and f"in: {simulation.BEFORE}" in large.lines()["peak, the sum"]
+    assert max(size for size, _ in large.curve) < large.peak - weights / 2  # which are let go
 
 
 # --- at real shapes
