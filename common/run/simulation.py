@@ -85,12 +85,12 @@ class Result(NamedTuple):
         """{name: text} for people: whether it fits, what it takes, and of what that is made up."""
         allowance = f"{FRAGMENTATION:.0%} for fragmentation and {_size(CONTEXT)} for CUDA, not measured here"
         largest = f"none of {', '.join(map(str, CARDS))} GB"
-        per_sample = self.flops / self.samples
+        per_sample = self.flops / self.samples / 1e9
         lines = {
             "smallest card that holds it": f"{self.card} GB" if self.card else largest,
             "needed on each process": f"{_size(self.needed)}, with {allowance}",
             "parameters": f"{self.trained / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
-            "FLOPs per update": f"{self.flops / 1e12:.4g} T on each process, {per_sample / 1e9:.5g} G a sample",
+            "FLOPs per update": f"{number(self.flops / 1e12)} T on each process, {number(per_sample)} G a sample",
         }
         lines |= {f"- {name}": _size(size) for name, size in self.parts.items()}
         where = "peak, the sum" if self.moment == BEFORE else "peak of an update, the sum"
@@ -106,6 +106,11 @@ class Result(NamedTuple):
 def needed(peak):
     """Bytes of a card for a peak of live tensors."""
     return peak * (1 + FRAGMENTATION) + CONTEXT
+
+
+def number(value):
+    """With three digits or all before the point, for people."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _size(size):
@@ -200,6 +205,7 @@ class _Simulation:
         self.moments_of, self.in_backward = {}, False
         self.report, self.progress, self.splits = report, None, []
         self.before = {}  # {part: bytes} at the peak before the updates
+        self.views = {}  # {parameter: its gradient's place in the buckets of several processes}
         self.max_train_steps, self.accumulation = args.max_train_steps, args.gradient_accumulation_steps
 
     @property
@@ -296,7 +302,7 @@ class _Simulation:
         self._own([self.buckets], "gradients")
         start = 0
         for parameter in parameters:
-            view = self.buckets[start : start + parameter.numel()].view(parameter.shape)
+            self.views[parameter] = view = self.buckets[start : start + parameter.numel()].view(parameter.shape)
             start += parameter.numel()
             parameter.register_post_accumulate_grad_hook(functools.partial(_put, view))
 
@@ -402,9 +408,11 @@ class _Simulation:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
-            if self.accumulation == 1:
-                for parameter in parameters:
+            for parameter in parameters:
+                if self.accumulation == 1:
                     parameter.grad = None
+                else:
+                    parameter.grad = self.views.get(parameter, parameter.grad)  # in DDP's buckets
 
     def _find_parts(self):
         """Weights by the names of main()'s variables; what is not a script's own is found in its pipelines."""

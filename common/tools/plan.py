@@ -91,7 +91,7 @@ def main(args):
         least = min(choices, key=lambda choice: choice.needed / choice.simulated)
         raise UserError(
             f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for "
-            f"{least.simulated} sample(s); use a LoRA, a lower --resolution or a larger card"
+            f"{least.simulated} sample(s); use {', '.join(ways_out(typed))} or a larger card"
         )
     words = [*without(flags, *OFFERED), *offered(chosen, samples)]
     result = simulate(script, words, args.processes)
@@ -109,6 +109,13 @@ def main(args):
         f"{args.picture} shows memory over the update. The command:\n\n{shlex.join([*launch, *words])}\n", flush=True
     )
     return chosen, result
+
+
+def ways_out(typed):
+    """What a script of these flags can do to take less, beyond the table."""
+    ways = ["--backward=stepwise"] if getattr(typed, "backward", None) == "whole" else []
+    ways += [] if getattr(typed, "lora_rank", 0) else ["a LoRA"]
+    return ways + (["a lower --resolution"] if hasattr(typed, "resolution") else [])
 
 
 def load_script(path):
@@ -226,7 +233,8 @@ def print_table(args, choices, refused):
     for choice in choices:
         batch = choice.batch or f"none, for {choice.simulated}:"
         adam = "yes" if choice.use_8bit_adam else "no"
-        print(f"| {choice.recomputed} | {adam} | {batch} | {choice.needed:.1f} | {choice.flops / 1e9:.5g} |")
+        flops = simulation.number(choice.flops / 1e9)
+        print(f"| {choice.recomputed} | {adam} | {batch} | {choice.needed:.1f} | {flops} |")
     for what, why in refused.items():
         print(f"\n{what} is refused: {why.split('error: ')[-1]}")
     print(flush=True)
@@ -269,6 +277,11 @@ def draw(result, gpu_memory, path, width=1200, height=520):
     for i, name in enumerate(names):
         pen.rectangle([(width - right + 15, top + 20 * i), (width - right + 27, top + 12 + 20 * i)], fill=colour[name])
         pen.text((width - right + 33, top + 20 * i), f"{name}: {result.moments[name] / GIB:.2f} GiB", fill="black")
+    before = result.moments.get(simulation.BEFORE)
+    if before:
+        pen.line([(left, y(before)), (left + columns, y(before))], fill="#888888")
+        text = f"{simulation.BEFORE}: {before / GIB:.2f} GiB, the line"
+        pen.text((width - right + 33, top + 20 * len(names)), text, fill="#555555")
     pen.text((left, height - 25), "operations of one update", fill="black")
     image.save(path)
 

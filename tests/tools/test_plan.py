@@ -2,6 +2,7 @@
 
 import shlex
 
+import train_direct_distill as direct
 import train_lcm_distill_sd_wds as lcm
 from common.errors import UserError
 from common.run import simulation
@@ -92,6 +93,14 @@ def test_mistakes_end_in_one_sentence(words, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         plan.main(plan.parse_args(words))
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_ways_out_are_flags_that_the_script_has():
+    words = ["--pretrained_teacher_model=t", "--output_dir=o"]
+    args = direct.parse_args([*words, "--pairs_dir=p", "--lora_rank=0"])
+    assert plan.ways_out(args) == ["--backward=stepwise", "a LoRA"]
+    args = lcm.parse_args([*words, "--train_shards_path_or_url=s.tar"])
+    assert plan.ways_out(args) == ["a LoRA", "a lower --resolution"]
 
 
 def test_what_is_no_training_script_is_said(tmp_path):
