@@ -64,13 +64,7 @@ def teacher(build_once):
     """
 
     def get(kind="epsilon"):
-        def build(folder):
-            prediction_type = "epsilon" if kind == "sdxl" else kind
-            stable_diffusion.build_teacher(
-                folder, prediction_type, vae_steps=5, unet_steps=20, unet_batch_size=16, sdxl=kind == "sdxl"
-            )
-
-        return str(build_once(f"teacher_{kind}", build))
+        return str(build_once(f"teacher_{kind}", lambda folder: makers.build_teacher(folder, kind)))
 
     return get
 

@@ -1,12 +1,16 @@
-"""What the tests' runs are made of: small networks, data and pairs."""
+"""What the tests' runs are made of: small networks, data and pairs.
+
+python -m tests.made tiny    # within a minute: tiny/teacher and tiny/shards, to try an edited script on
+"""
 
 import csv
 import json
+import sys
 import tarfile
 from pathlib import Path
 
 from common.tools import generate_pairs
-from common.tools.demo import digits
+from common.tools.demo import digits, stable_diffusion
 
 import datasets
 from PIL import Image
@@ -22,6 +26,14 @@ CONFIG = {  # the network of consistency training
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "attention_head_dim": 8, "dropout": 0.2,
 }  # fmt: skip
+
+
+def build_teacher(folder, kind="epsilon"):
+    """A teacher of 16 pixels that has been trained for a moment; kind: as of the fixture `teacher`."""
+    prediction_type = "epsilon" if kind == "sdxl" else kind
+    stable_diffusion.build_teacher(
+        folder, prediction_type, vae_steps=5, unet_steps=20, unet_batch_size=16, sdxl=kind == "sdxl"
+    )
 
 
 def rows(number=NUM_IMAGES):
@@ -70,3 +82,8 @@ def save_table(pictured, folder):
 
 def members(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+if __name__ == "__main__":
+    build_teacher(Path(sys.argv[1], "teacher"))
+    digits.write_shards(Path(sys.argv[1], "shards"))
