@@ -12,6 +12,7 @@ the teacher runs before the student.
 To change the method, copy this file and edit step 7. Another solver: 7.7 and the line of 3 that makes it; one that
 asks the teacher twice makes 7.6 a function of (z, t). alpha may be 0 at the last timestep. Say it in `write_card`.
 Another objective: 3 (schedule), 4 (student, target, sampler), 6 (what is saved and sampled), 7, 8, `write_card`.
+`python -m tests.made tiny` makes a teacher and shards to try the copy on.
 """
 
 import functools

@@ -58,10 +58,7 @@ def build_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(build_once):
-    """teacher(kind): a folder with a teacher of 16 pixels that has been trained for a moment.
-
-    kind: what its U-Net predicts, or "sdxl" for one in SDXL's layout, which predicts the noise.
-    """
+    """teacher(kind): a folder with the teacher of `made.save_teacher`."""
 
     def get(kind="epsilon"):
         return str(build_once(f"teacher_{kind}", lambda folder: makers.build_teacher(folder, kind)))
@@ -109,6 +106,12 @@ def pictured(build_once, direct_teacher, prompts_file):
     """Pairs with pngs, by a scheduler that this weak teacher can follow in few steps."""
     own = {"scheduler": "DDIMScheduler", "scheduler_kwargs": '{"timestep_spacing": "trailing"}', "save_images": True}
     return str(build_once("pictured", lambda folder: makers.ask(folder, direct_teacher(), prompts_file, **own)))
+
+
+@pytest.fixture(scope="session")
+def seeded(build_once, pictured):
+    """Tars of the same images, 8 samples each, with the seeds of their noise."""
+    return build_once("seeded_source", lambda folder: makers.save_seeded(pictured, folder))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ python -m tests.made tiny    # within a minute: tiny/teacher and tiny/shards, to
 """
 
 import csv
+import io
 import json
 import sys
 import tarfile
@@ -78,6 +79,24 @@ def save_table(pictured, folder):
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return folder
+
+
+def save_seeded(pictured, folder):
+    """Tars as tools that generate images write them, of pairs with pngs: KEY.png, KEY.txt, KEY.json with a `seed`."""
+    folder.mkdir()
+    for path in sorted(Path(pictured).glob("*.tar")):
+        with tarfile.open(path) as source, tarfile.open(folder / path.name, "w") as tar:
+            for name in sorted(source.getnames()):
+                stem, extension = name.split(".")
+                if extension == "png":
+                    record = json.loads(source.extractfile(f"{stem}.json").read())
+                    said = json.dumps({"seed": record["seed"], "steps": TEACHER_STEPS, "cfg": 2.0})
+                    image = source.extractfile(name).read()
+                    parts = {"png": image, "txt": record["prompt"].encode(), "json": said.encode()}
+                    for ending, content in parts.items():
+                        member = tarfile.TarInfo(f"{stem}.{ending}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
 
 
 def members(folder):

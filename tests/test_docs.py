@@ -1,18 +1,22 @@
 """README and guides: short, in 119 columns, without a dead link; their commands parse, and their Python runs."""
 
+import contextlib
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
+from common.tools import plan
 from common.tools.demo import __main__ as demo
-from common.tools.demo import measuring, stable_diffusion
+from common.tools.demo import consistency, measuring, stable_diffusion
 from common.tools.demo.stable_diffusion import build_classifier, build_teacher
-from tests.made import save_data_set
+from tests.made import save_data_set, save_table
 
 import pytest
 import torch
@@ -185,10 +189,14 @@ def test_commands_of_tests_name_files_and_flags_that_exist(page):
 # --- a reader, who runs a page from top to bottom
 
 
-# What is not to be had here (a hub, SLURM, installs) or takes long: suite, studies, plan, other methods' demos.
-ELSEWHERE = re.compile(
-    r"^(?:pip|cp|sbatch) |\.\.\.|-m pytest|tests/benchmarks|tools\.plan|facebook/|xl-base|metadata|--method"
-)
+LEFT_OUT = {  # what of the blocks cannot run here, and why
+    r"^pip ": "it installs",
+    r"-m pytest tests$": "it is this suite",
+    r"^sbatch ": "it needs SLURM; tests/tools/test_encode_shards.py runs the job file",
+    r"train_\w+\.py \.\.\.$": "its flags are left open; tests/run and tests/soak run several processes",
+    r"--suite gpu": "it needs a GPU; tests/soak/test_benchmarks.py runs it on a tiny shape",
+    r"^import ray": "it needs ray; tests/tools/test_encode_shards.py runs it with a stand-in",
+}
 SD = ["--resolution=16", "--max_train_steps=1", "--validation_num_inference_steps=1", "--shuffle_block_samples=16"]
 STAGES = [*SD, "--stage_segments=8,4,1", "--stage_steps=1", "--max_train_steps=3", "--adv_weights=0"]
 TRAINING = ["--train_batch_size=2", "--gradient_accumulation_steps=1", "--validation_steps=0", "--mixed_precision=no"]
@@ -197,14 +205,21 @@ SMALL = {  # flags after those of a guide's command, of which the last counts
     "train_lcm_distill_lora_sd_wds": [*SD, "--lora_rank=4", *TRAINING],
     "train_tscd_distill_sd_wds": STAGES + TRAINING,
     "train_tscd_distill_lora_sd_wds": [*STAGES, "--lora_rank=4", *TRAINING],
-    "train_cm_ct_unconditional": ["--resolution=8", "--max_train_steps=10", "--eval_batch_size=2", *TRAINING],
+    "train_cm_ct_unconditional": [
+        "--resolution=8", "--max_train_steps=10", "--eval_batch_size=2", "--checkpointing_steps=10", *TRAINING,
+    ],
     "train_direct_distill": [
         "--max_train_steps=1", "--num_held_out=2", "--lora_rank=4", "--skip_pairs_check", *TRAINING,
     ],
     "common.tools.generate_pairs": ["--num_inference_steps=6", "--num_pairs=8", "--dtype=float32"],
+    "common.tools.encode_pairs": ["--dtype=float32"],
     "common.tools.encode_shards": ["--resolution=16"],
-    "common.tools.evaluate": ["--num_images=20", "--batch_size=20", "--num_inference_steps=1,2"],
+    "common.tools.evaluate": [
+        "--num_images=20", "--batch_size=20", "--num_inference_steps=1,2", "--height=16", "--width=16",
+        "--dtype=float32",
+    ],
 }  # fmt: skip
+SMALL["common.tools.plan"] = SMALL["train_lcm_distill_sd_wds"]  # plan is the script's dry run
 SMALL_UNET = {
     "_class_name": "UNet2DModel", "block_out_channels": [16, 16], "layers_per_block": 1, "norm_num_groups": 8,
     "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
@@ -212,54 +227,90 @@ SMALL_UNET = {
 
 
 def lines_of(code):
-    """The commands of a block of shell that can be run here."""
-    lines = re.split(r"\n| && ", code.replace("\\\n", ""))
-    return [line for line in lines if commands(line) and not ELSEWHERE.search(line)]
+    """The commands of a block of shell, a line each."""
+    lines = (line.strip() for line in re.split(r"\n| && ", code.replace("\\\n", "")))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def is_left_out(code):
+    return any(re.search(pattern, code, re.M) for pattern in LEFT_OUT)
 
 
 def run(line):
     """A command of the guides, in this process, made small."""
-    [(name, words)] = modules(line)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    module = importlib.import_module(name + (".__main__" if name == "common.tools.demo" else ""))
-    module.main(module.parse_args([*words, *SMALL.get(name, [])]))
+    found, words = list(modules(line)), shlex.split(line)
+    if found:
+        [(name, words)] = found
+        module = importlib.import_module(name + (".__main__" if name == "common.tools.demo" else ""))
+        module.main(module.parse_args([*words, *SMALL.get(name, [])]))
+    elif words[:2] == ["python", "-c"]:
+        exec(words[2], {})
+    elif words[0] == "python" and words[1].startswith("tests/"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[1:])
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    else:
+        assert words[0] == "cp", line
+        subprocess_run(words, check=True)
+
+
+subprocess_run = subprocess.run  # the tests' own, whatever stands in for the demo's
+
+
+def launched(command, **_):
+    """What stands in for the processes that the demo starts: the same in this one."""
+    script = next((place for place, word in enumerate(command) if word.endswith(".py")), None)
+    words = ["python", *command[1:]]
+    if script:
+        words = ["accelerate", "launch", Path(command[script]).name, *command[script + 1 :]]
+    run(shlex.join(words))
+    return subprocess.CompletedProcess(command, 0)
+
+
+@contextlib.contextmanager
+def quick():
+    """The demo trains its networks for a moment and measures few samples; a plan is of one choice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stable_diffusion, "build_teacher", partial(build_teacher, vae_steps=5, unet_steps=5))
+        patch.setattr(stable_diffusion, "build_classifier", partial(build_classifier, steps=20))
+        patch.setattr(measuring, "SET_SIZE", 20)
+        patch.setattr(measuring, "NUM_SETS", 1)
+        patch.setattr(measuring, "STUDENT_STEPS", (1,))
+        patch.setattr(demo, "TEACHER_STEPS", (4, 1))
+        patch.setattr(plan, "RECOMPUTED", ("none",))
+        patch.setattr(consistency, "RUNS", {"ict": {}, "ect": consistency.RUNS["ect"] | {"pretrain_steps": 2}})
+        patch.setattr(subprocess, "run", launched)
+        yield
 
 
 @pytest.fixture(scope="session")
-def demo_folder(build_once, teacher):
-    """What the demo's command leaves, its networks trained for a moment and few samples measured."""
-
-    def launch(command):
-        script = next(place for place, word in enumerate(command) if word.endswith(".py"))
-        run(shlex.join(["accelerate", "launch", Path(command[script]).name, *command[script + 1 :]]))
-        return subprocess.CompletedProcess(command, 0)
+def demo_folder(build_once):
+    """What the demo's command leaves."""
 
     def build(folder):
         folder.mkdir()
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, quick():
             patch.chdir(folder)
-            patch.setattr(stable_diffusion, "build_teacher", partial(build_teacher, vae_steps=5, unet_steps=5))
-            patch.setattr(stable_diffusion, "build_classifier", partial(build_classifier, steps=20))
-            patch.setattr(measuring, "SET_SIZE", 20)
-            patch.setattr(measuring, "NUM_SETS", 1)
-            patch.setattr(demo, "TEACHER_STEPS", (4, 1))
-            patch.setattr(demo.subprocess, "run", launch)
             run("python -m common.tools.demo")
 
     return build_once("demo", build) / "demo"
 
 
 @pytest.fixture
-def users_folder(tmp_path, teacher, shards, demo_folder, monkeypatch):
+def users_folder(tmp_path, demo_folder, pictured, monkeypatch):
     """Where a reader is: data of each kind under the guides' names, and what they have made before."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(demo_folder, "demo")
     for script in TRAIN_SCRIPTS:  # a reader stands in the repository
         (tmp_path / f"{script}.py").symlink_to(ROOT / f"{script}.py")
+    (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "unet.json").write_text(json.dumps(SMALL_UNET))
     (tmp_path / "prompts.txt").write_text("a photo of the digit three\na photo of the digit four\n")
     save_data_set(tmp_path / "cifar10")
+    save_table(pictured, tmp_path / "images")
+    shutil.copytree(tmp_path / "images", tmp_path / "val2014")
     (tmp_path / "photos").mkdir()
     for number in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / "photos" / f"{number}.jpg")
@@ -267,31 +318,54 @@ def users_folder(tmp_path, teacher, shards, demo_folder, monkeypatch):
     (tmp_path / "annotations").mkdir()
     rows = [{"image_id": number // 2, "caption": f"image\n{number}"} for number in range(11_000)]
     (tmp_path / "annotations" / "captions_val2014.json").write_text(json.dumps({"annotations": rows}))
+    return tmp_path
+
+
+def stand_ins(teacher, shards):
+    """{what a page says: what is there instead}."""
     new = " --model_config_name_or_path=unet.json"
     return {
-        "shards/{00000..00099}.tar": shards, "latents/{00000..00099}.tar": "latents/{00000..00007}.tar",
-        "runwayml/stable-diffusion-v1-5": teacher(), "Qwen/Qwen-Image": teacher(),
-        "=200000": "=2", "_dir=ict": "_dir=ict" + new, "_dir=diffusion": "_dir=diffusion" + new,
+        "shards/{00000..00099}.tar": shards, "latents/{00000..00099}.tar": f"latents/{Path(shards).name}",
+        "runwayml/stable-diffusion-v1-5": teacher, "Qwen/Qwen-Image": teacher,
+        "stabilityai/stable-diffusion-xl-base-1.0": teacher, "=runs/sd15": f"={teacher}",
+        "student=lcm ": "student=demo/lcm_parity ",
+        "facebook/dinov2-large": "demo/classifier", " --clip_model openai/clip-vit-large-patch14": "",
+        "=200000": "=2", "=10000": "=2", "=50000": "=20", "max_train_steps=18000 ": "", "=10800": "=2",
+        "_dir=ict": "_dir=ict" + new, "_dir=diffusion": "_dir=diffusion" + new,
+        "ct_study.py": "ct_study.py --demo demo",
     }  # fmt: skip
 
 
-def test_all_scripts_and_these_tools_are_run():
+def test_all_scripts_and_tools_are_run_and_what_is_left_out_is_there():
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in lines_of(block)]
-    tools = {f"common.tools.{tool}" for tool in ("demo", "evaluate", "encode_shards", "generate_pairs")}
-    assert {name for line in lines for name, _ in modules(line)} == TRAIN_SCRIPTS | tools
+    ran = {name for line in lines if not is_left_out(line) for name, _ in modules(line)}
+    tools = {path.stem for path in ROOT.glob("common/tools/*.py") if "parse_args(" in path.read_text()} | {"demo"}
+    assert ran == TRAIN_SCRIPTS | {f"common.tools.{tool}" for tool in tools}
+    lines += [block for page in PAGES for block in blocks(page, "python")]
+    for pattern in LEFT_OUT:
+        assert any(re.search(pattern, line, re.M) for line in lines), pattern
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "\n```" in page.read_text()], ids=lambda page: page.stem)
-def test_what_a_page_says_runs(page, users_folder):
+def test_what_a_page_says_runs(page, users_folder, teacher, direct_teacher, shards, request):
     """Its commands and its Python in their order, on a CPU and on small things, as a reader pastes them."""
-    names = {}
+    names, latest = {}, ""
+    is_pairs = page.name == "pairs.md"
+    if is_pairs:
+        shards = f"{request.getfixturevalue('seeded')}/{{00000..00002}}.tar"
+    others = stand_ins(direct_teacher() if is_pairs else teacher(), shards)
     for language, code in FENCE.findall(page.read_text()):
-        for name, stand_in in users_folder.items():
+        for name, stand_in in others.items():
             code = code.replace(name, stand_in)
         if language == "bash":
             for line in lines_of(code):
-                run(line)
-        elif language == "python" and "import ray" not in code:  # tests/tools/test_encode_shards.py runs that
+                if line.startswith("--"):  # flags to add to the command before
+                    line = re.sub(r"(--output_dir=\w+)", r"\1_more", latest) + f" {line}"
+                if not is_left_out(line):
+                    with quick():
+                        run(line)
+                    latest = line
+        elif language == "python" and not is_left_out(code):
             code = code.replace('.to("cuda")', "").replace("torch.float16", "torch.float32")
             exec(compile(code, str(page), "exec"), names)
     if page.name in ("lcm.md", "tscd.md"):

@@ -1,7 +1,7 @@
 """What a run says: at its start, at each log entry, and at its end. Only the main process prints.
 
-The start says what costs nothing to know. What memory an update takes is left to `dry_run`: to simulate an update of
-Stable Diffusion takes up to a minute, by which every start would be later.
+The start says what costs nothing to know. What memory an update takes is simulated by `dry_run` alone, which takes up
+to a minute; a run says what its first update took.
 """
 
 import ast
@@ -26,6 +26,7 @@ WIDTH = 119
 ENTRIES = 100  # lines of a whole run in a log file, and one more after each SILENCE seconds
 SILENCE = 600
 MEASURED_WITH = {"num_inference_steps", "guidance_scale", "eta", "height", "width"}  # what `evaluate` can pass on
+LAST = {"update", "machine", "run", "logging and validation", "evaluation", "hub"}  # groups after the method's own
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -54,7 +55,7 @@ def show_flags(flags, verbose):
     flags: {name: value} of the run. verbose: all of them, one a line.
     """
     rows, filled_in, parser = {}, [], ArgumentParser.latest
-    for title, actions in parser.groups():
+    for title, actions in sorted(parser.groups(), key=lambda group: group[0] in LAST):
         known = [action for action in actions if action.dest in flags]
         if verbose and known:
             echo(title, {action.dest: flags[action.dest] for action in known})
@@ -77,7 +78,7 @@ def _word(action, value):
     if isinstance(value, bool):
         return action.option_strings[0 if value else -1]
     values = value if isinstance(value, list) else [value]
-    values = [str(v).removesuffix(".0") if isinstance(v, float) else v for v in values]
+    values = [f"{v:g}" if isinstance(v, float) else v for v in values]
     text = ",".join(map(str, values)) if len(values) < 5 else f"{values[0]},... ({len(values)})"
     return f"{action.option_strings[0]}={shlex.quote(text)}"
 
@@ -89,6 +90,13 @@ def _rows(rows):
     options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * width}
     for title, words in rows.items():
         print(textwrap.fill(f"{title:<{width}}{'  '.join(words)}", WIDTH, **options), flush=True)
+
+
+def say_memory(device):
+    """Print the most memory that torch has held so far on the GPU `device`, and what there is; nothing on a CPU."""
+    if device.type == "cuda":
+        taken, there = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+        say(f"memory of the first update: {taken / 2**30:.1f} of the GPU's {there / 2**30:.1f} GiB")
 
 
 def warmup_warning(args):
@@ -110,7 +118,7 @@ class Progress:
         self.start = self.step = self.printed = start
         self.total, self.is_shown, self.values = total, is_shown, {}
         self.started = self.time = time.monotonic()
-        is_bar = is_shown and sys.stderr.isatty()
+        is_bar = is_shown and _is_terminal(sys.stderr)
         self.bar = tqdm(total=total, initial=start, desc="steps", disable=not is_bar, bar_format=BAR, smoothing=0.02)
 
     def update(self):
@@ -152,6 +160,14 @@ class Progress:
         if code := card_code(args.output_dir):
             lines |= {"sample": sample_command(code), "measure": evaluate_command(args, code)}
         print("\n".join(f"{name:<8} {line}" for name, line in lines.items() if line), flush=True)
+
+
+def _is_terminal(file):
+    """Whether a bar would be seen: a terminal without a size, as of some containers, shows none."""
+    try:
+        return min(os.get_terminal_size(file.fileno())) > 0
+    except OSError:
+        return False
 
 
 def _duration(seconds):

@@ -207,6 +207,8 @@ class TrainingRun:
         """Count an update, and agree with the other processes on whether it is the last."""
         self.global_step += 1
         self.progress.update()
+        if self.progress.is_shown and self.global_step == self.progress.start + 1:
+            screen.say_memory(self.accelerator.device)
         self.is_last = self.stopper.check() or self.global_step == self.args.max_train_steps
 
     @property

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import platform
 from pathlib import Path
 
@@ -140,6 +141,10 @@ def check_args(args):
         raise UserError("two --pretrained_model have one label: write --pretrained_model LABEL=PATH")
     if len(args.models) > 1 and (args.lora or args.unet):
         raise UserError("--lora and --unet go with one --pretrained_model: measure the others in another run")
+    if student := args.lora or args.unet:  # which the results are named after, where no label is given
+        name = Path(os.path.abspath(student))
+        name = name.parent.name if name.stem in ("unet", "pytorch_lora_weights") else name.stem
+        args.models = {name if label == named_model(path)[0] else label: path for label, path in args.models.items()}
     if args.prompts is not None:
         args.prompts = [prompt.strip() for prompt in read_prompts("--prompts", args.prompts) if prompt.strip()]
         if not args.prompts:

@@ -1,9 +1,9 @@
 """iCT and ECT on the digits over several seeds: `python tests/benchmarks/ct_study.py`.
 
 Needs the demo's folder, for its classifier (`python -m common.tools.demo --method ct` builds it). Every seed is one
-run of the demo's three trainings, `common/tools/demo_ct.py`, with another seed of weights, data order and noise; all
-are measured on one classifier. The spread is over seeds. `--change NAME=VALUE` replaces flags of all runs. Finished
-runs are kept and not run again.
+run of the three trainings of `common/tools/demo/consistency.py`, with another seed of weights, data order and noise;
+all are measured on one classifier. The spread is over seeds. `--change NAME=VALUE` replaces flags of all runs.
+Finished runs are kept and not run again.
 """
 
 import argparse

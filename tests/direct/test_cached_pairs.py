@@ -35,27 +35,14 @@ def flags(direct_flags):
     return direct_flags
 
 
-@pytest.fixture(scope="module")
-def source(build_once, pictured):
-    """Tars as tools that generate images write them: KEY.png, KEY.txt and KEY.json with a `seed`; 8 samples each."""
-
-    def build(folder):
-        folder.mkdir()
-        for path in sorted(Path(pictured).glob("*.tar")):
-            contents = []
-            for key, raw in read_tar(path).items():
-                record = json.loads(raw["json"])
-                said = {"seed": record["seed"], "steps": 8, "cfg": 2.0}
-                members = {"png": raw["png"], "txt": record["prompt"].encode(), "json": json.dumps(said).encode()}
-                contents += [(f"{key}.{extension}", content) for extension, content in members.items()]
-            write_tar(folder / path.name, contents)
-
-    return build_once("seeded_source", build)
+@pytest.fixture
+def source(seeded):
+    return seeded
 
 
 @pytest.fixture(scope="module")
-def cached(build_once, source, direct_teacher):
-    return build_once("seeded", lambda folder: ask(source, folder, direct_teacher()))
+def cached(build_once, seeded, direct_teacher):
+    return build_once("seeded", lambda folder: ask(seeded, folder, direct_teacher()))
 
 
 def edited(source, folder, change, shard="00001.tar"):

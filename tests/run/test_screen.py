@@ -1,13 +1,21 @@
 """What a run prints: the start, the lines of a log file, and the end, whose commands are run as they stand."""
 
+import fcntl
+import os
+import pty
 import re
 import shlex
+import struct
+import sys
+import termios
+import types
 
 from common.run import screen
 from common.tools import evaluate
 from tests.cases import SCRIPTS, soak_but, train
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("name", soak_but("lcm", "tscd_lora", "ct", "direct"))
@@ -68,6 +76,23 @@ def test_a_log_file_gets_a_hundred_lines(capsys, total, every, lines):
     assert len(err) == lines and err[-1] == f"step {total} of {total}, loss 0.5, 4 samples/s, 3 updates skipped"
 
 
+@pytest.mark.parametrize(("rows", "is_bar"), [(40, True), (0, False)])
+def test_a_terminal_gets_a_bar_but_for_one_without_a_size(monkeypatch, rows, is_bar):
+    """tqdm would show nothing on the second."""
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 119, 0, 0))
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        progress = screen.Progress(0, 2, is_shown=True)
+        progress.update()
+        progress.show({"loss": 0.5, "samples_per_second": 4.0})
+        said = os.read(main, 10_000).decode()
+        monkeypatch.undo()
+        progress.bar.close()
+    os.close(main)
+    assert ("1/2" in said) == is_bar and ("step 1 of 2" in said) != is_bar and "loss 0.5, 4 samples/s" in said
+
+
 def test_a_silent_log_gets_a_line_after_ten_minutes_and_other_processes_print_nothing(capsys, monkeypatch):
     times = iter(range(0, 100_000, 700))
     monkeypatch.setattr(screen.time, "monotonic", lambda: next(times))
@@ -75,3 +100,12 @@ def test_a_silent_log_gets_a_line_after_ten_minutes_and_other_processes_print_no
         progress = screen.Progress(0, 100_000, is_shown)
         progress.update(), progress.show({"loss": 0.5, "samples_per_second": 4.0})
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_gpus_memory_is_said_after_the_first_update(monkeypatch, capsys):
+    there = types.SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 19.125 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: there)
+    screen.say_memory(torch.device("cpu"))
+    screen.say_memory(torch.device("cuda", 0))
+    assert capsys.readouterr().out == "memory of the first update: 19.1 of the GPU's 24.0 GiB\n"

@@ -173,6 +173,23 @@ def test_lora_and_unet_change_the_images(root, tmp_path):
     assert (tmp_path / "out" / "grid.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("model", "student", "label"),
+    [
+        ("PIPELINE", "--lora=LORA", "lora"),
+        ("mine=PIPELINE", "--lora=LORA", "mine"),
+        ("PIPELINE", "--lora=LORA/pytorch_lora_weights.safetensors", "lora"),
+        ("PIPELINE", "--unet=UNET", "ROOT"),
+        ("PIPELINE", "--batch_size=1", "pipeline"),
+    ],
+)
+def test_results_are_named_after_the_student(root, tmp_path, model, student, label):
+    model = model.replace("PIPELINE", str(root / "pipeline"))
+    student = student.replace("LORA", str(root / "lora")).replace("UNET", str(root / "unet"))
+    args = parse_args([f"--pretrained_model={model}", student, f"--output_dir={tmp_path / 'out'}", "--prompts=a"])
+    assert args.models == {label.replace("ROOT", root.name): str(root / "pipeline")}
+
+
 def test_a_lora_is_sampled_with_the_scheduler_in_its_folder(root, tmp_path):
     folder = Path(shutil.copytree(root / "lora", tmp_path / "lora"))
     diffusers.LCMScheduler(original_inference_steps=20).save_pretrained(folder / "scheduler")

@@ -29,12 +29,13 @@ from common.results import samples
 from common.run import training_run
 from common.tools.demo import consistency, digits, dit, stable_diffusion
 from common.tools.demo.measuring import (
-    ROOT,
     TEACHER_STEPS,
     TEACHERS,
     Judge,
     build_once,
     label,
+    launch,
+    launch_words,
     measure_once,
     measure_student,
     measure_teacher,
@@ -272,11 +273,8 @@ def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
     last = digits.NUM_TRAIN_SHARDS - 1
     data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
     data = f"--pairs_dir={data_dir}" if recipe["script"] == DIRECT["script"] else data
-    command = ["launch", "--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
-    command.append("--dynamo_backend=no")
-    command += [] if torch.cuda.is_available() else ["--cpu"]
-    command += [
-        os.path.relpath(ROOT / recipe["script"]),
+    command = [
+        *launch_words(recipe["script"]),
         f"--pretrained_teacher_model={teacher_dir}",
         data,
         f"--output_dir={student_dir}",
@@ -306,12 +304,8 @@ def generate_pairs(teacher, teacher_dir, shards_dir, pairs_dir, seed):
 
 
 def train(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
-    command = training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed)
-    print("accelerate " + " \\\n    ".join(shlex.quote(word) for word in command), flush=True)
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command])
-    if done.returncode:
-        raise UserError(f"{recipe['script']} ended with exit code {done.returncode}; its own message is above")
+    launch(training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed))
     print(f"trained {student_dir} in {time.perf_counter() - started:.0f} s", flush=True)
 
 

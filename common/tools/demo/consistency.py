@@ -9,13 +9,10 @@ enlarged to 16 pixels, on the demo's classifier. Writes `ct_report.md` and `ct_r
 
 import json
 import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from common.ct import consistency
-from common.errors import UserError
 from common.results import metrics, samples
 from common.tools.demo import digits, measuring, stable_diffusion
 
@@ -97,10 +94,8 @@ def write_digits(folder):
 
 def training_command(output_dir, folder, flags, seed):
     """The words after `accelerate`, as a user would type them."""
-    command = ["launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command += [] if torch.cuda.is_available() else ["--cpu"]
-    command += [
-        str(measuring.ROOT / SCRIPT),
+    command = [
+        *measuring.launch_words(SCRIPT),
         f"--train_data_dir={output_dir / 'ct_digits'}",
         f"--model_config_name_or_path={output_dir / 'ct_unet.json'}",
         f"--output_dir={folder}",
@@ -114,12 +109,8 @@ def training_command(output_dir, folder, flags, seed):
 
 
 def train(output_dir, folder, flags, seed):
-    command = training_command(output_dir, folder, flags, seed)
-    print("accelerate " + " ".join(command), flush=True)
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command])
-    if done.returncode:
-        raise UserError(f"{SCRIPT} ended with exit code {done.returncode}; its own message is above")
+    measuring.launch(training_command(output_dir, folder, flags, seed))
     seconds, total = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_seconds = total.ru_utime + total.ru_stime - used.ru_utime - used.ru_stime
     (folder / "seconds.json").write_text(json.dumps({"wall": seconds, "cpu": cpu_seconds}))

@@ -1,12 +1,17 @@
 """How the demo measures teachers and students: samples, and a judge that was trained on other digits."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from common.direct import probes
+from common.errors import UserError
 from common.files import whole
 from common.results import metrics
 from common.tools.demo import digits, dit, stable_diffusion
@@ -82,6 +87,22 @@ def measure_once(path, measure):
     np.save(path.with_suffix(".npy"), images)
     with whole(path.with_suffix(".json")) as unfinished:
         unfinished.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def launch_words(script):
+    """The words after `accelerate` that start a training script here, up to its flags."""
+    words = ["launch", "--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+    words += ["--dynamo_backend=no", *([] if torch.cuda.is_available() else ["--cpu"])]
+    return [*words, os.path.relpath(ROOT / script)]
+
+
+def launch(words):
+    """Print and run `accelerate WORDS`, as a user would type it; UserError where it fails."""
+    print("accelerate " + " \\\n    ".join(map(shlex.quote, words)), flush=True)
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *words])
+    if done.returncode:
+        script = next(Path(word).name for word in words if word.endswith(".py"))
+        raise UserError(f"{script} ended with exit code {done.returncode}; its own message is above")
 
 
 class Judge:
@@ -174,7 +195,8 @@ def measure(judge, pipeline, steps, guidance_scale, seed, captions=digits.NAMED,
         num_sets = 1 if num_inference_steps > LONG_STEPS else NUM_SETS
         if schedule:
             schedule(num_inference_steps)
-        with tqdm(total=num_sets * SET_SIZE, desc=f"{num_inference_steps} steps", unit="image") as progress:
+        desc = f"measuring, {num_inference_steps} step{'s' * (num_inference_steps > 1)}"
+        with tqdm(total=num_sets * SET_SIZE, desc=desc, unit="image") as progress:
             for index in range(num_sets):
                 generator = torch.Generator().manual_seed(seed * NUM_SETS + index)
                 images = []
