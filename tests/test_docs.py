@@ -219,6 +219,10 @@ SMALL = {  # flags after those of a guide's command, of which the last counts
         "--dtype=float32",
     ],
 }  # fmt: skip
+TRAINING_COMMAND = (
+    "accelerate launch train_lcm_distill_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 "
+    "--train_shards_path_or_url=shards/{00000..00099}.tar --output_dir=lcm"
+)
 SMALL["common.tools.plan"] = SMALL["train_lcm_distill_sd_wds"]  # plan is the script's dry run
 SMALL_UNET = {
     "_class_name": "UNet2DModel", "block_out_channels": [16, 16], "layers_per_block": 1, "norm_num_groups": 8,
@@ -331,6 +335,7 @@ def stand_ins(teacher, shards):
         "student=lcm ": "student=demo/lcm_parity ",
         "facebook/dinov2-large": "demo/classifier", " --clip_model openai/clip-vit-large-patch14": "",
         "=200000": "=2", "=10000": "=2", "=50000": "=20", "max_train_steps=18000 ": "", "=10800": "=2",
+        "--eval_num_images=500": "--eval_num_images=20",
         "_dir=ict": "_dir=ict" + new, "_dir=diffusion": "_dir=diffusion" + new,
         "ct_study.py": "ct_study.py --demo demo",
     }  # fmt: skip
@@ -349,22 +354,24 @@ def test_all_scripts_and_tools_are_run_and_what_is_left_out_is_there():
 @pytest.mark.parametrize("page", [page for page in PAGES if "\n```" in page.read_text()], ids=lambda page: page.stem)
 def test_what_a_page_says_runs(page, users_folder, teacher, direct_teacher, shards, request):
     """Its commands and its Python in their order, on a CPU and on small things, as a reader pastes them."""
-    names, latest = {}, ""
+    names, training = {}, TRAINING_COMMAND
     is_pairs = page.name == "pairs.md"
     if is_pairs:
         shards = f"{request.getfixturevalue('seeded')}/{{00000..00002}}.tar"
     others = stand_ins(direct_teacher() if is_pairs else teacher(), shards)
+    for name, stand_in in others.items():
+        training = training.replace(name, stand_in)
     for language, code in FENCE.findall(page.read_text()):
         for name, stand_in in others.items():
             code = code.replace(name, stand_in)
         if language == "bash":
             for line in lines_of(code):
-                if line.startswith("--"):  # flags to add to the command before
-                    line = re.sub(r"(--output_dir=\w+)", r"\1_more", latest) + f" {line}"
+                if line.startswith("--"):  # flags to add to a training command
+                    line = re.sub(r"(--output_dir=\w+)", r"\1_more", training) + f" {line}"
                 if not is_left_out(line):
                     with quick():
                         run(line)
-                    latest = line
+                    training = line if re.search(r"launch train_", line) else training
         elif language == "python" and not is_left_out(code):
             code = code.replace('.to("cuda")', "").replace("torch.float16", "torch.float32")
             exec(compile(code, str(page), "exec"), names)
