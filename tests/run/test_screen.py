@@ -61,7 +61,7 @@ def test_a_first_start_without_a_seed_or_a_gpu(tmp_path, capsys, command):  # no
     assert "not given, so" in out and "seed=" not in out and "Note" not in out  # the run draws another
     train(words)
     out = capsys.readouterr().out
-    assert re.search(r"--data_seed=(\d+)\s+--seed=\1\b", out) and "starts anew" not in out
+    assert re.search(r"--data_seed=(\d+)\s.*--seed=\1\b", out, re.S) and "starts anew" not in out
     assert "Note: this runs on the CPU, with bf16 and 8-bit Adam, made for GPUs" in out
 
 
