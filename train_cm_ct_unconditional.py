@@ -22,7 +22,7 @@ from collections import Counter
 
 from common import flags
 from common.ct import card as ct_card
-from common.ct import consistency, evaluation
+from common.ct import consistency, sampling
 from common.ct import data as image_data
 from common.ct import flags as ct_flags
 from common.ct import unet as ct_unet
@@ -34,7 +34,7 @@ from common.ema import MOST_OF_START, ema_decay, ema_start_share, ema_update
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import sharded
 from common.results import export, samples
-from common.run import engine, sharding, simulation, training_data
+from common.run import engine, sharding, simulation, training_data, validation
 from common.run.training_run import TrainingRun, user_errors
 from common.schedules import append_dims
 
@@ -44,7 +44,8 @@ import torch
 def parse_args(argv=None):
     parser = flags.ArgumentParser(__doc__.split("\n")[0])
     flags.add_data_arguments(parser, text=False)
-    flags.add_training_arguments(parser, "consistency-model", "consistency-training", samples_prompts=False)
+    own = {"samples_prompts": False, "evaluates": "with own flags"}
+    flags.add_training_arguments(parser, "consistency-model", "consistency-training", **own)
     ct_flags.add_arguments(parser)
     add = parser.add_argument_group("method").add_argument
     add("--objective", choices=["ict", "ect"], default="ict", help="from scratch, or from a diffusion model")
@@ -116,7 +117,8 @@ def main(args):
     unet_config = ct_unet.read_unet_config(**ct_flags.unet_options(args))
     run = TrainingRun(args, accelerator)
     run.resolve_data(len(source.keys) if source else None)
-    network = ct_flags.load_feature_network(args, device)
+    classes = args.num_classes if args.eval_class_accuracy else None
+    network = validation.load_feature_network(args, device, side=args.resolution, classes=classes)
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
     decode = functools.partial(
@@ -200,14 +202,23 @@ def main(args):
     unets = {"raw": accelerator.unwrap_model(unet)} | ({"ema": ema_unet} if ema_unet else {})
     grid_labels = [i % args.num_classes if args.num_classes else None for i in range(args.eval_batch_size)]
     columns = ["" if label is None else str(label) for label in grid_labels]
-    grid = functools.partial(evaluation.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
+    grid = functools.partial(sampling.sample_grid, accelerator, unets, scheduler, grid_labels, timesteps, args.seed)
     if args.eval_steps:
         plain = functools.partial(
             decode, **training_data.image_options(args) | {"center_crop": True, "random_flip": False}
         )
         reference = TrainingData(shards, plain, batch_size=1, seed=0, num_lanes=1, **options)
-        reference = evaluation.read_reference(reference, args.eval_num_reference)
-        evaluate = evaluation.Evaluation(accelerator, network, reference, **ct_flags.evaluation_options(args))
+        evaluate = sampling.open_evaluation(
+            accelerator,
+            network,
+            sampling.read_reference(reference, args.eval_num_reference),
+            name=args.feature_network,
+            num_samples=args.eval_num_samples,
+            batch_size=args.eval_batch_size,
+            class_accuracy=args.eval_class_accuracy,
+        )
+        judge = validation.Judge(run, evaluate)
+        sampled = sampling.sampled(evaluate, unets, scheduler, timesteps, args.seed)
 
     # 7. The loop.
     batches = itertools.chain([first_batch], batches)
@@ -285,15 +296,8 @@ def main(args):
         run.after_update()
         if run.logs:
             run.log(progress_values | {"lr": lr_scheduler.get_last_lr()[0]})
-        at_end = run.is_last and not run.stopped
-        if args.eval_steps and (run.global_step % args.eval_steps == 0 or at_end):
-            with samples.going_on(accelerator, run.global_step):
-                rows = evaluate(unets, scheduler, timesteps)
-                if is_main:
-                    evaluation.record(
-                        args.output_dir, run.global_step, rows, f"checkpoint-{run.global_step}" if run.saves else None
-                    )
-                    accelerator.log(evaluation.flatten(rows), step=run.global_step)
+        if run.evaluates:
+            judge(sampled, unets, timesteps)
         if run.saves:
             run.save()
         if run.samples:
@@ -301,9 +305,10 @@ def main(args):
                 run.show(grid(step=run.global_step), labels=columns)
 
     # 8. Export: a pipeline that samples with the network's average, then what may fail: card, samples, upload.
+    best = run.load_best()
     if not run.stopped:  # by every process
-        start_share = ema_start_share(run.global_step, **ema_options) if ema_unet else 1.0
-        chosen = "ema" if start_share <= MOST_OF_START else "raw"
+        start_share = ema_start_share(run.exported_step, **ema_options) if ema_unet else 1.0
+        chosen = best["network"] if best else "ema" if start_share <= MOST_OF_START else "raw"
         save_result(args.output_dir, unets[chosen].eval(), scheduler)
         for name in unets.keys() - {chosen}:
             export.save_parts(args.output_dir, **{f"unet_{name}": unets[name].eval()})
@@ -314,17 +319,17 @@ def main(args):
                     args.output_dir,
                     flags=run.flags,
                     command=flags.command_line(),
-                    global_step=run.global_step,
+                    global_step=run.exported_step,
                     total_batch_size=run.total_batch_size,
                     chosen=chosen,
                     start_share=start_share,
                     report=accelerator.print,
                 )
-            images = grid(step=run.global_step)  # by every process
+            images = grid(step=run.exported_step)  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, columns)
     unet, optimizer = accelerator.free_memory(unet, optimizer)
-    run.finish(evaluation.describe_best(args.output_dir))
+    run.finish()
 
 
 if __name__ == "__main__":

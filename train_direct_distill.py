@@ -29,9 +29,9 @@ from common.direct.student import (
     freeze_unused,
     measure,
     roll_out,
-    sample_and_measure,
     student_kwargs,
 )
+from common.direct.validation import PairValidation
 from common.ema import ema_update, exchanged
 from common.errors import UserError
 from common.losses import LOSS_TYPES, distance
@@ -40,6 +40,7 @@ from common.results import export, samples
 from common.run import engine, sharding, simulation
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import check_weights, networks_of
+from common.run.validation import load_feature_network
 
 import torch
 
@@ -74,7 +75,8 @@ def parse_args(argv=None):
     free("--skip_pairs_check", action="store_true", help="train even if the seeds do not seem to give the results")
     add("--num_held_out", type=flags.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
     with_data("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
-    flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples_prompts=False)
+    own = {"samples_prompts": False, "evaluates": "pairs", "is_consistency": False}
+    flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", **own)
     group = parser.add_argument_group("method")
     add, free = group.add_argument, group.add_free
     add("--num_inference_steps", type=flags.positive_int, help="of the student; default: 4, or the table's")
@@ -138,13 +140,10 @@ def read_data(args):
 
 def derived_configuration(run, num_train):
     """What follows from the flags: {name: text}. num_train: pairs to train on."""
-    derived, size = run.derived_configuration(), run.total_batch_size
-    return {
-        "processes": derived["processes"],
+    size = run.total_batch_size
+    return run.derived_configuration() | {
         "samples per update": str(size) + ("" if size >= 32 else " (32 or more are better)"),
-        "updates": derived["updates"],
         "pairs": f"{num_train} to train on, {run.args.num_held_out} held out",
-        "epochs": derived["epochs"],
         "evaluations per sample": f"{run.args.num_inference_steps} with gradients",
     }
 
@@ -168,6 +167,7 @@ def main(args):
             lora.check_lora(values, args.lora_rank, args.lora_alpha, target_names, **options)
     quantized.check(args.quantize_base, config["denoisers"], config["class"], None if args.dry_run else device)
     run = TrainingRun(args, accelerator)
+    network = load_feature_network(args, device)
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
 
     # 2. Pairs, and what follows from the flags.
@@ -279,8 +279,9 @@ def main(args):
         pairs_sha256=fingerprint,
     )
     micro_batch = run.resumed["data"].get("next_micro_batch", 0)
-    shows = {"measured": measured, "shown": shown, "untrained": untrained, "batch_size": args.train_batch_size}
-    sample = functools.partial(sample_and_measure, accelerator, student, data, **shows)
+    shows = {"measured": measured, "shown": shown, "untrained": untrained, "averaged": averaged}
+    shows |= {"teacher_steps": teacher_kwargs.get("num_inference_steps")}
+    validation = PairValidation(run, student, data, network=network, **shows)
 
     # 7. The loop.
     rollout.train()
@@ -310,22 +311,23 @@ def main(args):
         if not accelerator.sync_gradients:
             continue
 
-        # 7.6 After an update: EMA, logs, checkpoint, validation.
+        # 7.6 After an update: EMA, logs, evaluation, checkpoint, samples.
         if args.ema_decay:
             ema_update(ema_weights, weights, args.ema_decay, finite)
         lr_scheduler.step()
         run.after_update()
         if run.logs:
             run.log({"lr": lr_scheduler.get_last_lr()[0]})
+        if run.evaluates:
+            validation.evaluate()
         if run.saves:
             run.save(data={"next_micro_batch": micro_batch})
         if run.samples:
-            with samples.going_on(accelerator, run.global_step), averaged():
-                images, _ = sample(step=run.global_step)
-                run.show(images, labels=[data.prompts[i] for i in shown])
+            validation.show()
 
     # 8. Export: weights or a LoRA with the scheduler, then what may fail: pipeline, error, card, samples, upload.
     quality = None
+    run.load_best()
     with averaged():
         if not run.stopped:
             save = pipelines.save_lora if args.lora_rank else pipelines.save_denoisers
@@ -337,12 +339,12 @@ def main(args):
                 if is_main and not args.lora_rank:
                     whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))
                     export.save_rest(whole, args.output_dir, written=(*files, "scheduler"))
-                images, relative_mse = sample(step=run.global_step)  # by every process
+                images, relative_mse = validation.grid(step=run.exported_step)  # by every process
                 result = {"held_out_pairs": len(held_out), "relative_mse": relative_mse, "untrained": untrained[0]}
                 if is_main:
                     Path(args.output_dir, "held_out.json").write_text(json.dumps(result, indent=1) + "\n")
                     quality = write_card(args, pipeline, data, kwargs, files, run, result)
-                    export.save_grid(args.output_dir, images, [data.prompts[i] for i in shown])
+                    export.save_grid(args.output_dir, images, validation.labels)
     rollout, optimizer = accelerator.free_memory(rollout, optimizer)
     run.finish(quality)
 
@@ -369,7 +371,7 @@ def write_card(args, pipeline, data, kwargs, files, run, result):
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {run.global_step} updates of {run.total_batch_size} samples.",
+            f"Trained for {run.exported_step} updates of {run.total_batch_size} samples.",
             error,
             f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
             "guidance is distilled into the weights.",

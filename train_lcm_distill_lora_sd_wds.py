@@ -6,7 +6,7 @@ Deviations: the guidance w is fixed by default, since the student cannot see it 
 the teacher runs before the student.
 
     accelerate launch train_lcm_distill_lora_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
-        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm_lora --mixed_precision=bf16 \\
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm_lora --mixed_precision=fp16 \\
         --learning_rate=1e-4 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
 
 To change the method, copy this file and edit step 7. Another solver: 7.7 and the line of 3 that makes it; one that
@@ -26,10 +26,11 @@ from common.errors import UserError
 from common.keyed_random import keyed_generator
 from common.losses import LOSS_TYPES, distance
 from common.networks import encoders, lora, teachers
-from common.results import export, samples
+from common.results import export
 from common.run import engine, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import networks_of
+from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims, boundary_scalings, ddim_timesteps, to_eps, to_x_0
 from common.solvers import DDIMSolver
 
@@ -93,6 +94,7 @@ def main(args):
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
+    network = load_feature_network(args, device)
     run.resolve_data(training_data.images_in_folder(shards))
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
@@ -142,17 +144,15 @@ def main(args):
         objects={"lr_scheduler": lr_scheduler},
         validation_prompts=prompts,
     )
-    sample = functools.partial(
-        samples.sample_grid,
-        accelerator,
+    validation = TextValidation(
+        run,
         teacher,
-        unets={"student": accelerator.unwrap_model(unet)},
+        network=network,
+        shown={"student": accelerator.unwrap_model(unet)},
         scheduler=sampler,
-        prompts=prompts,
-        num_inference_steps=args.validation_num_inference_steps,
-        seed=args.seed,
-        resolution=args.resolution,
         guidance_scale=1.0,
+        teacher_unet=teacher_unet,
+        teacher_guidance_scale=(args.w_min + args.w_max) / 2 + 1.0,
     )
 
     # 7. The loop.
@@ -222,18 +222,20 @@ def main(args):
         if not accelerator.sync_gradients:
             continue
 
-        # 7.11 After an update: logs, checkpoint, validation.
+        # 7.11 After an update: logs, evaluation, checkpoint, samples.
         lr_scheduler.step()
         run.after_update()
         if run.logs:
             run.log({"lr": lr_scheduler.get_last_lr()[0]})
+        if run.evaluates:
+            validation.evaluate()
         if run.saves:
             run.save()
         if run.samples:
-            with samples.going_on(accelerator, run.global_step):
-                run.show(sample(step=run.global_step), labels=prompts)
+            validation.show()
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
+    run.load_best()
     if is_main and not run.stopped:
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
@@ -241,7 +243,7 @@ def main(args):
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
                 write_card(args, config, teacher_options, shards, run)
-            images = sample(step=run.global_step)  # by every process
+            images = validation.grid()  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, prompts)
     unet, optimizer = accelerator.free_memory(unet, optimizer)
@@ -267,7 +269,7 @@ image = pipe({prompt}, num_inference_steps={min(4, args.num_ddim_timesteps)}, gu
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {run.global_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
+            f"Trained for {run.exported_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
             f"w {w}.",
             "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
             f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "

@@ -6,7 +6,7 @@ Consistency Models (arXiv 2310.04378), Algorithm 1. Deviations: the new embeddin
 student equals the teacher at step 0; the teacher runs before the student, which lowers the peak memory.
 
     accelerate launch train_lcm_distill_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
-        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm --mixed_precision=bf16 \\
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm --mixed_precision=fp16 \\
         --learning_rate=1e-6 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
 
 To change the method, copy this file and edit step 7. Another solver: 7.7 and the line of 3 that makes it; one that
@@ -27,10 +27,11 @@ from common.errors import UserError
 from common.keyed_random import keyed_generator
 from common.losses import LOSS_TYPES, distance
 from common.networks import encoders, teachers
-from common.results import export, samples
+from common.results import export
 from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import networks_of
+from common.run.validation import TextValidation, load_feature_network
 from common.schedules import (
     alpha_sigma,
     append_dims,
@@ -102,6 +103,7 @@ def main(args):
     ddim_grid = ddim_timesteps(args.num_ddim_timesteps, num_train_timesteps).to(device)  # (N,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
+    network = load_feature_network(args, device)
     run.resolve_data(training_data.images_in_folder(shards))
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
@@ -152,17 +154,15 @@ def main(args):
         objects={"lr_scheduler": lr_scheduler},
         validation_prompts=prompts,
     )
-    sample = functools.partial(
-        samples.sample_grid,
-        accelerator,
+    validation = TextValidation(
+        run,
         teacher,
-        unets={"student": accelerator.unwrap_model(unet), "target": target_unet},
+        network=network,
+        shown={"student": accelerator.unwrap_model(unet), "target": target_unet},
         scheduler=sampler,
-        prompts=prompts,
-        num_inference_steps=args.validation_num_inference_steps,
-        seed=args.seed,
-        resolution=args.resolution,
         guidance_scale=args.validation_guidance_scale,
+        teacher_unet=teacher_unet,
+        teacher_guidance_scale=args.validation_guidance_scale,
     )
 
     # 7. The loop.
@@ -232,19 +232,21 @@ def main(args):
         if not accelerator.sync_gradients:
             continue
 
-        # 7.11 After an update: EMA of the target, logs, checkpoint, validation.
+        # 7.11 After an update: EMA of the target, logs, evaluation, checkpoint, samples.
         ema_update(target_unet.parameters(), accelerator.unwrap_model(unet).parameters(), args.ema_decay, finite)
         lr_scheduler.step()
         run.after_update()
         if run.logs:
             run.log({"lr": lr_scheduler.get_last_lr()[0]})
+        if run.evaluates:
+            validation.evaluate()
         if run.saves:
             run.save()
         if run.samples:
-            with samples.going_on(accelerator, run.global_step):
-                run.show(sample(step=run.global_step), labels=prompts)
+            validation.show()
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
+    run.load_best()
     if not run.stopped:
         parts = {"unet": accelerator.unwrap_model(unet).eval(), "scheduler": sampler}
         export.save_parts(args.output_dir, **parts, unet_target=target_unet)
@@ -254,7 +256,7 @@ def main(args):
                 pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
                 write_card(args, config, shards, run)
-            images = sample(step=run.global_step)  # by every process
+            images = validation.grid()  # by every process
             if is_main:
                 export.save_grid(args.output_dir, images, prompts)
     unet, optimizer = accelerator.free_memory(unet, optimizer)
@@ -278,7 +280,7 @@ image = pipe({prompt}, num_inference_steps={steps}, guidance_scale={scale:g}{siz
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {run.global_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
+            f"Trained for {run.exported_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
             f"w {w}.",
             f"`guidance_scale` is w + 1 and an input of the network: use {low:g} to {high:g}, the trained range.",
             "`unet_target/` holds the EMA of the student that made the targets.",

@@ -8,7 +8,7 @@ node indices of the DDIM grid; jumps end at the lower end of a segment by defaul
 that cannot see the end has an exact solution.
 
     accelerate launch train_tscd_distill_lora_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
-        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd_lora --mixed_precision=bf16 \\
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd_lora --mixed_precision=fp16 \\
         --learning_rate=1e-4 --adam_weight_decay=0 --max_train_steps=4000 --train_batch_size=12
 
 To change the method, copy this file and edit step 7. Another solver: 7.6 and 7.7, and the line of 3 that makes it (7.8
@@ -28,6 +28,7 @@ from common.results import export, samples
 from common.run import engine, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import discriminator_step, networks_of
+from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims
 from common.solvers import TrajectorySolver
 from common.tscd import flags as tscd_flags
@@ -107,6 +108,7 @@ def main(args):
     nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
+    network = load_feature_network(args, device)
     run.resolve_data(training_data.images_in_folder(shards))
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
@@ -174,19 +176,16 @@ def main(args):
     )
     shown = {"student": accelerator.unwrap_model(unet)}
 
-    def sample(stage):
-        return samples.sample_grid(
-            accelerator,
-            teacher,
-            unets=shown,
-            scheduler=sampler,
-            prompts=prompts,
-            num_inference_steps=sorted({stage.num_segments, *(args.validation_num_inference_steps or [])}),
-            seed=args.seed,
-            resolution=args.resolution,
-            step=run.global_step,
-            guidance_scale=1.0,
-        )
+    validation = TextValidation(
+        run,
+        teacher,
+        network=network,
+        shown=shown,
+        scheduler=sampler,
+        guidance_scale=1.0,
+        teacher_unet=teacher_unet,
+        teacher_guidance_scale=(args.w_min + args.w_max) / 2 + 1.0,
+    )
 
     # 7. The loop.
     batches, grid = itertools.chain([first_batch], batches), None
@@ -306,7 +305,7 @@ def main(args):
         if not accelerator.sync_gradients:
             continue
 
-        # 7.11 After an update: logs, the stage's model, checkpoint, validation.
+        # 7.11 After an update: logs, the stage's model, evaluation, checkpoint, samples.
         lr_scheduler.step()
         run.after_update()
         if run.logs:
@@ -318,17 +317,17 @@ def main(args):
                 sampler.save_pretrained(folder / "scheduler")
                 with samples.going_on(accelerator, run.global_step):
                     write_card(args, config, teacher_options, stage, folder, shards, run)
-            with samples.going_on(accelerator, run.global_step):
-                grid = sample(stage)  # by every process
-                run.show(grid, labels=prompts, name=f"{stage.name}/sample_grid.png")
+            grid = validation.show(stage.num_segments, name=f"{stage.name}/sample_grid.png")  # by every process
+        if run.evaluates or run.global_step == stage.end:
+            validation.evaluate(stage.num_segments, stage=stage.name)
         if run.saves or run.global_step == stage.end:
             run.save()
         if run.samples and run.global_step != stage.end:
-            with samples.going_on(accelerator, run.global_step):
-                run.show(sample(stage), labels=prompts)
+            validation.show(stage.num_segments)
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     stage = stage_at(stages, run.global_step - 1)
+    best = run.load_best(stage.name)
     if is_main and not run.stopped:
         lora.save_lora(args.output_dir, unet)
         sampler.save_pretrained(Path(args.output_dir, "scheduler"))
@@ -336,11 +335,12 @@ def main(args):
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
                 write_card(args, config, teacher_options, stage, None, shards, run)
-            if not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
-                grid = sample(stage)  # by every process
+            if best or not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
+                grid = validation.grid(stage.num_segments)  # by every process
             if is_main:
-                for folder in (args.output_dir, Path(args.output_dir, stage.name)):
-                    export.save_grid(folder, grid, prompts)
+                export.save_grid(args.output_dir, grid, prompts)
+                if not best:  # else the stage's folder keeps its last weights
+                    export.save_grid(Path(args.output_dir, stage.name), grid, prompts)
     unet, optimizer = accelerator.free_memory(unet, optimizer)
     run.finish()
 
@@ -368,7 +368,7 @@ image = pipe({prompt}, num_inference_steps={k}, guidance_scale=1, eta=0.0{size})
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {run.global_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
+            f"Trained for {run.exported_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
             f"w {w}.",
             steps_note(k, args.boundary_prob),
             "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",

@@ -7,7 +7,7 @@ SDXL-Lightning (2402.13929). Deviations: segments are cut on node indices of the
 of a segment by default (--boundary_prob), where a network that cannot see the end has an exact solution.
 
     accelerate launch train_tscd_distill_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
-        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd --mixed_precision=bf16 \\
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd --mixed_precision=fp16 \\
         --learning_rate=1e-6 --adam_weight_decay=0 --max_train_steps=4000 --train_batch_size=12
 
 To change the method, copy this file and edit step 7. Another solver: 7.6 and 7.7, and the line of 3 that makes it (7.8
@@ -29,6 +29,7 @@ from common.results import export, samples
 from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import discriminator_step, networks_of
+from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims, guidance_scale_embedding
 from common.solvers import TrajectorySolver
 from common.tscd import flags as tscd_flags
@@ -101,6 +102,7 @@ def main(args):
     nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
+    network = load_feature_network(args, device)
     run.resolve_data(training_data.images_in_folder(shards))
 
     # 2. Data: the position of a resumed run, and the first batch, before any weight is loaded.
@@ -167,19 +169,16 @@ def main(args):
         stage_edges=[0, *(each.end for each in stages)],
     )
 
-    def sample(stage):
-        return samples.sample_grid(
-            accelerator,
-            teacher,
-            unets=shown,
-            scheduler=sampler,
-            prompts=prompts,
-            num_inference_steps=sorted({stage.num_segments, *(args.validation_num_inference_steps or [])}),
-            seed=args.seed,
-            resolution=args.resolution,
-            step=run.global_step,
-            guidance_scale=(args.w_min + args.w_max) / 2 + 1.0 if args.unet_time_cond_proj_dim else 1.0,
-        )
+    validation = TextValidation(
+        run,
+        teacher,
+        network=network,
+        shown=shown,
+        scheduler=sampler,
+        guidance_scale=(args.w_min + args.w_max) / 2 + 1.0 if args.unet_time_cond_proj_dim else 1.0,
+        teacher_unet=teacher_unet,
+        teacher_guidance_scale=(args.w_min + args.w_max) / 2 + 1.0,
+    )
 
     # 7. The loop.
     batches, grid = itertools.chain([first_batch], batches), None
@@ -300,7 +299,7 @@ def main(args):
         if not accelerator.sync_gradients:
             continue
 
-        # 7.11 After an update: EMA of the target, logs, the stage's model, checkpoint, validation.
+        # 7.11 After an update: EMA of the target, logs, the stage's model, evaluation, checkpoint, samples.
         ema_update(target_unet.parameters(), accelerator.unwrap_model(unet).parameters(), args.ema_decay, finite)
         lr_scheduler.step()
         run.after_update()
@@ -312,17 +311,17 @@ def main(args):
             if is_main:
                 with samples.going_on(accelerator, run.global_step):
                     write_card(args, config, teacher_options, stage, folder, shards, run)
-            with samples.going_on(accelerator, run.global_step):
-                grid = sample(stage)  # by every process
-                run.show(grid, labels=prompts, name=f"{stage.name}/sample_grid.png")
+            grid = validation.show(stage.num_segments, name=f"{stage.name}/sample_grid.png")  # by every process
+        if run.evaluates or run.global_step == stage.end:
+            validation.evaluate(stage.num_segments, stage=stage.name)
         if run.saves or run.global_step == stage.end:
             run.save()
         if run.samples and run.global_step != stage.end:
-            with samples.going_on(accelerator, run.global_step):
-                run.show(sample(stage), labels=prompts)
+            validation.show(stage.num_segments)
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
     stage = stage_at(stages, run.global_step - 1)
+    best = run.load_best(stage.name)
     if not run.stopped:
         parts = {"unet": shown["student"].eval(), "scheduler": sampler}
         export.save_parts(args.output_dir, **parts, unet_target=target_unet)
@@ -332,11 +331,12 @@ def main(args):
                 pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)
                 export.save_rest(pipeline, args.output_dir, written=parts)
                 write_card(args, config, teacher_options, stage, None, shards, run)
-            if not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
-                grid = sample(stage)  # by every process
+            if best or not all(gather_object([grid is not None])):  # a resume with nothing left to do, or it failed
+                grid = validation.grid(stage.num_segments)  # by every process
             if is_main:
-                for folder in (args.output_dir, Path(args.output_dir, stage.name)):
-                    export.save_grid(folder, grid, prompts)
+                export.save_grid(args.output_dir, grid, prompts)
+                if not best:  # else the stage's folder keeps its last weights
+                    export.save_grid(Path(args.output_dir, stage.name), grid, prompts)
     unet, optimizer = accelerator.free_memory(unet, optimizer)
     run.finish()
 
@@ -370,7 +370,7 @@ image = pipe({prompt}, num_inference_steps={k}, guidance_scale={scale:g}, eta=0.
         command=flags.command_line(),
         snippet=snippet,
         notes=[
-            f"Trained for {run.global_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
+            f"Trained for {run.exported_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
             f"w {w}.",
             steps_note(k, args.boundary_prob),
             guidance,

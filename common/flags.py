@@ -28,6 +28,7 @@ from huggingface_hub import get_token
 
 SECRET_FLAGS = ("hub_token",)
 FREE, WITH_DATA = "free", "with_data"
+EVALUATION_FLAGS = ("feature_network", "eval_prompts", "eval_reference", "export")  # which --eval_steps gives a use
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -232,8 +233,12 @@ def add_data_arguments(parser, text=True):
     free("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 
-def add_training_arguments(parser, output_dir, tracker_project_name, samples_prompts=True):
-    """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps."""
+def add_training_arguments(
+    parser, output_dir, tracker_project_name, samples_prompts=True, evaluates="by prompts", is_consistency=True
+):
+    """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps. evaluates: what
+    is sampled for --eval_steps: "by prompts", "pairs", or something "with own flags". is_consistency: whether the loss
+    is a difference of the network's own outputs."""
     group = parser.add_argument_group("update")
     add, free, with_data = group.add_argument, group.add_free, group.add_with_data
     with_data("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
@@ -304,6 +309,28 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples_pro
         )
         free("--validation_num_inference_steps", type=int_list, default=[1, 2, 4], help="1,2,4; TSCD: the stage's")
 
+    group = parser.add_argument_group("evaluation")
+    free = group.add_free
+    free("--eval_steps", type=non_negative_int, default=0, help="updates between two measurements; 0: none")
+    free(
+        "--feature_network",
+        type=path,
+        help="image network for the distances: folder or hub name, such as facebook/dinov2-large",
+    )
+    free("--export", choices=["last", "best"], default="last", help="which weights are the result; best: as measured")
+    if evaluates != "with own flags":
+        free("--eval_num_images", type=positive_int, default=500, help="samples of a measurement")
+        free(
+            "--eval_reference", type=path, help="compare with held-out images (a folder, tars) instead of the teacher"
+        )
+    if evaluates == "by prompts":
+        free(
+            "--eval_prompts",
+            type=prompt,
+            action="append",
+            help="repeatable, or @FILE; default: the captions of the first batch",
+        )
+
     group = parser.add_argument_group("hub")
     free = group.add_free
     free("--push_to_hub", action="store_true", help="upload the result and its card")
@@ -338,16 +365,29 @@ def check_training_arguments(parser, args):
     grid = getattr(args, "num_ddim_timesteps", None)
     if grid and max(args.validation_num_inference_steps or [1]) > grid:
         parser.error(f"--validation_num_inference_steps: at most --num_ddim_timesteps={grid} steps can be sampled")
+    check_evaluation_arguments(parser, args)
     args.report_to = check_trackers(parser, args.report_to)
     if args.push_to_hub and not (args.hub_token or os.environ.get("HF_TOKEN") or get_token()):
         parser.error("--push_to_hub: not logged in to the hub; run `hf auth login` first, or set HF_TOKEN")
-    if getattr(args, "validation_prompts", None):
-        try:
-            args.validation_prompts = read_prompts("--validation_prompts", args.validation_prompts)
-        except UserError as error:
-            parser.error(error)
-        if not args.validation_prompts:
-            parser.error("--validation_prompts names no prompt; drop it to use captions of the training data")
+    for name in ("validation_prompts", "eval_prompts"):
+        if getattr(args, name, None):
+            try:
+                setattr(args, name, read_prompts(f"--{name}", getattr(args, name)))
+            except UserError as error:
+                parser.error(error)
+            if not getattr(args, name):
+                parser.error(f"--{name} names no prompt; drop it to use captions of the training data")
+
+
+def check_evaluation_arguments(parser, args):
+    """Cross-checks of --eval_steps and of what goes with it; each ends in `parser.error`."""
+    if args.eval_steps and not args.feature_network:
+        parser.error("--eval_steps needs --feature_network, such as facebook/dinov2-large or a folder")
+    if not args.eval_steps:
+        names = [*EVALUATION_FLAGS, *(name for name in vars(args) if name.startswith("eval_num_"))]
+        parser.refuse_idle(names, "nothing is measured; add --eval_steps, or drop it")
+    if getattr(args, "eval_num_images", 2) < 2:
+        parser.error("--eval_num_images: a distance needs at least 2")
 
 
 def teacher_options(args):

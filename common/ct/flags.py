@@ -9,9 +9,7 @@ from common import flags
 from common.ct import data as image_data
 from common.ema import MOST_OF_START, ema_start_share
 from common.errors import UserError
-from common.results import metrics
 
-import torch
 from accelerate import PartialState
 
 REFUSED = {  # flags of the public script that it never reads
@@ -79,22 +77,16 @@ def add_arguments(parser):
         "--ema_gamma", type=flags.positive_float, help="power-function average instead: (1 - 1 / step)^(ema_gamma + 1)"
     )
 
-    group = parser.add_argument_group("evaluation")
+    group = parser.add_argument_group("samples and evaluation")
     add, free = group.add_argument, group.add_free
     free("--eval_nfe", type=flags.int_list, default=[1, 2], help="sampling steps of grids and measurements")
     add(
         "--mid_sigma", type=flags.positive_float, help="noise level of the last step; default: 0.821, from 64 px 1.526"
     )
     free("--eval_batch_size", type=flags.positive_int, default=16, help="images of a grid, and sampled at once")
-    free("--eval_steps", type=flags.non_negative_int, default=0, help="updates between two measurements; 0: none")
     free("--eval_num_samples", type=flags.positive_int, default=10_000, help="samples of a measurement")
     free(
         "--eval_num_reference", type=flags.positive_int, default=50_000, help="training images compared with, at most"
-    )
-    free(
-        "--feature_network",
-        type=flags.path,
-        help="image network for the distances: folder or hub name, such as facebook/dinov2-large",
     )
     free(
         "--eval_class_accuracy", action="store_true", help="the network is a classifier of the same classes, in order"
@@ -139,11 +131,6 @@ def check_arguments(parser, args):
     args.mid_sigma = args.mid_sigma or (1.526 if args.resolution >= 64 else 0.821)
     if not args.sigma_min < args.mid_sigma < args.sigma_max:
         parser.error(f"--mid_sigma={args.mid_sigma} must lie between --sigma_min and --sigma_max")
-    if args.eval_steps and not args.feature_network:
-        parser.error("--eval_steps needs --feature_network, such as facebook/dinov2-large or a folder")
-    if not args.eval_steps:
-        names = ["feature_network", "eval_num_samples", "eval_num_reference"]
-        parser.refuse_idle(names, "nothing is measured; add --eval_steps, or drop it")
     if min(args.eval_num_samples, args.eval_num_reference) < 2:
         parser.error("--eval_num_samples and --eval_num_reference: a distance needs at least 2 of each")
     if args.eval_class_accuracy and not (args.eval_steps and args.class_conditional):
@@ -203,29 +190,6 @@ def check_pretrain_steps(args):
         )
 
 
-def load_feature_network(args, device):
-    """`metrics.load_feature_network` for --feature_network, None without --eval_steps.
-
-    UserError where it cannot be loaded or used, tried on one image.
-    """
-    if not args.eval_steps:
-        return None
-    flag = f"--feature_network={args.feature_network}"
-    try:
-        network = metrics.load_feature_network(args.feature_network, device, cache_dir=args.cache_dir)
-        images = torch.zeros((1, 3, args.resolution, args.resolution), dtype=torch.uint8)
-        metrics.image_features(network, images)
-        classes = metrics.class_logits(network, images).shape[1] if args.eval_class_accuracy else None
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{flag} cannot be used ({reason}); name another network") from None
-    if classes not in (None, args.num_classes):
-        raise UserError(
-            f"{flag} knows {classes} classes and the data have {args.num_classes}; drop --eval_class_accuracy"
-        )
-    return network
-
-
 def place(args):
     """Where networks come from."""
     return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
@@ -259,16 +223,6 @@ def unet_options(args):
         "variant": args.variant,
         "cache_dir": args.cache_dir,
         "stock_scheduler": args.noise_precond_type == args.input_precond_type == "cm",
-    }
-
-
-def evaluation_options(args):
-    """The flags of `consistency_sampling.Evaluation`."""
-    return {
-        "num_samples": args.eval_num_samples,
-        "batch_size": args.eval_batch_size,
-        "seed": args.seed,
-        "class_accuracy": args.eval_class_accuracy,
     }
 
 

@@ -1,10 +1,9 @@
-"""What direct distillation measures and shows of a student: pairs that it was not trained on, beside the teacher."""
+"""What direct distillation checks and measures of a student, and how it is called."""
 
-import functools
 import types
 
 from common.direct import pixels, stepwise
-from common.direct.pipelines import SCHEDULE_ARGUMENTS, decode, public_kwargs, to_pixels, weights_sample
+from common.direct.pipelines import SCHEDULE_ARGUMENTS, public_kwargs, weights_sample
 from common.direct.probes import (
     check_draws,
     guidance_off,
@@ -19,11 +18,8 @@ from common.direct.probes import (
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError
 from common.networks import fusing
-from common.results import samples
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 
 @torch.no_grad()
@@ -44,45 +40,6 @@ def measure(rollout, data, indices, batch_size, kept=(), share=None):
     error, total, squares, count = (sum(values) for values in zip(*(sums for sums, _ in results), strict=True))
     made = {i: latents for _, part in results for i, latents in part.items()}
     return error / (squares - total**2 / count), made
-
-
-def pictures(rollout, data, indices, latents):
-    """uint8 (N, H, W, 3) of latents, one (...) for each of these pairs, which have one size; None where latents cannot
-    be decoded apart from their call (see `pipelines.decode`)."""
-    images = []
-    for index, one in zip(indices, latents, strict=True):
-        options = rollout.kwargs | data.call_kwargs([index])
-        images.append(decode(rollout.pipeline, one.unsqueeze(0), [data.prompts[index]], **options))
-    return None if None in images else to_pixels(torch.cat(images))
-
-
-def sample_and_measure(accelerator, student, data, measured, shown, untrained, batch_size, step):
-    """Measure and show pairs `measured` and log both: ({tag: uint8 (N, H, W, 3)}, relative MSE).
-
-    Called by every process, which share the work. shown: the pairs of the pictures. untrained: (relative MSE, {pair:
-    latents}) of the student before training. Rows: teacher, student, untrained.
-    """
-    share = functools.partial(samples.share, accelerator)
-    with accelerator.autocast(), samples.eval_mode(student):
-        relative_mse, latents = measure(student, data, measured, batch_size, kept=shown, share=share)
-        rows = {"teacher": None, "student": latents, "untrained": untrained[1]}
-
-        def picture(job):
-            row, i = job
-            return pictures(student, data, [i], [row[i] if row else data.latents([i])[0]])
-
-        shared = share([(row, i) for row in rows.values() for i in shown], picture)
-    images = {}
-    for i, name in enumerate(rows):
-        batch = shared[i * len(shown) : (i + 1) * len(shown)]
-        if not any(picture is None for picture in batch):
-            images[f"validation/{name}"] = np.concatenate(batch)
-    samples.log_images(accelerator.trackers, images, step)
-    values = {"held_out/relative_mse": relative_mse, "held_out/relative_mse_untrained": untrained[0]}
-    accelerator.log(values, step=step)
-    if accelerator.is_main_process:
-        tqdm.write(f"held-out pairs: relative squared error {relative_mse:.4f}, {untrained[0]:.4f} before training")
-    return images, relative_mse
 
 
 def check_pairs(config, pairs_config, folder, teacher_lora=None):

@@ -64,6 +64,35 @@ def kernel_distance(features_a, features_b, block_size=2048):
     return within_a + within_b - 2 * kernel_sum(features_a, features_b) / (n_a * n_b)
 
 
+def diversity(features, groups=None):
+    """Spread of images: the root mean square distance of features from the mean of their group.
+
+        sqrt(sum_g sum_{i in g} |f_i - mean_g|^2 / (N - number of groups))
+
+    With groups that are prompts it is how different the images of one prompt are, which lost modes make smaller. Where
+    most images are the only one of their group, all are taken as one group.
+
+    features: (N, d), N >= 2. groups: N hashables, or None: one group. Computed in float64 on the CPU; a float.
+    """
+    features = torch.as_tensor(features).detach().to("cpu", torch.float64)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or ()))}
+    if 2 * len(numbers) > len(features) or not numbers:
+        groups, numbers = [None] * len(features), {None: 0}
+    index = torch.tensor([numbers[group] for group in groups])
+    sums = torch.zeros(len(numbers), features.shape[1], dtype=torch.float64).index_add_(0, index, features)
+    means = sums / torch.bincount(index).unsqueeze(1)
+    return ((features - means[index]).square().sum() / (len(features) - len(numbers))).sqrt().item()
+
+
+def saturation(images):
+    """Contrast and colour of images: the standard deviation of each one's values, in 0..1, over pixels and channels.
+
+    Guided too much it rises, of blur it falls; of images without colour it is their contrast. images: uint8
+    (N, 3, H, W). Returns float32 (N,).
+    """
+    return (images.flatten(1).float() / 255).std(1, correction=0)
+
+
 def _feature_pair(features_a, features_b):
     """Both feature sets as float64 CPU tensors (n, d), or ValueError."""
     features_a, features_b = (torch.as_tensor(f).detach().to("cpu", torch.float64) for f in (features_a, features_b))

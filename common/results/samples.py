@@ -75,21 +75,22 @@ def make_pipeline(teacher, unet, scheduler):
 
 
 @torch.no_grad()
-def sample_images(pipeline, prompts, num_inference_steps, seed, resolution, autocast, **kwargs):
+def sample_images(pipeline, prompts, num_inference_steps, seed, resolution, autocast, batch_size=1, **kwargs):
     """One image per prompt as uint8 (N, H, W, 3). Image i has a CPU generator of its own, seeded seed + i, so that
     neither the batch nor the run's own generators matter. kwargs go to the pipeline (guidance_scale).
 
-    autocast: makes the context that the U-Net runs under. The VAE runs outside it, in its own dtype: SDXL's overflows
-    in float16.
+    autocast: makes the context that the U-Net runs under. batch_size: images that it makes at once. The VAE decodes
+    them one by one, outside of the context, in its own dtype: SDXL's overflows in float16.
     """
     size = {"height": resolution, "width": resolution}
     images = []
-    for i, prompt in enumerate(prompts):
-        generator = torch.Generator("cpu").manual_seed(seed + i)
-        options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "latent"}
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(batch))]
+        options = {"num_inference_steps": num_inference_steps, "generator": generators, "output_type": "latent"}
         with autocast():
-            latents = pipeline(prompt, **options, **size, **kwargs).images  # (1, 4, h, w)
-        images.append(encoders.decode_latents(pipeline.vae, latents)[0])  # (3, H, W)
+            latents = pipeline(batch, **options, **size, **kwargs).images  # (B, 4, h, w)
+        images += [encoders.decode_latents(pipeline.vae, one)[0] for one in latents.split(1)]  # (3, H, W)
     pixels = ((torch.stack(images) / 2 + 0.5).clamp(0, 1) * 255.0).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -19,6 +19,7 @@ from common.data.stream import SKIPPED
 from common.errors import UserError, line_of, without_credentials
 from common.files import sync
 from common.networks import sharded
+from common.results.evaluation import BEST, FOLDER
 from common.results.export import versions
 from common.run import preemption
 
@@ -32,7 +33,6 @@ from torch.optim import Optimizer
 CONFIG = "training_config.json"  # what a run writes first
 COMPLETE = "COMPLETE"
 STATE = "training_state.json"
-BEST = "best_checkpoint.json"  # what an evaluation notes: {"checkpoint": name or null, ...}
 
 
 def write_config(output_dir, flags, derived):
@@ -55,7 +55,7 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
         raise UserError(f"{flag} is a file; name a folder")
     names = lock.contents(output_dir)
     skipped = [name for name in names if name.startswith(Path(SKIPPED).stem + ".")]  # of every rank
-    encoded = {"pairs", "embeddings"}  # of images and prompts, before the first update
+    encoded = {"pairs", "embeddings", FOLDER}  # what is made before the first update
     failed_start = CONFIG in names and names - encoded == {CONFIG, *skipped}
     if names and not failed_start and not resume_from_checkpoint:
         raise UserError(f"{flag} is not empty; name a new folder, or pass `resume_from_checkpoint`=latest to continue")

@@ -14,8 +14,8 @@ from pathlib import Path
 from common import lock
 from common.errors import UserError
 from common.flags import ArgumentParser, exit_with, public_args, spelled
-from common.results import export
-from common.run import checkpointing, preemption, screen, simulation, training_data
+from common.results import evaluation, export
+from common.run import checkpointing, preemption, screen, simulation, training_data, validation
 from common.run.updates import UpdateGuard
 
 import torch
@@ -92,6 +92,8 @@ class TrainingRun:
         if self.checkpoint:
             self.resumed = checkpointing.read_state(self.checkpoint)
         self.global_step, self.is_last, self.data = self.resumed["global_step"], False, None
+        self.is_best, self.best_step = False, None  # whether the latest evaluation is; the step of what is exported
+        self.eval_prompts = None
         self.draws_seed = args.seed is None and self.resumed["args"].get("seed") is None
         seeds = (args.seed, self.resumed["args"].get("seed"), secrets.randbelow(2**32))
         args.seed = broadcast_object_list([next(seed for seed in seeds if seed is not None)])[0]
@@ -129,6 +131,8 @@ class TrainingRun:
             "samples per update": str(self.total_batch_size),
             "updates": str(updates),
         }
+        if self.args.eval_steps:
+            derived["evaluation"] = validation.describe(self.args)
         if num_samples is not None:
             derived["samples per epoch"] = str(num_samples)
             derived["updates per epoch"] = f"{num_samples / self.total_batch_size:.1f}"
@@ -138,8 +142,13 @@ class TrainingRun:
         return derived
 
     def resolve_prompts(self, captions):
-        """What is sampled: `validation_prompts`, the resumed run's prompts, or up to 4 captions of the first batch."""
-        captions = [caption for caption in captions if caption] or [""]
+        """What is sampled: `validation_prompts`, the resumed run's prompts, or up to 4 captions of the first batch.
+
+        Likewise what evaluations sample, `eval_prompts`, but all captions of that batch. The same on every process.
+        """
+        captions = broadcast_object_list([[caption for caption in captions if caption] or [""]])[0]
+        known = self.args.eval_prompts or self.resumed.get("eval_prompts")
+        self.eval_prompts = known or list(dict.fromkeys(captions))
         self.prompts = self.args.validation_prompts or self.resumed.get("validation_prompts") or captions[:4]
         return self.prompts
 
@@ -206,6 +215,7 @@ class TrainingRun:
     def after_update(self):
         """Count an update, and agree with the other processes on whether it is the last."""
         self.global_step += 1
+        self.is_best = False
         self.progress.update()
         if self.progress.is_shown and self.global_step == self.progress.start + 1:
             screen.say_memory(self.accelerator.device)
@@ -218,13 +228,23 @@ class TrainingRun:
 
     @property
     def saves(self):
-        """Whether a checkpoint is due."""
-        return self._is_due(self.args.checkpointing_steps) or self.is_last
+        """Whether a checkpoint is due, or to be kept as the best so far."""
+        return self._is_due(self.args.checkpointing_steps) or self.is_last or self.is_best
 
     @property
     def samples(self):
         """Whether samples are due, besides those of the end."""
         return self._is_due(self.args.validation_steps) and not self.is_last
+
+    @property
+    def evaluates(self):
+        """Whether an evaluation is due, before the checkpoint: at the end too, but not where the run is to stop."""
+        return bool(self.args.eval_steps) and not self.stopped and (self._is_due(self.args.eval_steps) or self.is_last)
+
+    @property
+    def exported_step(self):
+        """Updates after which the weights are what they are, those of the best evaluation once it is loaded."""
+        return self.global_step if self.best_step is None else self.best_step
 
     def _is_due(self, interval):
         return interval > 0 and self.global_step % interval == 0
@@ -252,6 +272,8 @@ class TrainingRun:
         state = self.state | state
         state |= {"args": self.flags, "run_id": self.run_id, "total_batch_size": self.total_batch_size}
         state["updates_skipped"] = self.guard.count()
+        if self.args.eval_steps and self.eval_prompts:
+            state["eval_prompts"] = self.eval_prompts
         if self.data:
             state["data"] = self.data.merge_state_dicts(gather_object([self.data.state_dict()]))
         checkpointing.save_checkpoint(
@@ -263,6 +285,33 @@ class TrainingRun:
             self.objects,
             self.args.checkpoints_total_limit,
         )
+
+    def load_best(self, stage=None):
+        """Before the export: load the checkpoint of the best evaluation, where `export` asks for it; of this stage.
+
+        Returns what best_checkpoint.json says of it, None where the last weights stay: they are the best, or the
+        best's checkpoint is not there, which is said.
+        """
+        if self.args.export != "best" or self.stopped:
+            return None
+        best = problem = None
+        if self.accelerator.is_main_process:
+            best = evaluation.read_best(self.args.output_dir)
+            if best is None or best.get("stage") != stage:
+                problem = "nothing was measured"
+            elif best["step"] != self.global_step:
+                folder = Path(self.args.output_dir, best["checkpoint"] or "none")
+                problem = checkpointing.completeness(folder)
+        best, problem = broadcast_object_list([best, problem])
+        if problem:
+            self.accelerator.print(f"WARNING: the best weights cannot be exported ({problem}), but the last ones are")
+        if problem or best["step"] == self.global_step:
+            return None
+        checkpoint = Path(self.args.output_dir, best["checkpoint"])
+        checkpointing.load_checkpoint(self.accelerator, checkpoint, self.modules, self.objects)
+        self.best_step = best["step"]
+        self.accelerator.print(f"the result has the best weights, those of step {self.best_step}")
+        return best
 
     def finish(self, quality=None):
         """Upload what is asked for, end the trackers, and leave: with another exit code where the run was stopped.
@@ -278,7 +327,14 @@ class TrainingRun:
         accelerator.end_training()
         self.stopper.exit_if_stopped(self.global_step)
         if accelerator.is_main_process:
-            self.progress.finish(args, quality)
+            self.progress.finish(args, self._quality(quality))
+
+    def _quality(self, known):
+        """How good the result is, in words: what the script knows, and what was measured."""
+        measured, best = evaluation.describe_best(self.args.output_dir), evaluation.read_best(self.args.output_dir)
+        if best and best["checkpoint"] and best["step"] != self.exported_step:
+            measured += "; to export it, run the command again with `resume_from_checkpoint`=latest, `export`=best"
+        return " ".join([known, *([measured] if best else [])]) if known else measured
 
 
 def start_trackers(accelerator, project_name, config, run_id):

@@ -32,27 +32,21 @@ from common.flags import (
 )
 from common.flags import path as path_type
 from common.networks import teachers, weights
+from common.results import evaluation
 from common.results.export import versions
-from common.results.metrics import (
-    class_statistics,
-    clip_score,
-    frechet_distance,
-    image_features,
-    kernel_distance,
-    load_feature_network,
-)
+from common.results.metrics import class_statistics, clip_score, load_feature_network
 from common.results.samples import image_grid
-from common.run.screen import quiet_libraries
-from common.run.training_run import tool_errors
-from common.tools.reference import (
+from common.run.reference import (
     check_reference,
-    find_labels,
     npz_names,
     probe_features,
     reference_features,
     reference_floor,
 )
+from common.run.screen import quiet_libraries
+from common.run.training_run import tool_errors
 from common.tools.sampling import (
+    find_labels,
     generate_images,
     load_index,
     load_pipeline,
@@ -75,6 +69,8 @@ COLUMNS = {
     "images": "images",
     "frechet_distance": "Fréchet distance",
     "kernel_distance": "kernel distance",
+    "diversity": "diversity",
+    "saturation": "saturation",
     "accuracy": "prompt accuracy",
     "confidence": "confidence",
     "clip_score": "CLIP score",
@@ -249,16 +245,15 @@ def parse_timesteps(text):
 def measure(images, prompts, reference_features=None, network=None, labels=None, clip_network=None, batch_size=64):
     """What these images score: a dict with images (their number) and what the arguments allow.
 
-    images: uint8 (N, 3, H, W); prompts: N strings, read by CLIP only.
-    reference_features, float32 (M, d) of the same network: frechet_distance and kernel_distance.
+    images: uint8 (N, 3, H, W); prompts: N strings, or None each.
+    reference_features, float32 (M, d) of the same network: what `evaluation.score` returns, as while training.
     labels, N class indices as `prompt_labels` finds them: accuracy and confidence, by the network, a classifier.
     clip_network: clip_score.
     """
     result = {"images": len(images)}
     if reference_features is not None:
-        features = image_features(network, images, batch_size)
-        result["frechet_distance"] = frechet_distance(features, reference_features)
-        result["kernel_distance"] = kernel_distance(features, reference_features)
+        groups = None if prompts[0] is None else prompts
+        result |= evaluation.score(*evaluation.observe(network, images, batch_size), reference_features, groups)
     if labels is not None:
         seen = class_statistics(network, images, [(label,) for label in labels], batch_size)
         result |= {name: seen[name] for name in ("accuracy", "confidence")}

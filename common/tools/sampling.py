@@ -7,11 +7,30 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.networks import teachers, weights
+from common.results.metrics import prompt_labels
 from common.run.checkpointing import CONFIG
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+
+def find_labels(feature_network, prompts, cache_dir=None):
+    """The class that each prompt names, from the classifier's configuration alone."""
+    from transformers import AutoConfig
+
+    if prompts is None:
+        raise UserError("--prompt_accuracy needs --prompts that name the classes")
+    try:
+        config = AutoConfig.from_pretrained(feature_network, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--feature_network {feature_network} cannot be loaded: {error}") from error
+    if not any("ForImageClassification" in name for name in config.architectures or []):
+        raise UserError(f"--prompt_accuracy needs an image classifier: --feature_network {feature_network} is none")
+    try:
+        return prompt_labels(config.id2label, prompts)
+    except ValueError as error:
+        raise UserError(f"--prompt_accuracy: {error}") from error
 
 
 def load_index(path, where):

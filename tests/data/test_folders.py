@@ -17,7 +17,7 @@ from common.data.shards import SampleError, expand_shards
 from common.data.stream import TrainingData
 from common.direct import sources
 from common.errors import UserError
-from common.tools.reference import iterate_images, reference_files, to_tensor
+from common.run.reference import iterate_images, reference_files, to_tensor
 from tests.data.making import encode, random_image, write_tar
 
 import numpy as np

@@ -4,8 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
-import train_direct_distill as direct
-from common.ct import evaluation
+from common.ct import sampling
+from common.direct import validation
 from common.errors import UserError
 from common.networks import teachers
 from common.results import export, samples
@@ -63,8 +63,8 @@ def test_sampling_that_fails_loses_nothing_and_the_code_of_every_card_runs(
         raise RuntimeError("no samples\nat all")
 
     with monkeypatch.context() as broken:
-        for module, function in ((samples, "sample_images"), (evaluation, "sample"), (direct, "sample_and_measure")):
-            broken.setattr(module, function, fail, raising=False)
+        for module, function in ((samples, "sample_images"), (sampling, "sample"), (validation, "sample_and_measure")):
+            broken.setattr(module, function, fail)
         with pytest.raises(SystemExit) as stopped:
             train(words, case.script)
     printed = capsys.readouterr()

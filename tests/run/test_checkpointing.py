@@ -3,8 +3,8 @@ import os
 import resource
 from pathlib import Path
 
-from common.ct.evaluation import record
 from common.errors import UserError
+from common.results.evaluation import record
 from common.run import checkpointing
 
 import pytest

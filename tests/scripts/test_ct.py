@@ -405,7 +405,7 @@ def test_evaluation_in_the_loop(tmp_path, flags, classifier):
 
 def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classifier, data_set, monkeypatch):
     """Samples that are the reference images: distance 0, whatever is measured in between."""
-    from common.ct import evaluation
+    from common.ct import sampling
     from common.results.metrics import load_feature_network
 
     from accelerate import Accelerator
@@ -416,7 +416,7 @@ def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classif
         return decode_image_label(raw, rng, resolution=8, num_classes=10)
 
     data = TrainingData(shards, decode, batch_size=1, seed=0, num_lanes=1, source=source, required=(IMAGE_KEYS,))
-    images, labels = evaluation.read_reference(data, 10**6)
+    images, labels = sampling.read_reference(data, 10**6)
     assert len(images) == NUM_IMAGES == len(labels)
     position = iter(range(0, NUM_IMAGES, 16))
 
@@ -425,8 +425,10 @@ def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classif
         assert classes == labels[start : start + 16]
         return images[start : start + 16]
 
-    monkeypatch.setattr(evaluation, "sample", sample)
+    monkeypatch.setattr(sampling, "sample", sample)
     network = load_feature_network(classifier)
-    evaluate = evaluation.Evaluation(Accelerator(cpu=True), network, (images, labels), NUM_IMAGES, 16, 0)
-    row = evaluate({"raw": None}, None, {1: [0]})[0]
+    options = {"name": "classifier", "num_samples": NUM_IMAGES, "batch_size": 16}
+    evaluate = sampling.open_evaluation(Accelerator(cpu=True), network, (images, labels), **options)
+    (row,) = evaluate(sampling.sampled(evaluate, {"raw": None}, None, {1: [0]}, seed=0), ["raw"], [1])
     assert row["frechet_distance"] < 1e-3 and abs(row["kernel_distance"]) < 0.1
+    assert all(row[key] == pytest.approx(evaluate.mark[key]) for key in ("diversity", "saturation"))

@@ -7,8 +7,8 @@ from pathlib import Path
 from common import flags
 from common.data.shards import expand_shards
 from common.errors import UserError
-from common.run import checkpointing
-from common.tools import evaluate, reference
+from common.run import checkpointing, reference
+from common.tools import evaluate
 from tests.cases import SCRIPTS
 
 import pytest

@@ -7,8 +7,8 @@ import tarfile
 from pathlib import Path
 
 from common.results import metrics
+from common.run.reference import iterate_images, reference_features, reference_floor
 from common.tools.evaluate import format_table, main, parse_args
-from common.tools.reference import iterate_images, reference_features, reference_floor
 from common.tools.sampling import generate_images, load_pipeline
 from tests.cases import one_sentence
 from tests.results.test_metrics import save_tokenizer

@@ -10,7 +10,7 @@ from common.data.folders import IMAGE_KEYS, list_images, reference_images
 from common.data.images import read_image
 from common.data.shards import SampleError, expand_shards, is_remote, tar_samples, training_tars
 from common.errors import UserError, blame, mask_credentials, speaking_of
-from common.results.metrics import frechet_distance, image_features, kernel_distance, prompt_labels
+from common.results.metrics import frechet_distance, image_features, kernel_distance
 
 import numpy as np
 import torch
@@ -18,26 +18,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 
-def find_labels(feature_network, prompts, cache_dir=None):
-    """The class that each prompt names, from the classifier's configuration alone."""
-    from transformers import AutoConfig
-
-    if prompts is None:
-        raise UserError("--prompt_accuracy needs --prompts that name the classes")
-    try:
-        config = AutoConfig.from_pretrained(feature_network, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--feature_network {feature_network} cannot be loaded: {error}") from error
-    if not any("ForImageClassification" in name for name in config.architectures or []):
-        raise UserError(f"--prompt_accuracy needs an image classifier: --feature_network {feature_network} is none")
-    try:
-        return prompt_labels(config.id2label, prompts)
-    except ValueError as error:
-        raise UserError(f"--prompt_accuracy: {error}") from error
-
-
 def reference_files(reference):
-    """--reference -> ("npz" | "tar" | "folder", list of files)."""
+    """reference -> ("npz" | "tar" | "folder", list of files)."""
     path = Path(reference)
     if path.suffix == ".npz":
         return "npz", [path]
@@ -45,12 +27,12 @@ def reference_files(reference):
         try:
             tars = [Path(tar) for tar in training_tars(str(path))]
         except UserError as error:
-            raise UserError(f"--reference: {error}") from None
+            raise UserError(f"`reference`: {error}") from None
         return ("tar", tars) if tars else ("folder", reference_folder(path)[0])
-    with speaking_of("--reference"):
+    with speaking_of("`reference`"):
         shards = expand_shards(reference)
     if remote := next(filter(is_remote, shards), None):
-        raise UserError(f"--reference: {mask_credentials(remote)} is no local file, and only those are read: copy it")
+        raise UserError(f"`reference`: {mask_credentials(remote)} is no local file, and only those are read: copy it")
     return "tar", [Path(shard) for shard in shards]
 
 
@@ -60,24 +42,24 @@ def reference_folder(folder):
         listing = list_images(folder)
         return [Path(folder, image) for image in reference_images(listing)], listing.notes
     except UserError as error:
-        raise UserError(f"--reference: {error}") from None
+        raise UserError(f"`reference`: {error}") from None
 
 
 def check_reference(reference):
     kind, files = reference_files(reference)
     if not files:
         raise UserError(
-            f"--reference {reference} holds neither images ({', '.join(IMAGE_KEYS)}) nor *.tar: name another"
+            f"`reference` {reference} holds neither images ({', '.join(IMAGE_KEYS)}) nor *.tar: name another"
         )
     for file in files:
         if not file.is_file():
-            raise UserError(f"--reference: {file} is no file: check the path")
+            raise UserError(f"`reference`: {file} is no file: check the path")
         if kind == "tar" and not tarfile.is_tarfile(file):
-            raise UserError(f"--reference: {file} is neither a folder, a tar nor an .npz")
+            raise UserError(f"`reference`: {file} is neither a folder, a tar nor an .npz")
     if kind == "npz" and not zipfile.is_zipfile(files[0]):
-        raise UserError(f"--reference {files[0]} is no .npz file")
+        raise UserError(f"`reference` {files[0]} is no .npz file")
     if kind == "npz" and not set(npz_names(reference)) & {"features", "images", "arr_0"}:
-        raise UserError(f"--reference {files[0]} holds neither images, arr_0 nor features")
+        raise UserError(f"`reference` {files[0]} holds neither images, arr_0 nor features")
 
 
 def npz_names(reference):
@@ -99,7 +81,7 @@ def iterate_images(reference, height, width):
     kind, files = reference_files(reference)
     if kind == "folder":
         for note in reference_folder(reference)[1]:
-            print(f"--reference: {note}.", flush=True)
+            print(f"the reference: {note}.", flush=True)
         for file in files:
             yield to_tensor(file, file, height, width)
     elif kind == "tar":
@@ -113,7 +95,7 @@ def iterate_images(reference, height, width):
         with np.load(files[0], allow_pickle=False) as arrays:
             images = arrays["images" if "images" in arrays.files else "arr_0"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise UserError(f"--reference {files[0]} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
+            raise UserError(f"`reference` {files[0]} holds {images.dtype} {images.shape}, not uint8 (N, H, W, 3)")
         for image in images:
             yield fit(Image.fromarray(image), height, width)
 
@@ -125,7 +107,7 @@ def to_tensor(file, name, height, width):
         return fit(read_image(data), height, width)
     except (OSError, SampleError) as error:
         raise UserError(
-            f"--reference: {name} is no readable image ({getattr(error, 'detail', error)}): remove it"
+            f"`reference`: {name} is no readable image ({getattr(error, 'detail', error)}): remove it"
         ) from error
 
 
@@ -144,16 +126,16 @@ def read_features(path, network, height, width):
     """Features that an earlier run wrote: float32 (N, d); UserError unless of this network and image size."""
     with np.load(path, allow_pickle=False) as arrays:
         if missing := {"features", "probe", "height", "width"} - set(arrays.files):
-            raise UserError(f"--reference {path} has no {sorted(missing)[0]}: give the images instead")
+            raise UserError(f"`reference` {path} has no {sorted(missing)[0]}: give the images instead")
         size = (arrays["height"].item(), arrays["width"].item())
         features, probe = (torch.from_numpy(arrays[name]).float() for name in ("features", "probe"))
     if size != (height, width):
         raise UserError(
-            f"--reference {path} is of images of {size[0]}x{size[1]}, not {height}x{width}: give the images instead"
+            f"`reference` {path} is of images of {size[0]}x{size[1]}, not {height}x{width}: give the images instead"
         )
     expected = probe_features(network, height, width)
     if probe.shape != expected.shape or not torch.allclose(probe, expected, rtol=1e-2, atol=1e-2 * expected.std()):
-        raise UserError(f"--reference {path} holds features of another network: give the images instead")
+        raise UserError(f"`reference` {path} holds features of another network: give the images instead")
     return features
 
 
@@ -173,7 +155,7 @@ def reference_features(reference, network, height, width, batch_size=64, limit=N
 
 def read_batch(images, batch_size, reference):
     with blame(
-        f"--reference {reference} is damaged or no file of images",
+        f"`reference` {reference} is damaged or no file of images",
         SampleError,
         tarfile.TarError,
         zipfile.BadZipFile,
@@ -187,7 +169,7 @@ def read_batch(images, batch_size, reference):
 
 def checked_count(features, reference):
     if len(features) < 2:
-        raise UserError(f"--reference {reference} gave {len(features)} images: a distance needs at least two")
+        raise UserError(f"`reference` {reference} gave {len(features)} images: a distance needs at least two")
     return features
 
 
