@@ -261,6 +261,13 @@ def add_training_arguments(
     group = parser.add_argument_group("machine")
     add, free = group.add_argument, group.add_free
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
+    if is_consistency:
+        free(
+            "--float32_end_layers",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="first and last layers in float32 under --mixed_precision",
+        )
     add("--allow_tf32", action="store_true", help="TF32 matrix products and convolutions on NVIDIA GPUs")
     free(
         "--gradient_checkpointing",

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import types
 
 from common.errors import UserError
 
@@ -17,6 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch.utils.checkpoint import checkpoint
 
 CHECKPOINTING = ("none", "selective", "full")
+LAST_LAYERS = ("conv_out", "proj_out")  # of a U-Net, of a transformer
 COMPILE_OPTIONS = {"dynamic": False}  # of torch.compile; a resolution and a batch size are a run's
 # Variants of one block that are kept: its shapes times student, target, teacher and discriminator. By default there
 # are 8, and what comes after runs uncompiled without a word. SD 1.5 has 57, with the discriminator of TSCD 90.
@@ -111,6 +113,31 @@ def compile_blocks(network):
     torch._inductor.config.fallback_random = True  # dropout draws the masks that it draws uncompiled
     for block in repeated_blocks(network):
         block.compile(**COMPILE_OPTIONS)
+
+
+def float32_ends(network):
+    """Let a denoiser's first and last layers compute in float32 under autocast, in place; their weights become so.
+
+    A consistency loss is a difference of nearly equal outputs, most of which half precision rounds away, and much of
+    that where latents enter and the prediction leaves. Outside of autocast, as the teacher that is the base of a LoRA
+    runs, such a layer answers in the dtype that it is given. Networks that end in none of these stay what they are.
+    """
+    if all(isinstance(getattr(network, name, None), torch.nn.Identity | None) for name in LAST_LAYERS):
+        return
+    dtype = network.dtype
+    for name in ("conv_in", "conv_norm_out", *LAST_LAYERS):
+        layer = getattr(network, name, None)
+        if isinstance(layer, torch.nn.Module):
+            layer.float()
+            layer.forward = types.MethodType(_forward_in_float32, layer)
+            layer.answers_in = dtype if name == "conv_in" else torch.float32  # under autocast
+
+
+def _forward_in_float32(layer, hidden_states):
+    device_type = hidden_states.device.type
+    dtype = layer.answers_in if torch.is_autocast_enabled(device_type) else hidden_states.dtype
+    with torch.autocast(device_type, enabled=False):
+        return type(layer).forward(layer, hidden_states.float()).to(dtype)
 
 
 def channels_last(network):

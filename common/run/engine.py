@@ -96,12 +96,17 @@ def make_optimizer(args, parameters, total_batch_size):
 
 
 def apply_performance_flags(args, trained, frozen, vae=None):
-    """`gradient_checkpointing`, `channels_last`, `compile` and xformers' kernels, on denoisers, in place.
+    """`gradient_checkpointing`, `float32_end_layers`, `channels_last`, `compile` and xformers' kernels, on denoisers,
+    in place.
 
     trained: those with a backward pass; frozen: the others. After copies and adapters were made, before `prepare`.
     """
+    half = args.mixed_precision in ("fp16", "bf16")
     for network in trained:
         performance.recompute(network, args.gradient_checkpointing)
+    for network in (*trained, *(each for each in frozen if each.dtype == torch.float32)):  # a half teacher stays half
+        if half and getattr(args, "float32_end_layers", False):
+            performance.float32_ends(network)
     for network in (*trained, *frozen):
         if args.enable_xformers_memory_efficient_attention:
             network.enable_xformers_memory_efficient_attention()

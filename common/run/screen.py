@@ -111,6 +111,29 @@ def warmup_warning(args):
     )
 
 
+RESOLUTION = {"bf16": 2**-8, "fp16": 2**-11}  # relative, of the outputs that half precision keeps
+SHOWS_AFTER = 100  # updates, at least, until what a LoRA has learnt is above it
+
+
+def resolution_warning(args):
+    """A sentence where an update of a LoRA is far below what half precision resolves in the outputs that it changes.
+
+    By Adam, B moves by the learning rate at each place, and so an output of B A x by about alpha / rank sqrt(rank)
+    times that, in units of the layer's own outputs, with A as PEFT draws it.
+    """
+    rank, resolution = getattr(args, "lora_rank", 0), RESOLUTION.get(args.mixed_precision)
+    if not rank or not resolution or args.scale_lr:
+        return None
+    move = args.learning_rate * args.lora_alpha / rank**0.5
+    if not 0 < move * SHOWS_AFTER < resolution:
+        return None
+    return spelled(
+        f"WARNING: `learning_rate`={args.learning_rate:g} moves the outputs of a LoRA of rank {rank} by about "
+        f"{move:.0e} of their size in an update, and {args.mixed_precision} rounds them to {resolution:.0e}: hundreds "
+        "of updates pass until it shows; pass more, such as `learning_rate`=1e-4, or `mixed_precision`=no"
+    )
+
+
 class Progress:
     """The updates of a run: a bar on a terminal. Elsewhere, as in a job's log, a line at some of the log entries."""
 

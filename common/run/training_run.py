@@ -162,7 +162,7 @@ class TrainingRun:
         screen.show_flags(self.flags | dict.fromkeys(unknown), self.args.verbose)
         screen.show_changes(self.flags, self.resumed["args"])
         screen.echo("What follows", derived)
-        if warning := screen.warmup_warning(self.args):
+        for warning in filter(None, (screen.warmup_warning(self.args), screen.resolution_warning(self.args))):
             print(warning, flush=True)
         if not self.args.dry_run:
             checkpointing.write_config(self.args.output_dir, self.flags, derived)

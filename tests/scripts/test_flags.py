@@ -461,6 +461,26 @@ def test_a_warmup_of_half_the_run_is_said(scheduler, warmup, updates, sentence):
     assert args.lr_warmup_steps == (500 if warmup is None else warmup)
 
 
+@pytest.mark.parametrize(
+    ("rate", "precision", "rank", "sentence"),
+    [
+        ("1e-6", "bf16", 64, "--learning_rate=1e-06 moves the outputs of a LoRA of rank 64 by about 8e-06 .* 4e-03"),
+        ("1e-6", "fp16", 64, None),
+        ("1e-7", "fp16", 64, "--learning_rate=1e-07 .* fp16 rounds them to 5e-04.*or --mixed_precision=no$"),
+        ("1e-4", "bf16", 64, None),
+        ("1e-6", "no", 64, None),
+        ("0", "bf16", 64, None),
+        ("1e-6", "bf16", 0, None),  # all weights
+    ],
+)
+def test_an_update_that_half_precision_does_not_resolve_is_said(monkeypatch, rate, precision, rank, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    name = SCRIPTS[1] if rank else SCRIPTS[0]
+    words = [*REQUIRED, f"--learning_rate={rate}", f"--mixed_precision={precision}"]
+    warning = screen.resolution_warning(script(name).parse_args([*words, *[f"--lora_rank={rank}"] * bool(rank)]))
+    assert re.match(f"WARNING: {sentence}", warning) if sentence else warning is None
+
+
 def test_processes_wait_for_hours(tmp_path):
     args = script(SCRIPTS[0]).parse_args([*REQUIRED, f"--output_dir={tmp_path}"])
     assert engine.make_accelerator(args).init_handler.timeout == datetime.timedelta(hours=3)
