@@ -280,7 +280,6 @@ def main(args):
     )
     micro_batch = run.resumed["data"].get("next_micro_batch", 0)
     shows = {"measured": measured, "shown": shown, "untrained": untrained, "averaged": averaged}
-    shows |= {"teacher_steps": teacher_kwargs.get("num_inference_steps")}
     validation = PairValidation(run, student, data, network=network, **shows)
 
     # 7. The loop.

@@ -59,17 +59,17 @@ class PairValidation:
 
     After `run.register`. student: a `Rollout`. network: from `validation.load_feature_network`. measured, shown,
     untrained: of `sample_and_measure`. averaged: makes the context in which the student has the weights that are
-    saved. num_inference_steps of the teacher: None where it is not known.
+    saved.
     """
 
-    def __init__(self, run, student, data, *, network, measured, shown, untrained, averaged, teacher_steps):
+    def __init__(self, run, student, data, *, network, measured, shown, untrained, averaged):
         self.run, self.student, self.data, self.averaged = run, student, data, averaged
         options = {"measured": measured, "shown": shown, "untrained": untrained}
         options["batch_size"] = run.args.train_batch_size
         self.grid = functools.partial(sample_and_measure, run.accelerator, student, data, **options)
         self.labels = [data.prompts[i] for i in shown]
         if run.args.eval_steps:
-            self.judge = validation.Judge(run, self._open(network, measured, teacher_steps))
+            self.judge = validation.Judge(run, self._open(network, measured))
 
     def show(self):
         """A picture of held-out pairs, and their error."""
@@ -104,7 +104,7 @@ class PairValidation:
             )
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
-    def _open(self, network, measured, teacher_steps):
+    def _open(self, network, measured):
         """The `evaluation.Evaluation` against held-out images, or else the teacher's of the pairs, of one size."""
         run, data, args = self.run, self.data, self.run.args
         order, size = dict.fromkeys([*measured, *range(len(data))]), data.call_kwargs(measured[:1])
@@ -115,7 +115,7 @@ class PairValidation:
         settings["seeds"] = [data.seeds[i] for i in self.indices]
         number, batch_size = len(self.indices), args.train_batch_size
         features, saturations = validation.teacher_features(run, network, self._recorded, number, batch_size, settings)
-        images = None
+        images, teacher_steps = None, data.config["kwargs"].get("num_inference_steps")
         if args.eval_reference:
             height, width = self._recorded(0, 1).shape[2:]
             images = validation.held_out_features(args, network, height, width)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHECKPOINTING = ("none", "selective", "full")
 LAST_LAYERS = ("conv_out", "proj_out")  # of a U-Net, of a transformer
+END_LAYERS = ("conv_in", "conv_norm_out", *LAST_LAYERS)
 COMPILE_OPTIONS = {"dynamic": False}  # of torch.compile; a resolution and a batch size are a run's
 # Variants of one block that are kept: its shapes times student, target, teacher and discriminator. By default there
 # are 8, and what comes after runs uncompiled without a word. SD 1.5 has 57, with the discriminator of TSCD 90.
@@ -125,7 +126,7 @@ def float32_ends(network):
     if all(isinstance(getattr(network, name, None), torch.nn.Identity | None) for name in LAST_LAYERS):
         return
     dtype = network.dtype
-    for name in ("conv_in", "conv_norm_out", *LAST_LAYERS):
+    for name in END_LAYERS:
         layer = getattr(network, name, None)
         if isinstance(layer, torch.nn.Module):
             layer.float()

@@ -165,7 +165,8 @@ def _shard(network, mesh, policy):
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     try:
         for path, module in network.named_modules():
-            if kept & set(path.split(".")) and isinstance(module, KEPT_FLOAT32):
+            is_end = path in performance.END_LAYERS and any(True for _ in module.parameters())  # `float32_ends`
+            if is_end or kept & set(path.split(".")) and isinstance(module, KEPT_FLOAT32):
                 fully_shard(module, **options, mp_policy=MixedPrecisionPolicy(None, torch.float32))
         for block in performance.repeated_blocks(network):
             fully_shard(block, **options, mp_policy=policy)
