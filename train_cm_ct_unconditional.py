@@ -44,8 +44,7 @@ import torch
 def parse_args(argv=None):
     parser = flags.ArgumentParser(__doc__.split("\n")[0])
     flags.add_data_arguments(parser, text=False)
-    own = {"samples_prompts": False, "evaluates": "with own flags"}
-    flags.add_training_arguments(parser, "consistency-model", "consistency-training", **own)
+    flags.add_training_arguments(parser, "consistency-model", "consistency-training", samples="images")
     ct_flags.add_arguments(parser)
     add = parser.add_argument_group("method").add_argument
     add("--objective", choices=["ict", "ect"], default="ict", help="from scratch, or from a diffusion model")

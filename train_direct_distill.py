@@ -75,8 +75,7 @@ def parse_args(argv=None):
     free("--skip_pairs_check", action="store_true", help="train even if the seeds do not seem to give the results")
     add("--num_held_out", type=flags.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
     with_data("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
-    own = {"samples_prompts": False, "evaluates": "pairs", "is_consistency": False}
-    flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", **own)
+    flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples="pairs")
     group = parser.add_argument_group("method")
     add, free = group.add_argument, group.add_free
     add("--num_inference_steps", type=flags.positive_int, help="of the student; default: 4, or the table's")
@@ -140,9 +139,8 @@ def read_data(args):
 
 def derived_configuration(run, num_train):
     """What follows from the flags: {name: text}. num_train: pairs to train on."""
-    size = run.total_batch_size
     return run.derived_configuration() | {
-        "samples per update": str(size) + ("" if size >= 32 else " (32 or more are better)"),
+        "samples per update": str(run.total_batch_size) + " (32 or more are better)" * (run.total_batch_size < 32),
         "pairs": f"{num_train} to train on, {run.args.num_held_out} held out",
         "evaluations per sample": f"{run.args.num_inference_steps} with gradients",
     }
@@ -329,8 +327,7 @@ def main(args):
     run.load_best()
     with averaged():
         if not run.stopped:
-            save = pipelines.save_lora if args.lora_rank else pipelines.save_denoisers
-            files = save(args.output_dir, pipeline)  # by every process
+            files = (pipelines.save_lora if args.lora_rank else pipelines.save_denoisers)(args.output_dir, pipeline)
         if is_main and not run.stopped:
             pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
         if not run.stopped:

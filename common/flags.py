@@ -233,12 +233,10 @@ def add_data_arguments(parser, text=True):
     free("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
 
 
-def add_training_arguments(
-    parser, output_dir, tracker_project_name, samples_prompts=True, evaluates="by prompts", is_consistency=True
-):
-    """samples_prompts: whether --validation_prompts are sampled, at --validation_num_inference_steps. evaluates: what
-    is sampled for --eval_steps: "by prompts", "pairs", or something "with own flags". is_consistency: whether the loss
-    is a difference of the network's own outputs."""
+def add_training_arguments(parser, output_dir, tracker_project_name, samples="prompts"):
+    """samples: what is sampled while it trains: "prompts" (--validation_prompts, at --validation_num_inference_steps),
+    "pairs", or "images", whose script has flags of its own for it. Of "pairs", the loss is no difference of the
+    network's own outputs."""
     group = parser.add_argument_group("update")
     add, free, with_data = group.add_argument, group.add_free, group.add_with_data
     with_data("--train_batch_size", type=positive_int, default=16, help="samples per process and micro-batch")
@@ -261,7 +259,7 @@ def add_training_arguments(
     group = parser.add_argument_group("machine")
     add, free = group.add_argument, group.add_free
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="without it, what `accelerate config` says")
-    if is_consistency:
+    if samples != "pairs":
         free(
             "--float32_end_layers",
             action=argparse.BooleanOptionalAction,
@@ -307,7 +305,7 @@ def add_training_arguments(
         default=200,
         help="updates between two sample grids; 0: only at the end",
     )
-    if samples_prompts:
+    if samples == "prompts":
         free(
             "--validation_prompts",
             type=prompt,
@@ -325,12 +323,12 @@ def add_training_arguments(
         help="image network for the distances: folder or hub name, such as facebook/dinov2-large",
     )
     free("--export", choices=["last", "best"], default="last", help="which weights are the result; best: as measured")
-    if evaluates != "with own flags":
+    if samples != "images":
         free("--eval_num_images", type=positive_int, default=500, help="samples of a measurement")
         free(
             "--eval_reference", type=path, help="compare with held-out images (a folder, tars) instead of the teacher"
         )
-    if evaluates == "by prompts":
+    if samples == "prompts":
         free(
             "--eval_prompts",
             type=prompt,
