@@ -4,6 +4,7 @@ from common.networks import teachers
 from common.results import evaluation
 from common.run import checkpointing
 from tests.cases import CASES, contents, digests, one_sentence, scalars, soak_but, train, undo
+from tests.fork_server import run_processes
 
 import numpy as np
 import pytest
@@ -123,3 +124,19 @@ def test_held_out_images_are_the_reference_and_the_teacher_is_measured_against_t
     teacher, student = evaluation.read_rows(out)
     assert teacher["frechet_distance"] > 0 and student["frechet_distance"] > 0
     assert teacher["judge"] == student["judge"]
+
+
+@pytest.mark.soak
+def test_two_processes_share_an_evaluation(tmp_path, evaluated):
+    """The teacher's row is that of one process, and both agree on what is saved as the best."""
+    rows = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = evaluated("lcm", out, max_train_steps=2, checkpointing_steps=2, export="best", eval_prompts="a three")
+        done = run_processes(words, CASES["lcm"].script, processes)
+        assert done.returncode == 0, done.stderr
+        rows[processes] = evaluation.read_rows(out)
+        assert evaluation.read_best(out)["checkpoint"] and (out / "model_index.json").is_file()
+    one, two = (rows[processes][0] for processes in (1, 2))
+    assert [row["step"] for row in rows[2]] == [0, 1, 2] and one["network"] == two["network"] == "teacher"
+    assert one["diversity"] == pytest.approx(two["diversity"], rel=1e-4)  # the same samples, on other cores
