@@ -209,10 +209,9 @@ def direct_rows(folder, teacher):
     for method, own in (("direct LoRA", ["--lora_rank=64"]), ("direct", ["--lora_rank=0"])):
         sizes = [simulate(direct, [*words, *own, f"--train_batch_size={size}"], 8) for size in TRIED]
         print_row(name, method, sizes)
+        print(f"Its start: {sizes[0].moments[simulation.BEFORE] / 2**30:.1f} GiB.", file=sys.stderr, flush=True)
     eight = simulate(direct, [*words, "--lora_rank=0", "--use_8bit_adam", f"--train_batch_size={TRIED[0]}"], 8)
     print_row(name, "direct, 8-bit Adam", sizes, sizes[0].between - eight.between)
-    start, gib = sizes[0].moments[simulation.BEFORE], 2**30
-    print(f"Before the first update: {start / gib:.1f} GiB of {teacher.name}.", file=sys.stderr, flush=True)
 
 
 def main():
