@@ -4,7 +4,8 @@ import train_direct_distill as direct
 from common.direct import pipelines, probes, stepwise
 from common.direct.student import roll_out
 from common.errors import UserError
-from common.networks import performance
+from common.networks import performance, sharded
+from common.run import sharding
 from tests import tiny_pipelines as tiny
 from tests.cases import scalars, train, undo
 from tests.direct.test_pipelines import Pairs, student
@@ -122,6 +123,25 @@ def test_a_rollout_keeps_nothing_of_its_calls():
     assert kept[True, 6] < 0.02 * kept[False, 3] and kept[False, 6] > 1.5 * kept[False, 3]
 
 
+def compare_sharded(name):
+    """In each of two processes, under FSDP2: gradients of all weights against those of one process, in float32."""
+    accelerator = sharding.ShardingAccelerator({"reshard_after_forward": True}, cpu=True)
+    index = accelerator.process_index
+    whole, rollout = gradients(make(name), False)[1], make(name)
+    sharding.shard(accelerator, list(rollout.denoisers.values()))
+    student, _ = accelerator.prepare(rollout, torch.optim.SGD(rollout.parameters(), lr=0.0))
+    for repeats in (1, 2):
+        torch.manual_seed(5)
+        with stepwise.recording(student) as calls:
+            latents = roll_out(student, Pairs(), [index])
+        latents.square().mean().backward(retain_graph=True)
+        stepwise.take_back(student, calls)
+        parts = [sharded.whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in rollout.parameters()]
+        parts = torch.cat([part.flatten() for part in parts]).double()
+        assert distance(parts / repeats, whole) < TOLERANCE, distance(parts / repeats, whole)
+    dist.destroy_process_group()
+
+
 def compare_two_processes(name):
     """In each of two processes: gradients of DDP, each with one pair, against those of both pairs here; twice, so that
     DDP has sorted its buckets anew, and with a micro-batch that is not synchronised between."""
@@ -143,10 +163,11 @@ def compare_two_processes(name):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["Wan2.2"])
-def test_two_processes_reduce_once_and_the_same(name):
-    """Wan 2.2 has two denoisers, of which the call that is taken back last asks one."""
-    prelude = f"from tests.direct.test_stepwise import compare_two_processes as c; c({name!r}); raise SystemExit(0)"
+@pytest.mark.parametrize("compare", ["compare_two_processes", "compare_sharded"])
+def test_two_processes_have_the_gradients_of_one(compare):
+    """Of DDP, which reduces once, and of FSDP2, which reduces after each call. Wan 2.2 has two denoisers, of which the
+    call that is taken back last asks one."""
+    prelude = f"from tests.direct.test_stepwise import {compare} as c; c('Wan2.2'); raise SystemExit(0)"
     done = run_processes([], direct, 2, prelude)
     assert done.returncode == 0, done.stderr
 
