@@ -156,7 +156,7 @@ def _without_values(tensor):
 
 def pack(real):
     """`quantized.pack` with what bitsandbytes lays out for nf4: half a byte a weight, and scales of 64 weights in
-    bytes, with a float32 for every 256 of them."""
+    bytes, with a float32 for every 256 of them. Its tables, 2 KiB a layer, are left out."""
 
     def packed(weight, kind):
         if kind != "nf4":

@@ -52,7 +52,7 @@ ROWS = {
     "ct, 8-bit": ("ct", {"use_8bit_adam": True}),
     "direct LoRA, stepwise": (
         "direct",
-        BF16 | {"lora_rank": 4, "lora_dropout": 0.3, "backward": "stepwise", "quantize_base": "nf4"},
+        BF16 | {"lora_rank": 4, "lora_dropout": 0.3, "backward": "stepwise", "gradient_accumulation_steps": 2},
     ),
 }
 LONG_ROWS = {
