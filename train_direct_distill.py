@@ -155,8 +155,7 @@ def main(args):
     place = {"revision": args.revision, "cache_dir": args.cache_dir}
     own = {"variant": args.variant, "teacher_lora": args.teacher_lora}
     config = pipelines.read_pipeline_config(args.pretrained_teacher_model, **own, **place)
-    for note in config["notes"]:
-        accelerator.print(note)
+    accelerator.print("".join(f"{note}\n" for note in config["notes"]), end="")
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
     performance.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     if args.lora_rank:
@@ -216,8 +215,7 @@ def main(args):
         kwargs, found = student_kwargs(
             pipeline, data, teacher_kwargs, args.num_inference_steps, args.student_kwargs, repair=not own_schedule
         )
-    for note in notes + found:
-        accelerator.print(note)
+    accelerator.print("\n".join(notes + found))
     if not args.dry_run:  # which encodes no image, but simulates it
         teacher = {"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": str(weight_dtype)[6:]}
         teacher["teacher_lora"] = fusing.identity(args.teacher_lora)
