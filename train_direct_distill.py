@@ -200,7 +200,7 @@ def main(args):
         sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
     pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler)
-    sharding.shard(accelerator, list(pipelines.denoisers(pipeline).values()))
+    sharding.shard(accelerator, [] if args.lora_rank else list(pipelines.denoisers(pipeline).values()))
     pipeline = pipeline if args.quantize_base else pipeline.to(device)  # it may fit quantised alone
     if not args.dry_run:
         check_same_weights(pipeline, pairs_config, args.pairs_dir)
@@ -234,6 +234,7 @@ def main(args):
     if args.lora_rank:
         options = {"dropout": args.lora_dropout, "names": target_names, "init_lora": args.init_lora}
         pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, **options)
+        sharding.shard(accelerator, [], plain=list(pipelines.denoisers(pipeline).values()))
     else:
         for module in pipelines.denoisers(pipeline).values():
             module.requires_grad_(True)
@@ -326,9 +327,7 @@ def main(args):
     with averaged():
         if not run.stopped:
             files = (pipelines.save_lora if args.lora_rank else pipelines.save_denoisers)(args.output_dir, pipeline)
-        if is_main and not run.stopped:
-            pipeline.scheduler.save_pretrained(Path(args.output_dir, "scheduler"))
-        if not run.stopped:
+            export.save_parts(args.output_dir, scheduler=pipeline.scheduler)  # both by every process
             with export.after_weights(accelerator, args.output_dir, run.global_step):
                 if is_main and not args.lora_rank:
                     whole = load(torch.float32, scheduler=pipeline.scheduler, **pipelines.denoisers(pipeline))

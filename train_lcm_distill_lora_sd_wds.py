@@ -17,7 +17,6 @@ Another objective: 3 (schedule), 4 (student, target, sampler), 6 (what is saved 
 
 import functools
 import itertools
-from pathlib import Path
 
 from common import flags
 from common.data.cached_latents import use_cached
@@ -25,9 +24,9 @@ from common.data.shards import expand_shards
 from common.errors import UserError
 from common.keyed_random import keyed_generator
 from common.losses import LOSS_TYPES, distance
-from common.networks import encoders, lora, teachers
+from common.networks import encoders, lora, sharded, teachers
 from common.results import export
-from common.run import engine, simulation, training_data
+from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import networks_of
 from common.run.validation import TextValidation, load_feature_network
@@ -127,7 +126,8 @@ def main(args):
     teacher_unet = teacher.unet.to(device, teacher_dtype)
     lora.add_lora(teacher_unet, **lora_options, dropout=args.lora_dropout, init_lora=args.init_lora)
     unet = teacher_unet.train()
-    teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
+    sharding.shard(accelerator, [], plain=[unet])
+    teacher_forward = sharded.plain_forward(teacher_unet)  # without the autocast that accelerate puts around it
     sampler = teachers.lcm_scheduler(config["scheduler"], args.num_ddim_timesteps, args.timestep_scaling_factor)
     engine.apply_performance_flags(args, trained=[unet], frozen=[], vae=teacher.vae)
 
@@ -236,10 +236,9 @@ def main(args):
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     run.load_best()
-    if is_main and not run.stopped:
-        lora.save_lora(args.output_dir, unet)
-        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
     if not run.stopped:
+        lora.save_lora(args.output_dir, unet)  # by every process
+        export.save_parts(args.output_dir, scheduler=sampler)
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
                 write_card(args, config, teacher_options, shards, run)

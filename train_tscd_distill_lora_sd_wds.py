@@ -23,9 +23,9 @@ from common import flags, losses
 from common.data.cached_latents import use_cached
 from common.data.shards import expand_shards
 from common.keyed_random import keyed_generator, keyed_seed
-from common.networks import encoders, lora, teachers
+from common.networks import encoders, lora, sharded, teachers
 from common.results import export, samples
-from common.run import engine, simulation, training_data
+from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import discriminator_step, networks_of
 from common.run.validation import TextValidation, load_feature_network
@@ -146,7 +146,8 @@ def main(args):
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the discriminator has its float32 weights
     lora.add_lora(teacher_unet, **lora_options, dropout=args.lora_dropout, init_lora=args.init_lora)
     unet = teacher_unet.train()
-    teacher_forward = teacher_unet.forward  # before accelerate puts autocast around it
+    sharding.shard(accelerator, [], plain=[unet])
+    teacher_forward = sharded.plain_forward(teacher_unet)  # without the autocast that accelerate puts around it
     sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
     trained = [unet, *([discriminator.encoder] if adversarial else [])]
     engine.apply_performance_flags(args, trained=trained, frozen=[], vae=teacher.vae)
@@ -312,9 +313,9 @@ def main(args):
             run.log({"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
         if run.global_step in (stage.end, args.max_train_steps):  # before the checkpoint: a resume goes on after it
             folder, grid = Path(args.output_dir, stage.name), None
+            lora.save_lora(folder, unet)  # by every process
+            export.save_parts(folder, scheduler=sampler)
             if is_main:
-                lora.save_lora(folder, unet)
-                sampler.save_pretrained(folder / "scheduler")
                 with samples.going_on(accelerator, run.global_step):
                     write_card(args, config, teacher_options, stage, folder, shards, run)
             grid = validation.show(stage.num_segments, name=f"{stage.name}/sample_grid.png")  # by every process
@@ -328,10 +329,9 @@ def main(args):
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
     stage = stage_at(stages, run.global_step - 1)
     best = run.load_best(stage.name)
-    if is_main and not run.stopped:
-        lora.save_lora(args.output_dir, unet)
-        sampler.save_pretrained(Path(args.output_dir, "scheduler"))
     if not run.stopped:
+        lora.save_lora(args.output_dir, unet)  # by every process
+        export.save_parts(args.output_dir, scheduler=sampler)
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
                 write_card(args, config, teacher_options, stage, None, shards, run)

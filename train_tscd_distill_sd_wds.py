@@ -324,8 +324,7 @@ def main(args):
     best = run.load_best(stage.name)
     if not run.stopped:
         parts = {"unet": shown["student"].eval(), "scheduler": sampler}
-        export.save_parts(args.output_dir, **parts, unet_target=target_unet)
-    if not run.stopped:
+        export.save_parts(args.output_dir, **parts, unet_target=target_unet)  # by every process
         with export.after_weights(accelerator, args.output_dir, run.global_step):
             if is_main:
                 pipeline = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options, **parts)

@@ -282,10 +282,12 @@ def save_lora(output_dir, pipeline):
     """
     output_dir, parts = Path(output_dir), denoisers(pipeline)
     files, written = lora_files(type(pipeline), parts), []
-    if not PartialState().is_main_process:
-        return written
+    is_main = PartialState().is_main_process
     for name, module in parts.items():
         tensors = lora.saved_tensors(module)
+        merged = None if files else lora.merged(module)
+        if not is_main:
+            continue
         if files:
             file, keyword, _ = files[name]
             metadata = {f"{keyword}_lora_adapter_metadata": lora.saved_metadata(module)}
@@ -297,7 +299,7 @@ def save_lora(output_dir, pipeline):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({f"base_model.model.{k}": v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
         PeftConfig.save_pretrained(module.peft_config[lora.ADAPTER], folder)
-        lora.merged(module).save_pretrained(output_dir / name)
+        merged.save_pretrained(output_dir / name)
         written += [f"{name}_adapter", name]
     return written
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from common.errors import UserError, blame
 from common.files import whole
+from common.networks import sharded
 from common.networks.weights import check_name
 
 import torch
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -157,21 +159,26 @@ def adapters_off(unet):
 
 @torch.no_grad()
 def merged(network):
-    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT."""
+    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT.
+
+    Called by every process where weights are split.
+    """
     weights = {}
     for path, tensor in network.state_dict().items():
         if ".lora_" not in path:
-            weights[path.replace(".base_layer.", ".")] = tensor.detach().float().cpu()
+            weights[path.replace(".base_layer.", ".")] = sharded.whole(tensor).float().cpu()
     for path, layer in lora_layers(network).items():
-        weights[f"{path}.weight"] += layer.get_delta_weight(ADAPTER).float().cpu()
+        up, down = (sharded.whole(part[ADAPTER].weight).float().cpu() for part in (layer.lora_B, layer.lora_A))
+        delta = layer.scaling[ADAPTER] * (up.flatten(1) @ down.flatten(1))
+        weights[f"{path}.weight"] += delta.reshape(weights[f"{path}.weight"].shape)
     copy = type(network).from_config(network.config)
     copy.load_state_dict(weights)
     return copy
 
 
 def saved_tensors(network):
-    """`adapter_tensors` as they stand in files."""
-    return {name: p.detach().cpu().contiguous() for name, p in adapter_tensors(network).items()}
+    """`adapter_tensors` as they stand in files; called by every process where weights are split."""
+    return {name: sharded.whole(p).cpu().contiguous() for name, p in adapter_tensors(network).items()}
 
 
 def saved_metadata(network):
@@ -188,17 +195,18 @@ def _unwrap(model):
 
 
 def save_lora(output_dir, unet):
-    """Write both files into `output_dir`, each complete or not at all; called by the main process alone.
+    """Write both files into `output_dir`, each complete or not at all; called by every process, the main one writes.
 
     `pytorch_lora_weights.safetensors` is for diffusers: `pipe.load_lora_weights(output_dir)`; alpha and rank are in
     its metadata, which old versions of diffusers ignore: where alpha is not the rank they need the other file.
     `pytorch_lora_weights_kohya.safetensors` is for ComfyUI and A1111, with alpha beside each module's weights, and
     diffusers reads it too (weight_name=). Returns the two paths.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    unet = _unwrap(unet)
+    output_dir, unet = Path(output_dir), _unwrap(unet)
     config, tensors, metadata = unet.peft_config[ADAPTER], saved_tensors(unet), saved_metadata(unet)
+    if not PartialState().is_main_process:
+        return output_dir / WEIGHTS, output_dir / KOHYA_WEIGHTS
+    output_dir.mkdir(parents=True, exist_ok=True)
     with whole(output_dir / WEIGHTS) as unfinished:
         StableDiffusionPipeline.save_lora_weights(
             unfinished.parent,
@@ -344,6 +352,9 @@ def register_adapter_checkpointing(accelerator, unet):
     Other prepared models are saved as ever. Call it once, before save_state or load_state.
     """
     unet = _unwrap(unet)
+    if hasattr(accelerator, "saved"):  # of one that splits weights
+        accelerator.saved = CHECKPOINT, lambda: adapter_tensors(unet)
+        return
 
     def position(models):
         return next(i for i, model in enumerate(models) if _unwrap(model) is unet)

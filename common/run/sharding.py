@@ -59,10 +59,12 @@ def take_settings(args):
         reshard = bool(str_to_bool(given.get("RESHARD_AFTER_FORWARD", "true").lower()))
     except ValueError:
         _refuse(f"fsdp_reshard_after_forward is {given['RESHARD_AFTER_FORWARD']}; give true or false")
-    if getattr(args, "lora_rank", 0):
-        raise UserError(f"`lora_rank`={args.lora_rank} is not supported with FSDP2; use `distributed_type: MULTI_GPU`")
+    if getattr(args, "quantize_base", None):
+        raise UserError(f"`quantize_base` packs weights in a way that FSDP2 does not split; drop the flag, {WAY_OUT}")
     if args.use_8bit_adam:
         raise UserError(f"`use_8bit_adam` does not know weights that are split, as by FSDP2; drop the flag, {WAY_OUT}")
+    if args.compile:
+        raise UserError(f"`compile` is not known to work on blocks that FSDP2 gathers; drop the flag, {WAY_OUT}")
     if args.channels_last:
         raise UserError(f"`channels_last` is no layout that FSDP2 splits; drop the flag, {WAY_OUT}")
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -90,6 +92,7 @@ class ShardingAccelerator(Accelerator):
     def __init__(self, sharding, **options):
         super().__init__(**options)
         self.sharding, self.network, self.optimizer = sharding, None, None
+        self.saved = SAFE_WEIGHTS_NAME, lambda: self.network.state_dict()  # the student's file in a checkpoint
 
     @functools.cached_property
     def mesh(self):
@@ -128,14 +131,16 @@ class ShardingAccelerator(Accelerator):
         """What `Accelerator.save_state` of a run without FSDP2 writes; called by every process."""
         with self._without_student():
             super().save_state(output_dir)
-        sharded.write_tensors(Path(output_dir, SAFE_WEIGHTS_NAME), self.network.state_dict())
+        name, tensors = self.saved
+        sharded.write_tensors(Path(output_dir, name), tensors())
         sharded.write_optimizer(Path(output_dir, f"{OPTIMIZER_NAME}.bin"), self.optimizer)
         self.wait_for_everyone()
 
     def load_state(self, input_dir):
         with self._without_student():
             super().load_state(input_dir)
-        sharded.read_tensors(Path(input_dir, SAFE_WEIGHTS_NAME), self.network.state_dict())
+        name, tensors = self.saved
+        sharded.read_tensors(Path(input_dir, name), tensors())
         sharded.read_optimizer(Path(input_dir, f"{OPTIMIZER_NAME}.bin"), self.optimizer)
 
     def free_memory(self, *objects):
@@ -162,6 +167,10 @@ def shard(accelerator, networks, plain=()):
 
 def _shard(network, mesh, policy):
     options = {"mesh": mesh, "reshard_after_forward": True}  # the root too: what lists weights finds parts
+    for parameter in (p for p in network.parameters() if p.requires_grad):  # new ones are drawn by each process
+        values = parameter.detach().to(mesh.device_type)
+        torch.distributed.broadcast(values, src=0)
+        parameter.data.copy_(values)
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     try:
         for path, module in network.named_modules():

@@ -1,21 +1,27 @@
 """What two processes hold, exchange and write of split weights: the body of a test in tests/run/test_sharding.py."""
 
+import copy
 import os
 from pathlib import Path
 
 from common import ema
-from common.networks import sharded
+from common.networks import lora, sharded
 from common.run import sharding, updates
 
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import UNet2DModel
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file
 
 RANK = int(os.environ.get("RANK", "0"))
 SIZE = {"sample_size": 8, "block_out_channels": (4, 10), "norm_num_groups": 2, "layers_per_block": 1}
 SIZE |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+
+CONDITIONAL = {"sample_size": 8, "block_out_channels": (4, 8), "norm_num_groups": 2, "layers_per_block": 1}
+CONDITIONAL |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": 8}
+CONDITIONAL |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 2}
 
 
 def network(seed):
@@ -35,6 +41,44 @@ def gathered(net):
 def differ(a, b):
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def check_lora():
+    """A frozen base in bfloat16 and float32 adapters, both split: what it computes, its gradients and its files."""
+    torch.manual_seed(2)
+    whole = UNet2DConditionModel(**CONDITIONAL).to(torch.bfloat16)
+    lora.add_lora(whole, 4, 8.0)
+    with torch.no_grad():
+        for parameter in lora.lora_parameters(whole):
+            parameter.normal_(std=0.1)
+    split = copy.deepcopy(whole)
+    split._lora_layers = list(lora.lora_layers(split).values())
+    with torch.no_grad():  # what each process draws is the first one's afterwards
+        lora.lora_parameters(split)[0].add_(RANK)
+    AcceleratorState._reset_state()
+    accelerator = sharding.ShardingAccelerator({"reshard_after_forward": False}, cpu=True, mixed_precision="bf16")
+    sharding.shard(accelerator, [], plain=[split])
+    plain = sharded.plain_forward(split)
+    prepared, _ = accelerator.prepare(split, torch.optim.AdamW(lora.lora_parameters(split)))
+    images = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    inputs = images, 5, torch.ones(2, 3, 8)
+    with torch.no_grad(), lora.adapters_off(whole), lora.adapters_off(split):
+        inputs_of_base = [x.bfloat16() if torch.is_tensor(x) else x for x in inputs]
+        assert (plain(*inputs_of_base).sample - whole(*inputs_of_base).sample).abs().max() < 1e-6
+    with accelerator.autocast():
+        expected = whole(*inputs).sample.float()
+    output = prepared(*inputs).sample
+    assert (output - expected).abs().max() < 1e-6 and output.dtype == torch.float32
+    expected.square().mean().backward()
+    accelerator.backward(output.square().mean())
+    tensors, gradients = lora.adapter_tensors(whole), lora.adapter_tensors(split)
+    for name, tensor in tensors.items():
+        gradient = sharded.whole(gradients[name].grad)
+        # skip connections add gradients in bfloat16, 2^-8 apart, in another order
+        assert (gradient - tensor.grad).norm() <= 3e-2 * tensor.grad.norm(), name
+    assert all(p.grad is None for name, p in split.named_parameters() if ".lora_" not in name)
+    assert differ(lora.saved_tensors(split), lora.saved_tensors(whole)) == 0
+    assert differ(lora.merged(split).state_dict(), lora.merged(whole).state_dict()) == 0
 
 
 def expected(folder):
@@ -131,4 +175,5 @@ def body(folder):
     assert differ(loaded.state_dict(), saved[0]) == 0
     if state.is_main_process:
         assert (folder / "export" / "config.json").read_text() == (folder / "one" / "config.json").read_text()
+    check_lora()
     accelerator.end_training()

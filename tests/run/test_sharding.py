@@ -33,7 +33,9 @@ def asked(tmp_path, flags, monkeypatch):
                 monkeypatch.delenv(name, raising=False)
             else:
                 monkeypatch.setenv(name, value)
-        return sharding.take_settings(lcm.parse_args(flags(tmp_path / "out", **changes)))
+        args = lcm.parse_args(flags(tmp_path / "out"))
+        vars(args).update(changes)  # which a machine without a GPU refuses for other reasons
+        return sharding.take_settings(args)
 
     return take
 
@@ -60,14 +62,22 @@ def test_what_the_launcher_asks_for_is_taken_out_of_accelerates_sight(asked):
         ({"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, {}, "_after_forward is FULL_SHARD; give true or false"),
         ({"RANK": None}, {}, "no launcher started this process; start it by `accelerate launch` with docs/fsdp2"),
         ({}, {"use_8bit_adam": True}, "`use_8bit_adam` does not know weights that are split"),
+        ({}, {"compile": True}, "`compile` is not known to work on blocks that FSDP2 gathers; drop the flag, or use"),
         ({}, {"channels_last": True}, "`channels_last` is no layout that FSDP2 splits; drop the flag"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "`mixed_precision`=fp16 is not supported with FSDP2; pass bf16"),
+        ({}, {"mixed_precision": "fp16"}, "`mixed_precision`=fp16 is not supported with FSDP2; pass bf16"),
     ],
 )
-def test_what_cannot_be_had_is_one_sentence(asked, monkeypatch, environment, changes, words):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # without which fp16 is refused for another reason
+def test_what_cannot_be_had_is_one_sentence(asked, environment, changes, words):
     with pytest.raises(UserError, match=words):
         asked(environment, **changes)
+
+
+def test_packed_weights_are_refused(asked, monkeypatch, tmp_path):
+    words = ["--pretrained_teacher_model=x", "--pairs_dir=x", f"--output_dir={tmp_path}", "--quantize_base=int8"]
+    for name, value in (ASKED | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="`quantize_base` packs weights in a way that FSDP2 does not split"):
+        sharding.take_settings(direct.parse_args(words))
 
 
 def test_a_float32_target_from_weights_gathered_in_bf16_is_refused(ct_flags, tmp_path, monkeypatch):
