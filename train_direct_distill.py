@@ -236,8 +236,7 @@ def main(args):
         pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, **options)
         sharding.shard(accelerator, [], plain=list(pipelines.denoisers(pipeline).values()))
     else:
-        for module in pipelines.denoisers(pipeline).values():
-            module.requires_grad_(True)
+        torch.nn.ModuleDict(pipelines.denoisers(pipeline)).requires_grad_(True)
     engine.apply_performance_flags(args, trained=list(pipelines.denoisers(pipeline).values()), frozen=[])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]

@@ -418,6 +418,10 @@ class _Simulation:
         """Weights by the names of main()'s variables; what is not a script's own is found in its pipelines."""
         seen, trained = set(), {id(p) for o in self._optimizers() for g in o.param_groups for p in g["params"]}
         for name, module in _networks(self.frame.f_locals):
+            if self.is_split and isinstance(module, torch.nn.ParameterList):  # an average of split weights
+                in_main_memory(module.parameters())
+                self.splits.append([torch.empty(-(-p.numel() // self.processes)) for p in module.parameters()])
+                self._own(self.splits[-1], f"FSDP2's part of {name}")
             for submodule in module.modules():
                 self.moments_of.setdefault(id(submodule), name)
                 for parameter in submodule._parameters.values():

@@ -209,6 +209,13 @@ def test_several_processes_keep_buckets_and_fsdp2_a_part_of_16_bytes_a_weight(tm
     assert not {"optimizer states", "gradients"} & result.parts.keys() and result.between < one.between
 
 
+def test_fsdp2_splits_an_average_too(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(sharding, "take_settings", lambda args: {"reshard_after_forward": True})
+    result = simulate(command("direct", tmp_path / "out", dry_run=True), SCRIPTS["direct"], processes=8, updates=1)
+    held = result.parts["FSDP2's part of ema_weights"]  # of float32, in blocks of 512 bytes
+    assert 4 * result.trained / 8 <= held < 4 * result.trained / 8 * 2
+
+
 REAL = """
 import json, os
 from common.run import simulation
