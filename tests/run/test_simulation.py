@@ -65,7 +65,7 @@ LONG_ROWS = {
     "lcm LoRA, SDXL, 8-bit": ("lcm_lora", BF16 | {"use_8bit_adam": True, "pretrained_teacher_model": "sdxl"}),
     "tscd, no discriminator, accumulation": ("tscd", {"adv_weights": 0, "gradient_accumulation_steps": 3}),
     "ct, ECT": ("ct", {"objective": "ect", "pretrain_steps": 1, "discretization_s_1": None}),
-    "direct LoRA, int8": ("direct", {"kind": "dit", "lora_rank": 8, "quantize_base": "int8", **BF16}),
+    "direct LoRA, int8": ("direct", {"lora_rank": 8, "quantize_base": "int8", **BF16}),
     "direct, stepwise, full": ("direct", {"backward": "stepwise", "gradient_checkpointing": True, **BF16}),
     "direct, average": ("direct", {"ema_decay": 0.9, "gradient_accumulation_steps": 1}),
 }
