@@ -335,7 +335,7 @@ def stand_ins(teacher, shards):
         "student=lcm ": "student=demo/lcm_parity ",
         "facebook/dinov2-large": "demo/classifier", " --clip_model openai/clip-vit-large-patch14": "",
         "=200000": "=2", "=10000": "=2", "=50000": "=20", "max_train_steps=18000 ": "", "=10800": "=2",
-        "--eval_num_images=500": "--eval_num_images=20",
+        "--eval_num_images=500": "--eval_num_images=20", "--eval_num_images=360": "--eval_num_images=20",
         "_dir=ict": "_dir=ict" + new, "_dir=diffusion": "_dir=diffusion" + new,
         "ct_study.py": "ct_study.py --demo demo",
     }  # fmt: skip
