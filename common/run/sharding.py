@@ -180,6 +180,10 @@ def _shard(network, mesh, policy):
         for block in performance.repeated_blocks(network):
             fully_shard(block, **options, mp_policy=policy)
         fully_shard(network, **options, mp_policy=policy)
+        if {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}:
+            network.requires_grad_(True)  # it may be trained later: gradients get the dtype of what is trained here
+            fully_shard.state(network)._lazy_init()
+            network.requires_grad_(False)
     except (ValueError, NotImplementedError) as error:
         name = type(network).__name__
         raise UserError(f"a {name} cannot be split by FSDP2 ({error}); use `distributed_type: MULTI_GPU`") from error
