@@ -48,12 +48,12 @@ def resume(script, words, drawn, monkeypatch):
     def poisoned(loss, *args, **kwargs):
         of_tensor(loss * float("nan"), *args, **kwargs)
 
-    def first(accelerator, loss):  # of the student's update; the discriminator's comes after it
+    def first(accelerator, loss, **options):  # of the student's update; the discriminator's comes after it
         monkeypatch.setattr(torch.Tensor, "backward", poisoned)
         monkeypatch.setattr(torch.optim.Optimizer, "state_dict", saved)
         if LOG.exists():  # the first of the two updates is done
             Path("out/STOP").touch()
-        of_accelerator(accelerator, loss)
+        of_accelerator(accelerator, loss, **options)
 
     def saved(optimizer):
         orders.append([names[digest(p)] for group in optimizer.param_groups for p in group["params"]])
