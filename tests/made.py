@@ -99,6 +99,10 @@ def save_seeded(pictured, folder):
                         tar.addfile(member, io.BytesIO(content))
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def members(folder):
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 

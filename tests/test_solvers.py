@@ -1,6 +1,6 @@
 """Jumps over segments, against diffusers' schedulers and exact solutions."""
 
-from common.schedules import alpha_sigma, append_dims, to_eps, to_x_0
+from common.schedules import alpha_sigma, append_dims
 from common.solvers import TrajectorySolver
 from common.tscd.segments import draw_segment, segment_nodes
 
@@ -63,20 +63,6 @@ def test_tcds_default_grid_misses_the_nodes():
     assert not set(tcd.timesteps.tolist()) <= set(NODES.tolist())
 
 
-def test_converted_outputs_give_the_same_jump():
-    alpha, sigma = schedule()
-    t, s = NODES[torch.tensor([40, 35, 21, 8, 3, 1])], NODES[torch.tensor([35, 30, 20, 5, 1, 0])]
-    a, b = (append_dims(x[t], 4) for x in (alpha, sigma))
-    x, eps = batch()
-    x_0 = to_x_0(eps, x, a, b, "epsilon")
-    v = a * eps - b * x_0
-    expected = TrajectorySolver(alpha, sigma, "epsilon").jump(eps, x, t, s)
-    assert torch.allclose(to_eps(v, x, a, b, "v_prediction"), eps, atol=1e-4)
-    for output, prediction_type in ((v, "v_prediction"), (x_0, "sample")):
-        jumped = TrajectorySolver(alpha, sigma, prediction_type).jump(output, x, t, s)
-        torch.testing.assert_close(jumped, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_gradients_are_finite_at_zero_terminal_snr():
     alpha, sigma = schedule(rescale_betas_zero_snr=True)
     assert alpha[999] == 0
@@ -86,20 +72,6 @@ def test_gradients_are_finite_at_zero_terminal_snr():
     t, s = NODES[torch.tensor([40, 40, 35, 8, 3, 1])], NODES[torch.tensor([20, 0, 30, 5, 1, 0])]
     solver.jump(output, x, t, s).square().sum().backward()
     assert output.grad.isfinite().all() and (output.grad.flatten(1).norm(dim=1) > 0).all()
-
-
-@pytest.mark.parametrize("k", [8, 4, 2, 1])
-@pytest.mark.parametrize("boundary_prob", [0.0, 0.5, 1.0])
-def test_one_point_data_have_no_loss(k, boundary_prob):
-    """Data of one point c have the exact noise eps = (x - alpha c) / sigma: every jump lands on the same line."""
-    alpha, sigma = (x.double() for x in schedule())
-    solver = TrajectorySolver(alpha, sigma, "sample")
-    generator = torch.Generator().manual_seed(k)
-    n, i, m, _ = (NODES[index] for index in draw_segment(k, 40, boundary_prob, 256, generator))
-    c = torch.tensor([0.3, -1.0]).double()
-    x_t = append_dims(alpha[n], 2) * c + append_dims(sigma[n], 2) * torch.randn(256, 2, generator=generator).double()
-    jump = lambda x, t, s: solver.jump(c.expand_as(x), x, t, s)  # noqa: E731
-    torch.testing.assert_close(jump(jump(x_t, n, i), i, m), jump(x_t, n, m), rtol=1e-5, atol=1e-5)
 
 
 def test_gaussian_data_have_an_exact_solution_for_ends_of_segments():
@@ -131,25 +103,3 @@ def test_gaussian_data_have_an_exact_solution_for_ends_of_segments():
         )
         errors.append((solver.jump(exact_jump_output(x_t, n, m), x_t, n, m) - target).square().mean().item())
     assert errors[1] < errors[0] / 5 and errors[0] < 1e-3
-
-
-def test_the_difference_of_both_sides_is_one_of_x_0_predictions():
-    """y^ - y = c_s(t) (p_student - p_teacher) - c_s(t') (p_target - p_teacher), c_s(u) = alpha_s - sigma_s alpha_u /
-    sigma_u: what the loss weighs, written in x_0 predictions p."""
-    alpha, sigma = (x.double() for x in schedule())
-    solver = TrajectorySolver(alpha, sigma, "sample")
-    generator = torch.Generator().manual_seed(1)
-    n, i, m, _ = (NODES[index] for index in draw_segment(2, 40, 0.5, 64, generator))
-    x_t, p_student, p_teacher, p_target = torch.randn(4, 64, 3, generator=generator).double()
-
-    def jump(p, x, t, s):  # in double: `jump` casts outputs to float32
-        a_t, s_t, a_s, s_s = (append_dims(y[u], 2) for u in (t, s) for y in (alpha, sigma))
-        return a_s * p + s_s * (x - a_t * p) / s_t
-
-    x_prev = jump(p_teacher, x_t, n, i)
-    difference = jump(p_student, x_t, n, m) - jump(p_target, x_prev, i, m)
-    mine = solver.jump(p_student, x_t, n, m) - solver.jump(p_target, solver.jump(p_teacher, x_t, n, i), i, m)
-    torch.testing.assert_close(mine, difference, rtol=1e-4, atol=1e-5)
-    c = [append_dims(alpha[m] - sigma[m] * alpha[u] / sigma[u], 2) for u in (n, i)]
-    formula = c[0] * (p_student - p_teacher) - c[1] * (p_target - p_teacher)
-    torch.testing.assert_close(mine, formula, rtol=1e-4, atol=1e-5)

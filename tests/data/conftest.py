@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 from common.data import fetch
@@ -28,7 +29,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        behaviour, name = self.path.strip("/").split("/")
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        behaviour, _, name = path.strip("/").partition("/")
         body, asked = Path(self.server.folder, name).read_bytes(), self.headers["Range"]
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and "ignored" not in behaviour else 0
         self.server.asked.append((behaviour, name, start))
@@ -79,10 +81,14 @@ def server(tmp_path):
     thread.join()
 
 
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(fetch, "BACKOFF", 0.01)
+
+
 @pytest.fixture
 def nothing_is_left(tmp_path, monkeypatch):
     """No thread of a transfer, child or temporary file is there when a test has ended."""
-    monkeypatch.setattr(fetch, "BACKOFF", 0.01)
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = children.read_text().split()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # tmp_path can be too long for a Unix socket

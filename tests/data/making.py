@@ -1,25 +1,20 @@
 """Tars, folders and streams that tests make, and a server of them."""
 
-import http.server
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
-import threading
-import urllib.parse
 import zlib
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
-from common.data import fetch as fetch_module
 from common.data.images import decode_image_text
 from common.data.shards import SKIP_CLASSES
 from common.data.stream import TrainingData
 
 import numpy as np
-import pytest
 from PIL import Image
 
 R = 8
@@ -88,6 +83,10 @@ def run(shards, world_size, num_workers, count, state=None, **options):
     return sequence, TrainingData.merge_state_dicts([rank.state_dict() for rank in ranks])
 
 
+# Of the bad samples that `bad_members` makes: {letter in the key: reason}
+BAD = {"a": "decode", "b": "missing_caption", "c": "missing_caption", "d": "too_small", "e": "too_big", "f": "decode"}
+
+
 def bad_members(first):
     """One sample of every class that can go bad, among good ones: 4 good, 6 bad."""
     good = members(first, 4)
@@ -135,18 +134,18 @@ def epoch_of(shards, **options):
     return sorted(keys), skipped
 
 
-class _WritesAFile:
+class Trap:
+    """Unpickling it makes a folder."""
+
     def __init__(self, path):
-        self.path = path
+        self.path = str(path)
 
     def __reduce__(self):
-        return (Path.touch, (self.path,))
+        return os.mkdir, (self.path,)
 
 
 def pickle_members(path):
-    return [
-        (f"000000.{extension}", pickle.dumps(_WritesAFile(path))) for extension in ("pkl", "pyd", "pth", "npy", "json")
-    ]
+    return [(f"000000.{extension}", pickle.dumps(Trap(path))) for extension in ("pkl", "pyd", "pth", "npy", "json")]
 
 
 def member_offsets(path):
@@ -176,32 +175,3 @@ def image_folder(folder, count, captions="txt"):
         lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in rows]
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
     return str(folder)
-
-
-@pytest.fixture
-def quick_retries(monkeypatch):
-    monkeypatch.setattr(fetch_module, "BACKOFF", 0.01)
-
-
-@pytest.fixture
-def server(tmp_path):
-    """The address of tmp_path."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = (tmp_path / urllib.parse.unquote(self.path.partition("?")[0]).lstrip("/")).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()

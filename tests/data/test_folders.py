@@ -42,12 +42,8 @@ def fill(root, *names, content=PNG):
     [
         (["b/1.png", "a.jpg", "b-c/2.JPEG"], {}, ["a.jpg", "b-c/2.JPEG", "b/1.png"], []),
         ([f"{k}.{k}" for k in "jfif jpe bmp gif tif tiff avif webp JFIF".split()], {}, None, []),
-        (
-            ["1.png", ".x/2.png", ".3.png", "._1.png", "__MACOSX/4.png", "@eaDir/1.png/S.jpg", "#recycle/1.png"],
-            {},
-            ["1.png"],
-            [],
-        ),
+        (["1.png", ".x/2.png", ".3.png", "._1.png", "__MACOSX/4.png", "@eaDir/1.png/S.jpg", "#recycle/1.png"], {},
+         ["1.png"], []),
         (["1.png", "a/2.png"], {"b": "a", "c.png": "1.png"}, ["1.png", "a/2.png", "c.png"], []),
         (["b/1.png", ".x/2.png"], {"a": "b", "c": ".x", "d": ".x"}, ["a/1.png", "c/2.png"], []),
         (["a/1.png"], {"a/up": "", "a/self": "a/self", "b": "a/up/a"}, ["a/1.png"], []),
@@ -59,7 +55,7 @@ def fill(root, *names, content=PNG):
         (["val/1.png", "test/2.png"], {}, ["test/2.png", "val/1.png"], []),
         (["train/1.png", "test/2.png", "metadata.csv"], {}, ["test/2.png", "train/1.png"], []),
     ],
-)
+)  # fmt: skip
 def test_every_reader_lists_the_same(tmp_path, names, links, expected, said):
     folder = fill(tmp_path / "folder", *names)
     for link, target in links.items():
@@ -186,7 +182,7 @@ def test_rows_that_name_no_file_say_what_is_meant(tmp_path, name, hint):
         (["n01/images/1.png", "n02/images/1.png"], ["n01", "n02"]),
         (
             ["a/cat/1.png", "a/dog/1.png", "b/car/1.png"],
-            "the 2 upper ones (a, b) or the 3 lowest (car, cat, dog); pass",
+            "the 2 upper ones (a, b) or the 3 lowest (car, cat, dog); pas",
         ),
         (["a/x/1.png", "a/y/1.png", "b/x/1.png"], "the 2 upper ones (a, b) or the 2 lowest (x, y); say it in"),
         (["1.png", "2.png"], "its images lie in 0 subfolders"),
@@ -231,10 +227,8 @@ def test_the_number_of_classes_says_which_subfolders_they_are(tmp_path):
 )
 @pytest.mark.parametrize("kind", ["{}", "file://{}", "pipe:cat {}"])
 def test_classes_that_count_from_1_are_found(tmp_path, classes, num_classes, said, kind):
-    members = [
-        (f"{i:03d}.{key}", data) for i, c in enumerate(classes) for key, data in (("png", PNG), ("cls", b"%d" % c))
-    ]
-    shard = kind.format(write_tar(tmp_path / "0.tar", members))
+    samples = [[(f"{i:03d}.png", PNG), (f"{i:03d}.cls", b"%d" % c)] for i, c in enumerate(classes)]
+    shard = kind.format(write_tar(tmp_path / "0.tar", sum(samples, [])))
     if "class 4" in said or "more" in said:
         with pytest.raises(UserError, match=said):
             check_shard_classes([shard], num_classes, "label")
@@ -255,11 +249,21 @@ def test_classes_that_count_from_1_end_the_stream_where_the_start_of_the_data_di
         decode(raw(4))
 
 
+@pytest.mark.parametrize(
+    "label",
+    [{}, *({"cls": text} for text in (b"10", b"-1", b"cat", b"\xff\xfe")),
+     *({"json": text} for text in (b"[1]", b'{"label": 1.5}', b'{"caption": "one"}'))],
+)  # fmt: skip
+def test_classes_that_are_none(label):
+    with pytest.raises(SampleError) as caught:
+        decode_image_label({"png": PNG} | label, random.Random(0), resolution=8, num_classes=10)
+    assert caught.value.reason == "decode"
+
+
 def test_classes_of_metadata(tmp_path):
     fill(tmp_path, "a/0.png", "a/1.png", "b/2.png")
-    (tmp_path / "metadata.jsonl").write_text(
-        '{"file_name": "a/1.png", "label": 4}\n{"file_name": "b/2.png", "label": 0}'
-    )
+    rows = '{"file_name": "a/1.png", "label": 4}\n{"file_name": "b/2.png", "label": 0}'
+    (tmp_path / "metadata.jsonl").write_text(rows)
     _, source = open_images(None, train_data_dir=tmp_path, label_column="fine")
     assert source.num_classes == 5 and source.classes == {0, 4} and source.unusable == 1
     assert [source.read(i).get("cls") for i in range(3)] == [b"4", b"0", None]  # as in the table, which others kept
@@ -336,9 +340,8 @@ def test_every_reader_sees_the_same(tmp_path, name):
     """Files are called jpg or png, whatever they are."""
     data, colour = LOOKS[name]
     for image in every_reader(tmp_path, data):
-        assert (
-            image.shape == (3, 16, 16) and (image.float() - image.new_tensor(colour)[:, None, None]).abs().max() <= 1
-        )
+        assert image.shape == (3, 16, 16)
+        assert (image.float() - image.new_tensor(colour)[:, None, None]).abs().max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])

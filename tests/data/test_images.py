@@ -12,8 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
-
 
 def decode_image(image_bytes, resolution=None, extension="png", **options):
     options = {"resolution": resolution, "center_crop": True} | options

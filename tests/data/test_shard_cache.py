@@ -17,10 +17,7 @@ from tests.data.test_fetch import read
 
 import pytest
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
-    pytest.mark.usefixtures("nothing_is_left"),
-]
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 @pytest.fixture

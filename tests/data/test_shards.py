@@ -19,24 +19,18 @@ from tests.data.making import (
     make_data,
     make_shards,
     members,
-    quick_retries,
     random_image,
     run,
-    server,
     write_tar,
 )
 
 import fsspec
 import pytest
 
-__all__ = ["quick_retries", "server"]  # fixtures
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
-
-
 # ----- remote shards
 
 
-def test_a_pipe_is_tried_again(tmp_path, quick_retries):
+def test_a_pipe_is_tried_again(tmp_path):
     good = make_shards(tmp_path, [5])[0]
     tries = tmp_path / "tries"
     command = f"pipe:echo x >> {tries}; cat {good}; test $(wc -l < {tries}) -ge 3"
@@ -48,11 +42,11 @@ def test_http_addresses_with_blanks_and_umlauts(tmp_path, server):
     (tmp_path / "my shards").mkdir()
     shard = Path(make_shards(tmp_path, [5])[0]).rename(tmp_path / "my shards/ü 0.tar")
     for name in ("my shards/ü 0.tar", "my%20shards/%C3%BC 0.tar"):
-        assert len(count_after([f"{server}/{name}"], 5)["keys"]) == 5
-    assert read_head(f"{server}/my shards/ü 0.tar") == shard.read_bytes()[: 1 << 16]
+        assert len(count_after([f"{server.address}/good/{name}"], 5)["keys"]) == 5
+    assert read_head(f"{server.address}/good/my shards/ü 0.tar") == shard.read_bytes()[: 1 << 16]
 
 
-def test_fsspec_addresses(tmp_path, quick_retries):
+def test_fsspec_addresses(tmp_path):
     shard = make_shards(tmp_path, [5])[0]
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe({f"/test_data/{n:05d}.tar": Path(shard).read_bytes() for n in range(3)})
@@ -184,6 +178,9 @@ def test_folders_that_cannot_be_used(tmp_path):
     (images / "metadata.csv").unlink()
     (images / "metadata.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="metadata.jsonl: line 1 is no JSON"):
+        expand_shards(str(images))
+    (images / "metadata.jsonl").write_text('{"file_name": "000.png", "text": 7}')
+    with pytest.raises(UserError, match="metadata.jsonl: row 1 has a text that is no text but '7'"):
         expand_shards(str(images))
     folder = image_folder(tmp_path / "good", 3)
     with pytest.raises(UserError, match="folder of images"):

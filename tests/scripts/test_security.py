@@ -1,7 +1,6 @@
 """Nothing is run from data, checkpoints or teachers; docs/security.md says so line by line."""
 
 import ast
-import os
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +12,8 @@ from common.networks import teachers
 from common.run import checkpointing
 from common.tools import evaluate
 from tests.cases import ROOT
-from tests.data.making import pickle_members, write_tar
-from tests.networks.test_teachers import edit_json
+from tests.data.making import Trap, pickle_members, write_tar
+from tests.made import edit_json
 from tests.run.test_checkpointing import save, setup_run
 
 import datasets
@@ -50,14 +49,6 @@ def test_no_line_of_ours_unpickles_evaluates_or_opens_a_shell():
     assert {name for name, text in shells if "bash" in text or "arguments" in text} <= {"transfers.py"}, shells
 
 
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("force", [False, True], ids=["", "with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "objects.pt", "pytorch_model.bin"])
 def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, name, force):
@@ -67,7 +58,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, name, force):
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     if name == "pytorch_model.bin":
         (path / "model.safetensors").unlink()
-    torch.save({"schedule": Evil(str(trap)), "random_state": Evil(str(trap))}, path / name)
+    torch.save({"schedule": Trap(trap), "random_state": Trap(trap)}, path / name)
     accelerator, *_, modules, objects = setup_run(seed=5)
     with pytest.raises(UserError, match="damaged"):
         checkpointing.load_checkpoint(accelerator, path, modules, objects)
@@ -116,7 +107,7 @@ def test_a_data_set_runs_no_code(tmp_path, monkeypatch, what):
     if what == "script beside data":
         (folder / "data.csv").write_text("image,label\na.png,1\n")
     if what == "pickles":
-        torch.save({"image": Evil(str(trap))}, folder / "train.pkl")
+        torch.save({"image": Trap(trap)}, folder / "train.pkl")
     if what == "tar of pickles":
         write_tar(folder / "0.tar", pickle_members(trap))
     for name in (folder, folder / "own.py") if what == "script" else (folder,):
@@ -129,7 +120,7 @@ def test_pickled_weights_are_refused(tmp_path, teacher):
     folder = Path(shutil.copytree(teacher(), tmp_path / "teacher"))
     weights, trap = folder / "text_encoder" / "model.safetensors", tmp_path / "ran"
     weights.unlink()
-    torch.save({"a": Evil(str(trap))}, weights.with_name("pytorch_model.bin"))
+    torch.save({"a": Trap(trap)}, weights.with_name("pytorch_model.bin"))
     for read in (teachers.read_teacher_config, pipelines.read_pipeline_config, evaluate.check_weights):
         with pytest.raises(UserError, match="text_encoder/ has its weights only as pytorch_model.bin, a pickle"):
             read(str(folder))

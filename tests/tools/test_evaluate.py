@@ -1,9 +1,8 @@
 """python -m common.tools.evaluate end to end, in process, on a Stable Diffusion of a few thousand random weights."""
 
-import io
 import json
+import os
 import shutil
-import tarfile
 from pathlib import Path
 
 from common.results import metrics
@@ -11,7 +10,7 @@ from common.run.reference import iterate_images, reference_features, reference_f
 from common.tools.evaluate import format_table, main, parse_args
 from common.tools.sampling import generate_images, load_pipeline
 from tests.cases import one_sentence
-from tests.results.test_metrics import save_tokenizer
+from tests.data.making import write_tar
 
 import diffusers
 import numpy as np
@@ -21,40 +20,23 @@ import transformers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 
 SIZE = 16
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def make_unet(seed):
-    torch.manual_seed(seed)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=8,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, teacher, classifier):
     """pipeline, unet, lora, classifier, clip, images: the folders that every test here reads."""
     root = tmp_path_factory.mktemp("evaluate")
-    tokenizer = save_tokenizer(root / "vocabulary")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, sample_size=16,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
-    text = {**TEXT, "vocab_size": 600, "max_position_embeddings": 20, "eos_token_id": 513, "bos_token_id": 512}
-    unet = make_unet(0)
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)), tokenizer=tokenizer,
-        unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+    shutil.copytree(classifier, root / "classifier")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(teacher())
+    pipeline.scheduler = diffusers.DDIMScheduler(clip_sample=False)
     pipeline.save_pretrained(root / "pipeline")
-    make_unet(1).save_pretrained(root / "unet")
+    unet, tokenizer = pipeline.unet, pipeline.tokenizer
+    torch.manual_seed(1)
+    diffusers.UNet2DConditionModel.from_config(unet.config).save_pretrained(root / "unet")
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
@@ -63,15 +45,11 @@ def root(tmp_path_factory):
         root / "lora", unet_lora_layers=get_peft_model_state_dict(unet)
     )
 
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label={0: "zero", 1: "one"}
-    )
-    transformers.ResNetForImageClassification(config).save_pretrained(root / "classifier")
-    transformers.ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(root / "classifier")
-    vision = {**TEXT, "image_size": SIZE, "patch_size": 8}
-    transformers.CLIPModel(
-        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    ).save_pretrained(root / "clip")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = TEXT | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    vision = TEXT | {"image_size": SIZE, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(root / "clip")
     sides = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     transformers.CLIPImageProcessorPil(**sides).save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")
@@ -119,12 +97,9 @@ def test_end_to_end(root, tmp_path, capsys):
             images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
         images = torch.stack(images)
         features, reference_of = metrics.image_features(network, images), metrics.image_features(network, reference)
-        assert row["frechet_distance"] == pytest.approx(
-            metrics.frechet_distance(features, reference_of), rel=0.02, abs=1e-6
-        )
-        assert row["kernel_distance"] == pytest.approx(
-            metrics.kernel_distance(features, reference_of), rel=0.02, abs=1e-6
-        )
+        for name, distance in (("frechet", metrics.frechet_distance), ("kernel", metrics.kernel_distance)):
+            expected = distance(features, reference_of)
+            assert row[f"{name}_distance"] == pytest.approx(expected, rel=0.02, abs=1e-6)
         seen = metrics.class_statistics(network, images, [(0,), (1,), (0,), (1,), (0,)])
         assert row["accuracy"] == seen["accuracy"] and row["confidence"] == pytest.approx(seen["confidence"], rel=1e-5)
         assert -100 <= row["clip_score"] <= 100
@@ -158,15 +133,12 @@ def test_images_do_not_depend_on_the_batch_size(root, scheduler, eta):
 
 
 def test_lora_and_unet_change_the_images(root, tmp_path):
-    plain = load_pipeline(str(root / "pipeline"))
-    pictures = [generate_images(plain, ["one"], 2, 1.0, 0, 1)[0]]
-    for options in [{"lora": root / "lora"}, {"unet": root / "unet"}]:
+    pictures, file = [], root / "lora" / "pytorch_lora_weights.safetensors"
+    for options in [{}, {"lora": root / "lora"}, {"unet": root / "unet"}, {"lora": file}]:
         pipeline = load_pipeline(str(root / "pipeline"), **options)
-        pictures.append(generate_images(pipeline, ["one"], 2, 1.0, 0, 1)[0])
-    file = root / "lora" / "pytorch_lora_weights.safetensors"
-    again = generate_images(load_pipeline(str(root / "pipeline"), lora=file), ["one"], 2, 1.0, 0, 1)[0]
+        pictures.append(generate_images(pipeline, ["one"], 2, 1.0, 0, 1)[0].int())
     # pipelines of their own, in different memory: equal up to the rounding of a pixel
-    plain, with_lora, with_unet, again = (picture.int() for picture in (*pictures, again))
+    plain, with_lora, with_unet, again = pictures
     assert (plain - with_lora).abs().max() > 1 and (plain - with_unet).abs().max() > 1
     assert (with_lora - again).abs().max() <= 1
     main(parse_args(flags(root, tmp_path / "out", "--lora", root / "lora")))
@@ -217,13 +189,9 @@ def test_another_scheduler_keeps_the_betas_of_one_whose_configuration_lacks_them
 
 
 def test_a_lora_of_another_model_is_refused(root, tmp_path, capsys):
-    from safetensors.torch import save_file
-
     save_file({"unet.nowhere.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "strange.safetensors")
-    with pytest.raises(SystemExit) as caught:
-        main(parse_args(flags(root, tmp_path / "out", "--lora", tmp_path / "strange.safetensors")))
-    assert caught.value.code == 2
-    assert "--lora" in capsys.readouterr().err.splitlines()[-1]
+    words = flags(root, tmp_path / "out", "--lora", tmp_path / "strange.safetensors")
+    assert "--lora" in one_sentence(capsys, main, parse_args(words))
 
 
 def test_several_models_and_a_prompt_file(root, tmp_path):
@@ -277,12 +245,10 @@ def test_arguments_that_the_pipeline_would_ignore_are_refused(root):
 
 def test_folder_tar_and_npz_references_agree(root, tmp_path):
     files = sorted((root / "images").rglob("*.png"))
+    texts = [("txt", b"a caption"), ("pickle", b"never read")]
+    members = [[(f"{i:03d}.{e}", data) for e, data in [("png", f.read_bytes()), *texts]] for i, f in enumerate(files)]
     for shard in (0, 1):
-        with tarfile.open(tmp_path / f"{shard:02d}.tar", "w") as tar:
-            for i, file in list(enumerate(files))[shard * 7 : shard * 7 + 7]:
-                add_member(tar, f"{i:03d}.png", file.read_bytes())
-                add_member(tar, f"{i:03d}.txt", b"a caption")
-                add_member(tar, f"{i:03d}.pickle", b"never read")
+        write_tar(tmp_path / f"{shard:02d}.tar", sum(members[shard * 7 : shard * 7 + 7], []))
     np.savez(tmp_path / "images.npz", arr_0=np.stack([np.array(Image.open(file)) for file in files]))
     expected = torch.stack([by_hand(Image.open(file)) for file in files])
     for reference in [root / "images", tmp_path / "{00..01}.tar", tmp_path, tmp_path / "images.npz"]:
@@ -290,12 +256,6 @@ def test_folder_tar_and_npz_references_agree(root, tmp_path):
     network = metrics.load_feature_network(root / "classifier")
     features = reference_features(str(tmp_path), network, SIZE, SIZE, batch_size=4, limit=10)
     torch.testing.assert_close(features, metrics.image_features(network, expected[:10]))
-
-
-def add_member(tar, name, data):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def test_stored_features_stand_for_the_images_of_one_network_and_size(root, tmp_path, capsys):
@@ -308,9 +268,8 @@ def test_stored_features_stand_for_the_images_of_one_network_and_size(root, tmp_
         assert one["frechet_distance"] == pytest.approx(two["frechet_distance"], rel=1e-3, abs=1e-6)
     assert not (tmp_path / "second" / "reference_features.npz").exists()
     for i, wrong in enumerate([["--height", 24, "--width", 24], ["--feature_network", root / "clip"]]):
-        assert "give the images instead" in one_sentence(
-            capsys, main, parse_args(flags(root, tmp_path / str(i), *more, stored, *wrong))
-        )
+        words = flags(root, tmp_path / str(i), *more, stored, *wrong)
+        assert "give the images instead" in one_sentence(capsys, main, parse_args(words))
 
 
 def test_floor_needs_twice_the_images():
@@ -323,23 +282,16 @@ def test_floor_needs_twice_the_images():
 # Pieces
 
 
-def damaged(tmp_path, root):
-    """References that are what they seem until they are read: {name: path}."""
-    whole = tmp_path / "whole.tar"
-    with tarfile.open(whole, "w") as tar:
-        for i, path in enumerate(sorted((root / "images").rglob("*.png")) * 2):
-            add_member(tar, f"{i}.png", path.read_bytes())
-    whole.write_bytes(whole.read_bytes()[:3000])
-    np.savez(tmp_path / "pickle.npz", images=np.array([{}], dtype=object))
-    return {"a cut tar": whole, "pickles": tmp_path / "pickle.npz"}
-
-
-@pytest.mark.parametrize("name", ["a cut tar", "pickles"])
-def test_a_damaged_reference_is_named(root, tmp_path, capsys, name):
-    more = ["--feature_network", str(root / "classifier"), "--reference", str(damaged(tmp_path, root)[name])]
-    assert "is damaged or no file of images" in one_sentence(
-        capsys, main, parse_args(flags(root, tmp_path / "out", *more))
-    )
+def test_a_damaged_reference_is_named(root, tmp_path, capsys):
+    """What seems to be a reference until it is read."""
+    images = [(f"{i}.png", path.read_bytes()) for i, path in enumerate((root / "images").rglob("*.png"))]
+    os.truncate(write_tar(tmp_path / "cut.tar", images), 3000)
+    np.savez(tmp_path / "pickles.npz", images=np.array([{}], dtype=object))
+    for name in ("cut.tar", "pickles.npz"):
+        words = flags(
+            root, tmp_path / name[:3], "--feature_network", root / "classifier", "--reference", tmp_path / name
+        )
+        assert "is damaged or no file of images" in one_sentence(capsys, main, parse_args(words))
 
 
 @pytest.mark.parametrize(
@@ -382,11 +334,8 @@ def test_format_table():
         (["--reference", "{root}/images"], "--feature_network"),
         (["--feature_network", "{root}/classifier"], "measures nothing alone"),
         (["--feature_network", "{root}/classifier", "--reference", "{root}/unet"], "holds neither images (jpg, png"),
-        (
-            ["--feature_network", "{root}/classifier", "--reference", "{root}/{{0..1}}.tar"],
-            "--reference: 2 of 2 paths match no file",
-        ),
-        (["--feature_network", "{root}/classifier", "--prompt_accuracy", "--prompts", "seven"], "'seven' names none"),
+        (["--feature_network", "{root}/classifier", "--reference", "/{{0..1}}.tar"], "2 of 2 paths match no file"),
+        (["--feature_network", "{root}/classifier", "--prompt_accuracy", "--prompts", "ten"], "'ten' names none"),
         (["--feature_network", "{root}/clip", "--prompt_accuracy"], "needs an image classifier"),
         (["--num_reference_images", "9"], "--num_reference_images: there are no reference images; add --reference"),
         (["--clip_model", "{root}/images"], "has no config.json"),
@@ -400,9 +349,8 @@ def test_format_table():
 )
 def test_mistakes_end_in_one_sentence_before_any_model_is_loaded(root, tmp_path, capsys, monkeypatch, more, expected):
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)
-    assert expected in one_sentence(
-        capsys, parse_args, flags(root, tmp_path / "out", *(value.format(root=root) for value in more)), alone=True
-    )
+    words = flags(root, tmp_path / "out", *(value.format(root=root) for value in more))
+    assert expected in one_sentence(capsys, parse_args, words, alone=True)
 
 
 def test_empty_prompts(root, tmp_path, capsys):
