@@ -43,9 +43,11 @@ def take_settings(args):
     """
     asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
     given = {name.removeprefix(PREFIX): os.environ.pop(name) for name in list(os.environ) if name.startswith(PREFIX)}
-    if not asked:
+    if simulation.wishes_fsdp2():
+        given = {"VERSION": "2"}
+    elif not asked:
         return None
-    if "RANK" not in os.environ:
+    elif "RANK" not in os.environ:
         raise UserError(
             "ACCELERATE_USE_FSDP is set, and no launcher started this process; start it by `accelerate launch` with "
             "docs/fsdp2.yaml as its config_file, or unset the variable"
@@ -74,7 +76,7 @@ def take_settings(args):
         raise UserError(
             "`cast_teacher`: FSDP2 gathers weights in bf16 alone; drop the flag, or pass `mixed_precision`=no"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not simulation.wishes_fsdp2():
         return None  # there is nobody to share with
     return {"reshard_after_forward": reshard}
 

@@ -118,19 +118,23 @@ def _size(size):
 
 
 _active = []  # the one `_Simulation` of this process that runs
-_wishes = {"processes": None, "like_gpu": True, "fake": True, "report": True, "updates": UPDATES}
+_wishes = {"processes": None, "fsdp2": False, "like_gpu": True, "fake": True, "report": True, "updates": UPDATES}
 
 
 def is_on():
     return bool(_active)
 
 
+def wishes_fsdp2():
+    return _wishes["fsdp2"]
+
+
 @contextlib.contextmanager
 def wishing(**wishes):
-    """Inside, simulations have other settings: processes, the number of them; like_gpu, False for the rules of a run
-    on the CPU; fake, False to run the real update under the same counter; report, False to print none; updates, 1 to
-    make the optimizers' states without a first update, and the gradients without a first micro-batch, which takes a
-    quarter of the time."""
+    """Inside, simulations have other settings: processes, the number of them; fsdp2, True where these split their
+    weights; like_gpu, False for the rules of a run on the CPU; fake, False to run the real update under the same
+    counter; report, False to print none; updates, 1 to make the optimizers' states without a first update, and the
+    gradients without a first micro-batch, which takes a quarter of the time."""
     before = dict(_wishes)
     _wishes.update(wishes)
     try:
@@ -195,7 +199,7 @@ def before_updates(networks):
 
 
 class _Simulation:
-    def __init__(self, args, accelerator, frame, processes, like_gpu, fake, report, updates):
+    def __init__(self, args, accelerator, frame, processes, fsdp2, like_gpu, fake, report, updates):
         self.args, self.accelerator, self.frame, self.fake = args, accelerator, frame, fake
         self.processes = processes or accelerator.num_processes
         self.like_gpu = like_gpu and fake

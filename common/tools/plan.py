@@ -56,6 +56,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--gpu_memory", type=positive_int, default=24, help="of a card, GB")
     add("--processes", type=positive_int, default=1, help="cards that train together")
+    add("--fsdp2", action="store_true", help="they split weights, gradients and states: docs/fsdp2.yaml")
     add("--mfu", type=fraction, default=0.35, help="share of the card's peak that a run reaches")
     add("--gpu_tflops", type=positive_float, help=f"its peak in bfloat16; default by --gpu_memory: {TFLOPS}")
     add("--picture", default="plan.png", help="where the picture of memory over the update goes")
@@ -66,6 +67,8 @@ def parse_args(argv=None):
         parser.error(f"{args.script}: there is no such script; put it before its flags")
     if args.mfu == 0:
         parser.error("--mfu=0: a run reaches some share of the peak; give one above 0")
+    if args.fsdp2 and args.processes == 1:
+        parser.error("--fsdp2 splits over --processes; give more than one")
     if args.gpu_tflops is None:
         args.gpu_tflops = float(TFLOPS[min(TFLOPS, key=lambda size: abs(size - args.gpu_memory))])
     if Path(args.picture).suffix != ".png" or not Path(args.picture).absolute().parent.is_dir():
@@ -91,10 +94,10 @@ def main(args):
         least = min(choices, key=lambda choice: choice.needed / choice.simulated)
         raise UserError(
             f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for "
-            f"{least.simulated} sample(s); use {', '.join(ways_out(typed))} or a larger card"
+            f"{least.simulated} sample(s); use {', '.join(ways_out(args, typed))} or a larger card"
         )
     words = [*without(flags, *OFFERED), *offered(chosen, samples)]
-    result = simulate(script, words, args.processes)
+    result = simulate(script, words, args.processes, args.fsdp2)
     updates = result.updates if typed.max_train_steps else max(1, round(result.updates / args.processes))
     hours = updates * args.processes * result.flops / (args.mfu * args.gpu_tflops * 1e12) / 3600
     screen.echo("The recommended choice, simulated", result.lines())
@@ -103,7 +106,7 @@ def main(args):
         f"card(s), at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
     )
     draw(result, args.gpu_memory, args.picture)
-    several = ["--multi_gpu"] if args.processes > 1 else []
+    several = ["--config_file=docs/fsdp2.yaml"] if args.fsdp2 else ["--multi_gpu"] if args.processes > 1 else []
     launch = ["accelerate", "launch", *several, f"--num_processes={args.processes}", args.script]
     print(
         f"{args.picture} shows memory over the update. The command:\n\n{shlex.join([*launch, *words])}\n", flush=True
@@ -111,9 +114,10 @@ def main(args):
     return chosen, result
 
 
-def ways_out(typed):
+def ways_out(args, typed):
     """What a script of these flags can do to take less, beyond the table."""
     ways = ["--backward=stepwise"] if getattr(typed, "backward", None) == "whole" else []
+    ways += ["--fsdp2 before the script"] if args.processes > 1 and not args.fsdp2 else []
     ways += [] if getattr(typed, "lora_rank", 0) else ["a LoRA"]
     return ways + (["a lower --resolution"] if hasattr(typed, "resolution") else [])
 
@@ -146,11 +150,12 @@ def offered(choice, samples):
     return words + (["--use_8bit_adam"] if choice.use_8bit_adam else [])
 
 
-def simulate(script, words, processes):
+def simulate(script, words, processes, fsdp2=False):
     """The result of a dry run of one update, without a word of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    with simulation.wishing(processes=processes, report=False, updates=1), contextlib.redirect_stdout(io.StringIO()):
+    wishes = {"processes": processes, "fsdp2": fsdp2, "report": False, "updates": 1}
+    with simulation.wishing(**wishes), contextlib.redirect_stdout(io.StringIO()):
         return script.main(script.parse_args([*words, "--report_to=none", "--dry_run"]))
 
 
@@ -166,7 +171,7 @@ def try_choices(args, script, flags, samples):
             bar.set_postfix_str(" ".join(changes))
             try:
                 with contextlib.redirect_stderr(errors):
-                    return simulate(script, [*flags, *changes], args.processes)
+                    return simulate(script, [*flags, *changes], args.processes, args.fsdp2)
             except SystemExit:
                 refused[" ".join(changes[2:])] = errors.getvalue().strip().split("\n")[-1]
                 return None

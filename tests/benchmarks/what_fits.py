@@ -5,7 +5,7 @@
 Teachers are the public configurations of Stable Diffusion 1.5 and SDXL, without weights (`synthetic.SHAPES`). Each
 method is simulated at two batch sizes with --gradient_checkpointing=full and bf16, images are encoded one by one, and
 memory is a straight line in the batch size. Direct distillation of SD3.5-medium, Flux.1-dev and Qwen-Image: a LoRA of
-rank 64, and all weights without and with 8-bit Adam, four steps, 1024 px, on 8 processes, from the public
+rank 64, and all weights, with FSDP2 and 8-bit Adam too, four steps, 1024 px, on 8 processes, from the public
 configurations. Text encoders are let go before the first update; what is on the card with them counts.
 """
 
@@ -37,6 +37,14 @@ METHODS = {
     "LCM LoRA": ("train_lcm_distill_lora_sd_wds", []),
     "TSCD": ("train_tscd_distill_sd_wds", []),
     "TSCD LoRA": ("train_tscd_distill_lora_sd_wds", []),
+}
+DIRECT = {
+    "direct LoRA": ["--lora_rank=64"],
+    "direct LoRA, stepwise": ["--lora_rank=64", "--backward=stepwise"],
+    "direct LoRA, stepwise, nf4": ["--lora_rank=64", "--backward=stepwise", "--quantize_base=nf4"],
+    "direct, FSDP2": ["--lora_rank=0"],
+    "direct, FSDP2, stepwise": ["--lora_rank=0", "--backward=stepwise"],
+    "direct": ["--lora_rank=0"],  # the last one, which the row with 8-bit Adam starts from
 }
 CARDS = 24, 48, 80
 NAMES = {"sd15": "SD 1.5, 512 px", "sdxl": "SDXL, 1024 px"}
@@ -206,8 +214,9 @@ def direct_rows(folder, teacher):
     words += [f"--output_dir={folder / 'out'}", "--mixed_precision=bf16", "--gradient_checkpointing=full"]
     words += ["--max_train_steps=100", "--gradient_accumulation_steps=1", "--num_inference_steps=4"]
     name = f"{teacher.name}, 1024 px"
-    for method, own in (("direct LoRA", ["--lora_rank=64"]), ("direct", ["--lora_rank=0"])):
-        sizes = [simulate(direct, [*words, *own, f"--train_batch_size={size}"], 8) for size in TRIED]
+    for method, own in DIRECT.items():
+        fsdp2 = "FSDP2" in method
+        sizes = [simulate(direct, [*words, *own, f"--train_batch_size={size}"], 8, fsdp2) for size in TRIED]
         print_row(name, method, sizes)
         print(f"Its start: {sizes[0].moments[simulation.BEFORE] / 2**30:.1f} GiB.", file=sys.stderr, flush=True)
     eight = simulate(direct, [*words, "--lora_rank=0", "--use_8bit_adam", f"--train_batch_size={TRIED[0]}"], 8)

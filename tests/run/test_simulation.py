@@ -14,7 +14,7 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_sd_wds as tscd
 from common.networks import lora, teachers
-from common.run import meter, sharding, simulation, stand_ins
+from common.run import meter, simulation, stand_ins
 from tests.benchmarks import synthetic, what_fits
 from tests.cases import SCRIPTS, as_words, launch, train
 from tests.fork_server import run_processes
@@ -200,8 +200,7 @@ def test_several_processes_keep_buckets_and_fsdp2_a_part_of_16_bytes_a_weight(tm
     assert two.between - one.between == pytest.approx(trained, rel=0.01)
     assert two.parts["gradients"] == pytest.approx(trained, rel=0.01)
     assert two.peak - one.peak < trained  # one process has gradients at its peak too
-    monkeypatch.setattr(sharding, "take_settings", lambda args: {"reshard_after_forward": True})
-    result = simulate(words, processes=4)
+    result = simulate(words, processes=4, fsdp2=True)
     assert result.parts["FSDP2's part of gradients and states"] == pytest.approx(12 * one.trained / 4, rel=0.01)
     # student and target, and the teacher, which has no embedding of w; small ones take blocks of 512 bytes
     held = result.parts["FSDP2's part of the weights of a UNet2DConditionModel"]
@@ -209,9 +208,9 @@ def test_several_processes_keep_buckets_and_fsdp2_a_part_of_16_bytes_a_weight(tm
     assert not {"optimizer states", "gradients"} & result.parts.keys() and result.between < one.between
 
 
-def test_fsdp2_splits_an_average_too(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(sharding, "take_settings", lambda args: {"reshard_after_forward": True})
-    result = simulate(command("direct", tmp_path / "out", dry_run=True), SCRIPTS["direct"], processes=8, updates=1)
+def test_fsdp2_splits_an_average_too(tmp_path, command):
+    words = command("direct", tmp_path / "out", dry_run=True)
+    result = simulate(words, SCRIPTS["direct"], processes=8, fsdp2=True, updates=1)
     held = result.parts["FSDP2's part of ema_weights"]  # of float32, in blocks of 512 bytes
     assert 4 * result.trained / 8 <= held < 4 * result.trained / 8 * 2
 
