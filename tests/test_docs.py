@@ -223,6 +223,7 @@ TRAINING_COMMAND = (
     "accelerate launch train_lcm_distill_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 "
     "--train_shards_path_or_url=shards/{00000..00099}.tar --output_dir=lcm"
 )
+SMALL["tests/benchmarks/precision.py"] = ["--updates", "1", "2"]
 SMALL["common.tools.plan"] = SMALL["train_lcm_distill_sd_wds"]  # plan is the script's dry run
 SMALL_UNET = {
     "_class_name": "UNet2DModel", "block_out_channels": [16, 16], "layers_per_block": 1, "norm_num_groups": 8,
@@ -253,7 +254,7 @@ def run(line):
         exec(words[2], {})
     elif words[0] == "python" and words[1].startswith("tests/"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", words[1:])
+            patch.setattr(sys, "argv", [*words[1:], *SMALL.get(words[1], [])])
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     else:
         assert words[0] == "cp", line

@@ -41,7 +41,6 @@ KINDS = [(name, ends) for name in DTYPES for ends in (False, True)]
 GRID_STEP, GUIDANCE = 20, 4.0  # of LCM's 50 points; w
 TIMESTEPS = (99, 499, 879, 999)
 SIGMA, LEVELS = 1.27, 1281
-UPDATES = (1, 20, 200)
 
 
 def parse_args(argv=None):
@@ -51,7 +50,8 @@ def parse_args(argv=None):
     add("--train_shards_path_or_url", required=True, help="tars or an image folder, with captions")
     add("--resolution", type=int, default=512)
     add("--batch_size", type=int, default=16)
-    add("--learning_rate", type=float, help="of a LoRA: what 1, 20 and 200 updates move; takes minutes")
+    add("--learning_rate", type=float, help="of a LoRA: what its --updates move")
+    add("--updates", type=int, nargs="+", default=[1, 20, 200], help="200 take minutes")
     add("--lora_rank", type=int, default=64)
     add("--consistency_model", help="a result of train_cm_ct_unconditional.py without classes")
     add("--seed", type=int, default=0)
@@ -168,8 +168,8 @@ def measure(batch, unet, difference, times):
     return rows
 
 
-def lora_moves(batch, learning_rate, rank):
-    """{(dtype, ends): [cosine of the move of the output after each of UPDATES]}, of one LoRA trained in float32."""
+def lora_moves(batch, learning_rate, rank, updates):
+    """{(dtype, ends): [cosine of the move of the output after each of `updates`]}, of one LoRA trained in float32."""
     unet = copy.deepcopy(batch.unet)
     lora.add_lora(unet, rank, rank)
     parameters = list(lora.lora_parameters(unet))
@@ -191,13 +191,13 @@ def lora_moves(batch, learning_rate, rank):
         return found
 
     start = outputs()
-    for update in range(1, max(UPDATES) + 1):
+    for update in range(1, max(updates) + 1):
         index = torch.randint(1, 51, (len(batch.latents),), device=batch.device) * GRID_STEP - 1
         one = lcm_difference(batch, unet, index, contextlib.nullcontext)
         distance(one, torch.zeros_like(one), "huber", 0.001).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if update in UPDATES:
+        if update in updates:
             now = outputs()
             exact = (now[None] - start[None]).flatten()
             for kind in KINDS:
@@ -229,8 +229,8 @@ def main(args):
         heads = [f"sigma = {SIGMA}", "cosine of the gradient"]
         table("iCT", heads, {kind: [*shares, cosine] for kind, (shares, cosine) in results["iCT"].items()})
     if args.learning_rate:
-        results["LoRA"] = lora_moves(batch, args.learning_rate, args.lora_rank)
-        table(f"a LoRA at {args.learning_rate:g}: cosine", [f"{n} updates" for n in UPDATES], results["LoRA"])
+        results["LoRA"] = lora_moves(batch, args.learning_rate, args.lora_rank, args.updates)
+        table(f"a LoRA at {args.learning_rate:g}: cosine", [f"{n} updates" for n in args.updates], results["LoRA"])
     return results
 
 

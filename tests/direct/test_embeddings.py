@@ -101,7 +101,7 @@ def test_embeddings_that_were_made_in_advance_are_used_or_it_is_said_why_not(tmp
     for changed, network, options, reason in [
         (whole, other, kwargs, "they are of another text encoder"),
         (whole, load().to(dtype=torch.bfloat16), kwargs, "they are of another precision or student's call"),
-        (whole, load(), kwargs | {"clip_skip": 0}, "they are of another precision or student's call"),
+        (whole, load(), kwargs | {"guidance_scale": 3.0}, "they are of another precision or student's call"),
         (less, load(), kwargs, "00000.safetensors lacks prompts"),
         (whole[:-1], load(), kwargs, "00000.safetensors is missing or damaged"),
     ]:
@@ -112,10 +112,6 @@ def test_embeddings_that_were_made_in_advance_are_used_or_it_is_said_why_not(tmp
     assert "they are of other prompts" in embeddings.let_go(
         load(), [*PROMPTS, "another"], kwargs, tmp_path / "embeddings", ACCELERATOR, ready=ready
     )
-    let_go(pipeline := load(), tmp_path, kwargs, ready=ready)
-    file.write_bytes(whole[:-1])  # while it trains
-    with pytest.raises(UserError, match="the embeddings in .*00000.safetensors cannot be read"):
-        latents(pipeline, PROMPTS[:1], kwargs)
     with pytest.raises(UserError, match="`save_embeddings`: training has no use for them, for a StableDiffusionPipe"):
         embeddings.make(pipeline, PROMPTS, kwargs, ready, "cpu")
 
