@@ -1,6 +1,7 @@
 """A quick run of each script: its command line, how it is run, and what it leaves."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,9 @@ import train_lcm_distill_lora_sd_wds as lcm_lora
 import train_lcm_distill_sd_wds as lcm
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
+from common.data.images import decode_image_text
+from common.data.shards import expand_shards
+from common.data.stream import TrainingData
 from common.run import checkpointing, simulation
 from common.run.preemption import Stopper
 
@@ -151,6 +155,12 @@ def step_and_compare(optimizer, scaler, world_size):
     return finite
 d.discriminator_step = step_and_compare
 """
+
+
+def micro_batches(shards):
+    """Those of a quick run that trains from shards, in their order."""
+    decode = functools.partial(decode_image_text, resolution=16)
+    return iter(TrainingData(expand_shards(shards), decode, batch_size=4, seed=1, shuffle_block_samples=16))
 
 
 def stop_after(monkeypatch, folder, step):

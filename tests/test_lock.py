@@ -80,9 +80,8 @@ def test_a_living_owner_is_named_and_a_dead_one_followed(tmp_path, monkeypatch, 
             held = take(tmp_path / "out", report=lines.append)
             assert json.loads(path.read_text()) == held.owner and "which is dead" in lines[-1]
         else:
-            with pytest.raises(
-                UserError, match=f"`output_dir`={tmp_path}/out is in use by process [0-9]+ on [^;]+; wait "
-            ):
+            said = f"`output_dir`={tmp_path}/out is in use by process [0-9]+ on [^;]+; wait "
+            with pytest.raises(UserError, match=said):
                 take(tmp_path / "out", report=lines.append)
             assert path.read_text() == before
     finally:
@@ -230,7 +229,12 @@ def test_a_run_that_is_moved_aside_takes_no_lock_with_it(tmp_path):
     with pytest.raises(UserError, match="is in use"):
         checkpointing.open_output_dir(Accelerator(cpu=True), out, None, overwrite=True)
     checkpointing.open_output_dir(Accelerator(cpu=True), out, "latest", dry_run=True)  # which writes nothing
-    assert sorted(os.listdir(tmp_path)) == ["out", "out.1"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    with pytest.raises(UserError, match="holds files but no run"):
+        checkpointing.open_output_dir(Accelerator(cpu=True), tmp_path / "mine", None, overwrite=True)
+    assert os.listdir(tmp_path / "mine") == ["notes"]
+    assert sorted(os.listdir(tmp_path)) == ["mine", "out", "out.1"]
 
 
 def test_a_node_with_a_folder_of_its_own_is_found_at_the_start(tmp_path, monkeypatch):
@@ -260,10 +264,8 @@ def test_every_process_resumes_from_what_the_main_one_finds(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("tool", ["demo", "encode_pairs", "encode_shards", "evaluate", "generate_pairs"])
 def test_a_tool_is_not_started_twice_in_one_folder(tmp_path, teacher, shards, monkeypatch, capsys, tool):
-    module, out = (
-        importlib.import_module(f"common.tools.{tool}" + (".__main__" if tool == "demo" else "")),
-        tmp_path / "out",
-    )
+    module = importlib.import_module(f"common.tools.{tool}" + (".__main__" if tool == "demo" else ""))
+    out = tmp_path / "out"
     (tmp_path / "1.png").write_bytes(encode(random_image(0, 16, 16)))
     (tmp_path / "pairs.csv").write_text("image,prompt,seed\n1.png,one,1\n")
     (tmp_path / "prompts.txt").write_text("one\n")

@@ -87,13 +87,8 @@ def test_guidance_embedding_is_that_of_the_pipeline(width):
 @pytest.mark.parametrize("prediction_type", schedules.PREDICTION_TYPES)
 @pytest.mark.parametrize("steps", [50, 10])
 def test_ddim_step_is_that_of_the_ddim_scheduler(prediction_type, steps):
-    scheduler = DDIMScheduler(
-        **BETAS,
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=False,
-    )
+    options = BETAS | {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": False}
+    scheduler = DDIMScheduler(**options, prediction_type=prediction_type)
     scheduler.set_timesteps(steps)
     alpha, sigma = schedule()
     solver = DDIMSolver(alpha, sigma)
@@ -154,20 +149,14 @@ def test_segment_nodes_are_the_grid_and_its_lower_end():
 @pytest.mark.parametrize(
     ("num_ddim_timesteps", "segments", "valid"),
     [
-        (50, [8, 4, 2, 1], "40, 200"),
-        (30, [4, 2, 1], "20, 40, 100, 200, 500"),
-        (1000, [1], "1, 2, 4"),
+        (50, [8, 4, 2, 1], "40, 200"), (30, [4, 2, 1], "20, 40, 100, 200, 500"), (1000, [1], "1, 2, 4"),
         (4, [8], "8, 40"),
     ],
-)
+)  # fmt: skip
 def test_grids_that_segments_do_not_fit_are_refused_with_those_that_do(num_ddim_timesteps, segments, valid):
-    with pytest.raises(
-        UserError, match=f"`num_ddim_timesteps`={num_ddim_timesteps} must divide 1000.*: one of.*{valid}"
-    ):
+    said = f"`num_ddim_timesteps`={num_ddim_timesteps} must divide 1000.*: one of.*{valid}"
+    with pytest.raises(UserError, match=said):
         segment_nodes(num_ddim_timesteps, segments)
-
-
-def test_segments_that_no_grid_carries():
     with pytest.raises(UserError, match="`stage_segments`=3,1: no grid of 1000 timesteps"):
         segment_nodes(40, [3, 1])
 

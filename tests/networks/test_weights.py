@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.networks import encoders, teachers
 from common.tools import evaluate, sampling
 from tests.made import CONFIG as CT_UNET
-from tests.networks.test_teachers import edit_json
+from tests.made import edit_json
 from tests.tiny_pipelines import KWARGS, make, wan_transformer
 
 import pytest
@@ -101,13 +101,6 @@ def with_lora(component, fuse=False):
             pipeline.fuse_lora(components=[component])
         shutil.rmtree(folder / component)
         part.save_pretrained(folder / component)
-
-    return change
-
-
-def tokens(**changes):
-    def change(folder):
-        edit_json(folder / "tokenizer/tokenizer_config.json", **changes)
 
     return change
 
@@ -285,7 +278,7 @@ def test_hub_repositories_are_checked_in_the_cache(copy, tmp_path):
 
 
 def test_tokenizers_that_do_not_say_where_they_end(copy, teacher):
-    folder = copy(tokens(model_max_length=None))
+    folder = copy(lambda f: edit_json(f / "tokenizer/tokenizer_config.json", model_max_length=None))
     stock = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     assert stock.model_max_length > 1e9
     expected = encoders.conditioning(teachers.load_teacher(teacher()), ["a three", "3 " * 200])

@@ -7,11 +7,10 @@ import time
 from types import SimpleNamespace
 
 import train_lcm_distill_sd_wds as lcm
-import train_tscd_distill_lora_sd_wds as tscd_lora
 from common.errors import UserError
 from common.run import checkpointing, preemption
 from common.run.preemption import Stopper
-from tests.cases import launch, stop_after, train
+from tests.cases import stop_after, train
 from tests.fork_server import run_processes
 
 import pytest
@@ -95,7 +94,8 @@ def test_a_stop_at_the_last_step_saves_and_the_next_start_exports(tmp_path, flag
     assert (tmp_path / "model_index.json").is_file() and not (tmp_path / "REQUEUE").exists()
 
 
-# Signals of real processes. After the given update, one rank sends it: to itself, to the launcher, or to all.
+# Signals of real processes; with the launcher, of all scripts: tests/soak/test_signals.py. After the given update, one
+# rank sends it: to itself, to the launcher, or to all.
 SENDS = """
 import os, signal
 from common.networks import encoders
@@ -123,17 +123,6 @@ def saved_at_a_stop(out, done):
     assert json.loads((out / "REQUEUE").read_text())["global_step"] == state["global_step"]
     assert "goes on from there, REQUEUE says so" in done.stdout and not (out / "README.md").exists()
     return state["global_step"], state
-
-
-@pytest.mark.soak
-def test_sigterm_to_a_whole_job_of_one_process_with_a_loader(tmp_path, flags):
-    """As SLURM sends it: to the launcher, which dies of it, to the training process, and to its loader."""
-    options = {"max_train_steps": 100, "checkpointing_steps": 100, "dataloader_num_workers": 1}
-    send = "os.killpg(0, signal.SIGTERM)"
-    prelude = SENDS.format(rank=0, send=send, poison=False)
-    done = launch(flags(tmp_path / "out", tscd_lora, **options), prelude=prelude, script=tscd_lora)
-    step, _ = saved_at_a_stop(tmp_path / "out", done)
-    assert step == 2 and "Traceback" not in done.stderr
 
 
 def test_sigusr1_to_one_of_two_processes_stops_both_at_one_step_and_a_poisoned_one_skips_for_both(tmp_path, flags):

@@ -1,18 +1,16 @@
 """Updates that are not finite: what is held, counted, reported, and when a run ends."""
 
+import itertools
 import json
 
 from common.ct import consistency
-from common.data.images import decode_image_text
-from common.data.shards import expand_shards
-from common.data.stream import TrainingData
 from common.direct import pairs
 from common.errors import UserError
 from common.networks import encoders
 from common.run import checkpointing, training_run, updates
 from common.run.training_run import RunningMeans
 from common.run.updates import UpdateGuard, check_weights, discriminator_step, step_if
-from tests.cases import SCRIPTS, digests, scalars, train
+from tests.cases import SCRIPTS, digests, micro_batches, scalars, train
 
 import pytest
 import torch
@@ -165,6 +163,14 @@ def test_the_discriminator_holds_too(fused):
     assert discriminator_step(optimizer, scaler, world_size=1) and not torch.equal(parameter.data, torch.ones(3))
 
 
+def test_the_discriminators_gradscaler_unscales():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+    discriminator_step(torch.optim.SGD([parameter], lr=1.0), scaler, world_size=1)
+    torch.testing.assert_close(parameter.data, torch.tensor([0.0, -1.0, -2.0]))
+
+
 def test_the_discriminators_gradscaler_is_counted_once_its_scale_cannot_fall():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer, scaler = torch.optim.AdamW([parameter]), torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -201,9 +207,7 @@ def test_a_poisoned_sample_costs_its_update_and_nothing_else(tmp_path, command, 
         monkeypatch.setattr(pairs.PairShards, "latents", of_bad)
         keys = [str(bad)]
     else:
-        data = TrainingData(expand_shards(shards), lambda raw, rng: decode_image_text(raw, rng, resolution=16),
-                            batch_size=4, seed=1, shuffle_block_samples=16)  # fmt: skip
-        _, bad = (batch for _, batch in zip(range(2), data, strict=False))
+        _, bad = itertools.islice(micro_batches(shards), 2)
         poison(monkeypatch, lambda images: torch.equal(images, bad["images"]))
         keys = bad["keys"]
     train(command(name, tmp_path, **options), SCRIPTS[name])

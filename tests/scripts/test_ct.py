@@ -1,10 +1,11 @@
 """train_cm_ct_unconditional.py from end to end, on the digits at 8 pixels."""
 
+import functools
 import json
 import shlex
 
 import train_cm_ct_unconditional as ct
-from common.ct import consistency
+from common.ct import consistency, sampling
 from common.ct import unet as ct_unet
 from common.ct.data import decode_image_label, open_images
 from common.ct.scheduler import PreconditionedConsistencyScheduler
@@ -12,6 +13,7 @@ from common.data.folders import IMAGE_KEYS
 from common.data.stream import TrainingData
 from common.keyed_random import keyed_generator
 from common.networks import performance
+from common.results.metrics import load_feature_network
 from common.run import checkpointing, engine, simulation
 from tests.cases import digests, finished, image_tags, one_sentence, scalars
 from tests.cases import train as run_script
@@ -21,6 +23,7 @@ from tests.made import CONFIG, NUM_IMAGES
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -62,14 +65,17 @@ def test_the_guides_command_runs_on_a_data_set_with_its_columns(tmp_path, data_s
 # --- the method
 
 
-def first_batch(data_set, seed=1):
+def stream(data_set, **options):
     shards, source = open_images(None, data_set, image_column="img", label_column="label")
+    decode = functools.partial(decode_image_label, resolution=8, num_classes=10)
+    return TrainingData(shards, decode, source=source, required=(IMAGE_KEYS, ("cls", "json")), **options)
 
-    def decode(raw, rng):
-        return decode_image_label(raw, rng, resolution=8, num_classes=10)
 
-    options = {"batch_size": 4, "seed": seed, "shuffle_block_samples": 16, "source": source}
-    return next(iter(TrainingData(shards, decode, required=(IMAGE_KEYS, ("cls", "json")), **options)))
+def pasted(card):
+    """The names that the snippet of a card defines, as a user would paste it."""
+    names = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', ""), names)
+    return names
 
 
 @pytest.mark.parametrize("objective", ["ict", "ict, skipping", "ect", "ect at sigma_min", "pretraining"])
@@ -89,7 +95,8 @@ def test_the_first_loss_is_the_papers_with_diffusers_scheduler_as_f(tmp_path, fl
     train(flags(tmp_path / "out", max_train_steps=8, checkpointing_steps=8, **extra))
     logged = scalars(tmp_path / "out", "loss")[1]
 
-    batch, draw = first_batch(data_set), keyed_generator(1, "ct", 0, "cpu")
+    batch = next(iter(stream(data_set, batch_size=4, seed=1, shuffle_block_samples=16)))
+    draw = keyed_generator(1, "ct", 0, "cpu")
     x = batch["images"].double() / 127.5 - 1
     skip = extra.get("skip_steps", 1)
     if objective.startswith("ict"):
@@ -255,9 +262,7 @@ def test_the_result_is_a_stock_pipeline_of_the_average_and_is_sampled_in_eval_mo
     assert not same(weights(out / "unet"), weights(out / "unet_raw"))
     card = (out / "README.md").read_text()
     assert "timesteps=[25, 0]" in card and "Warning" not in card and "unconditional-image-generation" in card
-    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
-    names = {}
-    exec(snippet, names)  # as a user would paste it
+    names = pasted(card)
     assert len(names["one_step"]) == len(names["two_steps"]) == 8
     assert (out / "sample_grid.png").is_file()
 
@@ -286,9 +291,8 @@ def test_averages(tmp_path, flags, changes, decays):
     train(flags(tmp_path / "out", max_train_steps=4, checkpointing_steps=1, **changes))
     expected = None
     for step, decay in enumerate(decays, 1):
-        model, ema = (
-            load_file(tmp_path / "out" / f"checkpoint-{step}" / f"{n}.safetensors") for n in ("model", "ema_unet")
-        )
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        model, ema = (load_file(folder / f"{name}.safetensors") for name in ("model", "ema_unet"))
         expected = model if expected is None else {n: decay * expected[n] + (1 - decay) * model[n] for n in model}
         for name in model:
             torch.testing.assert_close(ema[name], expected[name], atol=1e-6, rtol=1e-5)
@@ -303,9 +307,7 @@ def test_other_preconditionings_train_and_are_saved_with_their_scheduler(tmp_pat
     card = (out / "README.md").read_text()
     assert "WARNING: `noise_precond_type` or `input_precond_type` is not cm" in card
     assert not (out / "model_index.json").exists()
-    snippet = card.split("```python\n")[1].split("```")[0].replace('pipe.to("cuda")', "")
-    names = {}
-    exec(snippet, names)
+    names = pasted(card)
     assert type(names["pipe"].scheduler) is PreconditionedConsistencyScheduler and len(names["two_steps"]) == 8
 
 
@@ -319,10 +321,8 @@ def test_unconditional_training(tmp_path, flags):
 def test_classes_as_timesteps_reach_the_network(tmp_path, flags):
     train(flags(tmp_path / "out", class_embed_type="timestep"))
     pipeline = quiet(ConsistencyModelPipeline.from_pretrained(tmp_path / "out"))
-    one, two = (
-        pipeline(class_labels=k, output_type="pt", generator=torch.Generator().manual_seed(0)).images for k in (1, 2)
-    )
-    assert not torch.equal(one, two)
+    draw = lambda k: pipeline(class_labels=k, output_type="pt", generator=torch.Generator().manual_seed(0)).images  # noqa: E731
+    assert not torch.equal(draw(1), draw(2))
 
 
 def test_pretraining_alone_is_no_consistency_model_and_a_start_for_ect(tmp_path, flags, capsys):
@@ -331,9 +331,8 @@ def test_pretraining_alone_is_no_consistency_model_and_a_start_for_ect(tmp_path,
     options = {"model_config_name_or_path": None, "pretrained_model_name_or_path": tmp_path / "a"}
     train(flags(tmp_path / "b", objective="ect", learning_rate=0, adam_weight_decay=0, **options))
     assert same(weights(tmp_path / "a" / "unet"), weights(tmp_path / "b" / "unet_raw"))
-    train(
-        flags(tmp_path / "a", pretrain_steps=8, objective="ect", max_train_steps=16, resume_from_checkpoint="latest")
-    )
+    again = {"max_train_steps": 16, "resume_from_checkpoint": "latest"}
+    train(flags(tmp_path / "a", pretrain_steps=8, objective="ect", **again))
     assert scalars(tmp_path / "a", "ect_stage") == {9 + i: 1 + i for i in range(8)}
     assert "has 10 classes; pass --class_conditional" in one_sentence(
         capsys, train, flags(tmp_path / "c", **options, class_conditional=None)
@@ -348,20 +347,6 @@ def test_an_extended_run_keeps_its_curriculum(tmp_path, flags):
     train(flags(tmp_path / "out", max_train_steps=9, checkpointing_steps=3, resume_from_checkpoint="latest"))
     levels = scalars(tmp_path / "out", "discretization_steps")
     assert [levels[step] for step in range(1, 10)] == [11, 11, 21, 21, 41, 41, 41, 41, 41]
-
-
-def test_overwriting_moves_the_earlier_run_aside(tmp_path, flags, capsys):
-    train(flags(tmp_path / "out", max_train_steps=3))
-    train(flags(tmp_path / "out", max_train_steps=4, overwrite_output_dir=True))
-    assert (tmp_path / "out.1" / "checkpoint-3").is_dir() and not (tmp_path / "out" / "checkpoint-3").exists()
-    train(flags(tmp_path / "new", max_train_steps=3, overwrite_output_dir=True))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert (
-        "holds files but no run" in one_sentence(capsys, train, flags(tmp_path / "mine", overwrite_output_dir=True))
-        and (tmp_path / "mine" / "notes.txt").is_file()
-    )
-    assert "is not empty" in one_sentence(capsys, train, flags(tmp_path / "out"))
 
 
 def test_steps_follow_from_epochs_by_default(tmp_path, flags, capsys, monkeypatch):
@@ -405,18 +390,7 @@ def test_evaluation_in_the_loop(tmp_path, flags, classifier):
 
 def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classifier, data_set, monkeypatch):
     """Samples that are the reference images: distance 0, whatever is measured in between."""
-    from common.ct import sampling
-    from common.results.metrics import load_feature_network
-
-    from accelerate import Accelerator
-
-    shards, source = open_images(None, data_set, image_column="img", label_column="label")
-
-    def decode(raw, rng):
-        return decode_image_label(raw, rng, resolution=8, num_classes=10)
-
-    data = TrainingData(shards, decode, batch_size=1, seed=0, num_lanes=1, source=source, required=(IMAGE_KEYS,))
-    images, labels = sampling.read_reference(data, 10**6)
+    images, labels = sampling.read_reference(stream(data_set, batch_size=1, seed=0, num_lanes=1), 10**6)
     assert len(images) == NUM_IMAGES == len(labels)
     position = iter(range(0, NUM_IMAGES, 16))
 

@@ -33,6 +33,7 @@ def test_a_run_that_a_signal_stops_is_saved_once_and_goes_on(tmp_path, made, nam
     case, log = CASES[name], tmp_path / "log"
     options = {"max_train_steps": 6, "checkpointing_steps": 6, "train_batch_size": 2}
     options |= {"data_lanes": None if "direct" in name else 8, "stage_segments": "2,1" if "tscd" in name else None}
+    options |= {"dataloader_num_workers": 1 if name == "tscd_lora" else None}
     start = {"num_processes": num_processes, "script": case.script}
 
     def finish(folder, **changes):
