@@ -51,7 +51,7 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     """A command of 24 samples an update becomes one of the largest batch that divides them; nothing else changes."""
     asked = []
 
-    def simulate(script, words, processes):
+    def simulate(script, words, processes, fsdp2):
         args = lcm.parse_args([*words, "--report_to=none"])
         asked.append((args.train_batch_size, args.gradient_checkpointing, args.use_8bit_adam, processes))
         return result(args.train_batch_size, between=(6 if args.use_8bit_adam else 8) * GIB)
@@ -98,9 +98,12 @@ def test_mistakes_end_in_one_sentence(words, sentence, capsys):
 def test_the_ways_out_are_flags_that_the_script_has():
     words = ["--pretrained_teacher_model=t", "--output_dir=o"]
     args = direct.parse_args([*words, "--pairs_dir=p", "--lora_rank=0"])
-    assert plan.ways_out(args) == ["--backward=stepwise", "a LoRA"]
+    one = plan.parse_args([lcm.__file__])
+    eight = plan.parse_args(["--processes=8", lcm.__file__])
+    assert plan.ways_out(one, args) == ["--backward=stepwise", "a LoRA"]
+    assert plan.ways_out(eight, args) == ["--backward=stepwise", "--fsdp2 before the script", "a LoRA"]
     args = lcm.parse_args([*words, "--train_shards_path_or_url=s.tar"])
-    assert plan.ways_out(args) == ["a LoRA", "a lower --resolution"]
+    assert plan.ways_out(one, args) == ["a LoRA", "a lower --resolution"]
 
 
 def test_what_is_no_training_script_is_said(tmp_path):
