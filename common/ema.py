@@ -20,7 +20,7 @@ def ema_update(target_parameters, source_parameters, decay, finite=None):
     Both are equally long iterables of tensors of the same shapes and dtypes (float32: a step of 1 - decay times an
     update of 1e-6 is lost in half precision). Where both are split over processes, each updates its parts.
     """
-    targets, sources = ([_part(p) for p in each] for each in (target_parameters, source_parameters))
+    targets, sources = ([part(p) for p in each] for each in (target_parameters, source_parameters))
     if decay < 0.5:  # the first updates of a warm-up: exact where it is a copy, a kernel for each tensor
         weight = 1.0 - decay if finite is None else [(1.0 - decay) * finite] * len(targets)
         torch._foreach_lerp_(targets, sources, weight)
@@ -36,7 +36,11 @@ def ema_update(target_parameters, source_parameters, decay, finite=None):
     sgd(targets, sources, [None] * len(targets), lr=1.0 - decay, **options)
 
 
-def _part(tensor):
+def part(tensor):
+    """This process's part of a tensor that is split over processes, in the memory of it, without gradients.
+
+    Of a plain tensor, all of it.
+    """
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -78,7 +82,7 @@ def exchanged(parameters, others):
     def exchange():
         for a, b in pairs:
             if isinstance(a, DTensor):
-                a, b = _part(a), _part(b)
+                a, b = part(a), part(b)
                 values = a.clone()
                 a.copy_(b)
                 b.copy_(values)

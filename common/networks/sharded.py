@@ -10,6 +10,8 @@ import os
 import zipfile
 from pathlib import Path
 
+from common.ema import part
+
 import torch
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule
@@ -28,12 +30,6 @@ NAMES = {  # of dtypes in files
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def part(tensor):
-    """This process's part of a tensor, in the memory of it; a plain tensor itself. Without gradients."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor):

@@ -11,6 +11,7 @@ import functools
 import os
 from pathlib import Path
 
+from common.ema import part
 from common.errors import UserError
 from common.networks import performance, sharded
 from common.run import simulation
@@ -116,7 +117,7 @@ class ShardingAccelerator(Accelerator):
         """Norm and clipping of parts; the norm, a plain scalar tensor, is the same on all."""
         parameters = list(parameters)
         norm = total_norm(parameters)
-        gradients = [sharded.part(p.grad) for p in parameters if p.grad is not None]
+        gradients = [part(p.grad) for p in parameters if p.grad is not None]
         if gradients:  # none are kept in a simulation
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

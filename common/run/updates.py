@@ -7,8 +7,9 @@ waits for it (8-bit optimizers excepted, which cannot skip on their own).
 import json
 from pathlib import Path
 
+from common.ema import part
 from common.errors import UserError
-from common.networks.sharded import is_split, part
+from common.networks.sharded import is_split
 
 import torch
 from accelerate.utils import gather_object

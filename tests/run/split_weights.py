@@ -108,7 +108,7 @@ def body(folder):
     prepared, prepared_optimizer = accelerator.prepare(net, optimizer)
 
     # Both hold halves, and go by their own class's name.
-    held = sum(sharded.part(p).numel() for p in weights)
+    held = sum(ema.part(p).numel() for p in weights)
     assert 0.4 < held / sum(p.numel() for p in weights) < 0.6 and all(map(sharded.is_split, weights))
     assert type(net).__name__ == "UNet2DModel" and type(net).__module__ == UNet2DModel.__module__
 
