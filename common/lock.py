@@ -1,9 +1,8 @@
 """One run per folder: a file RUNNING in it says who writes there, until that process ends or dies.
 
 On the same host a dead owner is known at once, by its process. Elsewhere it is one that has not touched its file for
-SILENCE seconds, by this process's own clock, or an earlier start of the same SLURM job. `flock` is not asked: NFS and
-Lustre may not carry it to other hosts. The file is also what every process of a run looks for in `output_dir`, to
-see that all of them write to the same storage.
+SILENCE seconds, by this process's own clock. `flock` is not asked: NFS and Lustre may not carry it to other hosts. The
+file is also what every process of a run looks for in `output_dir`, to see that all of them write to the same storage.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import sys
 import threading
@@ -67,26 +65,6 @@ def releasing():
             _held.pop().release()
 
 
-@contextlib.contextmanager
-def releasing_at_sigterm():
-    """`releasing` for a tool, which a SIGTERM ends as it ends any program."""
-
-    def end(number, frame):
-        for lock in _held:
-            lock.release()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-    is_main = threading.current_thread() is threading.main_thread()  # Python can set handlers in it alone
-    before = signal.signal(signal.SIGTERM, end) if is_main else None
-    try:
-        with releasing():
-            yield
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
 def contents(folder):
     """The names in a folder but those of locks; an empty set where there is no folder."""
     names = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
@@ -102,8 +80,6 @@ def take(folder, part=(0, 1), report=print):
     folder, index, count = Path(folder), *part
     path = folder / (NAME if count == 1 else f"{NAME}.{index}-of-{count}")
     owner = _me()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"`output_dir`={folder} is a file; name a folder")
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,24 +126,14 @@ def _overlap(one, other):
 
 
 def _me():
-    job, restarts = _slurm()
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "slurm_job": job,
-        "slurm_restarts": restarts,
         "machine": _machine(),
         "process_start": _process_start(os.getpid()),
         "token": uuid.uuid4().hex,
     }
-
-
-def _slurm():
-    """("CLUSTER/JOB", how often SLURM has started it anew); (None, 0) outside of SLURM."""
-    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    named = job and f"{os.environ.get('SLURM_CLUSTER_NAME', '')}/{job}"
-    return named, int(restarts) if restarts.isdecimal() else 0
 
 
 def _machine():
@@ -227,9 +193,6 @@ def _is_dead(owner):
             pass  # another user's
         start = _process_start(owner["pid"])
         return start is not None and start != owner.get("process_start")
-    job, restarts = _slurm()
-    if job and owner.get("slurm_job") == job and owner.get("slurm_restarts", 0) < restarts:
-        return True  # SLURM ends a job on all its hosts before it starts it again
     return None
 
 
@@ -273,14 +236,11 @@ def _touched(path):
 def _delete_dead(path, owner, report):
     """Delete the file unless another start was faster, and has its own there by now."""
     guard = path.with_name(f".{path.name}.taken")
-    if not _create(guard, ""):
+    if not _create(guard, ""):  # another start is at it
         with contextlib.suppress(FileNotFoundError):
-            if abs(time.time() - guard.stat().st_mtime) < 60:  # a server's clock may be ahead
-                raise UserError(
-                    f"`output_dir`={path.parent}: another run starts in it at this moment; name another folder, or "
-                    "start again in a minute"
-                )
-            guard.unlink()  # of a start that died in between
+            if abs(time.time() - guard.stat().st_mtime) > 60:  # a server's clock may be ahead
+                guard.unlink()  # of a start that died in between
+        time.sleep(0.1)
         return
     try:
         if _read(path) == owner:
@@ -293,8 +253,7 @@ def _delete_dead(path, owner, report):
 def _name(owner):
     if not owner:
         return "a run that wrote no name"
-    job = f", SLURM job {owner['slurm_job'].lstrip('/')}" if owner.get("slurm_job") else ""
-    return f"process {owner['pid']} on {owner['host']}{job}, started {owner.get('started')}"
+    return f"process {owner['pid']} on {owner['host']}, started {owner.get('started')}"
 
 
 def _in_use(path, owner):

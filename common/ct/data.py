@@ -18,7 +18,7 @@ from common.data import folders
 from common.data.cached_latents import read_manifest
 from common.data.fetch import open_shard
 from common.data.folders import IMAGE_KEYS
-from common.data.images import MAX_IMAGE_PIXELS, _decode_square
+from common.data.images import decode_square
 from common.data.shards import SampleError, expand_shards, is_remote, list_tars, tar_samples
 from common.data.transfers import read_head
 from common.errors import UserError
@@ -80,7 +80,7 @@ class LabelledFolder:
     """The images of a folder, a `folders.Listing`, as LabelledImages.
 
     label_column: None to leave classes out. Else they are whole numbers in a column of the folder's metadata, which is
-    called so or `label`, or the subfolders as of `folders.class_folders`. Samples are in the order of the
+    called so or `label`, or the subfolders as of `class_folders`. Samples are in the order of the
     metadata, else sorted by path. UserError names `flag`.
     """
 
@@ -97,7 +97,7 @@ class LabelledFolder:
             if not self._items:
                 raise UserError(f"it holds no images ({', '.join(IMAGE_KEYS)}){'; '.join(['', *self.notes])}")
             if label_column and column is None:
-                names, classes = folders.class_folders(listing, num_classes)
+                names, classes = class_folders(listing, num_classes)
                 self._items = list(zip(listing.files, classes, strict=True))
                 self.num_classes, self.classes, self.has_names = len(names), set(classes), True
         except UserError as error:
@@ -131,6 +131,51 @@ class LabelledFolder:
         return {folders.image_key(image): raw[folders.image_key(image)]} | (
             {} if label is None else {"cls": str(label).encode()}
         )
+
+
+def class_folders(listing: folders.Listing, num_classes: int | None = None) -> tuple[list[str], list[int]]:
+    """(class names, the class of each of `files`): the classes are the subfolders, by name.
+
+    Folders that hold nothing but one folder are passed through. Where subfolders have subfolders of several names, the
+    number of classes says which of both are meant: `animals/cat`, or `cat/part1`. Raises UserError where it does not,
+    where there are fewer than two classes, or images beside them.
+    """
+    parts = [file.split("/") for file in listing.files]
+    depth = 1 if listing.split else 0
+    while parts and min(map(len, parts)) > depth + 2 and len({part[depth] for part in parts}) == 1:
+        depth += 1
+    beside = [file for file, part in zip(listing.files, parts, strict=True) if len(part) <= depth + 1]
+    names = sorted({part[depth] for part in parts if len(part) > depth + 1})
+    if len(names) < 2:
+        raise UserError(
+            f"it has no classes: its images lie in {folders.count(len(names), 'subfolder')}; put those of each class "
+            f"into a subfolder of their own, or add a metadata.csv with the columns file_name and label"
+        )
+    if beside:
+        raise UserError(
+            f"it has {folders.count(len(beside), 'image')} beside its {len(names)} subfolders of classes, the first "
+            f"is {beside[0]!r}; move them into one"
+        )
+    classes = [part[depth] for part in parts]
+    lowest = [part[-2] for part in parts]
+    low_names = sorted(set(lowest))
+    if len(low_names) > 1 and len(set(zip(classes, lowest, strict=True))) > len(names):
+        readings = {len(names): classes, len(low_names): lowest} if len(names) != len(low_names) else {}
+        if num_classes not in readings:
+            way_out = f"pass `num_classes`={len(names)} or {len(low_names)}"
+            raise UserError(
+                f"its subfolders have subfolders, and the classes may be the {len(names)} upper ones ({_some(names)}) "
+                f"or the {len(low_names)} lowest ({_some(low_names)}); "
+                + (way_out if readings else "say it in a metadata.csv with the columns file_name and label")
+            )
+        classes = readings[num_classes]
+        names = sorted(set(classes))
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, [numbers[name] for name in classes]
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def class_numbers(flag, column, labels):
@@ -282,7 +327,6 @@ def decode_image_label(
     center_crop: bool = False,
     random_flip: bool = False,
     min_image_size: int = 0,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
     seen: Counter | None = None,
 ) -> dict:
     """Decode one image as `decode_image_text` does, and with `num_classes` its class instead of a caption.
@@ -296,8 +340,7 @@ def decode_image_label(
     label = {}
     if num_classes is not None:
         label["class_labels"] = torch.tensor(decode_label(raw, label_name, num_classes, seen))
-    limits = (min_image_size, max_image_pixels)
-    image, _, _ = _decode_square(raw, resolution, interpolation_type, center_crop, flip, top, left, *limits)
+    image, _, _ = decode_square(raw, resolution, interpolation_type, center_crop, flip, top, left, min_image_size)
     return {"images": image} | label
 
 

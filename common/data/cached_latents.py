@@ -74,7 +74,7 @@ def read_manifest(shards):
     that mix images and latents, or latents of several settings.
     """
     local = [shard for shard in shards if not is_remote(shard)]
-    found = {shard: _manifest_of(shard) for shard in local}
+    found = {shard: None if os.path.isdir(shard) else _parse_head(shard, read_head(shard)) for shard in local}
     remote = [shard for shard in shards if is_remote(shard)] if not local else []
     heads = ((shard, read_head(shard)) for shard in remote[:MAX_HEADS])
     found |= {shard: _parse_head(shard, head) for shard, head in itertools.islice((h for h in heads if h[1]), 1)}
@@ -83,14 +83,10 @@ def read_manifest(shards):
         return None
     flag = "`train_shards_path_or_url`"
     others = [shard for shard in found if shard not in cached]
-    damaged = next((shard for shard in others if not os.path.isdir(shard) and not _begins_as_tar(shard)), None)
-    if damaged is not None:
-        raise UserError(
-            f"{flag}: {damaged} among the cached latents is damaged, or no tar; encode it again, or leave it out"
-        )
     if others:
         raise UserError(
-            f"{flag} mixes cached latents ({next(iter(cached))}) and images ({others[0]}); name the ones or the others"
+            f"{flag} mixes cached latents ({next(iter(cached))}) with images or a damaged shard ({others[0]}); name "
+            "the ones or the others, or encode that shard again"
         )
     first, manifest = next(iter(cached.items()))
     digests = {shard: manifest_digest(m) for shard, m in cached.items()}
@@ -98,18 +94,6 @@ def read_manifest(shards):
     if other is not None:
         raise UserError(f"{flag}: {first} and {other} hold latents of different settings; train on one of them")
     return manifest
-
-
-def _manifest_of(shard):
-    return None if os.path.isdir(shard) else _parse_head(shard, read_head(shard))
-
-
-def _begins_as_tar(shard):
-    try:
-        tarfile.TarInfo.frombuf(read_head(shard)[:512], "utf-8", "surrogateescape")
-        return True
-    except tarfile.HeaderError:
-        return False
 
 
 def _parse_head(shard, head):

@@ -137,51 +137,6 @@ def _training_split(folder, files, notes):
     return split
 
 
-def class_folders(listing: Listing, num_classes: int | None = None) -> tuple[list[str], list[int]]:
-    """(class names, the class of each of `files`): the classes are the subfolders, by name.
-
-    Folders that hold nothing but one folder are passed through. Where subfolders have subfolders of several names, the
-    number of classes says which of both are meant: `animals/cat`, or `cat/part1`. Raises UserError where it does not,
-    where there are fewer than two classes, or images beside them.
-    """
-    parts = [file.split("/") for file in listing.files]
-    depth = 1 if listing.split else 0
-    while parts and min(map(len, parts)) > depth + 2 and len({part[depth] for part in parts}) == 1:
-        depth += 1
-    beside = [file for file, part in zip(listing.files, parts, strict=True) if len(part) <= depth + 1]
-    names = sorted({part[depth] for part in parts if len(part) > depth + 1})
-    if len(names) < 2:
-        raise UserError(
-            f"it has no classes: its images lie in {count(len(names), 'subfolder')}; put those of each class into a "
-            f"subfolder of their own, or add a metadata.csv with the columns file_name and label"
-        )
-    if beside:
-        raise UserError(
-            f"it has {count(len(beside), 'image')} beside its {len(names)} subfolders of classes, the first is "
-            f"{beside[0]!r}; move them into one"
-        )
-    classes = [part[depth] for part in parts]
-    lowest = [part[-2] for part in parts]
-    low_names = sorted(set(lowest))
-    if len(low_names) > 1 and len(set(zip(classes, lowest, strict=True))) > len(names):
-        readings = {len(names): classes, len(low_names): lowest} if len(names) != len(low_names) else {}
-        if num_classes not in readings:
-            way_out = f"pass `num_classes`={len(names)} or {len(low_names)}"
-            raise UserError(
-                f"its subfolders have subfolders, and the classes may be the {len(names)} upper ones ({_some(names)}) "
-                f"or the {len(low_names)} lowest ({_some(low_names)}); "
-                + (way_out if readings else "say it in a metadata.csv with the columns file_name and label")
-            )
-        classes = readings[num_classes]
-        names = sorted(set(classes))
-    numbers = {name: number for number, name in enumerate(names)}
-    return names, [numbers[name] for name in classes]
-
-
-def _some(names):
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def metadata_rows(listing: Listing, columns=(), notes=None) -> tuple[list[tuple[str, str, dict]], int]:
     """([(image, place, row)], how many name no file) of the folder's metadata.
 
@@ -191,11 +146,8 @@ def metadata_rows(listing: Listing, columns=(), notes=None) -> tuple[list[tuple[
     """
     files, rows, missing, resolved = set(listing.files), [], 0, {}
     for table in listing.tables:
-        path, found, lost = os.path.join(listing.folder, table), [], []
-        try:
-            found = read_table(path, columns=("file_name", *columns))
-        except UserError as error:
-            raise UserError(str(error)) from None
+        path, lost = os.path.join(listing.folder, table), []
+        found = read_table(path, columns=("file_name", *columns))
         for place, row in found:
             name = row["file_name"]
             if not isinstance(name, str):
@@ -207,7 +159,7 @@ def metadata_rows(listing: Listing, columns=(), notes=None) -> tuple[list[tuple[
         if lost and notes is not None:
             notes.append(
                 f"{path}: {len(lost)} of {count(len(found), 'row')} name no file, the first is {lost[0]!r}; "
-                f"{name_hint(listing.files, lost[0], 'that of this table')}"
+                f"{NAMES.format('the folder of this table')}"
             )
         missing += len(lost)
     return rows, missing
@@ -232,26 +184,7 @@ def _find(listing, files, base, name, resolved):
     return (image if image in files else path), True
 
 
-def name_hint(files, name, folder) -> str:
-    """What to do about a name that is none of `files`, which start from `folder` (in words)."""
-
-    def forms(path):
-        path = path.lower()
-        return {path, os.path.splitext(path)[0]}
-
-    wanted = os.path.normpath(name.strip().replace("\\", "/"))
-    meant = next((file for file in files if forms(file) & forms(wanted)), None)
-    if meant is None:
-        last = forms(os.path.basename(wanted))
-        meant = next((file for file in files if forms(os.path.basename(file)) & last), None)
-    change = "a name is a path from the table's folder on, with its extension"
-    if "\\" in name:
-        change = "write / instead of each \\"
-    elif os.path.isabs(name):
-        change = "this path is of another place, write what follows the folder"
-    elif meant is not None and meant.startswith(name):
-        change = "write its extension"
-    return change + (f": {meant!r} is there" if meant is not None else f"; it starts from {folder}")
+NAMES = "a name is a path from {} on, with / between its parts and its extension"  # what a table gives
 
 
 class Samples(NamedTuple):
@@ -269,10 +202,7 @@ def read_samples(folder: str) -> Samples:
     Raises UserError, naming `train_shards_path_or_url`, where there are no images or no captions.
     """
     flag = "`train_shards_path_or_url`"
-    try:
-        listing = list_images(folder)
-    except UserError as error:
-        raise UserError(f"{flag}: {error}.") from None
+    listing = list_images(folder)
     notes = list(listing.notes)
     rows, missing = metadata_rows(listing, ("text",), notes)
     items = []

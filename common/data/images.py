@@ -12,7 +12,6 @@ import warnings
 from common.data import tables
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS
 from common.data.shards import SampleError
-from common.errors import UserError
 
 import numpy as np
 import torch
@@ -41,7 +40,6 @@ def decode_image_text(
     random_flip: bool = False,
     proportion_empty_prompts: float = 0.0,
     min_image_size: int = 0,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> dict:
     """Decode one image and its caption; the image's shorter side becomes R = `resolution`, then an R x R crop is cut.
 
@@ -49,15 +47,14 @@ def decode_image_text(
     `original_sizes` int64 (2,) = (height, width) of the source as it is meant to be seen, and `crop_top_lefts`
     int64 (2,) = (top, left) of the crop in pixels of the resized (and flipped) image.
     Draws from `rng` in a fixed order: flip, top, left, empty caption. Raises SampleError: "missing_caption",
-    "too_small" (shorter side under `min_image_size`), "too_big" (more than `max_image_pixels` before or after the
+    "too_small" (shorter side under `min_image_size`), "too_big" (more than MAX_IMAGE_PIXELS before or after the
     resize, judged before the pixels are decoded), or "decode".
     """
     flip, top, left = random_flip and rng.random() < 0.5, rng.random(), rng.random()
     empty_caption = rng.random() < proportion_empty_prompts
     caption = decode_caption(raw)
-    limits = (min_image_size, max_image_pixels)
-    image, original_size, corner = _decode_square(
-        raw, resolution, interpolation_type, center_crop, flip, top, left, *limits
+    image, original_size, corner = decode_square(
+        raw, resolution, interpolation_type, center_crop, flip, top, left, min_image_size
     )
     return {
         "images": image,
@@ -67,16 +64,12 @@ def decode_image_text(
     }
 
 
-def _decode_square(
-    raw, resolution, interpolation_type, center_crop, flip, top, left, min_image_size, max_image_pixels
-):
+def decode_square(raw, resolution, interpolation_type, center_crop, flip, top, left, min_image_size):
     """The image uint8 (3, R, R), its source's (height, width), the crop's (top, left); top and left are fractions."""
-    if interpolation_type not in INTERPOLATION_TYPES:
-        raise UserError(f"`interpolation_type` {interpolation_type!r} is not one of {', '.join(INTERPOLATION_TYPES)}.")
     antialias = INTERPOLATION_TYPES[interpolation_type].get("antialias", False)
     image_bytes = image_member(raw)
     with _sample_errors():
-        image, original_size = _decode_image(image_bytes, resolution, antialias, min_image_size, max_image_pixels)
+        image, original_size = _decode_image(image_bytes, resolution, antialias, min_image_size)
     image = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, h, w)
     height, width = _resized_size(*original_size, resolution)
     if (height, width) != tuple(image.shape[2:]):
@@ -116,15 +109,15 @@ def _resized_size(height: int, width: int, resolution: int) -> tuple[int, int]:
     return max(resolution, resolution * height // width), resolution
 
 
-def _decode_image(data: bytes, resolution: int, may_shrink: bool, min_image_size: int, max_image_pixels: int):
+def _decode_image(data: bytes, resolution: int, may_shrink: bool, min_image_size: int):
     """RGB pixels uint8 (h, w, 3) and the (height, width) of the source, both as they are meant to be seen.
 
     Where `may_shrink`, a JPEG of twice the resolution or more is decoded at 1/2, 1/4 or 1/8 of its size.
     """
-    image = _open(io.BytesIO(data), max_image_pixels)
+    image = _open(io.BytesIO(data))
     width, height = image.size
     resized_height, resized_width = _resized_size(height, width, resolution)
-    if resized_height * resized_width > max_image_pixels:
+    if resized_height * resized_width > MAX_IMAGE_PIXELS:
         raise SampleError("too_big", f"{width} x {height} pixels")
     if min(width, height) < min_image_size:
         raise SampleError("too_small", f"{width} x {height} pixels")
@@ -134,20 +127,20 @@ def _decode_image(data: bytes, resolution: int, may_shrink: bool, min_image_size
     return np.array(image), (width, height) if is_quarter_turn else (height, width)
 
 
-def read_image(data: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def read_image(data: bytes) -> Image.Image:
     """The RGB image that these bytes are, whole and as it is meant to be seen, as training sees it.
 
     Upright by EXIF, transparency on white, 16 bits scaled to 8, of several frames the first. Raises SampleError
     "decode" or "too_big".
     """
     with _sample_errors():
-        return _load(_open(io.BytesIO(data), max_image_pixels))[0]
+        return _load(_open(io.BytesIO(data)))[0]
 
 
 def image_size(path) -> tuple[int, int]:
     """(height, width) of a file's `read_image`, from its header. Raises SampleError "decode" or "too_big"."""
     with _sample_errors(), open(path, "rb") as file:
-        image = _open(file, MAX_IMAGE_PIXELS)
+        image = _open(file)
         turn = ORIENTATIONS.get(Image.Image.getexif(image).get(0x0112))  # PNG's own decodes the pixels
         is_quarter_turn = turn in QUARTER_TURNS and image.format != "TIFF"  # whose size is that of the turned image
         return image.size if is_quarter_turn else image.size[::-1]
@@ -165,9 +158,9 @@ def _sample_errors():
         raise SampleError("decode", f"{type(error).__name__}: {error}") from error
 
 
-def _open(file, max_image_pixels):
+def _open(file):
     """The image by its first bytes, whatever it is called; its pixels are not decoded yet."""
-    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
     try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -178,7 +171,7 @@ def _open(file, max_image_pixels):
         raise SampleError("decode", f"{found}, not a whole {', '.join(FORMATS)}") from None
     width, height = image.size
     tile = [image.tag_v2.get(tag, 1) for tag in TIFF_TILE] if image.format == "TIFF" else [1]
-    if max(width * height, math.prod(tile)) > max_image_pixels:
+    if max(width * height, math.prod(tile)) > MAX_IMAGE_PIXELS:
         raise SampleError("too_big", f"{width} x {height} pixels")
     return image
 

@@ -67,12 +67,8 @@ class Lane:
         if data._folder is None:
             shelf.begin(index, self._shards_from(cursor["epoch"], cursor["unit"])[:1])
         self.reader = None  # of the epoch; opened at the cursor
+        self.tally = Tally()  # of the micro-batch that is being made
         self.block, self.after = [], None  # the permuted block, and (unit, position) where the next one starts
-
-    def new_tally(self) -> Tally:
-        """The account of the next micro-batch, kept for the report of one that cannot be finished."""
-        self.tally = Tally()
-        return self.tally
 
     def next_sample(self, tally: Tally) -> tuple[int, str, str, dict]:
         """(epoch, shard, key, raw); `self.cursor` then stands behind it."""
@@ -117,11 +113,10 @@ class Lane:
         empty = 0 if cursor["used"] else cursor["empty"] + 1
         if empty == MAX_EMPTY_EPOCHS:
             flag = getattr(data._source, "flag", "`train_shards_path_or_url`")
-            last = last_detail(tally.skipped or data._first_skip())
             raise UserError(
                 f"Lane {self.index} of {data.num_lanes} found no usable sample in {empty} whole epochs "
                 f"({listing(tally.counts)}): check {flag}, or pass fewer `data_lanes`"
-                f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{last}."
+                f"{'; skipped_samples.jsonl has the first' if data.skipped_log else ''}{last_detail(tally.skipped)}."
             )
         self.cursor = new_cursor() | {"epoch": cursor["epoch"] + 1, "empty": empty}
         self.reader = None

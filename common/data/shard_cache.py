@@ -171,13 +171,4 @@ def temporary_room(
     need = f"{most / 1e9:.1f} GB" if size else "two shards a lane"
     if free < most:
         return disk_bytes, f"TMPDIR={folder} has no room for {need} a process, so less is fetched ahead: {way_out}"
-    if _is_memory(folder):
-        return disk_bytes, f"TMPDIR={folder} is memory, and takes up to {need} a process: {way_out}"
     return disk_bytes, ""
-
-
-def _is_memory(folder) -> bool:
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    above = [Path(folder).resolve(), *Path(folder).resolve().parents]
-    kind = next((kind for path in above for place, kind in reversed(mounts) if place == str(path)), "")
-    return kind in ("tmpfs", "ramfs")

@@ -26,6 +26,7 @@ from webdataset.tariterators import base_plus_ext
 SKIP_CLASSES = ("shard_open", "shard_read", "decode", "missing_caption", "too_small", "too_big", "filtered")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")  # in any case
 HELD_OUT = ("test", "val", "valid", "validation", "eval", "dev")  # folders that are not for training, beside others
+SAMPLE = "the members of a sample lie side by side in a tar, under one name up to the first dot after their folder"
 MAX_MEMBER_BYTES = 1 << 28  # larger members of a tar are not read: their sample is too_big
 
 
@@ -36,12 +37,6 @@ class SampleError(Exception):
         super().__init__(f"{reason}: {detail}")
         assert reason in SKIP_CLASSES
         self.reason, self.detail = reason, detail[:300]
-
-
-class RawSample(dict):
-    """{member extension: bytes}. note: where a member is missing, what is there instead, in words."""
-
-    note = ""
 
 
 def expand_shards(spec: str | list[str]) -> list[str]:
@@ -108,10 +103,7 @@ def _expand_fsspec(address: str) -> list[str]:
 
 
 def _expand_folder(folder: str) -> list[str]:
-    try:
-        tars = training_tars(folder)
-    except UserError as error:
-        raise UserError(f"`train_shards_path_or_url`: {error}") from None
+    tars = training_tars(folder)
     if not tars:
         read_samples(folder)
         return [folder]
@@ -228,27 +220,15 @@ def tar_samples(file, required, part: int = 0, parts: int = 1, start: int = 0) -
     is None. Raises SampleError("shard_read") where the archive is damaged, after the samples before the damage.
     """
     wanted = {"json", *itertools.chain(*required)}
-    current, current_key, raw, names, hint = -1, None, RawSample(), [], None
-
-    def done():
-        """The sample that was read, with a note where it lacks a member; only the first looks at the tar for it."""
-        nonlocal hint
-        missing = missing_group(raw, required)
-        if hint is None:
-            hint = _layout_hint(tar, current_key, names, missing) if missing else ""
-        if missing:
-            raw.note = hint or f"only {', '.join(names[:3])}"
-        return current, current_key, raw
-
+    current, current_key, raw = -1, None, {}
     try:
         tar = _open_tar(file)
         for index, key, extension, member in _tar_members(tar):
             if index != current:
                 if raw is not None and current >= 0:
-                    yield done()
-                current, current_key, names = index, key, []
-                raw = RawSample() if index >= start and index % parts == part else None
-            names += [member.name] if len(names) < 3 else []
+                    yield current, current_key, raw
+                current, current_key = index, key
+                raw = {} if index >= start and index % parts == part else None
             if raw is not None and extension in wanted:
                 raw[extension] = None
                 if member.size <= MAX_MEMBER_BYTES:
@@ -260,7 +240,7 @@ def tar_samples(file, required, part: int = 0, parts: int = 1, start: int = 0) -
             raise
         raise SampleError("shard_read", f"{type(error).__name__}: {error}") from error
     if raw is not None and current >= 0:
-        yield done()
+        yield current, current_key, raw
 
 
 def _open_tar(file):
@@ -271,33 +251,6 @@ def _open_tar(file):
     except tarfile.ReadError:
         found = tables.what_is(head) or f"a file that begins with {head[:16]!r}"
         raise SampleError("shard_read", f"no tar that can be opened but {found}") from None
-
-
-def _layout_hint(tar, key, names, missing, most=20_000):
-    """Why a sample lacks `missing`, extensions of which it needs one, by the names of the tar's members, or "".
-
-    names: its own first members. The headers of the tar are read again from its start, at most so many.
-    """
-    at, others, found, position = names[0], [], set(), tar.fileobj.tell()
-    with contextlib.suppress(Exception):  # damage is reported where the stream comes to it
-        tar.fileobj.seek(0)
-        members = _tar_members(tarfile.open(fileobj=tar.fileobj, mode="r:"))
-        for _, prefix, extension, member in itertools.islice(members, most):
-            found.add(extension)
-            if extension in missing or extension.rpartition(".")[2] in missing:
-                others.append((prefix, extension, member.name))
-    tar.fileobj.seek(position)
-    for prefix, extension, name in others:
-        if prefix == key and extension in missing:
-            return f"{name} is not next to {at} in the tar; pack it sorted by name: tar --sort=name -cf NEW.tar FOLDER"
-        if prefix == key:
-            return f"{name} counts as member {extension!r} of {key!r}: a key ends at the first dot, so leave only one"
-    for prefix, _, name in others:
-        if os.path.basename(prefix) == os.path.basename(key):
-            return f"{name} lies in another folder of the tar than {at}: put both into one, for a key holds its folder"
-    if not others:
-        return f"the tar's members are {', '.join(sorted(found)[:8])}"
-    return ""
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -317,8 +270,7 @@ def check_members(raw: dict, required):
     missing = missing_group(raw, required)
     if missing:
         reason = "missing_caption" if "txt" in missing else "decode"
-        note = getattr(raw, "note", "")
-        raise SampleError(reason, f"no member {', '.join(missing)}{note and f' ({note})'}")
+        raise SampleError(reason, f"no member {', '.join(missing)}; {SAMPLE}")
     if None in raw.values():
         raise SampleError("too_big", f"a member of more than {MAX_MEMBER_BYTES} bytes")
 

@@ -31,11 +31,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common.data.fetch import Shelf, open_shard
+from common.data.fetch import Shelf
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
-from common.data.lanes import MAX_LOGGED_SKIPS, Lane, last_detail, listing, new_cursor, seen_and_unreadable
+from common.data.lanes import MAX_LOGGED_SKIPS, Lane, Tally, last_detail, listing, new_cursor, seen_and_unreadable
 from common.data.shard_cache import ShardCache, temporary_room
-from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote, tar_samples
+from common.data.shards import SKIP_CLASSES, SampleError, check_members, is_remote
 from common.errors import UserError, mask_credentials, without_credentials
 from common.keyed_random import keyed_seed
 
@@ -104,10 +104,6 @@ class TrainingData:
         self._given_lanes, self._given_workers = num_lanes, num_workers
         self.num_workers = num_workers  # or fewer, so that it divides the lanes
         self.growing = True  # whether the first epoch's blocks grow; those of runs begun before did not
-        if not self.shards:
-            raise UserError("`train_shards_path_or_url` names no shard.")
-        if data_timeout <= 0:
-            raise UserError("`data_timeout` must be above 0: it is the number of seconds to wait for a batch.")
         self._is_remote = any(map(is_remote, self.shards)) and source is None
         self._cache = ShardCache(shard_cache_dir, shard_cache_gb and 1e9 * shard_cache_gb) if shard_cache_dir else None
         self._disk_bytes = shard_disk_gb and 1e9 * shard_disk_gb
@@ -177,21 +173,6 @@ class TrainingData:
 
     # ----- reading: in the workers; `lanes.Lane` gives raw samples
 
-    def _first_skip(self) -> list[dict]:
-        """What is wrong with the first sample of the first shard, where anything is: for a lane that has none."""
-        key = ""
-        if self._folder is None:
-            try:
-                with open_shard(self.shards[0], self.data_timeout) as file:
-                    _, key, raw = next(tar_samples(file, self.required), (0, "", None))
-                    if raw is None:
-                        raise SampleError("shard_read", "it holds no sample")
-                    check_members(raw, self.required)
-            except SampleError as error:
-                shard = self.shards[0]
-                return [{"key": key and f"{shard.rsplit('/', 1)[-1]}/{key}", "shard": shard, "detail": error.detail}]
-        return []
-
     def _folder_sample(self, index: int) -> tuple[str, dict]:
         """(key, raw)"""
         name, caption = self._items[index]
@@ -200,7 +181,8 @@ class TrainingData:
     def _make_item(self, j: int, lane: Lane) -> dict:
         """Micro-batch j, with what the consumer needs to account for it."""
         rng = random.Random(keyed_seed(self.seed, "augment", j))
-        tally, samples, keys, epochs = lane.new_tally(), [], [], []
+        samples, keys, epochs = [], [], []
+        tally = lane.tally = Tally()
         while len(samples) < self.batch_size:
             epoch, shard, key, raw = lane.next_sample(tally)
             tally.counts["read"] += 1

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import email.utils
 import functools
 import http.client
 import os
@@ -12,7 +11,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -53,13 +51,9 @@ def length_of(shard: str) -> int | None:
 
 
 def retry_after(error) -> float:
-    """The seconds that a server asks to wait; 0 where it does not."""
+    """The seconds that a server asks to wait; 0 where it does not, or gives a date."""
     said = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
-    with contextlib.suppress(ValueError, TypeError):
-        if said.strip().isdigit():
-            return float(said)
-        return email.utils.parsedate_to_datetime(said).timestamp() - time.time()
-    return 0
+    return float(said) if said.strip().isdigit() else 0
 
 
 def transfer(shard: str, start: int, timeout: float, hold: Callable) -> Iterator:

@@ -6,7 +6,6 @@ is stored. Encoding loses what the decoder lost. An image that was resized, crop
 noise: none is, and those that were are refused. Left out: remote shards, since pairs are read in any order.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from common import lock
 from common.data import cached_latents, tables
-from common.data.folders import TEXT_KEYS, list_images, name_hint
+from common.data.folders import NAMES, TEXT_KEYS
 from common.data.images import decode_caption, image_size, read_image
 from common.data.shards import SampleError, expand_shards, is_remote
 from common.direct import pairs, pipelines
@@ -84,12 +83,9 @@ class PairImages(Pairs):
             )
         self.prompts, self.files = [row["prompt"] for row in rows], [row["image"] for row in rows]
         if missing := [file for file in self.files if not os.path.isfile(self.base / file)]:
-            files = []
-            with contextlib.suppress(UserError):
-                files = list_images(self.base).files
             raise UserError(
                 f"{flag}: {len(missing)} of {len(self.files)} rows name no file, the first is {missing[0]!r}; "
-                f"{name_hint(files, missing[0], f'`dataset_base_path`={self.base}')}"
+                f"{NAMES.format(f'`dataset_base_path`={self.base}')}"
             )
         self.sizes = [self._size(file, height, width, max_pixels) for file in self.files]
         if not max_pixels and len(set(self.sizes)) > 1:

@@ -4,7 +4,6 @@ The libraries' own loaders, on the meta device, say which tensors are missing or
 tie and ignore is accepted here too. Left out: quantized networks, whose tensors the quantizer makes.
 """
 
-import inspect
 import json
 import os
 import re
@@ -29,7 +28,6 @@ FUSE = (
     "save it again from the pipeline that has the LoRA, after pipe.fuse_lora() and pipe.unload_lora_weights(), or "
     "name the model without it"
 )
-BUFFERS = (".position_ids", ".num_batches_tracked", ".inv_freq")  # that old releases saved; nothing was learnt in them
 COMPARED = {}  # networks that are alike, such as the two of Wan 2.2, are compared once
 SAVE_AGAIN = "save or download this part again, with the config.json that belongs to it"
 
@@ -80,10 +78,6 @@ def check_pipeline(flag, name, index, variant=None, revision=None, cache_dir=Non
         cls = _network_class(library, class_name)
         if cls is not None and (whole or _weight_files(folder / part)):
             check_network(flag, folder / part, cls, variants.get(part), of_pipeline=variant or True)
-    for part, (library, class_name) in parts.items():
-        encoder = part.replace("tokenizer", "text_encoder")
-        if library == "transformers" and class_name.startswith("CLIPTokenizer") and encoder in parts:
-            _check_vocabulary(flag, folder, part, encoder, class_name)
 
 
 def _has_no_weights(folder, parts):
@@ -132,8 +126,7 @@ def check_network(flag, folder, cls, variant=None, of_pipeline=None, has_variant
 def check_loaded(flag, network, info):
     """The same from what a library's `output_loading_info=True` says, where the files were not there before."""
     _refuse_adapters(f"{flag}: it", info["unexpected_keys"])
-    unexpected = _unexpected(type(network), network.state_dict(), info["unexpected_keys"])
-    _refuse(flag, type(network), sorted(info["missing_keys"]), unexpected, [])
+    _refuse(flag, type(network), sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), [])
 
 
 def _refuse_adapters(what, names):
@@ -248,7 +241,7 @@ def _load_config(folder, cls):
 
 
 def _compare(cls, config, shapes, sharded):
-    """Lists of missing names, of the others as from `_unexpected`, and of (name, shape, right shape) that differ."""
+    """Lists of missing names, of names that are too many, and of (name, shape, right shape) that differ."""
     compare = _compare_transformers if issubclass(cls, transformers.PreTrainedModel) else _compare_diffusers
     key = cls, repr(config), sharded, tuple(sorted(shapes.items()))
     if key not in COMPARED:
@@ -259,10 +252,9 @@ def _compare(cls, config, shapes, sharded):
 def _compare_transformers(cls, config, shapes, sharded):
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": {"": "meta"}}
-    network, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
+    _, info = cls.from_pretrained(None, config=config, state_dict=state, **options)
     mismatched = [(name, tuple(there), tuple(right)) for name, there, right in info["mismatched_keys"]]
-    unexpected = _unexpected(cls, network.state_dict(), info["unexpected_keys"])
-    return sorted(info["missing_keys"]), unexpected, sorted(mismatched)
+    return sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), sorted(mismatched)
 
 
 def _compare_diffusers(cls, config, shapes, sharded):
@@ -278,41 +270,23 @@ def _compare_diffusers(cls, config, shapes, sharded):
     learnt = {path for path, m in network.named_modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)}
     made = {name for name, _ in network.named_buffers() if name.rpartition(".")[0] not in learnt}
     ignored = cls._keys_to_ignore_on_load_unexpected or ()
-    unexpected = [n for n in there.keys() - needed.keys() if not any(re.search(p, n) for p in ignored)]
+    unexpected = [n for n in sorted(there.keys() - needed.keys()) if not any(re.search(p, n) for p in ignored)]
     wrong = [(n, there[n], tuple(needed[n].shape)) for n in sorted(there.keys() & needed.keys())]
-    unexpected = _unexpected(cls, needed, unexpected)
     return sorted(needed.keys() - there.keys() - made), unexpected, [row for row in wrong if row[1] != row[2]]
 
 
-def _unexpected(cls, needed, names):
-    """(names of tensors that a `cls` of another configuration has, names of what merely lies beside it in the file).
-
-    The first are those in modules that this network has, or that its class can have: it is deeper, say, or has another
-    kind of block. The second are another model's or were never learnt, as CLIP's vision tower beside its text encoder.
-    """
-    own, source = {name.partition(".")[0] for name in needed}, inspect.getsource(cls)
-
-    def is_own(name):
-        top = name.partition(".")[0]
-        return not name.endswith(BUFFERS) and (top in own or re.search(rf"\bself\.{re.escape(top)}\b", source))
-
-    return [n for n in sorted(names) if is_own(n)], [n for n in sorted(names) if not is_own(n)]
-
-
-def _refuse(what, cls, missing, unexpected, mismatched):
-    """UserError for tensors that lack or show another network; what is left over beside them is said, once."""
-    said, (unexpected, beside) = [], unexpected
+def _refuse(what, cls, missing, beside, mismatched):
+    """UserError for tensors that lack or are another network's; what is left over beside them is said, once."""
+    said = []
     if missing:
         said.append(f"lacks {len(missing)} tensors, which would be random ({_first(missing)})")
     if mismatched:
         name, there, right = mismatched[0]
         said.append(f"has {len(mismatched)} tensors of another shape ({name} is {there}, not {right})")
-    if unexpected:
-        said.append(f"has {len(unexpected)} tensors that no {cls.__name__} of this configuration has")
-        said[-1] += f" ({_first(unexpected)})"
     if said:
         raise UserError(f"{what} {' and '.join(said)}; {SAVE_AGAIN}")
-    note = f"{what} has {len(beside)} tensors more, which no {cls.__name__} uses ({_first(beside)})"
+    note = f"{what} has {len(beside)} tensors more, which no {cls.__name__} of this configuration uses"
+    note += f" ({_first(beside)})"
     if beside and note not in SAID and os.environ.get("RANK", "0") == "0":
         SAID.add(note)
         print(f"{note}: they are not loaded", flush=True)
@@ -320,18 +294,3 @@ def _refuse(what, cls, missing, unexpected, mismatched):
 
 def _first(names):
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
-
-
-def _check_vocabulary(flag, folder, tokenizer, encoder, class_name):
-    """UserError for a tokenizer that gives numbers for which the text encoder has no embedding."""
-    if not (folder / encoder / "config.json").is_file() or not (folder / tokenizer).is_dir():
-        return
-    # the tokenizers' library raises bare exceptions for files that are none
-    with blame(f"{flag}: its folder {tokenizer}/ cannot be read", Exception):
-        count = len(getattr(transformers, class_name).from_pretrained(folder / tokenizer))
-        vocab_size = transformers.CLIPTextConfig.from_pretrained(folder / encoder).vocab_size
-    if count > vocab_size:
-        raise UserError(
-            f"{flag}: its {tokenizer} has {count} tokens, its {encoder} only {vocab_size} embeddings; save it again "
-            f"after {encoder}.resize_token_embeddings({count}), or with the tokenizer that belongs to it"
-        )

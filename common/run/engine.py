@@ -12,7 +12,7 @@ from common.run import sharding, simulation
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
 # Processes wait so long for each other, while the first one writes tens of GB or uploads them; torch: 10 minutes.
@@ -59,16 +59,13 @@ def make_accelerator(args):
     made_for_gpus += ["8-bit Adam"] * args.use_8bit_adam
     if accelerator.device.type == "cpu" and made_for_gpus and not args.dry_run:
         accelerator.print(f"Note: this runs on the CPU, with {' and '.join(made_for_gpus)}, made for GPUs")
-    if args.enable_xformers_memory_efficient_attention:
-        fails = performance.xformers_failure(accelerator.device, args.mixed_precision)
-        fails = next(filter(None, gather_object([fails])), None)  # one process decides for all
-        if fails:
-            args.enable_xformers_memory_efficient_attention = False
-            flag = spelled("`enable_xformers_memory_efficient_attention`")
-            accelerator.print(
-                f"{flag}: xformers' kernels do not run here ({fails}); torch's attention is taken instead, which does "
-                "not need more memory"
-            )
+    if args.enable_xformers_memory_efficient_attention and (missing := performance.missing_for_xformers()):
+        args.enable_xformers_memory_efficient_attention = False
+        flag = spelled("`enable_xformers_memory_efficient_attention`")
+        accelerator.print(
+            f"{flag}: xformers needs {missing}, and there is none; torch's attention is taken instead, which does not "
+            "need more memory"
+        )
     return accelerator
 
 

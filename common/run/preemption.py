@@ -54,13 +54,11 @@ def clear_marks(output_dir):
 def job_deadline(stop_margin):
     """Seconds since 1970 at which a run stops, `stop_margin` seconds before its job ends; None outside of SLURM.
 
-    Raises UserError where the variable is no time, or the job has no more than the margin left.
+    Raises UserError where the job has no more than the margin left.
     """
     text = os.environ.get(END_TIME)
     if not text:
         return None
-    if not text.isdecimal():
-        raise UserError(f"the environment variable {END_TIME}={text!r} is no time in seconds; unset it")
     left = int(text) - time.time()
     if left <= stop_margin:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reference images: which files are meant, their features, and the floor of a distance to them."""
+"""Reference images: which files are meant, and their features."""
 
 import io
 import itertools
@@ -10,7 +10,7 @@ from common.data.folders import IMAGE_KEYS, list_images, reference_images
 from common.data.images import read_image
 from common.data.shards import SampleError, expand_shards, is_remote, tar_samples, training_tars
 from common.errors import UserError, blame, mask_credentials, speaking_of
-from common.results.metrics import frechet_distance, image_features, kernel_distance
+from common.results.metrics import image_features
 
 import numpy as np
 import torch
@@ -24,10 +24,7 @@ def reference_files(reference):
     if path.suffix == ".npz":
         return "npz", [path]
     if path.is_dir():
-        try:
-            tars = [Path(tar) for tar in training_tars(str(path))]
-        except UserError as error:
-            raise UserError(f"`reference`: {error}") from None
+        tars = [Path(tar) for tar in training_tars(str(path))]
         return ("tar", tars) if tars else ("folder", reference_folder(path)[0])
     with speaking_of("`reference`"):
         shards = expand_shards(reference)
@@ -38,28 +35,22 @@ def reference_files(reference):
 
 def reference_folder(folder):
     """(paths of the images that training would list in a folder, what is to be said of it)"""
-    try:
-        listing = list_images(folder)
-        return [Path(folder, image) for image in reference_images(listing)], listing.notes
-    except UserError as error:
-        raise UserError(f"`reference`: {error}") from None
+    listing = list_images(folder)
+    return [Path(folder, image) for image in reference_images(listing)], listing.notes
 
 
 def check_reference(reference):
+    """UserError unless a reference is there; what it holds is seen when it is read."""
     kind, files = reference_files(reference)
     if not files:
         raise UserError(
             f"`reference` {reference} holds neither images ({', '.join(IMAGE_KEYS)}) nor *.tar: name another"
         )
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"`reference`: {file} is no file: check the path")
-        if kind == "tar" and not tarfile.is_tarfile(file):
-            raise UserError(f"`reference`: {file} is neither a folder, a tar nor an .npz")
-    if kind == "npz" and not zipfile.is_zipfile(files[0]):
-        raise UserError(f"`reference` {files[0]} is no .npz file")
-    if kind == "npz" and not set(npz_names(reference)) & {"features", "images", "arr_0"}:
-        raise UserError(f"`reference` {files[0]} holds neither images, arr_0 nor features")
+    if kind == "npz":
+        with blame(f"`reference` {files[0]} is no .npz file", OSError, ValueError, zipfile.BadZipFile):
+            names = npz_names(reference)
+        if not {"features", "images", "arr_0"} & set(names):
+            raise UserError(f"`reference` {files[0]} holds neither images, arr_0 nor features")
 
 
 def npz_names(reference):
@@ -171,21 +162,3 @@ def checked_count(features, reference):
     if len(features) < 2:
         raise UserError(f"`reference` {reference} gave {len(features)} images: a distance needs at least two")
     return features
-
-
-def reference_floor(features, num_images):
-    """What a perfect model would score: distances between num_images reference images and the others.
-
-    The images are drawn at random (seed 0). None where fewer than 2 num_images are there: the Fréchet distance of
-    fewer images would be higher than a perfect model's.
-    """
-    if len(features) < 2 * num_images:
-        return None
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    drawn, others = features[order[:num_images]], features[order[num_images:]]
-    return {
-        "images": num_images,
-        "other_images": len(others),
-        "frechet_distance": frechet_distance(drawn, others),
-        "kernel_distance": kernel_distance(drawn, others),
-    }

@@ -28,8 +28,8 @@ DISK_ERRORS = "No space left on device|Disk quota exceeded|File too large|Read-o
 def user_errors(main, is_tool=False):
     """Decorator of a script's main(args): UserErrors and full disks end the run as `parser.error` would.
 
-    A script notes the signals that a `Stopper` looks for; a tool has none, and ends of them like any program. Locks of
-    folders are released whatever the end.
+    A script notes the signals that a `Stopper` looks for; a tool has none, and ends of them like any program: what it
+    held is then a dead process's. At every other end locks of folders are released.
     """
 
     signals = contextlib.nullcontext if is_tool else preemption.noting_signals
@@ -38,7 +38,7 @@ def user_errors(main, is_tool=False):
     def wrapped(args):
         screen.quiet_libraries()
         try:
-            with lock.releasing_at_sigterm() if is_tool else lock.releasing(), signals(), simulation.ending(args):
+            with lock.releasing(), signals(), simulation.ending(args):
                 return main(args)
         except simulation.Finished as finished:
             if finished.result and finished.is_reported:
@@ -344,13 +344,8 @@ def start_trackers(accelerator, project_name, config, run_id):
         "comet_ml": {"experiment_key": run_id},
     }
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in config.items()}  # as all take it
-    try:
-        Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers(project_name, config, options)
-    except OSError as error:
-        raise UserError(
-            f"`logging_dir`, `tracker_project_name`: {accelerator.logging_dir}: {error}; change them"
-        ) from None
+    Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers(project_name, config, options)
 
 
 def sum_counters(counters):

@@ -34,14 +34,19 @@ from common.flags import path as path_type
 from common.networks import teachers, weights
 from common.results import evaluation
 from common.results.export import versions
-from common.results.metrics import class_statistics, clip_score, load_feature_network
+from common.results.metrics import (
+    class_statistics,
+    clip_score,
+    frechet_distance,
+    kernel_distance,
+    load_feature_network,
+)
 from common.results.samples import image_grid
 from common.run.reference import (
     check_reference,
     npz_names,
     probe_features,
     reference_features,
-    reference_floor,
 )
 from common.run.screen import quiet_libraries
 from common.run.training_run import tool_errors
@@ -393,6 +398,24 @@ def write_results(output_dir, result, pictures, column_labels):
     scale = max(1, math.ceil(96 / min(images[0].shape[2:])))
     labels = None if column_labels[0] is None else column_labels
     image_grid(list(images), list(row_labels), labels, scale).save(output_dir / "grid.png")
+
+
+def reference_floor(features, num_images):
+    """What a perfect model would score: distances between num_images reference images and the others.
+
+    The images are drawn at random (seed 0). None where fewer than 2 num_images are there: the Fréchet distance of
+    fewer images would be higher than a perfect model's.
+    """
+    if len(features) < 2 * num_images:
+        return None
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    drawn, others = features[order[:num_images]], features[order[num_images:]]
+    return {
+        "images": num_images,
+        "other_images": len(others),
+        "frechet_distance": frechet_distance(drawn, others),
+        "kernel_distance": kernel_distance(drawn, others),
+    }
 
 
 if __name__ == "__main__":

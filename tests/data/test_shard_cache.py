@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.data import fetch, shard_cache
+from common.data import fetch
 from common.data.shard_cache import ShardCache, temporary_room
 from common.errors import UserError
 from tests.data.making import make_data, make_shards, run
@@ -136,7 +136,6 @@ def test_flags_of_remote_shards_are_refused_where_they_do_nothing(tmp_path):
 def test_tmpdir_is_looked_at_before_the_start(tmp_path, server, monkeypatch):
     size = os.path.getsize(make_shards(tmp_path, [9])[0])
     shard, usage = f"{server.address}/good/00000.tar", shutil._ntuple_diskusage
-    monkeypatch.setattr(shard_cache, "_is_memory", lambda folder: False)
     for free, block, room in ((40, 0, None), (12, 0, 0.9 * 12 * size), (40, 4 * size, 0.9 * 40 * size)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage(0, 0, free * size))
         found, note = temporary_room(shard, 8, block_bytes=block)
@@ -145,9 +144,6 @@ def test_tmpdir_is_looked_at_before_the_start(tmp_path, server, monkeypatch):
     with pytest.raises(UserError, match="TMPDIR=.* its 8 lanes need .* set TMPDIR to"):
         temporary_room(shard, 8)
     monkeypatch.undo()
-    assert shard_cache._is_memory("/dev/shm") and not shard_cache._is_memory("/proc")
-    monkeypatch.setattr(shard_cache, "_is_memory", lambda folder: True)
-    assert "is memory, and takes up to two shards a lane" in temporary_room("pipe:cat x", 8)[1]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(UserError, match="TMPDIR cannot be written"):
         temporary_room(shard, 8)

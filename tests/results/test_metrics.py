@@ -123,12 +123,9 @@ def test_kernel_distance_is_unbiased_where_the_frechet_distance_is_not():
 @pytest.mark.parametrize("distance", [metrics.frechet_distance, metrics.kernel_distance])
 def test_distances_refuse_what_has_none(distance):
     good = torch.randn(5, 3)
-    with pytest.raises(ValueError, match="N of 2 or more"):
-        distance(good, good[:1])
-    with pytest.raises(ValueError, match="3 and 2 features"):
-        distance(good, good[:, :2])
-    with pytest.raises(ValueError, match="NaN"):
-        distance(good, good * float("nan"))
+    for other in (good[:1], good * float("nan")):
+        with pytest.raises(ValueError, match="2 or more features without NaN"):
+            distance(good, other)
 
 
 # Networks
@@ -223,8 +220,6 @@ def test_clip_score_agrees_with_the_models_own_logits(clip_dir):
         cosines.append(output.logits_per_image.item() / model.logit_scale.exp().item())
     expected = 100 * sum(cosines) / 3
     assert metrics.clip_score(network, images, prompts, batch_size=2) == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(ValueError, match="3 images but 1 prompts"):
-        metrics.clip_score(network, images, ["one"])
 
 
 def test_prompt_labels():
@@ -244,25 +239,6 @@ def test_class_statistics(resnet_dir, monkeypatch):
     seen = metrics.class_statistics(network, images, [(0, 1)] * 6 + [(2,)] * 2)
     assert seen["accuracy"] == 6 / 8 and seen["confidence"] == pytest.approx((6 * 0.5 + 2) / 8)
     assert seen["classes"] == pytest.approx((math.exp(scipy.stats.entropy([3, 2])) + 1) / 2)
-    with pytest.raises(ValueError, match="8 images need as many tuples"):
-        metrics.class_statistics(network, images, [(0,)])
-
-
-def test_class_statistics_are_those_of_the_classifier(resnet_dir):
-    network, images = metrics.load_feature_network(resnet_dir), make_images(8)
-    probabilities = metrics.class_logits(network, images).softmax(1)
-    seen = metrics.class_statistics(network, images, [(label,) for label in probabilities.argmax(1).tolist()])
-    assert seen["accuracy"] == seen["classes"] == 1
-    assert seen["confidence"] == pytest.approx(probabilities.max(1).values.mean().item(), rel=1e-5)
-
-
-def test_images_of_another_kind_are_refused(resnet_dir):
-    network = metrics.load_feature_network(resnet_dir)
-    for images in [make_images().float(), make_images()[0], make_images()[:, :1], [1]]:
-        with pytest.raises(ValueError, match="uint8 tensor"):
-            metrics.image_features(network, images)
-    with pytest.raises(ValueError, match="no images"):
-        metrics.image_features(network, make_images(0))
 
 
 def test_folders_without_preprocessing_or_with_missing_weights_are_refused(tmp_path):
@@ -298,7 +274,3 @@ def test_image_grid_labels_take_room_and_draw_something():
     bare = np.array(image_grid(rows, scale=2))
     assert grid.shape[0] > bare.shape[0] and grid.shape[1] > bare.shape[1]
     assert (grid[:10] < 128).any() and (grid[:, :30] < 128).any()
-    with pytest.raises(ValueError, match="one label per row"):
-        image_grid(rows, ["a", "b"])
-    with pytest.raises(ValueError, match="one size"):
-        image_grid([make_images(1, 4, 4), make_images(1, 5, 5)])

@@ -81,18 +81,6 @@ def test_a_file_that_is_damaged_at_its_right_size_ends_in_one_sentence(tmp_path,
         checkpointing.load_checkpoint(accelerator, path, modules, objects)
 
 
-@pytest.mark.parametrize("text", ["not json", "{}", "[]"])
-def test_a_damaged_state_file_is_found_before_anything_is_loaded(tmp_path, text):
-    path = save(tmp_path, 1)
-    manifest = json.loads((path / "COMPLETE").read_text())
-    manifest["files"]["training_state.json"] = len(text)
-    (path / "COMPLETE").write_text(json.dumps(manifest))
-    (path / "training_state.json").write_text(text)
-    assert "training_state.json" in checkpointing.completeness(path)
-    (path / "COMPLETE").write_text('{"files": []}')
-    assert checkpointing.completeness(path) is not None
-
-
 @pytest.mark.parametrize("names", [["README.md", "unet"], ["training_config.json", "model_index.json"], ["notes.txt"]])
 def test_latest_never_starts_anew_over_files_of_others_or_a_result(tmp_path, names):
     for name in names:
@@ -232,8 +220,9 @@ def test_output_dir_is_checked_before_anything_is_written(tmp_path):
         checkpointing.prepare_output_dir(new, None)
     checkpointing.prepare_output_dir(new, "latest")
     assert (new / "precious").read_text() == "mine"
-    with pytest.raises(UserError, match="is a file"):
-        checkpointing.prepare_output_dir(new / "precious", None)
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match="precious cannot be written to"):
+            checkpointing.prepare_output_dir(new / "precious", None, dry_run)
 
 
 def test_a_start_that_failed_does_not_stand_in_the_way_of_the_next(tmp_path):

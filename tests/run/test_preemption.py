@@ -63,7 +63,6 @@ def test_a_slurm_job_stops_before_its_time_is_over(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "margin", "words"),
     [
-        ("soon", 300, "SLURM_JOB_END_TIME='soon' is no time in seconds; unset it"),
         ("1000", 300, "`stop_margin`=300: the job ends in -"),
         ("in 250 seconds", 300, "by SLURM_JOB_END_TIME; ask for more time, or lower the margin"),
     ],

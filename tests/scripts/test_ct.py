@@ -221,6 +221,7 @@ def test_a_gradient_scaler_drives_the_step_and_is_resumed(tmp_path, flags, monke
     assert digests(tmp_path / "a" / "checkpoint-16") == expected
 
 
+@pytest.mark.soak
 def test_constant_images_are_learnt(tmp_path, flags):
     """Data of one grey value, 0.498: samples of one and two steps are of that value."""
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
@@ -281,8 +282,7 @@ def test_a_run_too_short_for_its_average_gives_the_last_weights(tmp_path, flags,
 @pytest.mark.parametrize(
     ("changes", "decays"),
     [
-        ({}, [0, 0.5, 0.5, 0.5]),
-        ({"ema_max_decay": 0.9, "ema_min_decay": 0.1}, [0, 2 / 11, 3 / 12, 4 / 13]),
+        ({"ema_max_decay": 0.25, "ema_min_decay": 0.1}, [0, 2 / 11, 0.25, 0.25]),
         ({"ema_max_decay": 0.9, "use_ema_warmup": True, "ema_power": 1.0}, [0, 1 / 2, 2 / 3, 3 / 4]),
         ({"ema_gamma": 1.0, "ema_max_decay": None}, [0, 1 / 4, 4 / 9, 9 / 16]),
     ],
@@ -359,7 +359,7 @@ def test_steps_follow_from_epochs_by_default(tmp_path, flags, capsys, monkeypatc
 def test_average_and_xformers_go_together(tmp_path, flags, monkeypatch):
     asked = []
     monkeypatch.setattr(UNet2DModel, "enable_xformers_memory_efficient_attention", lambda self: asked.append(self))
-    monkeypatch.setattr(performance, "xformers_failure", lambda *_: None)
+    monkeypatch.setattr(performance, "missing_for_xformers", lambda: None)
     train(flags(tmp_path / "out", max_train_steps=3, enable_xformers_memory_efficient_attention=True))
     assert len(asked) == 2
 

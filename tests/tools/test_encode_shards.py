@@ -432,7 +432,7 @@ FLAGS_REFUSED = {  # flag: (value, sentence), where the latents were made with -
     "vae_encode_batch_size": (7, "--vae_encode_batch_size: nothing is encoded"),
 }
 SHARDS_REFUSED = {  # (what is made of (cached, tmp_path, shards), sentence)
-    "images among them": (lambda c, t, s: f"{{{c}/00000.tar,{s}}}", "mixes cached latents"),
+    "images among them": (lambda c, t, s: f"{{{c}/00000.tar,{s}}}", "mixes cached latents ("),
     "a lower precision": (lambda c, t, s: tars(rewritten(c, t / "x", HALF)),
                           "the VAE made the cached latents in bfloat16 and would compute in float32 in this run"),
     "settings among others": (lambda c, t, s: f"{{{c}/00000.tar,{rewritten(c, t / 'x', HALF)}/00001.tar}}",
@@ -443,12 +443,9 @@ SHARDS_REFUSED = {  # (what is made of (cached, tmp_path, shards), sentence)
     "a damaged manifest": (one_rewritten(shape=None), "is damaged; encode this shard again"),
     "an empty shard among others": (
         lambda c, t, s: (t / "1.tar").touch() or f"{{{c}/00000.tar,{t}/1.tar}}",
-        "1.tar among the cached latents is damaged, or no tar; encode it again, or leave it out",
+        "1.tar); name the ones or the others, or encode that shard again",
     ),
-    "all files of the folder": (
-        lambda c, t, s: f"{c}/*",
-        "_stats.json among the cached latents is damaged, or no tar; encode it again, or leave it out",
-    ),
+    "all files of the folder": (lambda c, t, s: f"{c}/*", "with images or a damaged shard ("),
 }  # fmt: skip
 REFUSED = {flag: (lambda c, t, s, row=(flag, row[0]): dict([row]), row[1]) for flag, row in FLAGS_REFUSED.items()} | {
     name: (lambda c, t, s, make=make: {"train_shards_path_or_url": make(c, t, s)}, sentence)
