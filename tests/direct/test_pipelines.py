@@ -153,9 +153,12 @@ def test_adapters_start_from_what_was_saved(name, tmp_path):
         assert all(torch.equal(value, expected[path]) for path, value in lora.adapter_tensors(module).items())
 
 
-@every_pipeline
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [*((name, 2) for name in tiny.PIPELINES), *((name, 0) for name in ("SD1.5", "Flux", "Qwen-Image"))],
+)
 def test_one_training_step_lowers_the_loss(name, rank):
+    """All weights of the others: their gradients are exact, see above."""
     pipeline, kwargs, _ = student(name)
     with torch.no_grad():
         target = pipelines.call(tiny.make(name), PROMPTS, [3, 4], **tiny.KWARGS[name], num_inference_steps=8).float()

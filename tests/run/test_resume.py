@@ -53,7 +53,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, comman
 
 STOPPED = {
     "at a stage's end": ("tscd", 2, {}),
-    "classes": ("ct", 3, {}),
     "LoRA, dropout, 8-bit Adam, cosine": (
         "direct lora",
         3,
@@ -62,7 +61,11 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize(("name", "step", "changes"), STOPPED.values(), ids=STOPPED)
+@pytest.mark.parametrize(
+    ("name", "step", "changes"),
+    [*STOPPED.values(), pytest.param("ct", 3, {}, marks=pytest.mark.soak)],
+    ids=[*STOPPED, "classes"],
+)
 def test_a_run_that_a_stop_file_ends_is_saved_once_and_goes_on_bit_for_bit(
     tmp_path, command, monkeypatch, name, step, changes
 ):

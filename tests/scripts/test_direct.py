@@ -96,26 +96,22 @@ def test_the_first_loss_is_the_distance_of_stock_results(tmp_path, flags, made, 
     assert scalars(tmp_path / "out", "loss")[1] == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("num_held_out", "where"), [(4, "4 held-out pairs"), (0, "pairs that it was trained on")])
-def test_a_student_that_got_worse_is_called_so(tmp_path, flags, capsys, num_held_out, where):
-    run(flags(tmp_path, learning_rate=3.0, max_train_steps=1, lr_warmup_steps=0, num_held_out=num_held_out))
+def test_a_student_that_got_worse_is_called_so(tmp_path, flags, capsys):
+    run(flags(tmp_path, learning_rate=3.0, max_train_steps=1, lr_warmup_steps=0, num_held_out=0))
     result = json.loads((tmp_path / "held_out.json").read_text())
     assert result["relative_mse"] > result["untrained"]
-    sentence = (
-        f"WARNING: training has not made it better. On {where} its squared error is {result['relative_mse']:.3f}"
-    )
+    sentence = "WARNING: training has not made it better. On pairs that it was trained on its squared error is "
+    sentence += f"{result['relative_mse']:.3f}"
     card = (tmp_path / "README.md").read_text()
     assert sentence in capsys.readouterr().out and f"- {sentence}" in card
     assert 'Without a GPU, leave out `.to("cuda")`' in card
 
 
-def test_gradient_checkpointing_and_bf16(tmp_path, flags):
-    run(flags(tmp_path / "a", max_train_steps=2))
-    run(flags(tmp_path / "b", max_train_steps=2, gradient_checkpointing=True, mixed_precision="bf16"))
-    a, b = (scalars(tmp_path / name, "loss") for name in "ab")
-    assert len(a) == 2 and a == pytest.approx(b, rel=0.05)
-    saved = load_file(tmp_path / "b" / "unet" / "diffusion_pytorch_model.safetensors")
+def test_all_weights_are_float32_in_bf16(tmp_path, flags):
+    run(flags(tmp_path, max_train_steps=1, gradient_checkpointing=True, mixed_precision="bf16"))
+    saved = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16()).any() for tensor in saved.values())
 
 
 # --- resume, processes

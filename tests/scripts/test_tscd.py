@@ -127,7 +127,6 @@ def reference(teacher_dir, shards, k, boundary_prob, noise_offset, swap):
         (tscd, "sample", 2, 1, 0, True),
         (tscd_lora, "v_prediction", 4, 0.5, 0.1, True),
         (tscd_lora, "sample", 1, 0.0, 0.0, False),
-        (tscd_lora, "epsilon", 2, 1, 0, True),
     ],
 )
 def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(
@@ -225,12 +224,11 @@ def test_without_adversarial_weights_there_is_no_discriminator_and_nothing_else_
     assert any(not torch.equal(first[k], last[k]) for k in first)
 
 
-@pytest.mark.parametrize("weights", ["0,0.1", "0.1,0"])
-def test_stages_without_an_adversarial_weight_leave_the_discriminator_alone(tmp_path, flags, weights):
-    train(flags(tmp_path, tscd, adv_weights=weights), tscd)
-    assert set(scalars(tmp_path, "loss_adv")) == ({3, 4} if weights.startswith("0,") else {1, 2})
+def test_stages_without_an_adversarial_weight_leave_the_discriminator_alone(tmp_path, flags):
+    train(flags(tmp_path, tscd, adv_weights="0.1,0"), tscd)
+    assert set(scalars(tmp_path, "loss_adv")) == {1, 2}
     one, two = (load_file(tmp_path / f"checkpoint-{n}" / "discriminator.safetensors") for n in (2, 4))
-    assert any(not torch.equal(one[k], two[k]) for k in one) == weights.startswith("0,")
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_the_discriminators_optimizer_is_not_accelerates(tmp_path, flags, monkeypatch):
@@ -329,9 +327,10 @@ def test_an_embedding_of_w_is_an_option(tmp_path, flags):
     assert not np.array_equal(*images)
 
 
-def test_a_student_goes_on_from_an_earlier_one(tmp_path, flags):
-    train(flags(tmp_path / "a", tscd, max_train_steps=2), tscd)
-    start = tmp_path / "a" / "stage-0-k2"
+def test_a_student_goes_on_from_an_earlier_one(tmp_path, flags, teacher):
+    unet, start = teachers.load_teacher(teacher()).unet, tmp_path / "start"
+    torch.nn.init.normal_(unet.conv_in.weight)
+    unet.save_pretrained(start / "unet")
     options = {"learning_rate": 0, "adam_weight_decay": 0, "max_train_steps": 2}
     train(flags(tmp_path / "b", tscd, init_unet=start, **options), tscd)
     a, b = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (start, tmp_path / "b"))

@@ -6,7 +6,7 @@ import time
 
 from common.ct import unet as ct_unet
 from common.data.shards import expand_shards
-from tests.benchmarks import cached, data, levers, synthetic, throughput
+from tests.benchmarks import synthetic, throughput
 
 import pytest
 from transformers import CLIPTextConfig
@@ -46,32 +46,19 @@ def test_flops_follow_the_flags_of_a_run():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     {
-        "--batch_size=0": "--batch_size: must be at least 1",
-        "--steps=0": "--steps: must be at least 1",
-        "--warmup=0": "--warmup: must be at least 1",
-        "--rounds=0": "--rounds: must be at least 1",
-        "--shards=-1": "--shards: must be at least 1",
-        "--minutes=-1": "--minutes: must be a number that is not negative",
         "--only 1": "--only chooses rows of a suite; pass --suite, or drop it",
         "--suite gpu --only 0 99": "--only=99: --suite=gpu has rows 0 to 10",
-        "--suite gpu --only": "--only: expected at least one argument",
         "--suite gpu --batch_size=4": "--batch_size: the rows of --suite say that themselves; drop",
         "--suite gpu -- --compile": "flags after --: the rows of --suite say that themselves; drop the one",
-        "--suite gpu --peer=README.md": "--peer: the rows of --suite say that themselves; drop the one or the other",
         "--shape=sd16": "--shape=sd16: --script=lcm has the shapes tiny, sd15, sdxl; name one",
-        "--script=tscd --shape=ct64": "--shape=ct64: --script=tscd has the shapes tiny, sd15, sdxl; name one",
-        "--script=ict --shape=sd15": "--shape=sd15: --script=ict has the shapes tiny, ct32, ct64; name one",
         "--script=ect --cached": "--cached: --script=ect trains on images themselves, without a VAE; drop it",
         "-- --train_batch_size=4": "--train_batch_size=4 after --: this program sets it itself, by --script and",
-        "--script=ict -- --pretrain_steps=9": "--pretrain_steps=9 after --: this program sets it itself, by --script",
         "--suite gpu --shape=sdxl": "--shape=sdxl: the rows of --suite have their own shapes; drop it, or try tiny",
         "--script=direct --cached": "--cached: --script=direct trains from pairs of the teacher's own size; drop it",
         "--script=direct_lora --resolution=64": "--resolution: --script=direct_lora trains from pairs",
         "--peer=nowhere.py": "--peer=nowhere.py is no file; name a training script",
         "--peer_flags=--compile": "--peer_flags are for --peer; pass it, or drop them",
         "--output_dir=USER": "USER holds files of others; name a new or empty folder",
-        "--output_dir=USER/thesis.txt": "thesis.txt is a file; name a folder",
-        "--output_dir=/proc/nothing": "--output_dir=/proc/nothing cannot be written to (",
     }.items(),
 )
 def test_mistakes_of_throughput_end_in_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):
@@ -123,34 +110,3 @@ def test_rows_of_a_suite_share_the_minutes_and_are_compared_round_by_round(tmp_p
     )
     throughput.main()
     assert "iCT" not in capsys.readouterr().out  # its tiny shape is another
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "words", "sentence"),
-    [
-        (cached, "--rounds 0", "--rounds: must be at least 1"),
-        (cached, "--updates=0", "--updates: must be at least 1"),
-        (cached, "--batch_size=-1", "--batch_size: must be at least 1"),
-        (data, "--rounds=0", "--rounds: must be at least 1"),
-        (data, "--batches=0", "--batches: must be at least 1"),
-        (data, "--resolutions 64 0", "--resolutions: must be at least 1"),
-        (
-            levers,
-            "--only nonsense",
-            "--only=nonsense is in the name of no row; the rows are --gradient_checkpointing=",
-        ),
-        (levers, "--only", "--only: expected at least one argument"),
-        (levers, "--demo=/nowhere", "--demo=/nowhere holds no teacher; name a demo's folder, or drop it"),
-        (levers, "--steps=6", "--steps=6: an update's time is taken after the first five; at least 7"),
-        (levers, "--activations --only compile", "--only: --activations prints all of its rows; drop one"),
-    ],
-)
-def test_mistakes_of_other_benchmarks_end_in_one_sentence(benchmark, words, sentence, monkeypatch, capsys):
-    """None measures nothing, or something else, without a word."""
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
-    for name in ("compare", "activations", "write_shards"):  # nothing is begun
-        monkeypatch.setattr(benchmark, name, None, raising=False)
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.main()
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(err.splitlines()) == 1 and sentence in err, err
