@@ -134,9 +134,7 @@ class TrainingData:
             )
         names = [name for name, _ in self._items or ()]
         unsigned = [without_credentials(shard) if is_remote(shard) else shard for shard in self.shards]
-        older = names if source is None else [f"{index:08d}" for index in range(len(names))]  # of older versions
-        listings = [json.dumps(listing) for listing in ([unsigned, names], [self.shards, older])]
-        self._shards_hash, self._older_hash = [hashlib.sha256(text.encode()).hexdigest() for text in listings]
+        self._shards_hash = hashlib.sha256(json.dumps([unsigned, names]).encode()).hexdigest()
         self._start(num_lanes or 8 * world_size, 0, None)
 
     def _start(self, num_lanes: int, micro_batch: int, cursors: dict[int, dict] | None):
@@ -381,8 +379,6 @@ class TrainingData:
             return
         num_lanes = self._given_lanes or saved["num_lanes"]
         identity = self._identity() | {"num_lanes": num_lanes}
-        if saved["train_shards_path_or_url"] == self._older_hash:
-            saved = saved | {"train_shards_path_or_url": self._shards_hash}
         changed = [f"`{name}`" for name in identity if identity[name] != saved[name]]
         if changed:
             raise UserError(

@@ -1,9 +1,7 @@
 """Folders of images: what is listed, which samples captions and metadata make of it, how every reader sees them."""
 
 import functools
-import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -259,22 +257,6 @@ def test_classes_of_metadata(tmp_path):
     assert source.num_classes == 5 and source.classes == {0, 4} and source.unusable == 1
     assert [source.read(i).get("cls") for i in range(3)] == [b"4", b"0", None]  # as in the table, which others kept
     assert "1 image without a row in the metadata, the first is 'a/0.png'" in source.notes[0]
-
-
-def test_checkpoints_of_versions_that_numbered_the_images_go_on(tmp_path):
-    shards, source = open_images(None, train_data_dir=fill(tmp_path, "a/1.png", "a/2.png", "b/1.png"))
-    decode = functools.partial(decode_image_label, resolution=8)
-    data = TrainingData(shards, decode, batch_size=1, seed=0, num_lanes=1, source=source, required=())
-    expected = [next(iter(data))["keys"] for _ in range(1)]
-    state = data.state_dict() | {"next_micro_batch": 0}
-    listing = json.dumps([[str(tmp_path)], ["00000000", "00000001", "00000002"]])
-    state["identity"]["train_shards_path_or_url"] = hashlib.sha256(listing.encode()).hexdigest()
-    state["cursors"]["0"] = dict.fromkeys(state["cursors"]["0"], 0)
-    data.load_state_dict(TrainingData.merge_state_dicts([state]))
-    assert [next(iter(data))["keys"] for _ in range(1)] == expected
-    state["identity"]["train_shards_path_or_url"] = "other"
-    with pytest.raises(UserError, match="another `train_shards_path_or_url`"):
-        data.load_state_dict(TrainingData.merge_state_dicts([state]))
 
 
 # --- how they look
