@@ -182,20 +182,6 @@ def test_the_scaled_input_has_unit_variance():
         assert (c_in * (x + sigma * torch.randn_like(x))).std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_the_two_noisy_images_of_a_pair_are_told_apart_in_float32():
-    """At N = 1281 bfloat16 is off by about half; float32 by a thousandth at the smallest step, and less above."""
-    x, z = 2 * torch.rand(4, 3, 32, 32) - 1, torch.randn(4, 3, 32, 32)
-    sigmas = consistency.karras_sigmas(1281)
-
-    def error(i, dtype):
-        low, high = (x.to(dtype) + s.to(dtype) * z.to(dtype) for s in (sigmas[i], sigmas[i + 1]))
-        exact = (sigmas[i + 1] - sigmas[i]) * z.double()
-        return (((high - low).double() - exact).norm() / exact.norm()).item()
-
-    assert error(0, torch.float32) < 1.5e-3 and error(200, torch.float32) < 1e-3
-    assert error(200, torch.bfloat16) > 0.4
-
-
 # --- loss
 
 
@@ -242,13 +228,6 @@ S = 0.5
 def exact_f(x, sigma):
     """The consistency function of N(0, s^2): x sqrt((s^2 + smin^2) / (s^2 + sigma^2))."""
     return x * torch.sqrt((S**2 + 0.002**2) / (S**2 + sigma**2))
-
-
-def test_gaussian_data_pairs_on_the_ode_give_no_difference():
-    sigmas = consistency.karras_sigmas(41)
-    x = torch.randn(1000, 1, dtype=torch.float64) * torch.sqrt(S**2 + sigmas[1:] ** 2)
-    on_the_ode = x * torch.sqrt((S**2 + sigmas[:-1] ** 2) / (S**2 + sigmas[1:] ** 2))
-    assert (exact_f(x, sigmas[1:]) - exact_f(on_the_ode, sigmas[:-1])).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, comman
     assert name != "direct" or held_out.read_text() == measured
 
 
-STOPPED = {
-    "at a stage's end": ("tscd", 2, {}),
+STOPPED = {  # beside the first, with -m soak
+    "classes": ("ct", 3, {}),
     "LoRA, dropout, 8-bit Adam, cosine": (
         "direct lora",
         3,
@@ -63,8 +63,8 @@ STOPPED = {
 
 @pytest.mark.parametrize(
     ("name", "step", "changes"),
-    [*STOPPED.values(), pytest.param("ct", 3, {}, marks=pytest.mark.soak)],
-    ids=[*STOPPED, "classes"],
+    [("tscd", 2, {}), *(pytest.param(*row, marks=pytest.mark.soak) for row in STOPPED.values())],
+    ids=["at a stage's end", *STOPPED],
 )
 def test_a_run_that_a_stop_file_ends_is_saved_once_and_goes_on_bit_for_bit(
     tmp_path, command, monkeypatch, name, step, changes

@@ -52,7 +52,7 @@ ROWS = {
     "ct, 8-bit": ("ct", {"use_8bit_adam": True}),
     "direct LoRA, stepwise": (
         "direct",
-        BF16 | {"lora_rank": 4, "lora_dropout": 0.3, "backward": "stepwise", "gradient_accumulation_steps": 2},
+        BF16 | {"lora_rank": 4, "lora_dropout": 0.3, "backward": "stepwise"},
     ),
 }
 LONG_ROWS = {
@@ -67,6 +67,10 @@ LONG_ROWS = {
     "ct, ECT": ("ct", {"objective": "ect", "pretrain_steps": 1, "discretization_s_1": None}),
     "direct LoRA, int8": ("direct", {"lora_rank": 8, "quantize_base": "int8", **BF16}),
     "direct, stepwise, full": ("direct", {"backward": "stepwise", "gradient_checkpointing": True, **BF16}),
+    "direct LoRA, stepwise, accumulation": (
+        "direct",
+        {"lora_rank": 4, "backward": "stepwise", "gradient_accumulation_steps": 2, **BF16},
+    ),
     "direct, average": ("direct", {"ema_decay": 0.9, "gradient_accumulation_steps": 1}),
 }
 
