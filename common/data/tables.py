@@ -53,6 +53,8 @@ def read_text(path, name=None) -> str:
         raise UserError(f"{name} is not UTF-8 text ({where}); save it as UTF-8") from None
     if "git-lfs" in found or "HTML" in found:
         raise UserError(f"{name} is {found}")
+    if "\0" in text:
+        raise UserError(f"{name} is not UTF-8 text (it holds zero bytes, as UTF-16 does); save it as UTF-8")
     return text
 
 
@@ -120,6 +122,8 @@ def _separated(text, name, columns, delimiter):
                     f"{name} has no column {', '.join(missing)}; its first row names {', '.join(header)}, with a "
                     f"{separator} between two"
                 )
+            if twice := [column for column in header if column and header.count(column) > 1]:
+                raise UserError(f"{name}: its first row names the column {twice[0]!r} twice")
         elif len(cells) == len(header):
             rows.append((place, dict(zip(header, cells, strict=True))))
         else:
