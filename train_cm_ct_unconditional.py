@@ -8,7 +8,7 @@ Fourier features of the noise level, since diffusers' U-Net divides by those; ne
 
     accelerate launch train_cm_ct_unconditional.py --dataset_name=cifar10 --dataset_image_column_name=img \\
         --resolution=32 --class_conditional --num_classes=10 --train_batch_size=128 --max_train_steps=400000 \\
-        --use_ema --mixed_precision=bf16 --output_dir=ct
+        --use_ema --mixed_precision=fp16 --output_dir=ct
 
 To change the method, copy this file and edit step 7. There is no solver: both sides of a pair are made in 7.3. Another
 objective: 3 (parametrisation, sampler), 4 (target), 6 (what is saved and sampled), 7.2 to 7.6, 8, `ct/card.py`.

@@ -96,7 +96,7 @@ def train(words, script=lcm):
     """A run in this process; accelerate's state is a process's, so it starts afresh."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    script.main(script.parse_args(words))
+    return script.main(script.parse_args(words))
 
 
 def launch(flags, num_processes=1, prelude=None, use_cpu=True, script=lcm, engine=None):

@@ -92,6 +92,16 @@ def make_optimizer(args, parameters, total_batch_size):
     )
 
 
+def state_bytes(optimizer, part=lambda parameter: parameter):
+    """What an optimizer's states will take: two as large as each weight; of 8-bit AdamW, 8 bits and a scale of 256.
+
+    part: what of a weight is counted, as `ema.part` for that of this process.
+    """
+    is_8bit = "8bit" in type(getattr(optimizer, "optimizer", optimizer)).__name__
+    sizes = [part(weight).numel() for group in optimizer.param_groups for weight in group["params"]]
+    return sum(2 * size + size // 32 if is_8bit and size >= 4096 else 8 * size for size in sizes)
+
+
 def apply_performance_flags(args, trained, frozen, vae=None):
     """`gradient_checkpointing`, `float32_end_layers`, `channels_last`, `compile` and xformers' kernels, on denoisers,
     in place.

@@ -1,7 +1,8 @@
 """What a run says: at its start, at each log entry, and at its end. Only the main process prints.
 
-The start says what costs nothing to know. What memory an update takes is simulated by `dry_run` alone, which takes up
-to a minute; a run says what its first update took.
+The start says what costs nothing to know: what is held without activations, and what a checkpoint takes. Activations
+and FLOPs are simulated by `dry_run` alone, whose minute may not delay each start. A run measures the memory of its
+first update and its speed, and says both.
 """
 
 import ast
@@ -9,13 +10,17 @@ import datetime
 import os
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+from common.ema import part
 from common.flags import ArgumentParser, spelled
 from common.networks import lora
+from common.run import engine
+from common.run.simulation import as_size
 
 import diffusers
 import torch
@@ -92,11 +97,54 @@ def _rows(rows):
         print(textwrap.fill(f"{title:<{width}}{'  '.join(words)}", WIDTH, **options), flush=True)
 
 
+def show_plan(args, accelerator, networks, modules, optimizers):
+    """Print what a run takes, as far as it is known before its first update.
+
+    networks: {name: module} of all that the loss depends on; modules: those that a checkpoint has besides what
+    accelerate prepared; optimizers: all of them.
+    """
+    found, folder = (*networks.values(), *modules.values()), Path(args.output_dir)
+    tensors = {id(t): t for module in found for t in (*module.parameters(), *module.buffers())}.values()
+    weights = [tensor for tensor in tensors if isinstance(tensor, torch.nn.Parameter)]
+    trained = [weight for weight in weights if weight.requires_grad]
+    trains, total = (f"{sum(weight.numel() for weight in group) / 1e6:.4g} M" for group in (trained, weights))
+    held = {
+        "weights": sum(part(each).nbytes for each in tensors if each.device.type == accelerator.device.type),
+        "gradients": sum(part(each).nbytes for each in trained),
+        "optimizer": sum(engine.state_bytes(optimizer, part) for optimizer in optimizers),
+    }
+    parts = ", ".join(f"{name} {as_size(number)}" for name, number in held.items())
+    memory, card = as_size(sum(held.values())), _memory_of(accelerator.device)
+    prepared = [weight for model in accelerator._models for weight in model.parameters()]
+    if getattr(args, "lora_rank", 0):  # the base is the teacher's
+        prepared = [weight for weight in prepared if weight.requires_grad]
+    besides = [weight for module in modules.values() for weight in module.parameters()]
+    written = sum(weight.nbytes for weight in prepared + besides) + sum(
+        engine.state_bytes(optimizer) for optimizer in optimizers
+    )
+    number = max(1, args.max_train_steps // args.checkpointing_steps)
+    kept, free = min(number, args.checkpoints_total_limit or number), shutil.disk_usage(folder).free
+    lines = {
+        "trained": f"{trains} of {total} weights",
+        "memory": f"{memory}{card and f' of {as_size(card)}' or ''} before activations: {parts}",
+        "disk": f"{as_size(written)} a checkpoint, {kept} kept; {as_size(free)} are free",
+        "time": f"measured until update {2 * args.logging_steps}",
+    }
+    echo(spelled("The plan of each process; `dry_run` simulates activations and FLOPs"), lines)
+    there = len(list(folder.glob("checkpoint-*")))
+    if free < (kept + 1 - there) * written:  # the oldest goes once the newest is there
+        print(spelled("WARNING: the checkpoints do not fit; pass `checkpoints_total_limit`"), flush=True)
+
+
+def _memory_of(device):
+    """Bytes that a GPU has; 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
 def say_memory(device):
     """Print the most memory that torch has held so far on the GPU `device`, and what there is; nothing on a CPU."""
-    if device.type == "cuda":
-        taken, there = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-        say(f"memory of the first update: {taken / 2**30:.1f} of the GPU's {there / 2**30:.1f} GiB")
+    if there := _memory_of(device):
+        say(f"memory of the first update: {as_size(torch.cuda.max_memory_reserved(device))} of {as_size(there)}")
 
 
 def warmup_warning(args):
@@ -139,7 +187,7 @@ class Progress:
 
     def __init__(self, start, total, is_shown):
         self.start = self.step = self.printed = start
-        self.total, self.is_shown, self.values = total, is_shown, {}
+        self.total, self.is_shown, self.values, self.entry = total, is_shown, {}, None
         self.started = self.time = time.monotonic()
         is_bar = is_shown and _is_terminal(sys.stderr)
         self.bar = tqdm(total=total, initial=start, desc="steps", disable=not is_bar, bar_format=BAR, smoothing=0.02)
@@ -159,6 +207,19 @@ class Progress:
             self.bar.set_postfix_str(", ".join(words))
         elif self.is_shown:
             self._line(words)
+        self._say_time()
+
+    def _say_time(self):
+        """Once, at the second entry: how long the run takes. The host waits for the device at each entry."""
+        if self.is_shown and self.entry and self.total > self.step:
+            (step, then), self.entry = self.entry, ()
+            each = (time.monotonic() - then) / (self.step - step)
+            left = (self.total - self.step) * each
+            ends = datetime.datetime.now() + datetime.timedelta(seconds=left)
+            words = f"time: {each:.3g} s an update, {_duration(left)} for those to come, until {ends:%a %H:%M}"
+            say(f"{words}; samples, measurements and checkpoints come on top")
+        elif self.entry is None:
+            self.entry = self.step, time.monotonic()
 
     def _line(self, words):
         is_due = (self.step - self.printed) * ENTRIES >= self.total or time.monotonic() - self.time >= SILENCE

@@ -83,20 +83,20 @@ class Result(NamedTuple):
 
     def lines(self):
         """{name: text} for people: whether it fits, what it takes, and of what that is made up."""
-        allowance = f"{FRAGMENTATION:.0%} for fragmentation and {_size(CONTEXT)} for CUDA, not measured here"
+        allowance = f"{FRAGMENTATION:.0%} for fragmentation and {as_size(CONTEXT)} for CUDA, not measured here"
         largest = f"none of {', '.join(map(str, CARDS))} GB"
         per_sample = self.flops / self.samples / 1e9
         lines = {
             "smallest card that holds it": f"{self.card} GB" if self.card else largest,
-            "needed on each process": f"{_size(self.needed)}, with {allowance}",
+            "needed on each process": f"{as_size(self.needed)}, with {allowance}",
             "parameters": f"{self.trained / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
             "FLOPs per update": f"{number(self.flops / 1e12)} T on each process, {number(per_sample)} G a sample",
         }
-        lines |= {f"- {name}": _size(size) for name, size in self.parts.items()}
+        lines |= {f"- {name}": as_size(size) for name, size in self.parts.items()}
         where = "peak, the sum" if self.moment == BEFORE else "peak of an update, the sum"
-        lines[where] = f"{_size(self.peak)}, in: {self.moment}"
-        lines |= {f"- in: {name}": _size(size) for name, size in self.moments.items() if " the " not in name}
-        lines["- between two updates"] = _size(self.between)
+        lines[where] = f"{as_size(self.peak)}, in: {self.moment}"
+        lines |= {f"- in: {name}": as_size(size) for name, size in self.moments.items() if " the " not in name}
+        lines["- between two updates"] = as_size(self.between)
         for line, times in self.waits.items():
             mark = "" if line.endswith(")") and " (in " in line else "WARNING: "
             lines[f"{mark}{times} times an update"] = f"the update waits for the device in line {line}"
@@ -113,7 +113,8 @@ def number(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _size(size):
+def as_size(size):
+    """Bytes, for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
 
 

@@ -8,11 +8,12 @@ import re
 import secrets
 import sys
 import time
+import traceback
 import uuid
 from pathlib import Path
 
 from common import lock
-from common.errors import UserError
+from common.errors import UserError, line_of
 from common.flags import ArgumentParser, exit_with, public_args, spelled
 from common.results import evaluation, export
 from common.run import checkpointing, preemption, screen, simulation, training_data, validation
@@ -46,6 +47,8 @@ def user_errors(main, is_tool=False):
             return finished.result
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)
+        except torch.OutOfMemoryError as error:
+            exit_with(os.path.basename(sys.argv[0]), _out_of_memory(error, is_tool), on_one_rank=True)
         except (OSError, SafetensorError) as error:
             if not re.search(DISK_ERRORS, str(error)):
                 raise
@@ -59,6 +62,19 @@ def user_errors(main, is_tool=False):
             raise SystemExit(130) from None
 
     return wrapped
+
+
+def _out_of_memory(error, is_tool):
+    """Where a GPU's memory ended, in the innermost line of this project, and the ways out."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    where = f"{os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}"
+    ways = "a smaller batch"
+    if not is_tool:
+        ways = (
+            "`gradient_checkpointing`, a smaller `train_batch_size` with more `gradient_accumulation_steps`, or what "
+            '"python -m common.tools.plan" finds'
+        )
+    return f"{line_of(error).split('. GPU')[0]} ({where}); take {ways}"
 
 
 tool_errors = functools.partial(user_errors, is_tool=True)
@@ -192,9 +208,8 @@ class TrainingRun:
             networks=networks,
         )
         if is_shown:
-            trained = {p for network in networks.values() for p in network.parameters() if p.requires_grad}
-            number = sum(p.numel() for p in trained) / 1e6
-            print(f"training {number:.4g} M weights, output in {args.output_dir}", flush=True)
+            others = [value for value in objects.values() if isinstance(value, torch.optim.Optimizer)]
+            screen.show_plan(args, accelerator, networks, modules, [*accelerator._optimizers, *others])
         self.progress = screen.Progress(self.global_step, args.max_train_steps, is_shown)
         self.means = RunningMeans()
 

@@ -1,7 +1,7 @@
 """What of a training command fits a card, how long it takes, and the command to run: before it waits in a queue.
 
     python -m common.tools.plan --gpu_memory 24 train_lcm_distill_sd_wds.py --pretrained_teacher_model=MODEL \\
-        --train_shards_path_or_url="shards/{00000..00099}.tar" --max_train_steps=1000 --mixed_precision=bf16
+        --train_shards_path_or_url="shards/{00000..00099}.tar" --max_train_steps=1000 --mixed_precision=fp16
 
 Updates of the script are simulated as --dry_run does it, at two batch sizes for each choice of recomputed activations;
 memory is a straight line in the batch size between and beyond them. Where not even one sample fits, nothing that

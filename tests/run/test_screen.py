@@ -1,6 +1,8 @@
 """What a run prints: the start, the lines of a log file, and the end, whose commands are run as they stand."""
 
+import datetime
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -11,7 +13,7 @@ import sys
 import termios
 import types
 
-from common.run import screen
+from common.run import screen, simulation, training_run
 from common.tools import evaluate
 from tests.cases import SCRIPTS, soak_but, train
 
@@ -27,7 +29,11 @@ def test_start_and_end_of_each_script(tmp_path, monkeypatch, capsys, command, na
     out, err = capsys.readouterr()
     assert re.search(r"^update .*--max_train_steps=4", out, re.M) and re.search(r"^not given, so .*--\w+=", out, re.M)
     assert "--adam_epsilon" not in out and "=None " not in out  # what nobody gave
-    assert re.search(r"^training [\d.e-]+ M weights", out, re.M)
+    plan = dict(re.findall(r"^  (trained|memory|disk|time) +(.*)", out, re.M))
+    assert re.match(r"[\d.e-]+ M of [\d.]+ M weights$", plan["trained"]) and "before activations" in plan["memory"]
+    said, unit = re.match(r"([\d.]+) (\wiB) a checkpoint, 2 kept", plan["disk"]).groups()
+    saved = sum(path.stat().st_size for path in (folder / "checkpoint-4").rglob("*"))
+    assert unit == "MiB" and float(said) == pytest.approx(saved / 2**20, rel=0.25, abs=0.3)
     grid = folder / ("stage-0-k2/sample_grid.png" if "tscd" in name else "samples/step-000002.png")
     assert f"samples: {grid}\n" in out and grid.is_file()
     assert re.findall("^step (\\d) of 4", err, re.M) == list("1234")
@@ -113,4 +119,50 @@ def test_a_gpus_memory_is_said_after_the_first_update(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: there)
     screen.say_memory(torch.device("cpu"))
     screen.say_memory(torch.device("cuda", 0))
-    assert capsys.readouterr().out == "memory of the first update: 19.1 of the GPU's 24.0 GiB\n"
+    assert capsys.readouterr().out == "memory of the first update: 19.12 GiB of 24.00 GiB\n"
+
+
+def test_the_plan_holds_what_a_simulation_counts(tmp_path, capsys, command):
+    """Weights, gradients and states, of a script with two optimizers."""
+    words = command("tscd", tmp_path / "out", max_train_steps=2, stage_steps=1)
+    with simulation.wishing(like_gpu=False):
+        parts = train([*words, "--dry_run"], SCRIPTS["tscd"]).parts
+    capsys.readouterr()
+    train(words, SCRIPTS["tscd"])
+    said = re.search(
+        r"^  memory .*: weights (.*) MiB, gradients (.*) MiB, optimizer (.*) MiB$", capsys.readouterr().out, re.M
+    )
+    names = "weights of", "gradients", "optimizer states"
+    counted = [sum(size for what, size in parts.items() if what.startswith(name)) for name in names]
+    assert [float(number) for number in said.groups()] == pytest.approx([n / 2**20 for n in counted], rel=0.02)
+
+
+def test_checkpoints_that_do_not_fit_are_told_at_the_start(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(screen.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**20))
+    train(command("lcm", tmp_path / "out", max_train_steps=1))
+    assert "WARNING: the checkpoints do not fit; pass --checkpoints_total_limit\n" in capsys.readouterr().out
+
+
+def test_the_time_is_said_once_from_the_second_log_entry(monkeypatch, capsys):
+    seconds = itertools.count(0, 30)
+    monkeypatch.setattr(screen.time, "monotonic", lambda: next(seconds))
+    progress = screen.Progress(0, 1000, is_shown=True)
+    for _ in range(3):
+        for _ in range(10):
+            progress.update()
+        progress.show({"samples_per_second": 4.0})
+    [said] = re.findall("^time: .*", capsys.readouterr().out, re.M)
+    each, left = re.match(r"time: (\S+) s an update, (\S+) for those to come, until \w+ \d\d:\d\d; ", said).groups()
+    assert float(each) >= 3 and left == str(datetime.timedelta(seconds=round(980 * float(each))))
+
+
+def test_a_gpu_without_memory_ends_a_run_in_one_sentence(monkeypatch, capsys):
+    @training_run.user_errors
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity ...")
+
+    with pytest.raises(SystemExit) as ended:
+        main(types.SimpleNamespace())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Tried to allocate 2.00 GiB (test_screen.py, line " in said and "plan" in said
