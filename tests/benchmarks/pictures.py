@@ -84,6 +84,24 @@ def draw_distances(models, width=800, height=420, left=60, right=130, top=34, bo
     return picture
 
 
+def draw_speeds(sides, wanted, title, width=800, left=190, row=44, top=56):
+    """Bars of what a consumer of `wanted` samples/s got: {label: (samples/s, share of the time spent waiting)}."""
+    picture = Image.new("RGB", (width, top + row * len(sides) + 10), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    full = width - left - 200
+    pen.text(
+        (GAP, 14), f"{title}; the line is the {wanted:.0f} samples/s that training takes", fill="black", font=font
+    )
+    for number, (label, (speed, waiting)) in enumerate(sides.items()):
+        y, end = top + number * row, left + full * speed / wanted
+        pen.text((GAP, y + row // 2 - 4), label, fill="black", font=font, anchor="lm")
+        pen.rectangle([left, y, end, y + row - 12], fill=COLOURS[number + 1])
+        words = f"{speed:.0f} samples/s, waits {waiting:.0%}"
+        pen.text((left + full + 10, y + row // 2 - 4), words, fill="black", font=font, anchor="lm")
+    pen.line([(left + full, top - 8), (left + full, top + row * len(sides) - 4)], fill="black", width=2)
+    return picture
+
+
 def main(args):
     models = measured(Path(args.demo), args.teacher)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

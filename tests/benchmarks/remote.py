@@ -2,7 +2,8 @@
 
 A server on loopback gives so many MB/s to each connection. Both read the same 16 shards of 24 MB with 4 loader
 processes, into batches of 16 at 256 px, for a consumer that takes 0.1 s a batch; webdataset shuffles over 1,000
-samples. Then the stream reads local files and its cache, as fast as it can. The sides take turns.
+samples. The same from local files stands beside. Then the stream reads local files and its cache, as fast as it can.
+The sides take turns. --picture draws what the consumer got.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from common.data.images import decode_image_text
 from common.data.stream import TrainingData
+from tests.benchmarks import pictures
 
 import torch
 import webdataset as wds
@@ -87,7 +89,7 @@ def measure(make, seconds, pause=PAUSE):
     return [first, count / passed, waits / passed, longest]
 
 
-def main(rate, seconds, rounds, write_shards, pillow_decode):
+def main(rate, seconds, rounds, write_shards, pillow_decode, picture=None):
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         local = write_shards(Path(folder), SHARDS, SAMPLES, distinct=64, quality=40)  # 60 kB each
@@ -103,6 +105,7 @@ def main(rate, seconds, rounds, write_shards, pillow_decode):
             "stream": lambda: measure(partial(ours, remote), seconds),
             "webdataset": lambda: measure(partial(theirs, remote, pillow_decode), seconds),
             "stream, into a cache": lambda: measure(cached, seconds),
+            "stream, local files": lambda: measure(partial(ours, local), seconds),
         }
         for _ in range(rounds):
             for name, side in sides.items():
@@ -113,7 +116,7 @@ def main(rate, seconds, rounds, write_shards, pillow_decode):
             pass
         del batches
         for _ in range(TURNS * rounds):
-            for name, side in {"local files": partial(ours, local), "cache": cached}.items():
+            for name, side in {"local files, no pause": partial(ours, local), "cache, no pause": cached}.items():
                 results.setdefault(name, []).append(measure(side, seconds / TURNS, 0.0))
         server.terminate()
         server.join()
@@ -123,6 +126,11 @@ def main(rate, seconds, rounds, write_shards, pillow_decode):
     for name, (first, speed, waiting, longest) in medians.items():
         print(f"| {name} | {first:.1f} s | {speed:.0f} | {waiting:.0%} | {longest:.1f} s |")
     ratio = medians["stream"][1] / medians["webdataset"][1]
-    of_cache = statistics.median(c[1] / f[1] for c, f in zip(results["cache"], results["local files"], strict=True))
-    print(f"stream / webdataset {ratio:.2f}, cache / local files {of_cache:.2f}")
+    pairs = zip(results["cache, no pause"], results["local files, no pause"], strict=True)
+    of_cache = statistics.median(c[1] / f[1] for c, f in pairs)
+    of_local = medians["stream"][1] / medians["stream, local files"][1]
+    print(f"stream / webdataset {ratio:.2f}, / local files {of_local:.2f}; cache / local files {of_cache:.2f}")
+    if picture:
+        paused = {name: medians[name][1:3] for name in sides}
+        pictures.draw_speeds(paused, BATCH / PAUSE, f"{rate:g} MB/s a connection").save(picture, optimize=True)
     print(json.dumps({"benchmark": "remote data", "rate": rate, "results": results}))
