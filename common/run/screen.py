@@ -106,7 +106,7 @@ def show_plan(args, accelerator, networks, modules, optimizers):
     found, folder = (*networks.values(), *modules.values()), Path(args.output_dir)
     tensors = {id(t): t for module in found for t in (*module.parameters(), *module.buffers())}.values()
     weights = [tensor for tensor in tensors if isinstance(tensor, torch.nn.Parameter)]
-    trained = [weight for weight in weights if weight.requires_grad]
+    trained = [weight for each in optimizers for group in each.param_groups for weight in group["params"]]
     trains, total = (f"{sum(weight.numel() for weight in group) / 1e6:.4g} M" for group in (trained, weights))
     held = {
         "weights": sum(part(each).nbytes for each in tensors if each.device.type == accelerator.device.type),
@@ -217,7 +217,8 @@ class Progress:
             left = (self.total - self.step) * each
             ends = datetime.datetime.now() + datetime.timedelta(seconds=left)
             words = f"time: {each:.3g} s an update, {_duration(left)} for those to come, until {ends:%a %H:%M}"
-            say(f"{words}; samples, measurements and checkpoints come on top")
+            if left >= 60:
+                say(f"{words}; samples, measurements and checkpoints come on top")
         elif self.entry is None:
             self.entry = self.step, time.monotonic()
 
