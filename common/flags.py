@@ -466,4 +466,6 @@ def labelled_path(text):
 
 def prompt(text):
     """A prompt as it is, `path` of `@FILE`."""
+    if os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text} is a file; write @{text} for the prompts in it")
     return path(text) if text.startswith("@") else text

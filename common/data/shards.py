@@ -75,10 +75,9 @@ def _expand_spec(spec: str) -> list[str]:
             shards += matches
             missing += [] if matches else [path]
     if missing:
-        raise UserError(
-            f"`train_shards_path_or_url`: {len(missing)} of {len(paths)} paths match no file, the first is "
-            f"{missing[0]!r}; correct the path or the range in braces."
-        )
+        what = f"{len(missing)} of {len(paths)} paths match no file, the first is {missing[0]!r}"
+        what = what if len(paths) > 1 else f"{missing[0]!r} matches no file"
+        raise UserError(f"`train_shards_path_or_url`: {what}; correct the path or the range in braces")
     return shards
 
 

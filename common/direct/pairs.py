@@ -72,9 +72,10 @@ def write_config(folder, config, free=("versions",)):
         there, here = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(text)
         changed = [key for key in sorted(there) if there[key] != here.get(key) and key not in free]
         if changed:
+            told = ", ".join(_difference(key, there[key], here.get(key)) for key in changed)
             raise UserError(
-                f"{flag} holds pairs of other flags (they differ in {', '.join(changed)}); repeat the command that "
-                "began it, delete it, or name a new folder"
+                f"{flag} holds pairs of other flags ({told}); repeat the command that began it, delete it, or name a "
+                "new folder"
             )
         return
     try:
@@ -83,6 +84,14 @@ def write_config(folder, config, free=("versions",)):
             unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{flag} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def _difference(name, there, here):
+    """In words; of two dicts, where they differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
+        return ", ".join(_difference(key, there.get(key), here.get(key)) for key in names)
+    return f"{name} was {there!r:.60} and is {here!r:.60}"
 
 
 def write_shard(path, pairs):
@@ -108,6 +117,9 @@ def write_shard(path, pairs):
 def report(who, own, config, folder):
     """The last line of a tool: what its process has done, `own` shards, and how much of the whole is there by now."""
     wanted, missing = missing_shards(folder, config)
+    if len(own) == len(wanted):  # of one process
+        print(f"done: {config['num_pairs']} pairs are in {folder}, in {len(wanted)} shard(s)", flush=True)
+        return
     there = f"{len(wanted) - len(missing)} of {len(wanted)} shards are in {folder}"
     done = f"{len(own)} of its {len(own)} shards are done; {there}"
     print(f"{who}: {done}", flush=True)

@@ -11,7 +11,7 @@ Shards are fixed ranges of rows, dealt to tasks that never wait for each other; 
 from pathlib import Path
 
 from common import flags, lock
-from common.data import tables
+from common.data import cached_latents, tables
 from common.direct import embeddings, pairs, pipelines, probes, sources, student
 from common.errors import UserError, speaking_of
 from common.networks import fusing
@@ -22,6 +22,7 @@ from common.tools.work import (
     add_work_arguments,
     find_device,
     resolve_work,
+    task_of,
 )
 
 
@@ -70,9 +71,10 @@ def main(args):
     lock.take(args.output_dir, (args.shard_index, args.num_shards))
 
     # 2. The teacher, what its call does, and the shards of this task that are not there yet.
-    label, part = f"task {args.shard_index} of {args.num_shards}", (args.shard_index, args.num_shards)
+    label, part = task_of(args), (args.shard_index, args.num_shards)
     with speaking_of("IN, --pretrained_teacher_model", "pairs_dir"):
         sources.check_encoder(source, args.pretrained_teacher_model, variant=args.variant, **place)
+        print(f"loading {args.pretrained_teacher_model}", flush=True)
         pipeline = pipelines.load_pipeline(args.pretrained_teacher_model, dtype, **own, **place).to(device)
         pipeline.scheduler, _ = probes.student_scheduler(*teacher["scheduler"])
         try:
@@ -106,6 +108,11 @@ def read_source(spec, base_path):
     """The table or the cached latents that IN names."""
     if Path(spec).suffix.lower() in tables.TABLES or not (Path(spec).is_dir() or ".tar" in spec):
         return sources.PairImages(spec, base_path, max_pixels=2**62)  # of any size, for which each pair says its own
+    if Path(spec).is_dir() and not any(Path(spec, name).is_file() for name in (cached_latents.MANIFEST, pairs.CONFIG)):
+        raise UserError(
+            f"`pairs_dir`={spec} is a folder without cached latents; name the table of its images, prompts and seeds, "
+            f"such as {Path(spec, 'metadata.csv')}"
+        )
     source = sources.open_pairs(spec)
     if isinstance(source, pairs.PairShards):
         raise UserError(f"`pairs_dir`={spec} holds pairs already; train from them with --pairs_dir")

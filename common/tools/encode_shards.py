@@ -43,7 +43,7 @@ from common.keyed_random import keyed_seed
 from common.networks import encoders, teachers
 from common.results.export import versions
 from common.run import training_run
-from common.tools.work import add_device_argument, add_work_arguments, find_device, resolve_work
+from common.tools.work import add_device_argument, add_work_arguments, find_device, resolve_work, task_of
 
 import torch
 from tqdm import tqdm
@@ -129,6 +129,7 @@ def main(args):
     torch.backends.cudnn.deterministic = True
     unused = ("unet", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if config["is_sdxl"] else ()))
     teacher_options |= {"vae": other_vae, "vae_revision": args.revision} | dict.fromkeys(unused)
+    print(f"loading the VAE of {other_vae or args.pretrained_teacher_model}", flush=True)
     vae = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options).vae
     manifest["encoder_sha256"] = cached_latents.encoder_sha256(vae)
     vae.decoder = vae.post_quant_conv = None
@@ -139,7 +140,7 @@ def main(args):
     missing = [unit for unit in own if cached_latents.shard_stats(paths[unit.name]) is None]
     failed = []
     total = {"total": len(own), "initial": len(own) - len(missing), "smoothing": 0.05}
-    with tqdm(desc=f"task {args.shard_index} of {args.num_shards}", unit="shard", **total) as progress:
+    with tqdm(desc=task_of(args), unit="shard", **total) as progress:
         for unit in missing:
             try:
                 encode_shard(vae, unit, args, paths[unit.name], manifest_bytes, progress)
@@ -226,10 +227,13 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
         read, skipped = account["read"], dict(sorted(account["skipped"].items()))
         if read and not count or account["damage"] and not read:
             first = (account["first_skipped"] or [{"detail": ""}])[0]["detail"]
-            reason = f"none of its {read} samples can be used: {skipped}, the first for {first or 'no caption'}"
+            reason = (
+                f"none of its {read} samples can be used: {listed(skipped)}, the first for {first or 'no caption'}"
+            )
             raise SampleError("shard_read", account["damage"] or reason)
         if skipped:
-            progress.write(f"{path.name}: {count} of {read} samples, skipped: {skipped}; see {path.stem}_stats.json")
+            why = f"skipped: {listed(skipped)}; see {path.stem}_stats.json"
+            progress.write(f"{path.name}: {count} of {read} samples, {why}")
         said = {"count": read, "successes": count, "skipped": skipped, "first_skipped": account["first_skipped"]}
         said |= {"seeds": account["seeds"]} if account["seeds"] else {}  # of sources without any, nothing new is said
         return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
@@ -325,16 +329,21 @@ def report(args, own, paths):
     """One line on what this task has made, now or before, and how much of the whole is there."""
     there = [stats for unit in own if (stats := cached_latents.shard_stats(paths[unit.name]))]
     skipped = sum((Counter(stats["skipped"]) for stats in there), Counter())
-    listed = ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
     seeds = sum(stats.get("seeds", 0) for stats in there)
     complete = sum(cached_latents.shard_stats(path) is not None for path in paths.values())
-    print(
-        f"task {args.shard_index} of {args.num_shards}: {len(there)} of its {len(own)} shards are done, "
-        f"{sum(stats['successes'] for stats in there)} samples{f', {seeds} with a seed' if seeds else ''}, skipped: "
-        f"{listed}; {complete} of {len(paths)} shards "
-        f"are in {args.output_dir}",
-        flush=True,
-    )
+    samples = f"{sum(stats['successes'] for stats in there)} samples{f', {seeds} with a seed' if seeds else ''}"
+    samples += f", skipped: {listed(skipped)}"
+    if args.num_shards == 1:
+        print(f"done: {complete} of {len(paths)} shards are in {args.output_dir}, {samples}", flush=True)
+        return
+    own_part = f"{len(there)} of its {len(own)} shards are done, {samples}"
+    whole = f"{complete} of {len(paths)} shards are in {args.output_dir}"
+    print(f"{task_of(args)}: {own_part}; {whole}", flush=True)
+
+
+def listed(skipped):
+    """{class: count} in words."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(skipped.items())) or "none"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common.direct import embeddings, pairs, pipelines, pixels, probes, student,
 from common.errors import UserError, speaking_of
 from common.networks import fusing
 from common.results.export import versions
-from common.run import training_run
+from common.run import screen, training_run
 from common.tools.work import (
     DTYPES,
     add_device_argument,
@@ -110,6 +110,8 @@ def main(args):
     lock.take(args.output_dir, (rank, world_size))
 
     # 3. The teacher, and what it does with these arguments.
+    if rank == 0:
+        print(f"loading {args.pretrained_teacher_model}", flush=True)
     pipeline = pipelines.load_pipeline(
         args.pretrained_teacher_model, DTYPES[args.dtype], scheduler=scheduler, **own, **place
     ).to(device)
@@ -141,6 +143,8 @@ def main(args):
         "versions": versions(),
     }
     pairs.write_config(args.output_dir, config)
+    if rank == 0:
+        screen.echo("What is asked", asked(config))
 
     # 4. What this process has to make of the embeddings, then of the shards.
     if args.save_embeddings:
@@ -158,6 +162,18 @@ def main(args):
             made = make_pairs(pipeline, ranges[shard], prompts, args, kwargs, progress)
             pairs.write_shard(pairs.shard_path(args.output_dir, shard), made)
     pairs.report(f"process {rank} of {world_size}", shards, config, args.output_dir)
+
+
+def asked(config):
+    """{name: text} of what all processes together do, for people."""
+    call = ", ".join(f"{name}={value!r}" for name, value in config["kwargs"].items())
+    guided = "guided" if config["guided"] else "without guidance"
+    first, last = config["seed"], config["seed"] + config["num_pairs"] - 1
+    return {
+        "pairs": f"{config['num_pairs']} of {config['num_prompts']} prompts, seeds {first} to {last}",
+        "teacher": f"{config['pipeline']}, {config['scheduler']['class']}, {guided}, {config['dtype']}",
+        "call": call,
+    }
 
 
 def call_kwargs(args, pipeline):
@@ -240,8 +256,11 @@ def read_prompts(spec, column=None):
 
 
 def _captions(spec):
-    with speaking_of("--prompts"):
-        shards = expand_shards(spec)
+    try:
+        with speaking_of("--prompts"):
+            shards = expand_shards(spec)
+    except UserError as error:
+        raise UserError(f"{error}; prompts are in {tables.FORMATS}, or captions of shards") from None
     prompts = []
     for shard in shards:
         if os.path.isdir(shard):

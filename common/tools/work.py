@@ -45,6 +45,11 @@ def resolve_work(parser, args):
         parser.error(f"--shard_index={args.shard_index} must be less than --num_shards={args.num_shards}")
 
 
+def task_of(args):
+    """What a bar and the last line call this process."""
+    return f"task {args.shard_index} of {args.num_shards}" if args.num_shards > 1 else "encoding"
+
+
 def _part_of_the_work(parser):
     """(index, count) of this process: those of the SLURM array, of the launcher's ranks, or of both."""
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")

@@ -313,6 +313,7 @@ def test_format_table():
         (["--pretrained_model", "/nowhere/at/all"], "--pretrained_model /nowhere/at/all is neither a folder"),
         (["--pretrained_model", "{root}/images"], "has no model_index.json"),
         (["--height", "24"], "--height and --width go together"),
+        (["--prompts", "{root}/pipeline/model_index.json"], "is a file; write @"),
         (["--prompts", "@/nowhere.txt"], "--prompts=@/nowhere.txt cannot be read"),
         (["--timesteps", "999,0"], "drop it or --num_inference_steps"),
         (["--lora", "{root}/images"], "--lora"),
