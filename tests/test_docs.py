@@ -20,6 +20,8 @@ from tests.made import save_data_set, save_table
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
@@ -171,6 +173,18 @@ def test_a_documented_command_that_is_wrong_is_found(users_machine, capsys):
     assert "--no_such_flag" in capsys.readouterr().err
 
 
+def test_the_launchers_own_words_parse():
+    """Those of `accelerate launch` before the script, and what its --config_file says."""
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in lines_of(block)]
+    launched = [shlex.split(line.partition("accelerate launch ")[2]) for line in lines if "accelerate launch " in line]
+    assert len(launched) > 15
+    for words in launched:
+        args = launch_command_parser().parse_args(words)
+        if args.config_file:
+            config = load_config_from_file(str(ROOT / args.config_file))
+            assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+
+
 @named
 def test_commands_of_tests_name_files_and_flags_that_exist(page):
     """`python tests/...`, `python -m tests...` and `pytest`, in blocks and in the text."""
@@ -192,10 +206,9 @@ def test_commands_of_tests_name_files_and_flags_that_exist(page):
 LEFT_OUT = {  # what of the blocks cannot run here, and why
     r"^pip ": "it installs",
     r"-m pytest tests$": "it is this suite",
-    r"^sbatch ": "it needs SLURM; tests/tools/test_encode_shards.py runs the job file",
-    r"train_\w+\.py \.\.\.$": "its flags are left open; tests/run and tests/soak run several processes",
+    r"train_\w+\.py \.\.\.$": "it starts several processes, as tests/soak does; its words are checked above",
     r"--suite gpu": "it needs a GPU; tests/soak/test_benchmarks.py runs it on a tiny shape",
-    r"^import ray": "it needs ray; tests/tools/test_encode_shards.py runs it with a stand-in",
+    r"^import ray": "it needs ray; tests/tools/test_encode_shards.py runs the page's lines with a stand-in",
 }
 SD = ["--resolution=16", "--max_train_steps=1", "--validation_num_inference_steps=1", "--shuffle_block_samples=16"]
 STAGES = [*SD, "--stage_segments=8,4,1", "--stage_steps=1", "--max_train_steps=3", "--adv_weights=0"]
@@ -242,7 +255,15 @@ def is_left_out(code):
 
 
 def run(line):
-    """A command of the guides, in this process, made small."""
+    """A command of the guides, in this process, made small; of a SLURM array, what the job file starts as its task."""
+    if line.startswith("sbatch "):
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
+        [count] = re.findall(r"--array=0-(\d+) docs/slurm/array\.sbatch ", line)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in zip(names, (0, 0, 1, int(count) + 1), strict=True):
+                patch.setenv(name, str(value))
+            run(line.partition(".sbatch ")[2])
+        return
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     found, words = list(modules(line)), shlex.split(line)
@@ -330,7 +351,8 @@ def stand_ins(teacher, shards):
     """{what a page says: what is there instead}."""
     new = " --model_config_name_or_path=unet.json"
     return {
-        "shards/{00000..00099}.tar": shards, "latents/{00000..00099}.tar": f"latents/{Path(shards).name}",
+        "shards/{00000..00099}.tar": shards, "shards/{00000..01099}.tar": shards,
+        "latents/{00000..00099}.tar": f"latents/{Path(shards).name}",
         "runwayml/stable-diffusion-v1-5": teacher, "Qwen/Qwen-Image": teacher,
         "stabilityai/stable-diffusion-xl-base-1.0": teacher, "=runs/sd15": f"={teacher}",
         "student=lcm ": "student=demo/lcm_parity ",
