@@ -373,6 +373,11 @@ def report_lines(judged):
         f"- Seconds: on the CPU, {first['threads']} thread(s), batches of {first['batch_size']}, text and decoding "
         "included.",
         f"- Data: {digits.DATA_NOTE}.",
+    ]
+    if len(judged) == 1:
+        other, what = ("sd", "name the digit") if judged[0][0] is digits.PARITY else ("parity", "leave digits open")
+        lines.append(f"- The other judge, whose prompts {what}: `python -m common.tools.demo --teacher {other}`.")
+    lines += [
         "",
         "![samples](report.png)",
     ]
