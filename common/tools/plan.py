@@ -63,6 +63,9 @@ def parse_args(argv=None):
     add("script", metavar="SCRIPT", help="a training script, also an edited copy")
     add("flags", metavar="FLAGS", nargs=argparse.REMAINDER, help="as for the script")
     args = parser.parse_args(argv)
+    own = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    if misplaced := [word for word in args.flags if word.split("=")[0] in own]:
+        parser.error(f"{misplaced[0]} is no flag of {args.script}; put it before the script")
     if not Path(args.script).is_file():
         parser.error(f"{args.script}: there is no such script; put it before its flags")
     if args.mfu == 0:
@@ -94,20 +97,20 @@ def main(args):
         least = min(choices, key=lambda choice: choice.needed / choice.simulated)
         raise UserError(
             f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for "
-            f"{least.simulated} sample(s); use {', '.join(ways_out(args, typed))} or a larger card"
+            f"{several(least.simulated, 'sample')}; use {', '.join(ways_out(args, typed))} or a larger card"
         )
     words = [*without(flags, *OFFERED), *offered(chosen, samples)]
     result = simulate(script, words, args.processes, args.fsdp2)
     updates = result.updates if typed.max_train_steps else max(1, round(result.updates / args.processes))
     hours = updates * args.processes * result.flops / (args.mfu * args.gpu_tflops * 1e12) / 3600
-    screen.echo("The recommended choice, simulated", result.lines())
+    screen.echo(f"Recommended: {in_words(chosen)}; simulated", result.lines())
     print(
-        f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on {args.processes} "
-        f"card(s), at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
+        f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on "
+        f"{several(args.processes, 'card')}, at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
     )
     draw(result, args.gpu_memory, args.picture)
-    several = ["--config_file=docs/fsdp2.yaml"] if args.fsdp2 else ["--multi_gpu"] if args.processes > 1 else []
-    launch = ["accelerate", "launch", *several, f"--num_processes={args.processes}", args.script]
+    together = ["--config_file=docs/fsdp2.yaml"] if args.fsdp2 else ["--multi_gpu"] if args.processes > 1 else []
+    launch = ["accelerate", "launch", *together, f"--num_processes={args.processes}", args.script]
     print(
         f"{args.picture} shows memory over the update. The command:\n\n{shlex.join([*launch, *words])}\n", flush=True
     )
@@ -142,6 +145,15 @@ def without(words, *names):
         if not drops:
             kept.append(word)
     return kept
+
+
+def several(number, what):
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
+
+
+def in_words(choice):
+    adam = ", 8-bit Adam" if choice.use_8bit_adam else ""
+    return f"batches of {choice.batch}, {choice.recomputed} recomputed{adam}"
 
 
 def offered(choice, samples):
@@ -233,13 +245,16 @@ def choice_of(args, which, use_8bit_adam, sizes, less, samples):
 
 
 def print_table(args, choices, refused):
-    print(f"\nOf {args.gpu_memory} GB, on {args.processes} process(es):\n")
-    print("| recomputed | 8-bit Adam | largest batch | GiB needed | GFLOPs a sample |\n|---|---|---|---|---|")
+    print(f"\nWhat fits {args.gpu_memory} GB, on {several(args.processes, 'process')}:\n")
+    rows = [("recomputed", "8-bit Adam", "largest batch", "GiB needed", "GFLOPs a sample")]
     for choice in choices:
-        batch = choice.batch or f"none, for {choice.simulated}:"
-        adam = "yes" if choice.use_8bit_adam else "no"
-        flops = simulation.number(choice.flops / 1e9)
-        print(f"| {choice.recomputed} | {adam} | {batch} | {choice.needed:.1f} | {flops} |")
+        needed = f"{choice.needed:.1f}" if choice.batch else f"{choice.needed:.1f} for {choice.simulated}"
+        adam, flops = "yes" if choice.use_8bit_adam else "no", simulation.number(choice.flops / 1e9)
+        rows.append((choice.recomputed, adam, str(choice.batch or "none"), needed, flops))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
     for what, why in refused.items():
         print(f"\n{what} is refused: {why.split('error: ')[-1]}")
     print(flush=True)

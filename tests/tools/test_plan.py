@@ -61,6 +61,9 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     options = ["--gpu_memory=24", "--processes=2", f"--picture={tmp_path / 'plan.png'}", lcm.__file__]
     chosen, simulated = plan.main(plan.parse_args([*options, *words]))
     out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6 and len({tuple(i for i, c in enumerate(line) if c == "|") for line in table}) == 1
+    assert "Recommended: batches of 12, none recomputed; simulated" in out
     assert (chosen.batch, chosen.recomputed, chosen.use_8bit_adam) == (12, "none", False)
     assert len(asked) == 2 * 3 + 1 + 1 and asked[-1] == (12, "none", False, 2) and simulated.samples == 12
     launch = shlex.split(out.strip().split("\n")[-1])
@@ -77,13 +80,14 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plan.main(plan.parse_args(["--gpu_memory=4", *options[1:], *words]))
     assert [which for _, which, _, _ in asked] == ["full", "none"]
-    assert "11.2 GiB are needed for 2 sample(s)" in capsys.readouterr().err
+    assert "11.2 GiB are needed for 2 samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["no_script.py"], "no_script.py: there is no such script"),
+        ([lcm.__file__, "--gpu_memory=24"], "--gpu_memory=24 is no flag of"),
         (["--mfu=0", lcm.__file__], "--mfu=0: a run reaches some share"),
         (["--picture=/no/folder/x.png", lcm.__file__], "--picture=/no/folder/x.png: name a .png file"),
         ([lcm.__file__, "--nonsense"], "--pretrained_teacher_model"),
