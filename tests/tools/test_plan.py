@@ -63,7 +63,7 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     out = capsys.readouterr().out
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6 and len({tuple(i for i, c in enumerate(line) if c == "|") for line in table}) == 1
-    assert "Recommended: batches of 12, none recomputed; simulated" in out
+    assert "Recommended, simulated: --train_batch_size=12 --gradient_accumulation_steps=2\n" in out
     assert (chosen.batch, chosen.recomputed, chosen.use_8bit_adam) == (12, "none", False)
     assert len(asked) == 2 * 3 + 1 + 1 and asked[-1] == (12, "none", False, 2) and simulated.samples == 12
     launch = shlex.split(out.strip().split("\n")[-1])
