@@ -19,7 +19,7 @@ from pathlib import Path
 from common.ema import part
 from common.flags import ArgumentParser, spelled
 from common.networks import lora
-from common.run import engine
+from common.run import engine, simulation
 from common.run.simulation import as_size
 
 import diffusers
@@ -134,6 +134,39 @@ def show_plan(args, accelerator, networks, modules, optimizers):
     there = len(list(folder.glob("checkpoint-*")))
     if free < (kept + 1 - there) * written:  # the oldest goes once the newest is there
         print(spelled("WARNING: the checkpoints do not fit; pass `checkpoints_total_limit`"), flush=True)
+
+
+def show_simulated(title, result):
+    """Print a `simulation.Result`: what to decide by, then what the peak is made of, and the moments of an update."""
+    for heading, values in simulated(title, result).items():
+        if values:
+            echo(heading, values)
+
+
+def simulated(title, result):
+    """{heading: {name: text}} of a `simulation.Result`."""
+    allowance = f"{simulation.FRAGMENTATION:.0%} for fragmentation and {as_size(simulation.CONTEXT)} for CUDA"
+    largest = f"none of {', '.join(map(str, simulation.CARDS))} GB"
+    card = f"{result.card} GB is the smallest that holds" if result.card else f"{largest} holds"
+    flops, sample = (simulation.number(n) for n in (result.flops / 1e12, result.flops / result.samples / 1e9))
+    return {
+        title: {
+            "card": f"{card} {as_size(result.needed)}: the peak, {allowance}, not measured here",
+            "peak": f"{as_size(result.peak)}, in: {result.moment}; between updates: {as_size(result.between)}",
+            "FLOPs": f"{flops} T an update, {sample} G a sample",
+            "trained": f"{result.trained / 1e6:.4g} M of {(result.trained + result.frozen) / 1e6:.4g} M weights",
+        },
+        "The peak is the sum of": {name: f"{as_size(size):>10}" for name, size in result.parts.items()},
+        "The peak of each moment": {
+            name: f"{as_size(size):>10}" for name, size in result.moments.items() if " the " not in name
+        },
+        "Waits": {
+            f"{'' if line.endswith(')') and ' (in ' in line else 'WARNING: '}{times} times an update": (
+                f"the update waits for the device in line {line}"
+            )
+            for line, times in result.waits.items()
+        },
+    }
 
 
 def _memory_of(device):

@@ -81,27 +81,6 @@ class Result(NamedTuple):
         """GB of the smallest of CARDS that holds it, or None."""
         return next((size for size in CARDS if self.needed <= size * 2**30), None)
 
-    def lines(self):
-        """{name: text} for people: whether it fits, what it takes, and of what that is made up."""
-        allowance = f"{FRAGMENTATION:.0%} for fragmentation and {as_size(CONTEXT)} for CUDA, not measured here"
-        largest = f"none of {', '.join(map(str, CARDS))} GB"
-        per_sample = self.flops / self.samples / 1e9
-        lines = {
-            "smallest card that holds it": f"{self.card} GB" if self.card else largest,
-            "needed on each process": f"{as_size(self.needed)}, with {allowance}",
-            "parameters": f"{self.trained / 1e6:.2f} M trained, {self.frozen / 1e6:.2f} M frozen",
-            "FLOPs per update": f"{number(self.flops / 1e12)} T on each process, {number(per_sample)} G a sample",
-        }
-        lines |= {f"- {name}": as_size(size) for name, size in self.parts.items()}
-        where = "peak, the sum" if self.moment == BEFORE else "peak of an update, the sum"
-        lines[where] = f"{as_size(self.peak)}, in: {self.moment}"
-        lines |= {f"- in: {name}": as_size(size) for name, size in self.moments.items() if " the " not in name}
-        lines["- between two updates"] = as_size(self.between)
-        for line, times in self.waits.items():
-            mark = "" if line.endswith(")") and " (in " in line else "WARNING: "
-            lines[f"{mark}{times} times an update"] = f"the update waits for the device in line {line}"
-        return lines
-
 
 def needed(peak):
     """Bytes of a card for a peak of live tensors."""

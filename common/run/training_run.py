@@ -43,7 +43,7 @@ def user_errors(main, is_tool=False):
                 return main(args)
         except simulation.Finished as finished:
             if finished.result and finished.is_reported:
-                screen.echo("One update, simulated on tensors without memory", finished.result.lines())
+                screen.show_simulated("An update on each process, simulated without memory", finished.result)
             return finished.result
         except UserError as error:
             exit_with(os.path.basename(sys.argv[0]), error, error.on_one_rank)

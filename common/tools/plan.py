@@ -103,7 +103,7 @@ def main(args):
     result = simulate(script, words, args.processes, args.fsdp2)
     updates = result.updates if typed.max_train_steps else max(1, round(result.updates / args.processes))
     hours = updates * args.processes * result.flops / (args.mfu * args.gpu_tflops * 1e12) / 3600
-    screen.echo(f"Recommended, simulated: {' '.join(offered(chosen, samples))}", result.lines())
+    screen.show_simulated(f"Recommended, simulated: {' '.join(offered(chosen, samples))}", result)
     print(
         f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on "
         f"{several(args.processes, 'card')}, at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"

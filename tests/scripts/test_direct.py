@@ -359,7 +359,7 @@ def test_two_processes_share_the_encoding(tmp_path, flags, table):
 @pytest.mark.soak
 def test_a_dry_run_of_the_guides_folder_simulates_an_update(tmp_path, flags, table, capsys):
     run(from_table(flags, table, tmp_path / "out", dry_run=True))
-    assert "smallest card that holds it" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert "is the smallest that holds" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 def test_encoded_images_are_the_latents_but_for_what_the_decoder_lost(table, pictured, direct_teacher):

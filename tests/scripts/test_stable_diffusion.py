@@ -350,7 +350,7 @@ def test_dry_run_checks_everything_and_writes_nothing(tmp_path, flags, capsys, m
     result = lcm.main(lcm.parse_args(flags))
     out = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-    for words in ("samples per epoch   1437", "updates             720", "smallest card that holds it", "12 GB"):
+    for words in ("samples per epoch   1437", "updates             720", "card     12 GB is the smallest that holds"):
         assert words in out
     assert result.updates == 720 and result.samples == 4 and not result.waits
 
