@@ -151,7 +151,7 @@ def simulated(title, result):
     flops, sample = (simulation.number(n) for n in (result.flops / 1e12, result.flops / result.samples / 1e9))
     return {
         title: {
-            "card": f"{card} {as_size(result.needed)}: the peak, {allowance}, not measured here",
+            "card": f"{card} {as_size(result.needed)}: the peak, and by rule {allowance}",
             "peak": f"{as_size(result.peak)}, in: {result.moment}; between updates: {as_size(result.between)}",
             "FLOPs": f"{flops} T an update, {sample} G a sample",
             "trained": f"{result.trained / 1e6:.4g} M of {(result.trained + result.frozen) / 1e6:.4g} M weights",

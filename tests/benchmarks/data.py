@@ -110,12 +110,13 @@ def main():
     add("--batches", type=flags.positive_int, default=32, help="per round and stream; 32 x 16 are two shuffle blocks")
     add("--remote", type=flags.positive_float, help="MB/s of each connection to a server of shards, with 4 processes")
     add("--picture", type=flags.path, help="with --remote: a .png of what each side gives")
+    add("--pause", type=flags.positive_float, default=remote.PAUSE, help="with --remote: seconds that a batch is used")
     add("--seconds", type=flags.positive_int, default=60, help="of each side and round, with --remote")
     args = parser.parse_args()
     if args.picture and not args.remote:
         parser.error("--picture is of --remote; give that too")
     if args.remote:
-        remote.main(args.remote, args.seconds, args.rounds, write_shards, pillow_decode, args.picture)
+        remote.main(args.remote, args.seconds, args.rounds, write_shards, pillow_decode, args.picture, args.pause)
         return
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):

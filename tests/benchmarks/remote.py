@@ -1,9 +1,9 @@
 """The training stream against webdataset on shards of a slow server: `python tests/benchmarks/data.py --remote 3`.
 
 A server on loopback gives so many MB/s to each connection. Both read the same 16 shards of 24 MB with 4 loader
-processes, into batches of 16 at 256 px, for a consumer that takes 0.1 s a batch; webdataset shuffles over 1,000
-samples. The same from local files stands beside. Then the stream reads local files and its cache, as fast as it can.
-The sides take turns. --picture draws what the consumer got.
+processes, into batches of 16 at 256 px, for a consumer that takes --pause seconds a batch; webdataset shuffles over
+1,000 samples. The same from local files stands beside. Then the stream reads local files and its cache, as fast as it
+can. The sides take turns. --picture draws what the consumer got.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def theirs(shards, decode):
     return iter(DataLoader(decoded, batch_size=BATCH, num_workers=WORKERS, collate_fn=collate))
 
 
-def measure(make, seconds, pause=PAUSE):
+def measure(make, seconds, pause):
     """[seconds to the first batch, samples/s after it, share of the time spent waiting, longest wait]"""
     start = time.monotonic()
     batches = make()
@@ -89,7 +89,7 @@ def measure(make, seconds, pause=PAUSE):
     return [first, count / passed, waits / passed, longest]
 
 
-def main(rate, seconds, rounds, write_shards, pillow_decode, picture=None):
+def main(rate, seconds, rounds, write_shards, pillow_decode, picture=None, pause=PAUSE):
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         local = write_shards(Path(folder), SHARDS, SAMPLES, distinct=64, quality=40)  # 60 kB each
@@ -102,10 +102,10 @@ def main(rate, seconds, rounds, write_shards, pillow_decode, picture=None):
         cache = Path(folder, "cache")
         cached = partial(ours, remote, shard_cache_dir=cache)
         sides = {
-            "stream": lambda: measure(partial(ours, remote), seconds),
-            "webdataset": lambda: measure(partial(theirs, remote, pillow_decode), seconds),
-            "stream, into a cache": lambda: measure(cached, seconds),
-            "stream, local files": lambda: measure(partial(ours, local), seconds),
+            "stream": lambda: measure(partial(ours, remote), seconds, pause),
+            "webdataset": lambda: measure(partial(theirs, remote, pillow_decode), seconds, pause),
+            "stream, into a cache": lambda: measure(cached, seconds, pause),
+            "stream, local files": lambda: measure(partial(ours, local), seconds, pause),
         }
         for _ in range(rounds):
             for name, side in sides.items():
@@ -132,5 +132,5 @@ def main(rate, seconds, rounds, write_shards, pillow_decode, picture=None):
     print(f"stream / webdataset {ratio:.2f}, / local files {of_local:.2f}; cache / local files {of_cache:.2f}")
     if picture:
         paused = {name: medians[name][1:3] for name in sides}
-        pictures.draw_speeds(paused, BATCH / PAUSE, f"{rate:g} MB/s a connection").save(picture, optimize=True)
+        pictures.draw_speeds(paused, BATCH / pause, f"{rate:g} MB/s a connection").save(picture, optimize=True)
     print(json.dumps({"benchmark": "remote data", "rate": rate, "results": results}))
