@@ -87,11 +87,12 @@ def write_config(folder, config, free=("versions",)):
 
 
 def _difference(name, there, here):
-    """In words; of two dicts, where they differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
+    """In words; of the call's arguments, those that differ."""
+    if name == "kwargs":
         names = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
         return ", ".join(_difference(key, there.get(key), here.get(key)) for key in names)
-    return f"{name} was {there!r:.60} and is {here!r:.60}"
+    told = f"{name} was {there!r} and is {here!r}"
+    return told if len(told) < 100 else f"{name} is another"
 
 
 def write_shard(path, pairs):

@@ -338,7 +338,7 @@ def test_the_images_are_encoded_once_and_a_start_that_died_goes_on(tmp_path, fla
     assert digests(last) == expected and members(out / "pairs") == there
     Image.new("RGB", (16, 16)).save(table / "000000003.png")
     capsys.readouterr()
-    assert "pairs holds pairs of other flags (image_bytes_sha256 was " in one_sentence(
+    assert "pairs holds pairs of other flags (image_bytes_sha256 is another" in one_sentence(
         capsys, run, [*words, "--max_train_steps=5", "--resume_from_checkpoint=latest"]
     )
 
