@@ -83,7 +83,7 @@ def parse_args(argv=None):
 def main(args):
     script = load_script(args.script)
     flags = without(args.flags, "dry_run", "report_to")
-    typed = script.parse_args([*flags, "--report_to=none"])
+    typed = script.parse_args([*flags, "--report_to=none", "--dry_run"])  # which needs no GPU for fp16
     samples = typed.train_batch_size * typed.gradient_accumulation_steps  # of an update, on one process
     if (
         getattr(typed, "vae_encode_batch_size", 1) is None

@@ -52,12 +52,13 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     asked = []
 
     def simulate(script, words, processes, fsdp2):
-        args = lcm.parse_args([*words, "--report_to=none"])
+        args = lcm.parse_args([*words, "--report_to=none", "--dry_run"])
         asked.append((args.train_batch_size, args.gradient_checkpointing, args.use_8bit_adam, processes))
         return result(args.train_batch_size, between=(6 if args.use_8bit_adam else 8) * GIB)
 
     monkeypatch.setattr(plan, "simulate", simulate)
     words = flags(tmp_path / "out", train_batch_size=12, gradient_accumulation_steps=2, learning_rate=1e-6)
+    words.append("--mixed_precision=fp16")  # planned where there is no GPU
     options = ["--gpu_memory=24", "--processes=2", f"--picture={tmp_path / 'plan.png'}", lcm.__file__]
     chosen, simulated = plan.main(plan.parse_args([*options, *words]))
     out = capsys.readouterr().out
@@ -68,7 +69,7 @@ def test_a_plan_of_the_lcm_script(tmp_path, flags, monkeypatch, capsys):
     assert len(asked) == 2 * 3 + 1 + 1 and asked[-1] == (12, "none", False, 2) and simulated.samples == 12
     launch = shlex.split(out.strip().split("\n")[-1])
     assert launch[:5] == ["accelerate", "launch", "--multi_gpu", "--num_processes=2", lcm.__file__]
-    args = lcm.parse_args(launch[5:])
+    args = lcm.parse_args([*launch[5:], "--dry_run"])
     assert args.train_batch_size == 12 and args.gradient_accumulation_steps == 2 and args.learning_rate == 1e-6
     hours = 100 * 2 * 12e12 / 3600 / (0.35 * 165e12)
     assert f"100 updates take {hours:.3g} GPU-hours" in out
