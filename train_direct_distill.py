@@ -28,6 +28,7 @@ from common.direct.student import (
     check_same_weights,
     freeze_unused,
     measure,
+    possible_calls,
     roll_out,
     student_kwargs,
 )
@@ -192,7 +193,8 @@ def main(args):
         accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing is written.")
         run.checkpoint, _ = None, simulation.begin(args, accelerator)
 
-    # 3. The teacher's pipeline with the student's scheduler, and what its call does; every change is reported.
+    # 3. The teacher's pipeline with the student's scheduler. All prompts are encoded while its text encoders are alone
+    #    on the device, and these let go.
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, **own, **place)
@@ -200,21 +202,35 @@ def main(args):
         sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
     pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler)
-    sharding.shard(accelerator, [] if args.lora_rank else list(pipelines.denoisers(pipeline).values()))
-    pipeline = pipeline if args.quantize_base else pipeline.to(device)  # it may fit quantised alone
+    base, data.pipeline = list(pipelines.denoisers(pipeline).values()), pipeline
+    pipelines.bring_others(pipeline, device)
+    pipelines.exempt_vae(pipeline)
     if not args.dry_run:
         check_same_weights(pipeline, pairs_config, args.pairs_dir)
         check_weights(networks_of(pipeline))  # before what is made with them is blamed on the pairs
-    quantized.quantize(pipelines.denoisers(pipeline).values(), args.quantize_base, device)
+    asked = {"teacher_kwargs": pairs_config["kwargs"] if pairs_config else {}, "overrides": args.student_kwargs}
+    asked["num_inference_steps"] = args.num_inference_steps
+    ready = args.pairs_dir and Path(args.pairs_dir, "embeddings")  # of generate_pairs or encode_pairs
+    folder = Path(args.output_dir, "embeddings")
+    with simulation.waiting(base), simulation.before_updates(pipeline.components):
+        calls = possible_calls(pipeline, data, **asked)
+        told = embeddings.let_go(pipeline, data.prompts, calls, folder, accelerator, args.dry_run, ready)
+    accelerator.print(told)
+
+    # 4. Student: adapters or all weights of the denoisers, which come to the device now. What the pipeline's call does
+    #    with them is found out; every change is reported. What gets no gradient is frozen. The checks of the pairs run
+    #    on the untrained student, whose results the samples show beside the trained one's.
+    quantized.quantize(base, args.quantize_base, device)
+    if args.lora_rank:
+        options = {"dropout": args.lora_dropout, "names": target_names, "init_lora": args.init_lora}
+        pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, **options)
+    sharding.shard(accelerator, [] if args.lora_rank else base, plain=base if args.lora_rank else [])
     pipeline.to(device)
-    pipelines.exempt_vae(pipeline)
-    data.pipeline = pipeline
-    own_schedule = args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys()
+    if not args.lora_rank:
+        torch.nn.ModuleList(base).requires_grad_(True)
+    repair = not (args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys())
     with accelerator.autocast(), simulation.before_updates(pipeline.components):
-        teacher_kwargs = pairs_config["kwargs"] if pairs_config else {}
-        kwargs, found = student_kwargs(
-            pipeline, data, teacher_kwargs, args.num_inference_steps, args.student_kwargs, repair=not own_schedule
-        )
+        kwargs, found = student_kwargs(pipeline, data, **asked, repair=repair, calls=calls)
     accelerator.print("\n".join(notes + found))
     if not args.dry_run:  # which encodes no image, but simulates it
         teacher = {"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": str(weight_dtype)[6:]}
@@ -222,22 +238,8 @@ def main(args):
         with accelerator.autocast():
             made_by = {"pipeline": pipeline, "kwargs": kwargs, "scheduler": config["scheduler"], "model": teacher}
             data = sources.pairs_of(data, accelerator, folder=Path(args.output_dir, "pairs"), **made_by)
-    folder, options = Path(args.output_dir, "embeddings"), kwargs | data.call_kwargs([0])
-    ready = args.pairs_dir and Path(args.pairs_dir, "embeddings")  # of generate_pairs or encode_pairs
-    with simulation.before_updates(pipeline.components):
-        told = embeddings.let_go(pipeline, data.prompts, options, folder, accelerator, args.dry_run, ready)
-    accelerator.print(told)
-    networks = networks_of(pipeline)  # without the text encoders
-
-    # 4. Student: adapters or all weights of the denoisers, owned by one module. What gets no gradient is frozen. The
-    #    checks of the pairs run on the untrained student, whose results the samples show beside the trained one's.
-    if args.lora_rank:
-        options = {"dropout": args.lora_dropout, "names": target_names, "init_lora": args.init_lora}
-        pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, **options)
-        sharding.shard(accelerator, [], plain=list(pipelines.denoisers(pipeline).values()))
-    else:
-        torch.nn.ModuleDict(pipelines.denoisers(pipeline)).requires_grad_(True)
-    engine.apply_performance_flags(args, trained=list(pipelines.denoisers(pipeline).values()), frozen=[])
+    networks = networks_of(pipeline)
+    engine.apply_performance_flags(args, trained=base, frozen=[])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
     shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.direct.pipelines import call, denoisers
+from common.direct.probes import before_denoiser, taken
 from common.errors import CALL_ERRORS, UserError, blame, line_of
 from common.files import whole
 
@@ -37,10 +37,11 @@ class _Way(NamedTuple):
     both: tuple  # that for the two
 
 
-def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False, ready=None):
+def let_go(pipeline, prompts, calls, folder, accelerator, dry_run=False, ready=None):
     """Encode all prompts, each process a part; from then on `encode_prompt` looks them up. Drop the text encoders.
 
-    prompts: list of str. kwargs: of the student's call, with the size of an image. folder: where the embeddings are
+    Denoisers do not run and may be on another device. prompts: list of str. calls: [arguments] of a student's call
+    with the size of an image, and of what it may turn out to be. folder: where the embeddings are
     kept, for a resumed run too. dry_run: nothing is written, and every prompt is the longest. ready: a folder in which
     `make` may have put them. Returns a sentence on what was done, "" where there is no text encoder. Computes in the
     encoders' own dtypes, without autocast.
@@ -53,7 +54,7 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False, ready=
     stay = f"note: {names} encode each batch and stay in memory, "
     if not encoders:
         return ""
-    way = _way(pipeline, prompts, kwargs, place, checks=not dry_run)
+    way = _way(pipeline, prompts, calls, place, checks=not dry_run)
     if isinstance(way, str):
         return stay + way
     encode, asked, ones, both = way
@@ -72,7 +73,7 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False, ready=
         table = made
 
     def remembered(*args, **more):
-        texts, others = _take(args, more)
+        texts, others = taken(args, more)
         if others not in asked or any(text not in table for text in texts):
             raise UserError(f"`pretrained_teacher_model`: its call asks for embeddings that were not made: {texts}")
         i = asked.index(others)
@@ -82,7 +83,7 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False, ready=
     for name in encoders:
         setattr(pipeline, name, None)
     try:
-        _asked(pipeline, prompts[:1], kwargs)
+        before_denoiser(pipeline, prompts[:1], **calls[0])
     except CALL_ERRORS as error:
         for name, part in encoders.items():
             setattr(pipeline, name, part)
@@ -98,10 +99,11 @@ def let_go(pipeline, prompts, kwargs, folder, accelerator, dry_run=False, ready=
 def make(pipeline, prompts, kwargs, folder, device, part=(0, 1)):
     """Encode in advance what `let_go` would, the files of a task, (index, count) `part`, that are not there yet.
 
-    Arguments as there. Returns a sentence on what was done. UserError where `let_go` would keep the encoders.
+    kwargs: of the student's call. The others as there. Returns a sentence on what was done. UserError where `let_go`
+    would keep the encoders.
     """
     encoders, kind = _encoders(pipeline), type(pipeline).__name__
-    way = _way(pipeline, prompts, kwargs, device) if encoders else f"for a {kind} has no text encoder"
+    way = _way(pipeline, prompts, [kwargs], device) if encoders else f"for a {kind} has no text encoder"
     if isinstance(way, str):
         raise UserError(f"`save_embeddings`: training has no use for them, {way}; drop it")
     table = _Table(folder, prompts, way, _identity(way, encoders, kind, device))
@@ -118,14 +120,17 @@ def _encoders(pipeline):
     return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
 
-def _way(pipeline, prompts, kwargs, device, checks=True):
+def _way(pipeline, prompts, calls, device, checks=True):
     """A `_Way`, or why answers cannot be kept, in words. checks: whether there are values to compare."""
     kind = type(pipeline).__name__
     if not hasattr(pipeline, "encode_prompt"):
         return f"for a {kind} has no encode_prompt"
-    asked, encode_prompt = _asked(pipeline, prompts[:1], kwargs), pipeline.encode_prompt  # twice of HunyuanDiT
-    if not _is_plain(asked) or asked != _asked(pipeline, (prompts * 2)[:2], kwargs):
-        return f"for the call of a {kind} encodes more than its prompt"
+    asked, encode_prompt = [], pipeline.encode_prompt
+    for kwargs in calls:
+        once, two = (before_denoiser(pipeline, few, **kwargs)[0] for few in (prompts[:1], (prompts * 2)[:2]))
+        if not _is_plain(once) or once != two:
+            return f"for the call of a {kind} encodes more than its prompt"
+        asked += [others for others in once if others not in asked]  # twice of HunyuanDiT
 
     @torch.no_grad()
     def encode(texts):
@@ -155,13 +160,6 @@ def _is_plain(value):
     return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, PLAIN)
 
 
-def _take(args, more):
-    """(the prompts, {place or name: value} of the other arguments) of an `encode_prompt`."""
-    given = {**dict(enumerate(args)), **more}
-    prompt = given.pop("prompt" if "prompt" in given else 0)
-    return [prompt] if isinstance(prompt, str) else list(prompt), given
-
-
 def _put(others, texts):
     """(args, kwargs) again, with these prompts."""
     places = [key for key in others if isinstance(key, int)]
@@ -169,33 +167,6 @@ def _put(others, texts):
     if 0 in others or not places:
         return [others[key] for key in places], more | {"prompt": texts}
     return [texts, *(others[key] for key in places)], more
-
-
-def _asked(pipeline, prompts, kwargs):
-    """The arguments, but for the prompts, of each `encode_prompt` of a call, up to its denoiser."""
-    encode_prompt, asked = pipeline.encode_prompt, []
-
-    class Reached(BaseException):
-        pass
-
-    def noted(*args, **more):
-        asked.append(_take(args, more)[1])
-        return encode_prompt(*args, **more)
-
-    def stop(*_):
-        raise Reached
-
-    hooks = [module.register_forward_pre_hook(stop, prepend=True) for module in denoisers(pipeline).values()]
-    pipeline.encode_prompt = noted
-    try:
-        call(pipeline, prompts, range(len(prompts)), **kwargs)
-    except Reached:
-        pass
-    finally:
-        pipeline.encode_prompt = encode_prompt
-        for hook in hooks:
-            hook.remove()
-    return asked
 
 
 def _merged(pattern, one, rows):

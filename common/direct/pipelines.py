@@ -143,12 +143,20 @@ def denoisers(pipeline):
     return {name: module for name, module in parts.items() if isinstance(module, torch.nn.Module)}
 
 
+def bring_others(pipeline, device):
+    """Move what is no denoiser of a pipeline to a device."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and part not in denoisers(pipeline).values():
+            part.to(device)
+
+
 def weights_sample(pipeline, num_tensors=32, num_values=4, encoder=False):
     """{parameter's name: its first values as floats} of some of the denoisers' tensors: enough to tell two teachers
     apart, whatever their folders are called and whichever precision they were loaded in. encoder: of the VAE's
     encoder instead, which made the latents of images."""
     modules = {"vae.encoder": pipeline.vae.encoder} if encoder else denoisers(pipeline)
     named = [(f"{d}.{n}", p) for d, module in modules.items() for n, p in module.named_parameters()]
+    named = [(name.replace(".base_layer.", "."), p) for name, p in named if ".lora_" not in name]
     chosen = named[:: max(1, len(named) // num_tensors)]
     return {name: sharded.whole(p).flatten()[:num_values].float().tolist() for name, p in chosen}
 

@@ -169,6 +169,46 @@ def _rows(args, kwargs):
     return len(first)
 
 
+def before_denoiser(pipeline, prompts, **kwargs):
+    """What a call does up to its first denoiser, which does not run and may be on another device: (the arguments but
+    for the prompts of each `encode_prompt`, see `taken`; samples of the denoiser's first call)."""
+    encode_prompt, asked, rows = getattr(pipeline, "encode_prompt", None), [], []
+
+    class Reached(BaseException):
+        pass
+
+    def noted(*args, **more):
+        asked.append(taken(args, more)[1])
+        return encode_prompt(*args, **more)
+
+    def stop(_, args, more):
+        rows.append(_rows(args, more))
+        raise Reached
+
+    modules = denoisers(pipeline).values()
+    hooks = [module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True) for module in modules]
+    if encode_prompt is not None:
+        pipeline.encode_prompt = noted
+    try:
+        with torch.no_grad():
+            call(pipeline, prompts, range(len(prompts)), **kwargs)
+    except Reached:
+        pass
+    finally:
+        if encode_prompt is not None:
+            pipeline.encode_prompt = encode_prompt
+        for hook in hooks:
+            hook.remove()
+    return asked, rows[0] if rows else 0
+
+
+def taken(args, more):
+    """(the prompts, {place or name: value} of the other arguments) of an `encode_prompt`."""
+    given = {**dict(enumerate(args)), **more}
+    prompt = given.pop("prompt" if "prompt" in given else 0)
+    return [prompt] if isinstance(prompt, str) else list(prompt), given
+
+
 @torch.no_grad()
 def observe(pipeline, prompts, **kwargs):
     """Run the pipeline's call once, seeds 0 to B - 1, and say what it did."""
@@ -235,11 +275,9 @@ def guides(observation, num_prompts):
     return sum(observation.rows) > observation.evaluations * num_prompts
 
 
-def guidance_off(pipeline, prompts, kwargs):
-    """The arguments that make a call with `kwargs` ask its denoiser once for a sample and step, found by trying.
-
-    kwargs: a call's, without any that set a schedule. Raises UserError where no candidate does it.
-    """
+def without_guidance(pipeline, prompts, kwargs):
+    """Arguments of which one may make a call with `kwargs` ask its denoiser once for a sample and step, best first;
+    those with which the denoiser's first call holds guided samples too are left out. No denoiser runs."""
     arguments = call_arguments(type(pipeline))
     second = {"guidance_scale_2": 1.0} if "guidance_scale_2" in arguments and len(denoisers(pipeline)) > 1 else {}
     attention = {name: 0.0 for name in ("pag_scale", "sag_scale") if name in arguments}  # perturbed
@@ -248,9 +286,24 @@ def guidance_off(pipeline, prompts, kwargs):
         candidates.append({})
     if "guidance_scale" in arguments:
         candidates += [{"guidance_scale": 1.0} | second, {"guidance_scale": 0.0} | second]
-    options = {name: value for name, value in kwargs.items() if name not in SCHEDULE_ARGUMENTS}
-    for candidate in [candidate | attention for candidate in candidates]:
-        seen = observe(pipeline, prompts, **options | candidate | {"num_inference_steps": 2})
+    candidates = [candidate | attention for candidate in candidates]
+    calls = [_two_steps(kwargs | candidate) for candidate in candidates]
+    rows = [before_denoiser(pipeline, prompts, **call)[1] for call in calls]
+    return [c for c, number in zip(candidates, rows, strict=True) if number <= len(prompts)] or candidates
+
+
+def _two_steps(kwargs):
+    return {name: kwargs[name] for name in kwargs if name not in SCHEDULE_ARGUMENTS} | {"num_inference_steps": 2}
+
+
+def guidance_off(pipeline, prompts, kwargs, candidates=None):
+    """The arguments that make a call with `kwargs` ask its denoiser once for a sample and step, found by trying.
+
+    candidates: those of `without_guidance`, unless others are given. Raises UserError where none of them does it.
+    """
+    candidates = candidates or without_guidance(pipeline, prompts, kwargs)
+    for candidate in candidates:
+        seen = observe(pipeline, prompts, **_two_steps(kwargs | candidate))
         if not guides(seen, len(prompts)):
             return candidate
     raise UserError(

@@ -1,5 +1,6 @@
 """What direct distillation checks and measures of a student, and how it is called."""
 
+import contextlib
 import types
 
 from common.direct import pixels, stepwise
@@ -14,6 +15,7 @@ from common.direct.probes import (
     repair_last_step,
     scheduler_class,
     student_scheduler,
+    without_guidance,
 )
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError
@@ -80,6 +82,7 @@ def check_same_weights(pipeline, pairs_config, folder):
         )
 
 
+GUIDANCE = {"guidance_scale", "true_cfg_scale"}
 FROM_PAIRS = ("prompt", "generator", "latents", "height", "width", "num_frames", "output_type", "return_dict")
 
 
@@ -97,33 +100,52 @@ def check_overrides(pipeline_class, overrides, num_inference_steps):
             raise UserError(f"`student_kwargs`: {name} must be a list of {num_inference_steps}, one for each step")
 
 
-def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, overrides, repair=True):
-    """The arguments of the student's call, and sentences on what was found out: (kwargs, [notes]).
+def possible_calls(pipeline, data, teacher_kwargs, num_inference_steps, overrides):
+    """[arguments] of which one are those of the student's call, but for what is found out by asking its denoiser: they
+    encode prompts alike, nearly always. Arguments, and what is raised, as of `student_kwargs`; no denoiser runs."""
+    prompts, kwargs = _given(pipeline, data, teacher_kwargs, num_inference_steps, overrides)
+    with _refusing(kwargs):
+        found = [{}] if GUIDANCE & overrides.keys() else without_guidance(pipeline, prompts, kwargs)
+    return [kwargs | off | {"num_inference_steps": num_inference_steps} for off in found]
 
-    teacher_kwargs: what the teacher was called with; overrides: `student_kwargs`. repair: whether a wasted last step
-    is repaired, by changing `pipeline.scheduler`. Raises UserError when guidance stays on, when a step asks the
-    denoiser more than once, or when sampling draws noise.
-    """
+
+def _given(pipeline, data, teacher_kwargs, num_inference_steps, overrides):
+    """(two prompts, what a student's call gets before anything is found out)"""
     check_overrides(type(pipeline), overrides, num_inference_steps)
-    prompts, size = (data.prompts * 2)[:2], data.call_kwargs([0])
     dropped = (*SCHEDULE_ARGUMENTS, "negative_prompt", "negative_prompt_2", "negative_prompt_3")
-    kwargs = {name: value for name, value in teacher_kwargs.items() if name not in dropped} | size | overrides
-    notes, sizes = [], {tuple(one) for one in getattr(data, "sizes", []) if one}
+    kwargs = {name: value for name, value in teacher_kwargs.items() if name not in dropped}
+    return (data.prompts * 2)[:2], kwargs | data.call_kwargs([0]) | overrides
+
+
+@contextlib.contextmanager
+def _refusing(kwargs):
     try:
-        for height, width in sorted(sizes):
-            kwargs |= pixels.fit(pipeline, prompts[0], kwargs, {"height": height, "width": width}, notes)
-        off = (
-            {} if {"guidance_scale", "true_cfg_scale"} & overrides.keys() else guidance_off(pipeline, prompts, kwargs)
-        )
-        kwargs |= off | {"num_inference_steps": num_inference_steps}
-        check_draws("`student_scheduler`", pipeline, prompts, **kwargs)
-        before, after, change, added = repair_last_step(pipeline, prompts, kwargs) if repair else (0, 0, {}, {})
-        kwargs |= added
-        seen = observe(pipeline, prompts, **kwargs)
+        yield
     except CALL_ERRORS as error:
         raise UserError(
             f"`student_kwargs`, `student_scheduler`: the pipeline's call refuses {kwargs}: {error}"
         ) from error
+
+
+def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, overrides, repair=True, calls=None):
+    """The arguments of the student's call, and sentences on what was found out: (kwargs, [notes]).
+
+    teacher_kwargs: what the teacher was called with; overrides: `student_kwargs`. repair: whether a wasted last step
+    is repaired, by changing `pipeline.scheduler`. calls: those of `possible_calls`, where they were found. Raises
+    UserError when guidance stays on, when a step asks the denoiser more than once, or when sampling draws noise.
+    """
+    prompts, kwargs = _given(pipeline, data, teacher_kwargs, num_inference_steps, overrides)
+    notes, sizes = [], {tuple(one) for one in getattr(data, "sizes", []) if one}
+    with _refusing(kwargs):
+        if not GUIDANCE & overrides.keys():
+            kwargs |= guidance_off(pipeline, prompts, kwargs, calls)
+        for height, width in sorted(sizes):
+            kwargs |= pixels.fit(pipeline, prompts[0], kwargs, {"height": height, "width": width}, notes)
+        kwargs |= {"num_inference_steps": num_inference_steps}
+        check_draws("`student_scheduler`", pipeline, prompts, **kwargs)
+        before, after, change, added = repair_last_step(pipeline, prompts, kwargs) if repair else (0, 0, {}, {})
+        kwargs |= added
+        seen = observe(pipeline, prompts, **kwargs)
     if change or added:
         notes.append(
             f"the last of {num_inference_steps} evaluations lay at {before:.3f} of the noise range, wasted; "
@@ -141,7 +163,7 @@ def student_kwargs(pipeline, data, teacher_kwargs, num_inference_steps, override
             f"`student_scheduler`: {type(pipeline.scheduler).__name__} asks the denoiser {seen.calls} times in "
             f"{num_inference_steps} steps; use one that asks once a step, such as DDIMScheduler"
         )
-    for name in size:  # of each call's own images
+    for name in data.call_kwargs([0]):  # of each call's own images
         del kwargs[name]
     times = ", ".join(f"{t:g}" for t in pipeline.scheduler.timesteps.tolist())
     notes.append(f"the student's call: {public_kwargs(kwargs)}; {type(pipeline.scheduler).__name__} at {times}")

@@ -109,6 +109,13 @@ class Meter(TorchDispatchMode):
         if serial in self.sizes:
             self._change(serial, -self.sizes.pop(serial))
 
+    def remember(self, tensor):
+        """Count the storage of a tensor again that was forgotten."""
+        _, serial = self.refs.get(tensor.untyped_storage()._cdata, (None, None))
+        if serial is not None and serial not in self.sizes:
+            self.sizes[serial] = -(-tensor.untyped_storage().nbytes() // BLOCK) * BLOCK
+            self._change(serial, self.sizes[serial])
+
     def _forget(self, key, serial):
         self.refs.pop(key)
         if serial in self.sizes:

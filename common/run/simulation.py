@@ -158,6 +158,17 @@ def in_main_memory(tensors):
             simulation.meter.forget(tensor)
 
 
+@contextlib.contextmanager
+def waiting(networks):
+    """Inside, weights of networks are still in main memory; nothing outside of a simulation."""
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())] if _active else []
+    in_main_memory(tensors)
+    yield
+    for simulation in _active:
+        for tensor in tensors:
+            simulation.meter.remember(tensor)
+
+
 def split(network, blocks, dtype):
     """Count this process's part of a network's weights, and of what is gathered in `dtype` (None: as it is) the
     largest of `blocks` twice: one is computed with while the next one comes."""
@@ -168,9 +179,7 @@ def split(network, blocks, dtype):
 @contextlib.contextmanager
 def before_updates(networks):
     """Around what a script does on the device before its first update and may take more than one: it counts too.
-
-    networks: {name: module} that are there, others than modules are passed over. Nothing outside of a simulation.
-    """
+    networks: {name: module} that are there, others than modules are passed over. Nothing outside of a simulation."""
     entered = [(simulation, simulation.enter_before(networks)) for simulation in _active]
     del networks  # what is let go inside is not held here
     yield
@@ -343,7 +352,7 @@ class _Simulation:
             if self.in_backward:  # a checkpoint's own
                 return backward(*args, **kwargs)
             if self.fake and self.num_micro_batches == 0:
-                return _reach(*args, **kwargs)
+                return stand_ins.reach(*args, **kwargs)
             self._enter_moment("backward" if self.meter.moment != "after the step" else "backward, second")
             self.in_backward = True
             try:
@@ -355,10 +364,15 @@ class _Simulation:
         return timed
 
     def enter_before(self, networks):
-        modules = {name: module for name, module in networks.items() if isinstance(module, torch.nn.Module)}
-        sizes = {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
-        self.meter.most = self.meter.live
-        return {f"weights of {name}, frozen": size for name, size in sizes.items()}
+        named = [(name, {serial}) for serial, name in self.owners.items()]  # what FSDP2 has split
+        for name, module in networks.items():
+            if isinstance(module, torch.nn.Module):
+                named.append((f"weights of {name}, frozen", {self.meter.add(p) for p in module.parameters()}))
+        parts, self.meter.most = {}, self.meter.live
+        for name, serials in named:
+            for serial in serials & self.meter.sizes.keys():  # others are in main memory
+                parts[name] = parts.get(name, 0) + self.meter.sizes[serial]
+        return parts
 
     def leave_before(self, parts):
         parts |= {"activations and the rest": max(0, self.meter.most - sum(parts.values()))}
@@ -473,20 +487,6 @@ def _networks(variables):
                     yield f"{name}.{part}", module
         elif isinstance(value, torch.nn.Module):
             yield name, value
-
-
-def _reach(tensors, *_, **__):
-    """Stands for the backward pass of a check before the first update, which asks no more than what gets a gradient:
-    what the graph leads to."""
-    nodes, seen = [tensor.grad_fn for tensor in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad" and node.variable.grad is None:
-            node.variable.grad = torch.empty_like(node.variable)
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _put(gradient, parameter):

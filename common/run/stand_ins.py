@@ -132,6 +132,20 @@ def remembered(call, may):
     return called
 
 
+def reach(tensors, *_, **__):
+    """Stands for the backward pass of a check before the first update, which asks no more than what gets a gradient:
+    what the graph leads to."""
+    nodes, seen = [tensor.grad_fn for tensor in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad" and node.variable.grad is None:
+            node.variable.grad = torch.empty_like(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+
+
 def without_values(load):
     """One file holds no configuration: it is loaded, and its networks lose their values."""
 

@@ -1,11 +1,13 @@
 """Embeddings that are made once are what the pipelines make of every batch; what else is told of."""
 
+import copy
 import types
 
-from common.direct import embeddings, pipelines
+from common.direct import embeddings, pipelines, probes, student
 from common.errors import UserError
 from tests import tiny_pipelines
 
+import diffusers
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,7 +24,7 @@ TEXT = CLIPTextModel(
 
 
 def let_go(pipeline, folder, kwargs, **options):
-    return embeddings.let_go(pipeline, PROMPTS, kwargs, folder / "embeddings", ACCELERATOR, **options)
+    return embeddings.let_go(pipeline, PROMPTS, [kwargs], folder / "embeddings", ACCELERATOR, **options)
 
 
 def latents(pipeline, prompts, kwargs):
@@ -31,15 +33,24 @@ def latents(pipeline, prompts, kwargs):
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.PIPELINES)
-def test_the_result_of_every_pipeline_stays(tmp_path, name):
-    pipeline, kwargs = tiny_pipelines.make(name), tiny_pipelines.KWARGS[name] | {"num_inference_steps": 2}
-    for off in ("guidance_scale", "true_cfg_scale"):
-        if off in kwargs:
-            kwargs |= {off: 0.0 if name == "Z-Image" else 1.0}
-    kwargs.pop("negative_prompt", None)
+def test_the_result_of_every_pipeline_stays(tmp_path, name, monkeypatch):
+    """Prompts are encoded while the denoisers are on another device, for the call that these are asked with later."""
+    pipeline, data = tiny_pipelines.make(name), types.SimpleNamespace(prompts=PROMPTS, call_kwargs=lambda _: {})
+    pipeline.scheduler, _ = probes.student_scheduler(type(pipeline.scheduler), dict(pipeline.scheduler.config))
+    given = {"teacher_kwargs": tiny_pipelines.KWARGS[name], "num_inference_steps": 2, "overrides": {}}
+    kwargs, _ = student.student_kwargs(pipeline, data, **given)
     expected = latents(pipeline, PROMPTS[:3], kwargs)
-    pipeline.text_encoder = TEXT
-    said = let_go(pipeline, tmp_path, kwargs)
+    pipeline.text_encoder, networks = TEXT, pipelines.denoisers(pipeline)
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers.DiffusionPipeline, "device", torch.device("cpu"))
+        for part, network in networks.items():
+            setattr(pipeline, part, copy.deepcopy(network).to("meta"))
+        calls = student.possible_calls(pipeline, data, **given)
+        assert len(embeddings._way(pipeline, PROMPTS, calls, "cpu").asked) == (2 if name == "HunyuanDiT" else 1)
+        said = embeddings.let_go(pipeline, PROMPTS, calls, tmp_path / "embeddings", ACCELERATOR)
+    for part, network in networks.items():
+        setattr(pipeline, part, network)
+    assert student.student_kwargs(pipeline, data, **given, calls=calls)[0] == kwargs  # asks for no others
     assert said.startswith("3 prompts are encoded once") and "let go: text_encoder, 0.00 of 0.00 GiB" in said
     assert pipeline.text_encoder is None
     torch.testing.assert_close(latents(pipeline, PROMPTS[:3], kwargs), expected)
@@ -110,7 +121,7 @@ def test_embeddings_that_were_made_in_advance_are_used_or_it_is_said_why_not(tmp
         assert f"in {tmp_path / 'embeddings'}; those in {ready} are not used, {reason}; let go" in said
     file.write_bytes(whole)
     assert "they are of other prompts" in embeddings.let_go(
-        load(), [*PROMPTS, "another"], kwargs, tmp_path / "embeddings", ACCELERATOR, ready=ready
+        load(), [*PROMPTS, "another"], [kwargs], tmp_path / "embeddings", ACCELERATOR, ready=ready
     )
     with pytest.raises(UserError, match="`save_embeddings`: training has no use for them, for a StableDiffusionPipe"):
         embeddings.make(pipeline, PROMPTS, kwargs, ready, "cpu")

@@ -134,7 +134,7 @@ def test_what_is_not_asked_again_is_the_same(tmp_path, monkeypatch, request):
     quick = simulate(words, SCRIPTS["direct"], updates=1)
     monkeypatch.setattr(meter, "_form", lambda *_: None)
     monkeypatch.setattr(stand_ins, "remembered", lambda call, may: call)
-    monkeypatch.setattr(simulation, "_reach", backward)
+    monkeypatch.setattr(stand_ins, "reach", backward)
     slow = simulate(words, SCRIPTS["direct"], updates=1)
     assert len(quick.curve) == len(slow.curve) > 1000
     assert quick._replace(seconds=0, curve=[]) == slow._replace(seconds=0, curve=[])
