@@ -25,7 +25,7 @@ from common.direct.student import (
     check_noise,
     check_overrides,
     check_pairs,
-    check_same_weights,
+    check_teacher,
     freeze_unused,
     measure,
     possible_calls,
@@ -40,7 +40,7 @@ from common.networks import fusing, lora, performance, quantized
 from common.results import export, samples
 from common.run import engine, sharding, simulation
 from common.run.training_run import TrainingRun, user_errors
-from common.run.updates import check_weights, networks_of
+from common.run.updates import networks_of
 from common.run.validation import load_feature_network
 
 import torch
@@ -193,29 +193,27 @@ def main(args):
         accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing is written.")
         run.checkpoint, _ = None, simulation.begin(args, accelerator)
 
-    # 3. The teacher's pipeline with the student's scheduler. All prompts are encoded while its text encoders are alone
-    #    on the device, and these let go.
+    # 3. The teacher's pipeline. All prompts are encoded while its text encoders are alone on the device, then let go.
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
     accelerator.print(f"loading {args.pretrained_teacher_model}")
     load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, **own, **place)
     if not args.dry_run:
         sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
-    pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler)
+    outlined = sharding.is_on(accelerator)  # then its denoisers get their weights when they are split
+    pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler, outlined=outlined)
     base, data.pipeline = list(pipelines.denoisers(pipeline).values()), pipeline
     pipelines.bring_others(pipeline, device)
     pipelines.exempt_vae(pipeline)
     if not args.dry_run:
-        check_same_weights(pipeline, pairs_config, args.pairs_dir)
-        check_weights(networks_of(pipeline))  # before what is made with them is blamed on the pairs
+        check_teacher(pipeline, pairs_config, args.pairs_dir)  # before what it makes is blamed on the pairs
     asked = {"teacher_kwargs": pairs_config["kwargs"] if pairs_config else {}, "overrides": args.student_kwargs}
     asked["num_inference_steps"] = args.num_inference_steps
     ready = args.pairs_dir and Path(args.pairs_dir, "embeddings")  # of generate_pairs or encode_pairs
-    folder = Path(args.output_dir, "embeddings")
+    options = {"folder": Path(args.output_dir, "embeddings"), "ready": ready, "dry_run": args.dry_run}
     with simulation.waiting(base), simulation.before_updates(pipeline.components):
         calls = possible_calls(pipeline, data, **asked)
-        told = embeddings.let_go(pipeline, data.prompts, calls, folder, accelerator, args.dry_run, ready)
-    accelerator.print(told)
+        accelerator.print(embeddings.let_go(pipeline, data.prompts, calls, accelerator=accelerator, **options))
 
     # 4. Student: adapters or all weights of the denoisers, which come to the device now. What the pipeline's call does
     #    with them is found out; every change is reported. What gets no gradient is frozen. The checks of the pairs run
@@ -226,6 +224,8 @@ def main(args):
         pipelines.add_lora(pipeline, args.lora_rank, args.lora_alpha, **options)
     sharding.shard(accelerator, [] if args.lora_rank else base, plain=base if args.lora_rank else [])
     pipeline.to(device)
+    if outlined:
+        check_teacher(pipeline, pairs_config, args.pairs_dir)
     if not args.lora_rank:
         torch.nn.ModuleList(base).requires_grad_(True)
     repair = not (args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys())

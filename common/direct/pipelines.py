@@ -13,8 +13,8 @@ from pathlib import Path
 
 from common.direct import tasks
 from common.errors import UserError, blame, line_of
-from common.networks import fusing, lora, sharded, teachers
-from common.networks.weights import check_name, check_parts, check_pipeline
+from common.networks import fusing, lora, outlines, sharded, teachers
+from common.networks.weights import check_name, check_parts, check_pipeline, has_variant, local_folder
 from common.results import export
 
 import diffusers
@@ -77,13 +77,21 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None, teac
 
 
 def load_pipeline(
-    name, dtype=torch.float32, revision=None, variant=None, cache_dir=None, teacher_lora=None, **replaced
+    name,
+    dtype=torch.float32,
+    revision=None,
+    variant=None,
+    cache_dir=None,
+    teacher_lora=None,
+    outlined=False,
+    **replaced,
 ):
     """The pipeline on the CPU in `dtype`, every weight frozen and in eval mode, without safety checkers.
 
     name: folder or hub repository in diffusers layout. dtype: of all, or {part or "default": dtype}; what a network
     keeps in float32 stays there, so it is moved to its device by `.to(device)` alone. teacher_lora: fused into it.
-    replaced: parts that are there already and are not loaded.
+    outlined: denoisers are `outlines`, unless a LoRA is fused into them. replaced: parts that are there already and
+    are not loaded.
     """
     index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
     skipped = {part: None for part in teachers.NOT_TRAINED if part in index}
@@ -92,6 +100,8 @@ def load_pipeline(
     parts = [part for part, value in index.items() if isinstance(value, list)]
     loader = tasks.text_class(getattr(diffusers, index["_class_name"]), parts) or DiffusionPipeline
     try:
+        if outlined and not teacher_lora:
+            replaced = _outlines(flag, name, index, loader, **options) | replaced
         load = functools.partial(teachers.load_checked, flag, name, index, loader, **options)
         pipeline = teachers.with_lora(lambda parts: load(**skipped | parts), teacher_lora, replaced)
     except (*teachers.LOAD_ERRORS, ImportError) as error:
@@ -99,6 +109,17 @@ def load_pipeline(
     for network in denoisers(pipeline).values():
         keep_float32(network)
     return pipeline
+
+
+def _outlines(flag, name, index, loader, dtype, variant, **place):
+    if not Path(name).is_dir():
+        loader.download(name, use_safetensors=True, trust_remote_code=False, variant=variant, **place)
+    folder, found = local_folder(name, **place), {}
+    for part in (part for part in DENOISERS if isinstance(index.get(part), list) and index[part][1]):
+        own = dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
+        chosen = variant if variant and has_variant(folder / part, variant) else None
+        found[part] = outlines.outline(flag, folder / part, getattr(diffusers, index[part][1]), own, chosen)
+    return found
 
 
 def keep_float32(network):
@@ -260,6 +281,7 @@ def add_lora(pipeline, rank, alpha, dropout=0.0, names=None, init_lora=None):
     """Attach adapters to every denoiser, in place; names: see `lora.target_paths`, init_lora: `lora.add_lora`."""
     for part, module in denoisers(pipeline).items():
         lora.add_lora(module, rank, alpha, dropout, lora.target_paths(module, names), init_lora, part)
+        module.eval()  # until training, nothing draws
 
 
 def lora_files(pipeline_class, names):

@@ -19,7 +19,8 @@ from common.direct.probes import (
 )
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError
-from common.networks import fusing
+from common.networks import fusing, outlines
+from common.run.updates import check_weights, networks_of
 
 import torch
 
@@ -62,6 +63,16 @@ def check_pairs(config, pairs_config, folder, teacher_lora=None):
         raise UserError(f"`pairs_dir`={folder}: made with another `teacher_lora`, or with none; pass the same one")
     recorded = pairs_config["scheduler"]
     return scheduler_class("`pairs_dir`: its scheduler", recorded["class"]), recorded["config"]
+
+
+def check_teacher(pipeline, pairs_config, folder):
+    """UserError for NaN in the weights of a pipeline, and unless `check_same_weights`; of what is there already: the
+    weights of `outlines` come later. Called by every process where weights are split."""
+    networks = networks_of(pipeline)
+    there = {name: network for name, network in networks.items() if not outlines.is_one(network)}
+    if len(there) == len(networks):
+        check_same_weights(pipeline, pairs_config, folder)
+    check_weights(there)
 
 
 def check_same_weights(pipeline, pairs_config, folder):

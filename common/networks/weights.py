@@ -184,6 +184,11 @@ def _variant_advice(variant, of_pipeline, has_variant_flag):
     return "pass its `variant`" if has_variant_flag else "save it again without a variant"
 
 
+def find_files(folder, cls, variant=None):
+    """(paths of the safetensors files of a network's weights, name of the one file or of the index)."""
+    return _find_files(str(folder), folder, "", cls, variant, "")
+
+
 def _find_files(flag, folder, where, cls, variant, advice):
     """(paths of the files, name of the one file or of the index), as the library of `cls` looks for them."""
     stem = next(stem for base, stem in STEMS.items() if issubclass(cls, base))

@@ -11,7 +11,7 @@ from common.networks import performance
 from common.run import sharding, simulation
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 
@@ -30,6 +30,9 @@ def make_accelerator(args):
     make = Accelerator if settings is None else functools.partial(sharding.ShardingAccelerator, settings)
     given = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     stands_in = given == "fp16" and not torch.cuda.is_available()  # in a dry run
+    # Half precision copies of all weights would be there from a rollout's first call to its last one's end, and where
+    # blocks are recomputed each is made again anyway.
+    is_rollout = hasattr(args, "backward")
     accelerator = make(
         mixed_precision="bf16" if stands_in else args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -38,6 +41,7 @@ def make_accelerator(args):
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+            AutocastKwargs(cache_enabled=not is_rollout or args.gradient_checkpointing != "full"),
         ],
     )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):

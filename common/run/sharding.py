@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.ema import part
 from common.errors import UserError
-from common.networks import performance, sharded
+from common.networks import outlines, performance, sharded
 from common.run import simulation
 from common.run.updates import total_norm
 
@@ -168,6 +168,11 @@ def shard(accelerator, networks, plain=()):
         _shard(network, accelerator.mesh, MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False))
 
 
+def is_on(accelerator):
+    """Whether `shard` splits weights, which then need not be whole in main memory: see `outlines`."""
+    return isinstance(accelerator, ShardingAccelerator) and not simulation.is_on()
+
+
 def _shard(network, mesh, policy):
     options = {"mesh": mesh, "reshard_after_forward": True}  # the root too: what lists weights finds parts
     for parameter in (p for p in network.parameters() if p.requires_grad):  # new ones are drawn by each process
@@ -175,6 +180,8 @@ def _shard(network, mesh, policy):
         torch.distributed.broadcast(values, src=0)
         parameter.data.copy_(values)
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    if is_outline := outlines.is_one(network):
+        outlines.begin(network)
     try:
         for path, module in network.named_modules():
             is_end = path in performance.END_LAYERS and any(True for _ in module.parameters())  # `float32_ends`
@@ -183,6 +190,8 @@ def _shard(network, mesh, policy):
         for block in performance.repeated_blocks(network):
             fully_shard(block, **options, mp_policy=policy)
         fully_shard(network, **options, mp_policy=policy)
+        if is_outline:
+            outlines.fill(network, mesh.device_type)
         if {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}:
             network.requires_grad_(True)  # it may be trained later: gradients get the dtype of what is trained here
             fully_shard.state(network)._lazy_init()

@@ -118,6 +118,7 @@ def test_processes_that_split_weights_do_jobs_of_one_kind_at_a_time():
 
 def test_split_weights_are_those_of_one_process(tmp_path):
     split_weights.expected(tmp_path)
+    split_weights.save_networks(tmp_path)
     prelude = f"from tests.run.split_weights import body\nbody({str(tmp_path)!r})\nraise SystemExit(0)"
     done = run_processes([], direct, 2, prelude)
     assert done.returncode == 0, done.stderr[-4000:]

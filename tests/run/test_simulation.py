@@ -137,6 +137,8 @@ def test_what_is_not_asked_again_is_the_same(tmp_path, monkeypatch, request):
     monkeypatch.setattr(stand_ins, "reach", backward)
     slow = simulate(words, SCRIPTS["direct"], updates=1)
     assert len(quick.curve) == len(slow.curve) > 1000
+    before = [result.moments.pop(simulation.BEFORE) for result in (quick, slow)]
+    assert before[0] == pytest.approx(before[1], rel=1e-3)  # in a call that one of them did not make
     assert quick._replace(seconds=0, curve=[]) == slow._replace(seconds=0, curve=[])
 
 
