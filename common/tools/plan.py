@@ -6,8 +6,9 @@
 Updates of the script are simulated as --dry_run does it, at two batch sizes for each choice of recomputed activations;
 memory is a straight line in the batch size between and beyond them. Where not even one sample fits, nothing that
 recomputes less is tried. The largest batch that fits, and divides the samples of an update, is what is offered; the
-samples of an update stay what the command says. The choice that is recommended is simulated at its batch size. A
-picture shows memory over its update.
+samples of an update stay what the command says. Where nothing fits, direct distillation is tried with
+--backward=stepwise, and a LoRA with --quantize_base=nf4 too. The choice that is recommended is simulated at its batch
+size. A picture shows memory over its update.
 """
 
 import argparse
@@ -93,11 +94,24 @@ def main(args):
     choices, refused = try_choices(args, script, flags, samples)
     print_table(args, choices, refused)
     chosen = recommend(choices, samples)
+    for lever in further_levers(args, typed) if chosen is None else ():
+        try:
+            choices, refused = try_choices(args, script, [*flags, lever], samples)
+        except UserError as error:
+            print(f"{lever} is refused: {error}", flush=True)
+            continue
+        flags.append(lever)
+        typed, chosen = script.parse_args([*flags, "--report_to=none"]), recommend(choices, samples)
+        print(f"\nNone fits; with {lever}:")
+        print_table(args, choices, refused)
+        if chosen is not None:
+            break
     if chosen is None:
         least = min(choices, key=lambda choice: choice.needed / choice.simulated)
+        ways = " or ".join(filter(None, [", ".join(ways_out(args, typed)), "a larger card"]))
         raise UserError(
             f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for "
-            f"{several(least.simulated, 'sample')}; use {', '.join(ways_out(args, typed))} or a larger card"
+            f"{several(least.simulated, 'sample')}; use {ways}"
         )
     words = [*without(flags, *OFFERED), *offered(chosen, samples)]
     result = simulate(script, words, args.processes, args.fsdp2)
@@ -115,6 +129,13 @@ def main(args):
         f"{args.picture} shows memory over the update. The command:\n\n{shlex.join([*launch, *words])}\n", flush=True
     )
     return chosen, result
+
+
+def further_levers(args, typed):
+    """Flags of the script that take less memory and more time, one after the other, beyond the table."""
+    levers = ["--backward=stepwise"] if getattr(typed, "backward", None) == "whole" else []
+    quantizes = getattr(typed, "quantize_base", "") is None and typed.lora_rank and not args.fsdp2
+    return levers + (["--quantize_base=nf4"] if quantizes else [])
 
 
 def ways_out(args, typed):

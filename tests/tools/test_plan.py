@@ -111,6 +111,39 @@ def test_the_ways_out_are_flags_that_the_script_has():
     assert plan.ways_out(one, args) == ["a LoRA", "a lower --resolution"]
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_levers_beyond_the_table_are_tried_where_nothing_fits(tmp_path, monkeypatch, capsys, refuses):
+    """Of a LoRA, in this order; what is refused is said, and the command has what made it fit."""
+
+    def simulate(script, words, processes, fsdp2):
+        args = direct.parse_args([*words, "--report_to=none"])
+        if args.quantize_base and refuses:
+            raise SystemExit("no kernel")
+        less = 10 * (args.backward == "stepwise") + 20 * bool(args.quantize_base)
+        peaks = {"backward": (40 - less + args.train_batch_size) * GIB}
+        curve = [(size, name) for name, size in peaks.items()]
+        return result(args.train_batch_size, moments=peaks, peak=max(peaks.values()), curve=curve)
+
+    monkeypatch.setattr(plan, "simulate", simulate)
+    options = [f"--picture={tmp_path / 'plan.png'}", direct.__file__, "--pretrained_teacher_model=t", "--pairs_dir=p"]
+    options += [f"--output_dir={tmp_path}", "--max_train_steps=9"]
+    if refuses:
+        with pytest.raises(SystemExit):
+            plan.main(plan.parse_args(options))
+        said = capsys.readouterr()
+        assert "--quantize_base=nf4 is refused" in said.out and "use a larger card" in said.err
+        return
+    plan.main(plan.parse_args(options))
+    out = capsys.readouterr().out
+    assert out.index("None fits; with --backward=stepwise") < out.index("None fits; with --quantize_base=nf4")
+    args = direct.parse_args(shlex.split(out.strip().split("\n")[-1])[4:])
+    assert args.backward == "stepwise" and args.quantize_base == "nf4" and args.train_batch_size > 1
+    one, split = plan.parse_args([lcm.__file__]), plan.parse_args(["--processes=8", "--fsdp2", lcm.__file__])
+    assert plan.further_levers(one, args) == [] == plan.further_levers(split, args)
+    args.quantize_base = None
+    assert plan.further_levers(one, args) == ["--quantize_base=nf4"] and plan.further_levers(split, args) == []
+
+
 def test_what_is_no_training_script_is_said(tmp_path):
     (tmp_path / "other.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="other.py is no training script"):
