@@ -1,12 +1,16 @@
 """The table "What fits where" of docs/performance_measured.md: the largest batch on cards of 24, 48 and 80 GB.
 
     python -m tests.benchmarks.what_fits [sd15] [sdxl] [sd35m] [flux] [qwen]
+    python -m tests.benchmarks.what_fits one flux | qwen
 
 Teachers are the public configurations of Stable Diffusion 1.5 and SDXL, without weights (`synthetic.SHAPES`). Each
 method is simulated at two batch sizes with --gradient_checkpointing=full and bf16, images are encoded one by one, and
 memory is a straight line in the batch size. Direct distillation of SD3.5-medium, Flux.1-dev and Qwen-Image: a LoRA of
 rank 64, and all weights, with FSDP2 and 8-bit Adam too, four steps, 1024 px, on 8 processes, from the public
 configurations. Text encoders are let go before the first update; what is on the card with them counts.
+
+`one` is the table of one sample: denoisers of 2 and of 4 blocks of each kind are simulated, and memory in each moment
+is a straight line in the number of blocks. Text encoders have one layer there, which lie alone on the card.
 """
 
 import contextlib
@@ -210,9 +214,7 @@ def write_teacher(folder, teacher, size=1024):
 
 def direct_rows(folder, teacher):
     write_teacher(folder, teacher)
-    words = [f"--pretrained_teacher_model={folder / 'teacher'}", f"--pairs_dir={folder / 'pairs'}"]
-    words += [f"--output_dir={folder / 'out'}", "--mixed_precision=bf16", "--gradient_checkpointing=full"]
-    words += ["--max_train_steps=100", "--gradient_accumulation_steps=1", "--num_inference_steps=4"]
+    words = direct_words(folder)
     name = f"{teacher.name}, 1024 px"
     for method, own in DIRECT.items():
         fsdp2 = "FSDP2" in method
@@ -223,8 +225,73 @@ def direct_rows(folder, teacher):
     print_row(name, "direct, 8-bit Adam", sizes, sizes[0].between - eight.between)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One sample, from a few blocks
+
+STEPWISE = ["--backward=stepwise"]
+ONE = {  # flags, processes, whether these split
+    "LoRA": (["--lora_rank=64"], 1, False),
+    "LoRA, stepwise": (["--lora_rank=64", *STEPWISE], 1, False),
+    "LoRA, stepwise, 8-bit Adam": (["--lora_rank=64", *STEPWISE, "--use_8bit_adam"], 1, False),
+    "LoRA, stepwise, nf4": (["--lora_rank=64", *STEPWISE, "--quantize_base=nf4"], 1, False),
+    "LoRA, stepwise, nf4, 8-bit Adam": (
+        ["--lora_rank=64", *STEPWISE, "--quantize_base=nf4", "--use_8bit_adam"], 1, False),
+    "LoRA, stepwise, FSDP2 on 8": (["--lora_rank=64", *STEPWISE], 8, True),
+    "all weights, stepwise, FSDP2 on 8": (["--lora_rank=0", *STEPWISE], 8, True),
+}  # fmt: skip
+BLOCKS = {"qwen": ({"num_layers": 1}, 60), "flux": ({"num_layers": 1, "num_single_layers": 2}, 19)}  # of a step, steps
+FEW = 2, 4
+
+
+def one_sample(folder, shape, method):
+    """Bytes at the peak of each moment, {moment: bytes}, of a row of ONE."""
+    own, processes, fsdp2 = ONE[method]
+    step, depth = BLOCKS[shape]
+    small, large = (
+        simulate(direct, [*few_blocks(folder / f"{n}", shape, step, n), *own], processes, fsdp2) for n in FEW
+    )
+    line = {name: (large.moments[name] - size) / (FEW[1] - FEW[0]) for name, size in small.moments.items()}
+    return {name: size + line[name] * (depth - FEW[0]) for name, size in small.moments.items()}
+
+
+def few_blocks(folder, shape, step, times):
+    """The words of a run of a teacher with few blocks and little text encoders."""
+    teacher, networks = TEACHERS[shape](), {}
+    for name, (cls, config) in teacher.networks.items():
+        if name == "transformer":
+            config = config | {key: number * times for key, number in step.items()}
+        elif cls is transformers.Qwen2_5_VLForConditionalGeneration:
+            text, vision = QWEN_TEXT | {"num_hidden_layers": 1}, QWEN_VISION | {"depth": 1}
+            config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        elif cls is transformers.T5EncoderModel:
+            config = transformers.T5Config(**T5_XXL | {"num_layers": 1})
+        networks[name] = cls, config
+    if not (folder / "teacher").exists():
+        write_teacher(folder, teacher._replace(networks=networks))
+    return [*direct_words(folder), "--train_batch_size=1"]
+
+
+def direct_words(folder):
+    words = [f"--pretrained_teacher_model={folder / 'teacher'}", f"--pairs_dir={folder / 'pairs'}"]
+    words += [f"--output_dir={folder / 'out'}", "--mixed_precision=bf16", "--gradient_checkpointing=full"]
+    return [*words, "--max_train_steps=100", "--gradient_accumulation_steps=1", "--num_inference_steps=4"]
+
+
+def print_one(shape):
+    print("| one sample | peak, GB | with the allowances, GiB | moment | start, GB |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ONE:
+            moments = one_sample(Path(folder), shape, method)
+            moment = max(moments, key=moments.get)
+            peak, start = moments[moment], moments[simulation.BEFORE] / 1e9
+            allowed, where = simulation.needed(peak) / 2**30, moment.replace("pipeline.", "")
+            print(f"| {method} | {peak / 1e9:.1f} | {allowed:.1f} | {where} | {start:.1f} |", flush=True)
+
+
 def main():
     warnings.filterwarnings("ignore")
+    if sys.argv[1:2] == ["one"]:
+        return print_one(sys.argv[2])
     heads = " | ".join(f"{card} GB" for card in CARDS)
     print(f"| teacher | method | GiB for one sample | {heads} | GFLOPs a sample |\n|---|---|---|{'---|' * 4}")
     with tempfile.TemporaryDirectory() as folder:

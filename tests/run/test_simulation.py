@@ -149,6 +149,25 @@ def test_the_start_counts_where_text_encoders_take_more_than_an_update(tmp_path)
     assert large.moment == simulation.BEFORE and large.peak == large.moments[simulation.BEFORE] > weights > 2 * 2**20
     assert sum(large.parts.values()) == large.peak and large.moment == simulation.BEFORE
     assert max(size for size, _ in large.curve) < large.peak - weights / 2  # which are let go
+    assert not any("transformer" in part for part in large.parts)  # which comes to the card afterwards
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("shape", "method", "most"),
+    [
+        ("qwen", "all weights, stepwise, FSDP2 on 8", 65),
+        ("qwen", "LoRA, stepwise, 8-bit Adam", 50),
+        ("qwen", "LoRA, stepwise, nf4, 8-bit Adam", 20),
+        ("flux", "all weights, stepwise, FSDP2 on 8", 40),
+        ("flux", "LoRA, stepwise", 35),
+        ("flux", "LoRA, stepwise, nf4, 8-bit Adam", 16),
+    ],
+)
+def test_teachers_of_12_and_20_billion_weights_fit(tmp_path, shape, method, most):
+    """GB at the peak of one sample of 1024 px; the start, with text encoders of one layer, is below it."""
+    moments = what_fits.one_sample(tmp_path, shape, method)
+    assert moments[simulation.BEFORE] < max(moments.values()) < most * 1e9
 
 
 # --- at real shapes
