@@ -97,8 +97,8 @@ def _rows(rows):
         print(textwrap.fill(f"{title:<{width}}{'  '.join(words)}", WIDTH, **options), flush=True)
 
 
-def show_plan(args, accelerator, networks, modules, optimizers):
-    """Print what a run takes, as far as it is known before its first update.
+def show_plan(args, accelerator, networks, modules, optimizers, start):
+    """Print what a run takes, as far as it is known before the first update after `start` ones.
 
     networks: {name: module} of all that the loss depends on; modules: those that a checkpoint has besides what
     accelerate prepared; optimizers: all of them.
@@ -128,8 +128,9 @@ def show_plan(args, accelerator, networks, modules, optimizers):
         "trained": f"{trains} of {total} weights",
         "memory": f"{memory}{card and f' of {as_size(card)}' or ''} before activations: {parts}",
         "disk": f"{as_size(written)} a checkpoint, {kept} kept; {as_size(free)} are free",
-        "time": f"measured until update {2 * args.logging_steps}",
     }
+    second = (start // args.logging_steps + 2) * args.logging_steps  # log entry, at which `Progress` says it
+    lines |= {"time": f"measured until update {second}"} if second < args.max_train_steps else {}
     echo(spelled("The plan of each process; `dry_run` simulates activations and FLOPs"), lines)
     there = len(list(folder.glob("checkpoint-*")))
     if free < (kept + 1 - there) * written:  # the oldest goes once the newest is there

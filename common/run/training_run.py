@@ -209,7 +209,9 @@ class TrainingRun:
         )
         if is_shown:
             others = [value for value in objects.values() if isinstance(value, torch.optim.Optimizer)]
-            screen.show_plan(args, accelerator, networks, modules, [*accelerator._optimizers, *others])
+            screen.show_plan(
+                args, accelerator, networks, modules, [*accelerator._optimizers, *others], self.global_step
+            )
         self.progress = screen.Progress(self.global_step, args.max_train_steps, is_shown)
         self.means = RunningMeans()
 

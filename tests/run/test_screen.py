@@ -30,6 +30,7 @@ def test_start_and_end_of_each_script(tmp_path, monkeypatch, capsys, command, na
     assert re.search(r"^update .*--max_train_steps=4", out, re.M) and re.search(r"^not given, so .*--\w+=", out, re.M)
     assert "--adam_epsilon" not in out and "=None " not in out  # what nobody gave
     plan = dict(re.findall(r"^  (trained|memory|disk|time) +(.*)", out, re.M))
+    assert plan["time"] == "measured until update 2"
     assert re.match(r"[\d.e-]+ M of [\d.]+ M weights$", plan["trained"]) and "before activations" in plan["memory"]
     said, unit = re.match(r"([\d.]+) (\wiB) a checkpoint, 2 kept", plan["disk"]).groups()
     saved = sum(path.stat().st_size for path in (folder / "checkpoint-4").rglob("*"))
@@ -55,6 +56,7 @@ def test_start_and_end_of_each_script(tmp_path, monkeypatch, capsys, command, na
         assert f"error: {network}" in capsys.readouterr().err
     train([*words, "--max_train_steps=5", "--resume_from_checkpoint=latest", "--verbose"], SCRIPTS[name])
     out = capsys.readouterr().out
+    assert "before activations" in out and "measured until" not in out
     assert re.search(r"^done +1 updates \(5 in all\) in 0:0", out, re.M)
     assert re.search(r"^changed .*--max_train_steps: 4 -> 5", out, re.M) and re.search(
         r"^  adam_epsilon +1e-08$", out, re.M
