@@ -40,7 +40,7 @@ def reference_folder(folder):
 
 
 def check_reference(reference):
-    """UserError unless a reference is there; what it holds is seen when it is read."""
+    """UserError unless a reference is there and two images of it can be read; the others are seen later."""
     kind, files = reference_files(reference)
     if not files:
         raise UserError(
@@ -51,6 +51,9 @@ def check_reference(reference):
             names = npz_names(reference)
         if not {"features", "images", "arr_0"} & set(names):
             raise UserError(f"`reference` {files[0]} holds neither images, arr_0 nor features")
+        if "features" in names:
+            return
+    checked_count(read_batch(iterate_images(reference, 8, 8), 2, reference), reference)
 
 
 def npz_names(reference):
@@ -71,8 +74,6 @@ def iterate_images(reference, height, width):
     """
     kind, files = reference_files(reference)
     if kind == "folder":
-        for note in reference_folder(reference)[1]:
-            print(f"the reference: {note}.", flush=True)
         for file in files:
             yield to_tensor(file, file, height, width)
     elif kind == "tar":
@@ -135,6 +136,8 @@ def reference_features(reference, network, height, width, batch_size=64, limit=N
     if "features" in npz_names(reference):
         path = reference_files(reference)[1][0]
         return checked_count(read_features(path, network, height, width)[:limit], reference)
+    for note in reference_folder(reference)[1] if reference_files(reference)[0] == "folder" else ():
+        print(f"the reference: {note}.", flush=True)
     images = itertools.islice(iterate_images(reference, height, width), limit)
     features = []
     with tqdm(desc="reference", unit="image", delay=5) as progress:

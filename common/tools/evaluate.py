@@ -313,7 +313,7 @@ def main(args):
     references, pictures, size = None, [], None
     for label, path in args.models.items():
         steps = ", ".join(map(str, args.num_inference_steps))
-        print(f"{label}: {args.num_images} images at {steps} steps, on {args.device} in {args.dtype}", flush=True)
+        print(f"{label}: {args.num_images} images at {steps} step(s), on {args.device} in {args.dtype}", flush=True)
         pipeline = load_pipeline(
             path, args.unet, args.lora, args.scheduler, DTYPES[args.dtype], args.device, args.revision, args.variant,
             args.cache_dir,

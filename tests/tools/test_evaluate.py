@@ -280,7 +280,7 @@ def test_a_damaged_reference_is_named(root, tmp_path, capsys):
         words = flags(
             root, tmp_path / name[:3], "--feature_network", root / "classifier", "--reference", tmp_path / name
         )
-        assert "is damaged or no file of images" in one_sentence(capsys, main, parse_args(words))
+        assert "is damaged or no file of images" in one_sentence(capsys, parse_args, words, alone=True)
 
 
 @pytest.mark.parametrize(
