@@ -16,6 +16,7 @@ from common.tools import plan
 from common.tools.demo import __main__ as demo
 from common.tools.demo import consistency, measuring, stable_diffusion
 from common.tools.demo.stable_diffusion import build_classifier, build_teacher
+from tests.benchmarks import remote
 from tests.made import save_data_set, save_table
 
 import pytest
@@ -237,6 +238,7 @@ TRAINING_COMMAND = (
     "--train_shards_path_or_url=shards/{00000..00099}.tar --output_dir=lcm"
 )
 SMALL["tests/benchmarks/precision.py"] = ["--updates", "1", "2"]
+SMALL["tests/benchmarks/data.py"] = ["--remote=100", "--pause=0.01", "--seconds=1"]
 SMALL["common.tools.plan"] = SMALL["train_lcm_distill_sd_wds"]  # plan is the script's dry run
 SMALL_UNET = {
     "_class_name": "UNet2DModel", "block_out_channels": [16, 16], "layers_per_block": 1, "norm_num_groups": 8,
@@ -306,6 +308,8 @@ def quick():
         patch.setattr(measuring, "STUDENT_STEPS", (1,))
         patch.setattr(demo, "TEACHER_STEPS", (4, 1))
         patch.setattr(plan, "RECOMPUTED", ("none",))
+        for name, number in {"SHARDS": 4, "SAMPLES": 40, "WORKERS": 2, "DISTINCT": 4}.items():
+            patch.setattr(remote, name, number)
         patch.setattr(consistency, "RUNS", {"ict": {}, "ect": consistency.RUNS["ect"] | {"pretrain_steps": 2}})
         patch.setattr(subprocess, "run", launched)
         yield
