@@ -388,23 +388,3 @@ def test_nothing_is_asked_of_the_device_between_log_entries(tmp_path, command, m
         train(command(name, tmp_path / "out", report_to="none", **changes), SCRIPTS[name])
     found = [(place, files) for place, files in pulls.places if place not in ALLOWED.get(name, ())]
     assert updates[0] >= 3 and not found, [(place, files[:6]) for place, files in found[:3]]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["lcm", "lcm_lora", "tscd", "tscd_lora"])
-def test_a_gpu_is_not_waited_for_between_log_entries(tmp_path, command, monkeypatch, name):
-    """The same on a GPU, where any synchronisation is made an error."""
-    check, updates = Stopper.check, [0]
-
-    def counted(self):
-        updates[0] += 1
-        torch.cuda.set_sync_debug_mode("error" if updates[0] in (1, 2) else "default")
-        return check(self)
-
-    monkeypatch.setattr(Stopper, "check", counted)
-    changes = {"max_train_steps": 4, "logging_steps": 4, "checkpointing_steps": 4, "mixed_precision": "bf16"}
-    changes |= {"stage_steps": "4,4", "max_train_steps": 8, "logging_steps": 8} if name.startswith("tscd") else {}
-    try:
-        train(command(name, tmp_path / "out", report_to="none", **changes), SCRIPTS[name])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
