@@ -1,7 +1,6 @@
 """train_cm_ct_unconditional.py from end to end, on the digits at 8 pixels."""
 
 import functools
-import json
 import shlex
 
 import train_cm_ct_unconditional as ct
@@ -365,27 +364,6 @@ def test_average_and_xformers_go_together(tmp_path, flags, monkeypatch):
 
 
 # --- samples and evaluation
-
-
-def test_evaluation_in_the_loop(tmp_path, flags, classifier):
-    options = {"eval_steps": 4, "feature_network": classifier, "eval_num_samples": 22, "eval_num_reference": 60}
-    train(flags(tmp_path / "a", **options, eval_class_accuracy=True))
-    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    names = [(row["step"], row["network"], row["num_inference_steps"]) for row in rows]
-    assert names == [(step, name, k) for step in (4, 8) for name in ("raw", "ema") for k in (1, 2)]
-    assert all(row["frechet_distance"] > 0 and 0 <= row["class_accuracy"] <= 1 for row in rows)
-    best = json.loads((tmp_path / "a" / "best_checkpoint.json").read_text())
-    two_steps = [row for row in rows if row["num_inference_steps"] == 2]
-    assert best["frechet_distance"] == min(row["frechet_distance"] for row in two_steps)
-    assert (tmp_path / "a" / best["checkpoint"]).is_dir() and best["metric"] == "frechet_distance"
-    logged = scalars(tmp_path / "a", "eval/ema_2_steps/kernel_distance")
-    assert logged[8] == pytest.approx(rows[-1]["kernel_distance"], rel=1e-5)
-    # It changes nothing of the training, and a resumed run has no row twice.
-    train(flags(tmp_path / "b"))
-    assert digests(tmp_path / "a" / "checkpoint-8") == digests(tmp_path / "b" / "checkpoint-8")
-    (tmp_path / "a" / "checkpoint-8" / "COMPLETE").unlink()
-    train(flags(tmp_path / "a", **options, eval_class_accuracy=True, resume_from_checkpoint="latest"))
-    assert [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()] == rows
 
 
 def test_the_distance_to_the_data_themselves_is_nearly_nothing(tmp_path, classifier, data_set, monkeypatch):

@@ -1,5 +1,7 @@
 """Evaluations in the loop of every script: what is kept, the best checkpoint, its export, and a resume."""
 
+import itertools
+
 from common.networks import teachers
 from common.results import evaluation
 from common.run import checkpointing
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+BOTH = ("raw", "ema")  # what consistency training measures
 NAMES = ("lcm", "lcm_lora", "tscd", "tscd_lora", "ct", "direct lora")
 
 
@@ -21,7 +24,8 @@ def evaluated(command, classifier):
 
     def make(name, folder, **changes):
         own = {"eval_steps": 1, "feature_network": classifier}
-        own |= {"eval_num_samples": 12, "eval_num_reference": 20} if name == "ct" else {"eval_num_images": 12}
+        of_ct = {"eval_num_samples": 12, "eval_num_reference": 20, "eval_class_accuracy": True}
+        own |= of_ct if name == "ct" else {"eval_num_images": 12}
         return command(name, folder, **own | changes)
 
     return make
@@ -31,7 +35,7 @@ def rows_of(folder):
     return evaluation.read_rows(folder)
 
 
-@pytest.mark.parametrize("name", soak_but("lcm", "direct lora", names=NAMES))
+@pytest.mark.parametrize("name", soak_but("lcm", "ct", "direct lora", names=NAMES))
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, evaluated, command, name, capsys):
     script, out = CASES[name].script, tmp_path / "out"
     words = evaluated(name, out)
@@ -44,6 +48,10 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, evaluated, command, nam
     for row in rows:
         if row["network"] != "teacher":
             assert all(np.isfinite(row[key]) for key in ("frechet_distance", "kernel_distance", *evaluation.BOUNDED))
+    if name == "ct":
+        assert [(row["network"], row["num_inference_steps"]) for row in rows[:4]] == [*itertools.product(BOTH, (1, 2))]
+        assert all(0 <= row["class_accuracy"] <= 1 for row in rows)
+        assert best["frechet_distance"] == min(r["frechet_distance"] for r in rows if r["num_inference_steps"] == 2)
     network = "ema" if name == "ct" else "student"
     last = next(row for row in rows[::-1] if row["network"] == network)
     tag = f"eval/{network}_{last['num_inference_steps']}_steps/diversity"
