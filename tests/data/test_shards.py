@@ -113,8 +113,8 @@ def test_the_tars_of_a_folder(tmp_path, capsys):
     [
         ("{00000..00004}.tar", "2 of 5 paths match no file.*00003.tar"),
         ("{00000..00004.tar", "braces"),
-        ("*.zip", "match no file"),
-        ("missing.tar", "match no file"),
+        ("*.zip", "matches no file"),
+        ("missing.tar", "matches no file"),
         ("empty", "neither .*tar.* nor images"),
     ],
 )
