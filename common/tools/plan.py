@@ -101,7 +101,8 @@ def main(args):
             print(f"{lever} is refused: {error}", flush=True)
             continue
         flags.append(lever)
-        typed, chosen = script.parse_args([*flags, "--report_to=none"]), recommend(choices, samples)
+        typed = script.parse_args([*flags, "--report_to=none", "--dry_run"])
+        chosen = recommend(choices, samples)
         print(f"\nNone fits; with {lever}:")
         print_table(args, choices, refused)
         if chosen is not None:

@@ -236,7 +236,6 @@ ONE = {  # flags, processes, whether these split
     "LoRA, stepwise, nf4": (["--lora_rank=64", *STEPWISE, "--quantize_base=nf4"], 1, False),
     "LoRA, stepwise, nf4, 8-bit Adam": (
         ["--lora_rank=64", *STEPWISE, "--quantize_base=nf4", "--use_8bit_adam"], 1, False),
-    "LoRA, stepwise, FSDP2 on 8": (["--lora_rank=64", *STEPWISE], 8, True),
     "all weights, stepwise, FSDP2 on 8": (["--lora_rank=0", *STEPWISE], 8, True),
 }  # fmt: skip
 BLOCKS = {"qwen": ({"num_layers": 1}, 60), "flux": ({"num_layers": 1, "num_single_layers": 2}, 19)}  # of a step, steps
@@ -277,15 +276,18 @@ def direct_words(folder):
     return [*words, "--max_train_steps=100", "--gradient_accumulation_steps=1", "--num_inference_steps=4"]
 
 
+def one_row(shape, method, moments):
+    """A line of the table of one sample: its peak, what a card needs with the allowances, and when."""
+    moment = max(moments, key=moments.get)
+    allowed, where = simulation.needed(moments[moment]) / 2**30, moment.replace("pipeline.", "")
+    return f"| {shape} | {method} | {moments[moment] / 1e9:.1f} | {allowed:.1f} | {where} |"
+
+
 def print_one(shape):
-    print("| one sample | peak, GB | with the allowances, GiB | moment | start, GB |\n|---|---|---|---|---|")
+    print("| teacher | one sample | peak, GB | with the allowances, GiB | moment |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for method in ONE:
-            moments = one_sample(Path(folder), shape, method)
-            moment = max(moments, key=moments.get)
-            peak, start = moments[moment], moments[simulation.BEFORE] / 1e9
-            allowed, where = simulation.needed(peak) / 2**30, moment.replace("pipeline.", "")
-            print(f"| {method} | {peak / 1e9:.1f} | {allowed:.1f} | {where} | {start:.1f} |", flush=True)
+            print(one_row(shape, method, one_sample(Path(folder), shape, method)), flush=True)
 
 
 def main():
