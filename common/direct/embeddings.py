@@ -175,15 +175,37 @@ def _merged(pattern, one, rows):
     if isinstance(pattern, (tuple, list)):
         if len(pattern) != len(one):
             return [each for row in rows for each in row]
-        parts = zip(pattern, one, *rows, strict=True)
-        return type(pattern)(_merged(p, o, list(each)) for p, o, *each in parts)
-    if not isinstance(pattern, torch.Tensor) or pattern.shape[:1] == one.shape[:1]:
+        parts = list(zip(pattern, one, *rows, strict=True))
+        return type(pattern)(
+            _mask(p, parts) if o is None and each[0] is None else _merged(p, o, each) for p, o, *each in parts
+        )
+    if not isinstance(pattern, torch.Tensor) or one is None or pattern.shape[:1] == one.shape[:1]:
         return rows[0]
     most = [max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True)]
     pads = [
         [n for size, top in zip(row.shape[:0:-1], most[:0:-1], strict=True) for n in (0, top - size)] for row in rows
     ]
     return torch.cat([torch.nn.functional.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+
+
+def _mask(pattern, parts):
+    """What a pipeline leaves out where it hides nothing, as Qwen-Image's of one prompt: 1 where a row of a batch has
+    its own values, (B, L) as the embeddings beside it in `parts`; None where all rows are equally long."""
+    padded, is_padded = {}, False  # {length of the pattern: those of the rows}; whether the pattern is
+    for p, o, *rows in parts:
+        if isinstance(p, torch.Tensor) and isinstance(o, torch.Tensor) and p.ndim > 1 and p.shape[:1] != o.shape[:1]:
+            padded[p.shape[1]] = [row.shape[1] for row in rows]
+            is_padded |= p.shape[1] != o.shape[1]
+    if all(len(set(lengths)) == 1 for lengths in padded.values()) or pattern is None and is_padded:
+        return None
+    lengths = padded.get(pattern.shape[1]) if isinstance(pattern, torch.Tensor) and pattern.ndim == 2 else None
+    if lengths is None:
+        raise UserError(
+            "`train_batch_size`: how this pipeline masks shorter prompts in a batch of longer ones is not known, its "
+            "shortest and longest prompt are equally long; pass 1"
+        )
+    hides = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return hides.to(pattern.device, pattern.dtype)
 
 
 def _same(a, b):

@@ -133,19 +133,26 @@ def metadata(file):
 
 
 def padded(prompt=None, **kwargs):
-    """As Qwen-Image's: rows as long as the longest prompt of a batch, and a mask."""
+    """As Qwen-Image's: rows as long as the longest prompt of a batch, and a mask where there is anything to hide."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     rows = [tiny_pipelines.embed([text], length=len(text.split())) for text in prompts]
     most = max(row.shape[1] for row in rows)
     pad = torch.nn.functional.pad
     mask = torch.cat([pad(torch.ones(1, row.shape[1], dtype=torch.long), (0, most - row.shape[1])) for row in rows])
-    return torch.cat([pad(row, (0, 0, 0, most - row.shape[1])) for row in rows]), mask, None, None
+    rows = torch.cat([pad(row, (0, 0, 0, most - row.shape[1])) for row in rows])
+    return rows, None if mask.all() else mask, None, None
 
 
 def test_what_a_batch_pads_is_padded():
     ones, both = [padded([text]) for text in PROMPTS[:2]], padded(PROMPTS[:2])
     made = embeddings._merged(both, ones[0], [padded([text]) for text in PROMPTS[:3]])
     assert embeddings._same(made, padded(PROMPTS[:3])) and made[1].sum(1).tolist() == [1, 3, 3]
+    for prompts in (PROMPTS[:1], PROMPTS[1:3]):  # alone, and of one length
+        made = embeddings._merged(both, ones[0], [padded([text]) for text in prompts])
+        assert embeddings._same(made, padded(prompts)) and made[1] is None
+    alike = padded(PROMPTS[1:3])
+    with pytest.raises(UserError, match="its shortest and longest prompt are equally long; pass 1"):
+        embeddings._merged(alike, ones[1], [padded([text]) for text in PROMPTS[:2]])
 
 
 @pytest.mark.parametrize("reason", ["depends on the others", "more than its prompt", "no encode_prompt", "has 0.0"])
