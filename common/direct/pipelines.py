@@ -245,7 +245,8 @@ class _Answer:
         return getattr(self._scheduler, name)
 
     def step(self, *args, return_dict=True, **kwargs):
-        answer = self._latents.clone()
+        sample = kwargs.get("sample", args[2] if len(args) > 2 else self._latents)
+        answer = self._latents.to(sample.dtype, copy=True)  # pairs may be kept in another one than the run computes in
         if return_dict:
             return type("Output", (), {"prev_sample": answer, "pred_original_sample": answer})()
         return answer, answer
