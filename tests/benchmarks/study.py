@@ -1,12 +1,13 @@
-"""What the flags of LCM and TSCD do on the demo's teachers, and the methods side by side, over training seeds.
+"""What the flags of the methods do on the demo's teachers, and the methods side by side, over training seeds.
 
     python tests/benchmarks/study.py methods                     # every method with the demo's recipe, hard judge
     python tests/benchmarks/study.py lcm --teacher sd --seeds 0
+    python tests/benchmarks/study.py direct --teacher sd --only "all weights" LoRA
 
 Builds the teacher in the demo's folder where it is not there. Every variant is a run of its script for each seed,
 with the demo's flags but for what its name says, and is measured as the demo measures: TSCD's model of each stage at
 its own number of steps. With one seed the spread is over the sets of samples, else it is the standard deviation over
-the seeds. Finished runs are kept and not run again.
+the seeds. Finished runs are kept and not run again, also where another study has them.
 """
 
 import argparse
@@ -27,21 +28,53 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 COSINE = {"lr_scheduler": "cosine"}
+LONG = COSINE | {"max_train_steps": 2400, "learning_rate": 3e-4, "lr_warmup_steps": 50}
 TSCD = demo.METHODS["tscd"]["flags"]
 TOTAL_STEPS = 4 * TSCD["stage_steps"]
 SAME = {name: TSCD[name] for name in ("learning_rate", "lr_scheduler", "lr_warmup_steps", "ema_decay")}
 MSE = {"adv_weights": 0}
+BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 200}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
     "methods": {
         "teacher": (None, measuring.TEACHER_STEPS),
         "LCM": ("lcm", {}),
-        "LCM, 2,400 updates, 3e-4 cosine": ("lcm", COSINE | {"max_train_steps": 2400, "learning_rate": 3e-4}),
         "LCM LoRA": ("lcm_lora", {}),
         "TSCD": ("tscd", {}),
         "TSCD LoRA": ("tscd_lora", {}),
-        "direct, 4 steps": ("direct", {}),
-        "direct LoRA, 4 steps": ("direct_lora", {}),
+        "direct for 4 steps": ("direct", {}),
+        "direct for 1 step": ("direct_1", {}),
+    },
+    "one_step": {
+        "LCM, 800 updates": ("lcm", {}),
+        "LCM, 800 updates, 3e-4 cosine, N = 10": ("lcm", LONG | {"num_ddim_timesteps": 10, "max_train_steps": 800}),
+        "LCM, 2,400 updates, 3e-4 cosine": ("lcm", LONG),
+        "the same, N = 10": ("lcm", LONG | {"num_ddim_timesteps": 10}),
+        "direct, 2,048 pairs, 400 updates": ("direct", {"num_inference_steps": 1}),
+        "direct, 8,192 pairs, 3,000 updates, lr 5e-4": ("direct_1", {"learning_rate": 5e-4}),
+        "the same, lr 1e-3": ("direct_1", {}),
+        "the same, lr 2e-3": ("direct_1", {"learning_rate": 2e-3}),
+        "the same, lr 1e-3, l2": ("direct_1", {"loss_type": "l2"}),
+        "6,000 updates of 16, lr 2e-3": (
+            "direct_1", {"learning_rate": 2e-3, "max_train_steps": 6000, "train_batch_size": 16}
+        ),
+    },
+    "direct": {
+        "all weights": ("direct", {}),
+        "LoRA": ("direct_lora", {}),
+        "8 steps": ("direct_8", {}),
+        "l2": ("direct", {"loss_type": "l2"}),
+        "100 updates": ("direct", {"max_train_steps": 100}),
+        "1,600 updates": ("direct", {"max_train_steps": 1600}),
+        "EMA 0.98": ("direct", {"ema_decay": 0.98}),
+    },
+    "precision": {
+        "LCM, float32": ("lcm", {}),
+        "LCM, bf16, end layers too": ("lcm", BF16 | {"float32_end_layers": False}),
+        "LCM, bf16": ("lcm", BF16),
+        "TSCD, float32": ("tscd", SHORT),
+        "TSCD, bf16, end layers too": ("tscd", SHORT | BF16 | {"float32_end_layers": False}),
+        "TSCD, bf16": ("tscd", SHORT | BF16),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),
@@ -78,24 +111,36 @@ def train(method, changes, seed, folder, output_dir, teacher):
     flags |= changes | {"pretrained_teacher_model": teacher_dir, "output_dir": folder, "seed": seed}
     flags |= {"resume_from_checkpoint": "latest"}
     if recipe["script"] == demo.DIRECT["script"]:
-        pairs_dir = output_dir / teacher.folder.replace("teacher", "pairs")
-        flags["pairs_dir"] = demo.generate_pairs(teacher, teacher_dir, data_dir / "train", pairs_dir, 0)
+        flags["pairs_dir"] = demo.generate_pairs(recipe, teacher, teacher_dir, data_dir / "train", output_dir, 0)
     else:
         flags["train_shards_path_or_url"] = data_dir / "train"
-    command = [sys.executable, str(ROOT / recipe["script"]), *(f"--{name}={value}" for name, value in flags.items())]
-    with open(folder.with_suffix(".log"), "w") as log:
+    words = (
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in flags.items()
+    )
+    command = [sys.executable, str(ROOT / recipe["script"]), *words]
+    with open(folder.with_name(f"{folder.name}.log"), "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+def folder_name(method, changes, seed):
+    said = changes.items() if method else [("steps", steps) for steps in changes]
+    return "-".join([method or "teacher", *(f"{name}={value}" for name, value in said), f"seed={seed}"])
 
 
 def measured(method, changes, seed, folder, output_dir, teacher, judge):
     """The rows of a variant with one seed, trained and measured where that is not done."""
-    path, teacher_dir = folder.with_suffix(".json"), output_dir / teacher.folder
+    path, teacher_dir = folder.with_name(f"{folder.name}.json"), output_dir / teacher.folder
     if not path.exists():
         if method is None:
             results, _ = measuring.measure_teacher(judge, teacher_dir, changes, seed, teacher)
         else:
             train(method, changes, seed, folder, output_dir, teacher)
-            results, _ = measuring.measure_student(judge, folder, teacher_dir, demo.METHODS[method], seed, teacher)
+            one = {"steps": (changes["num_inference_steps"],)} if "num_inference_steps" in changes else {}
+            recipe = demo.METHODS[method] | one
+            results, _ = measuring.measure_student(judge, folder, teacher_dir, recipe, seed, teacher)
+            if (folder / "held_out.json").exists():
+                results["rows"][0] |= json.loads((folder / "held_out.json").read_text())
         path.write_text(json.dumps(results, indent=1))
     return json.loads(path.read_text())["rows"]
 
@@ -111,27 +156,51 @@ def line(name, runs):
     return f"| {name} | {'; '.join(cells)} | " + " | ".join(f"{value:.3f}" for value in last) + " |"
 
 
+def details(name, runs):
+    """Rows of the second table: all that was measured, a row for each number of steps.
+
+    Of direct distillation also the relative squared error on held-out pairs, and that of the untrained student.
+    """
+    digits = {"frechet_distance": 2, "prompt_accuracy": 3, "classes": 2, "confidence": 3}
+    for rows in zip(*runs, strict=True):
+        shown = digits | ({"relative_mse": 4, "untrained": 4} if "untrained" in rows[0] else {})
+        values = [[row[key] for row in rows] for key in shown]
+        cells = (
+            f"{np.mean(value):.{count}f}" + (f" ± {np.std(value):.{count}f}" if len(runs) > 1 else "")
+            for value, count in zip(values, shown.values(), strict=True)
+        )
+        yield f"| {name} | {rows[0]['steps']} | {' | '.join(cells)} |"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="the demo's folder")
     parser.add_argument("--teacher", choices=list(measuring.TEACHERS), default="parity")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--only", nargs="*", type=int, help="numbers of the variants to run, from 0")
+    parser.add_argument("--only", nargs="*", help="names of the variants to run")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     teacher = measuring.TEACHERS[args.teacher]
     if not (args.demo / f"{teacher.folder}_metrics.json").exists():
         demo.main(demo.parse_args([f"--output_dir={args.demo}", f"--teacher={args.teacher}", "--teacher_only"]))
-    judge, folder = measuring.Judge(args.demo / "classifier"), args.output_dir / args.teacher / args.study
+    judge, folder = measuring.Judge(args.demo / "classifier"), args.output_dir / args.teacher
     folder.mkdir(parents=True, exist_ok=True)
+    table = []
     print("| | Fréchet distance at steps | prompt accuracy | digits | confidence |\n|---|---|---|---|---|")
-    for number, (name, (method, changes)) in enumerate(STUDIES[args.study].items()):
-        if args.only is None or number in args.only:
+    for name, (method, changes) in STUDIES[args.study].items():
+        if args.only is None or name in args.only:
             place = args.demo, teacher, judge
-            runs = [measured(method, changes, s, folder / f"{number}-seed{s}", *place) for s in args.seeds]
+            runs = [measured(method, changes, s, folder / folder_name(method, changes, s), *place) for s in args.seeds]
             print(line(name, runs), flush=True)
+            table += details(name, runs)
+    print(
+        "\n| | steps | distance | prompt accuracy | digits | confidence |",
+        "|---|---|---|---|---|---|",
+        *table,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":
