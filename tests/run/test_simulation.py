@@ -158,7 +158,7 @@ def test_the_start_counts_where_text_encoders_take_more_than_an_update(tmp_path)
     [
         ("qwen", "all weights, stepwise, FSDP2 on 8", 65),
         ("qwen", "LoRA, stepwise", 55),
-        ("qwen", "LoRA, stepwise, 8-bit Adam", 50),
+        ("qwen", "LoRA, stepwise, 8-bit Adam", 50.1),
         ("qwen", "LoRA, stepwise, nf4", 24),
         ("qwen", "LoRA, stepwise, nf4, 8-bit Adam", 20),
         ("flux", "all weights, stepwise, FSDP2 on 8", 40),
