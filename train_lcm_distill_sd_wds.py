@@ -10,9 +10,9 @@ student equals the teacher at step 0; the teacher runs before the student, which
         --learning_rate=1e-6 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
 
 To change the method, copy this file and edit step 7. Another solver: 7.7 and the line of 3 that makes it; one that
-asks the teacher twice makes 7.6 a function of (z, t). alpha may be 0 at the last timestep. Say it in `write_card`.
+asks the teacher twice makes 7.6 a function of (z, t). With v_prediction alpha may be 0 at the last timestep.
 Another objective: 3 (schedule), 4 (student, target, sampler), 6 (what is saved and sampled), 7, 8, `write_card`.
-`python -m tests.made tiny` makes a teacher and shards to try the copy on.
+`python -m tests.made tiny` makes tiny/teacher and tiny/shards/train to try the copy on.
 """
 
 import copy
@@ -133,7 +133,8 @@ def main(args):
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with. Without w it is
-    #    `make_student(teacher.unet)` and no timestep_cond, sampled by `scheduler_like(CLASS, config["scheduler"])`.
+    #    `teachers.make_student(teacher.unet)` and no timestep_cond, sampled by `teacher.scheduler`. Where it predicts
+    #    x_0: `DDIMScheduler.from_config(config["scheduler"], prediction_type="sample")`, and the same in `to_x_0`.
     unet = teachers.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
@@ -146,7 +147,7 @@ def main(args):
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
 
     # 6. Prepare, resume, trackers. Without a target network, modules={}; a student without w is sampled with the
-    #    pipeline's own guidance.
+    #    pipeline's own guidance. `teacher_unet` here is what `--eval_steps` compares the student with.
     unet, optimizer = accelerator.prepare(unet, optimizer)
     run.register(
         networks=networks_of(teacher) | {"the student": accelerator.unwrap_model(unet), "the target": target_unet},

@@ -110,3 +110,4 @@ def members(folder):
 if __name__ == "__main__":
     build_teacher(Path(sys.argv[1], "teacher"))
     digits.write_shards(Path(sys.argv[1], "shards"))
+    print(f"made {sys.argv[1]}/teacher and {sys.argv[1]}/shards/train")
