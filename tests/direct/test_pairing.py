@@ -121,3 +121,13 @@ def test_the_chance_is_that_of_a_permutation_test():
     chances = [pairing.chance(rng.normal(size=(10, 5)), draws=499) for _ in range(400)]
     assert kstest(chances, "uniform").pvalue > 0.01
     assert pairing.chance(np.zeros((0, 2))) == pairing.chance(np.zeros((5, 2))) == 1.0
+
+
+def test_pairs_in_half_precision_are_decoded_where_the_run_computes_in_float32(guide, student):
+    """bfloat16 has 8 significant bits; the images are those of the rounded latents."""
+    rollout, _ = student(4)
+    prompts, latents = guide["latents"]
+    rounded = latents[:2].bfloat16()
+    images = pipelines.decode(rollout.pipeline, rounded, prompts[:2], **rollout.kwargs)
+    expected = pipelines.decode(rollout.pipeline, rounded.float(), prompts[:2], **rollout.kwargs)
+    assert images.shape[0] == 2 and torch.allclose(images.float(), expected, atol=1e-5)
