@@ -4,7 +4,7 @@ import itertools
 import json
 
 from common.ct import consistency
-from common.direct import pairs
+from common.direct import pairs, student
 from common.errors import UserError
 from common.networks import encoders
 from common.run import checkpointing, training_run, updates
@@ -252,7 +252,7 @@ def test_weights_that_are_not_finite_are_named_and_no_sample_is(tmp_path, comman
         check_weights(networks)
 
     if at_start:
-        monkeypatch.setattr(SCRIPTS[name], "check_weights", check_poisoned)
+        monkeypatch.setattr(student, "check_weights", check_poisoned)
     else:
         monkeypatch.setattr(training_run, "UpdateGuard", guard_of_poisoned)
     words = command(name, tmp_path / "out", max_train_steps=8 if name == "ct" else 4, report_to="none")

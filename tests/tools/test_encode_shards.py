@@ -286,7 +286,7 @@ def test_bad_samples_are_left_out_counted_and_said(tmp_path, teacher, capsys, mo
     assert (stats[1]["count"], stats[1]["successes"], stats[1]["skipped"]) == (0, 0, {})
     assert (stats[2]["successes"], stats[2]["skipped"]) == (1, {"shard_read": 1})
     out = capsys.readouterr().out
-    assert "skipped: decode 2, missing_caption 1, shard_read 1, too_small 1; 3 of 3 shards" in out
+    assert "3 samples, skipped: decode 2, missing_caption 1, shard_read 1, too_small 1\n" in out
 
     # A VAE that overflows for one image costs that sample.
     posterior = encoders.posterior
