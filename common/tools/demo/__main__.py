@@ -123,7 +123,7 @@ METHODS = {
         },
     },
 }
-# {folder: flags of generate_pairs}. One step takes more pairs: as good ones in 8 steps cost less than 2,048 in 50.
+# {folder: flags of generate_pairs}. One step takes more pairs. The teacher's 8 steps are as good as its 50.
 PAIRS = {
     "pairs": {"num_pairs": 2048, "num_inference_steps": 50, "batch_size": 64},
     "pairs_many": {"num_pairs": 8192, "num_inference_steps": 8, "batch_size": 64},
