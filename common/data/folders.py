@@ -37,7 +37,8 @@ def is_hidden(name: str) -> bool:
 
 
 def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    """`1 image`, `2 images`, `2 processes`"""
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
 class Listing(NamedTuple):

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from common.data import folders
 from common.data.cached_latents import read_manifest
 from common.data.shards import expand_shards
 from common.errors import UserError
@@ -112,7 +113,7 @@ def main(args):
         ways = " or ".join(filter(None, [", ".join(ways_out(args, typed)), "a larger card"]))
         raise UserError(
             f"--gpu_memory={args.gpu_memory}: nothing of the table fits, {least.needed:.1f} GiB are needed for "
-            f"{several(least.simulated, 'sample')}; use {ways}"
+            f"{folders.count(least.simulated, 'sample')}; use {ways}"
         )
     words = [*without(flags, *OFFERED), *offered(chosen, samples)]
     result = simulate(script, words, args.processes, args.fsdp2)
@@ -121,7 +122,7 @@ def main(args):
     screen.show_simulated(f"Recommended, simulated: {' '.join(offered(chosen, samples))}", result)
     print(
         f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on "
-        f"{several(args.processes, 'card')}, at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
+        f"{folders.count(args.processes, 'card')}, at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
     )
     draw(result, args.gpu_memory, args.picture)
     together = ["--config_file=docs/fsdp2.yaml"] if args.fsdp2 else ["--multi_gpu"] if args.processes > 1 else []
@@ -167,10 +168,6 @@ def without(words, *names):
         if not drops:
             kept.append(word)
     return kept
-
-
-def several(number, what):
-    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def offered(choice, samples):
@@ -262,7 +259,7 @@ def choice_of(args, which, use_8bit_adam, sizes, less, samples):
 
 
 def print_table(args, choices, refused):
-    print(f"\nWhat fits {args.gpu_memory} GB, on {several(args.processes, 'process')}:\n")
+    print(f"\nWhat fits {args.gpu_memory} GB, on {folders.count(args.processes, 'process')}:\n")
     rows = [("recomputed", "8-bit Adam", "largest batch", "GiB needed", "GFLOPs a sample")]
     for choice in choices:
         needed = f"{choice.needed:.1f}" if choice.batch else f"{choice.needed:.1f} for {choice.simulated}"
