@@ -174,7 +174,8 @@ def main(args):
 
     # 4. Network and its average, float32; F computes under autocast. The target is the same network without gradients.
     torch.manual_seed(args.seed)  # for new weights; all other draws are keyed, see 7.1
-    unet = ct_unet.make_unet(unet_config, args.pretrained_model_name_or_path, **ct_flags.place(args))
+    outlined = sharding.is_on(accelerator)  # then a given network gets its weights when it is split
+    unet = ct_unet.make_unet(unet_config, args.pretrained_model_name_or_path, outlined, **ct_flags.place(args))
     ema_unet = copy.deepcopy(unet).requires_grad_(False).to(device) if args.use_ema else None
     sharding.shard(accelerator, [unet, *([ema_unet] if ema_unet else [])])
     engine.apply_performance_flags(args, trained=[unet], frozen=[ema_unet] if ema_unet else [])

@@ -196,12 +196,12 @@ def main(args):
     # 3. The teacher's pipeline. All prompts are encoded while its text encoders are alone on the device, then let go.
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, **own, **place)
+    outlined = sharding.is_on(accelerator)  # then its denoisers get their weights when they are split
+    load = functools.partial(pipelines.load_pipeline, args.pretrained_teacher_model, outlined=outlined, **own, **place)
     if not args.dry_run:
         sources.check_encoder(data, args.pretrained_teacher_model, variant=args.variant, **place)
     dtypes = {} if args.lora_rank else dict.fromkeys(pipelines.DENOISERS, torch.float32)
-    outlined = sharding.is_on(accelerator)  # then its denoisers get their weights when they are split
-    pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler, outlined=outlined)
+    pipeline = load(dtypes | {"default": weight_dtype}, scheduler=scheduler)
     base, data.pipeline = list(pipelines.denoisers(pipeline).values()), pipeline
     pipelines.bring_others(pipeline, device)
     pipelines.exempt_vae(pipeline)

@@ -117,7 +117,8 @@ def main(args):
     scalings = functools.partial(boundary_scalings, timestep_scaling=args.timestep_scaling_factor)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    outlined = sharding.is_on(accelerator)  # then its U-Net gets its weights when it is split
+    teacher = teachers.load_teacher(args.pretrained_teacher_model, outlined=outlined, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
     encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample

@@ -118,8 +118,7 @@ def main(args):
     stages = tscd_flags.resolve_stages(args, run.resumed)
     adversarial = any(stage.adv_weight for stage in stages)
     derived = run.derived_configuration() | {"latents": training_data.describe(train_data.cached)}
-    derived |= {stage.name: stage.summary for stage in stages}
-    run.announce(derived)
+    run.announce(derived | {stage.name: stage.summary for stage in stages})
     batches = iter(train_data)
     first_batch = next(batches)
     prompts = run.resolve_prompts(first_batch["captions"])
@@ -134,7 +133,8 @@ def main(args):
     solver = TrajectorySolver(alpha, sigma, noise_scheduler.config.prediction_type)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    outlined = sharding.is_on(accelerator)  # then its U-Net gets its weights when it is split
+    teacher = teachers.load_teacher(args.pretrained_teacher_model, outlined=outlined, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
     encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
@@ -142,7 +142,7 @@ def main(args):
     # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
     if adversarial:
         latent_size = args.resolution // encoders.vae_scale_factor(config["vae"])
-        discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype).to(device)
+        discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype, device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the discriminator has its float32 weights
     lora.add_lora(teacher_unet, **lora_options, dropout=args.lora_dropout, init_lora=args.init_lora)
     unet = teacher_unet.train()

@@ -112,8 +112,7 @@ def main(args):
     stages = tscd_flags.resolve_stages(args, run.resumed)
     adversarial = any(stage.adv_weight for stage in stages)
     derived = run.derived_configuration() | {"latents": training_data.describe(train_data.cached)}
-    derived |= {stage.name: stage.summary for stage in stages}
-    run.announce(derived)
+    run.announce(derived | {stage.name: stage.summary for stage in stages})
     batches = iter(train_data)
     first_batch = next(batches)
     prompts = run.resolve_prompts(first_batch["captions"])
@@ -128,7 +127,8 @@ def main(args):
     solver = TrajectorySolver(alpha, sigma, noise_scheduler.config.prediction_type)
     teacher_options |= {"vae": args.pretrained_vae_model_name_or_path, "vae_revision": args.revision}
     accelerator.print(f"loading {args.pretrained_teacher_model}")
-    teacher = teachers.load_teacher(args.pretrained_teacher_model, **teacher_options)
+    outlined = sharding.is_on(accelerator)  # then its U-Net gets its weights when it is split
+    teacher = teachers.load_teacher(args.pretrained_teacher_model, outlined=outlined, **teacher_options)
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
     encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
@@ -138,7 +138,7 @@ def main(args):
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     if adversarial:
         latent_size = args.resolution // encoders.vae_scale_factor(config["vae"])
-        discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype).to(device)
+        discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype, device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
     sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
     trained = [unet, discriminator.encoder] if adversarial else [unet]

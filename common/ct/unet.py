@@ -151,8 +151,11 @@ def _check_config(flag, config):
         raise UserError(f"{flag} describes no network that can be built ({reason})") from None
 
 
-def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_dir=None):
-    """A UNet2DModel in float32: new, its last convolution zero so that f starts as c_skip x, or with given weights."""
+def make_unet(config, pretrained_name=None, outlined=False, revision=None, variant=None, cache_dir=None):
+    """A UNet2DModel in float32: new, its last convolution zero so that f starts as c_skip x, or with given weights.
+
+    outlined: with these it is one of `outlines`.
+    """
     if pretrained_name is None:
         unet = UNet2DModel.from_config(config).train()
         torch.nn.init.zeros_(unet.conv_out.weight)
@@ -163,8 +166,8 @@ def make_unet(config, pretrained_name=None, revision=None, variant=None, cache_d
     try:
         place = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
         place["subfolder"] = _subfolder(pretrained_name)
-        unet = teachers.load_network(flag, UNet2DModel, pretrained_name, **place, **changes)
-        return unet.train()  # from_pretrained leaves it in eval mode, without dropout
+        unet = teachers.load_network(flag, UNet2DModel, pretrained_name, outlined, **place, **changes)
+        return unet.requires_grad_(True).train()  # from_pretrained leaves it in eval mode, without dropout
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}: its weights cannot be loaded ({reason})") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from common.direct import tasks
 from common.errors import UserError, blame, line_of
 from common.networks import fusing, lora, outlines, sharded, teachers
-from common.networks.weights import check_name, check_parts, check_pipeline, has_variant, local_folder
+from common.networks.weights import check_name, check_parts, check_pipeline
 from common.results import export
 
 import diffusers
@@ -90,8 +90,7 @@ def load_pipeline(
 
     name: folder or hub repository in diffusers layout. dtype: of all, or {part or "default": dtype}; what a network
     keeps in float32 stays there, so it is moved to its device by `.to(device)` alone. teacher_lora: fused into it.
-    outlined: denoisers are `outlines`, unless a LoRA is fused into them. replaced: parts that are there already and
-    are not loaded.
+    outlined: denoisers are `outlines`. replaced: parts that are there already and are not loaded.
     """
     index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
     skipped = {part: None for part in teachers.NOT_TRAINED if part in index}
@@ -100,26 +99,14 @@ def load_pipeline(
     parts = [part for part, value in index.items() if isinstance(value, list)]
     loader = tasks.text_class(getattr(diffusers, index["_class_name"]), parts) or DiffusionPipeline
     try:
-        if outlined and not teacher_lora:
-            replaced = _outlines(flag, name, index, loader, **options) | replaced
+        found = outlines.of_pipeline(flag, name, index, loader, DENOISERS, **options) if outlined else {}
         load = functools.partial(teachers.load_checked, flag, name, index, loader, **options)
-        pipeline = teachers.with_lora(lambda parts: load(**skipped | parts), teacher_lora, replaced)
+        pipeline = teachers.with_lora(lambda parts: load(**skipped | parts), teacher_lora, replaced, outlined=found)
     except (*teachers.LOAD_ERRORS, ImportError) as error:
         raise UserError(f"{flag} cannot be loaded: {line_of(error)}") from None
     for network in denoisers(pipeline).values():
         keep_float32(network)
     return pipeline
-
-
-def _outlines(flag, name, index, loader, dtype, variant, **place):
-    if not Path(name).is_dir():
-        loader.download(name, use_safetensors=True, trust_remote_code=False, variant=variant, **place)
-    folder, found = local_folder(name, **place), {}
-    for part in (part for part in DENOISERS if isinstance(index.get(part), list) and index[part][1]):
-        own = dtype.get(part, dtype["default"]) if isinstance(dtype, dict) else dtype
-        chosen = variant if variant and has_variant(folder / part, variant) else None
-        found[part] = outlines.outline(flag, folder / part, getattr(diffusers, index[part][1]), own, chosen)
-    return found
 
 
 def keep_float32(network):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from common.errors import CALL_ERRORS, UserError, blame
+from common.networks import outlines
 from common.networks.lora import WEIGHTS
 from common.networks.weights import check_name
 
@@ -84,14 +85,22 @@ def check(text, pipeline_class, networks):
 
 
 def fuse(pipeline, text):
-    """Add each LoRA of `teacher_lora`, times its scale, to the weights of the pipeline, in place, in their dtype."""
+    """Add each LoRA of `teacher_lora`, times its scale, to the weights of the pipeline, in place, in their dtype.
+
+    To those of `outlines` it is added when they are read.
+    """
     for file, scale in parse(text):
         with blame(f"`teacher_lora`={file}: it cannot be fused into the teacher", *ERRORS):
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
             parts = [
                 p for p in pipeline._lora_loadable_modules if getattr(getattr(pipeline, p, None), "peft_config", 0)
             ]
-            pipeline.fuse_lora(components=parts, lora_scale=scale, safe_fusing=True)
+            outlined = [part for part in parts if outlines.is_one(getattr(pipeline, part))]
+            for part in outlined:
+                outlines.fuse(f"`teacher_lora`={file}", getattr(pipeline, part), scale)
+            if outlined != parts or not parts:  # of which diffusers says that the LoRA adapts nothing
+                components = [part for part in parts if part not in outlined]
+                pipeline.fuse_lora(components=components, lora_scale=scale, safe_fusing=True)
             pipeline.unload_lora_weights()
 
 

@@ -15,6 +15,7 @@ from common.errors import UserError
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -103,7 +104,10 @@ def compile_blocks(network):
     config.optimize_ddp = False  # it would cut a block where a bucket ends: blocks are smaller than buckets
     torch._inductor.config.fallback_random = True  # dropout draws the masks that it draws uncompiled
     for block in repeated_blocks(network):
-        block.compile(**COMPILE_OPTIONS)
+        if isinstance(block, FSDPModule):  # what gathers its weights, hooks around its forward, is not compiled
+            block.forward = torch.compile(block.forward, **COMPILE_OPTIONS)
+        else:
+            block.compile(**COMPILE_OPTIONS)
 
 
 def float32_ends(network):

@@ -6,7 +6,7 @@ import types
 from pathlib import Path
 
 from common.errors import UserError, blame
-from common.networks import fusing, weights
+from common.networks import fusing, outlines, weights
 from common.networks.encoders import NUM_TIME_IDS, is_sdxl, vae_scale_factor
 from common.schedules import PREDICTION_TYPES
 
@@ -264,26 +264,42 @@ def scheduler_like(scheduler_class, scheduler_config, **trained):
 
 
 def load_teacher(
-    name, revision=None, variant=None, cache_dir=None, vae=None, vae_revision=None, lora=None, **replaced
+    name,
+    revision=None,
+    variant=None,
+    cache_dir=None,
+    vae=None,
+    vae_revision=None,
+    lora=None,
+    outlined=False,
+    **replaced,
 ):
     """The teacher as the plain text-to-image pipeline, whatever class it was saved by: every weight float32 on the
     CPU, frozen, in eval mode.
 
     name: folder, hub repository, or one `.safetensors` file. vae: folder or hub name of another VAE, or None.
-    lora: `teacher_lora`, fused into it. replaced: parts that are there already and are not loaded (unet, scheduler).
+    lora: `teacher_lora`, fused into it. outlined: the U-Net is one of `outlines`, but of one file. replaced: parts
+    that are there already and are not loaded (unet, scheduler).
     Weights are safetensors, and no code of a repository is run. Raises UserError where something cannot be loaded.
     """
     flag = f"`pretrained_teacher_model`={name}" + (f", `pretrained_vae_model_name_or_path`={vae}" if vae else "")
     with blame(f"{flag}: the weights cannot be loaded", *LOAD_ERRORS):
+        place, found = {"revision": revision, "cache_dir": cache_dir}, {}
+        if outlined and Path(name).suffix != ".safetensors":
+            index = DiffusionPipeline.load_config(name, **place)
+            loader, options = PLAIN[_check_kind(name, index)], {"dtype": torch.float32, "variant": variant} | place
+            found = outlines.of_pipeline(
+                f"`pretrained_teacher_model`={name}", name, index, loader, ["unet"], **options
+            )
         load = functools.partial(_load_teacher, name, revision, variant, cache_dir, vae, vae_revision)
-        return with_lora(load, lora, replaced)
+        return with_lora(load, lora, replaced, found)
 
 
-def with_lora(load, lora, replaced):
+def with_lora(load, lora, replaced, outlined):
     """The pipeline that `load` makes of the parts that replace its own, with the LoRAs of `teacher_lora` in what is
-    loaded: a network that replaces another is put in afterwards."""
+    loaded, or in `outlined` parts: a network that replaces another is put in afterwards."""
     later = {name: part for name, part in replaced.items() if lora and isinstance(part, torch.nn.Module)}
-    pipeline = load({name: part for name, part in replaced.items() if name not in later})
+    pipeline = load(outlined | {name: part for name, part in replaced.items() if name not in later})
     fusing.fuse(pipeline, lora)
     pipeline.register_modules(**later)
     return frozen(pipeline)
@@ -330,8 +346,16 @@ def load_checked(flag, name, index, cls=DiffusionPipeline, dtype=torch.float32, 
     return cls.from_pretrained(name, dtype=dtype, **options)
 
 
-def load_network(flag, cls, name, **options):
-    """`cls.from_pretrained` of safetensors, in float32; UserError where tensors lack or show another network."""
+def load_network(flag, cls, name, outlined=False, **options):
+    """`cls.from_pretrained` of safetensors, in float32; UserError where tensors lack or show another network.
+
+    outlined: as one of `outlines` instead. options: subfolder, revision, variant, cache_dir, configuration's changes.
+    """
+    if outlined:
+        place = {key: options.pop(key, None) for key in ("subfolder", "revision", "cache_dir")}
+        network = outlines.outline(flag, weights.network_folder(name, **place), cls, torch.float32, **options)
+        network.register_to_config(_name_or_path=str(name))
+        return network
     options = {"dtype": torch.float32} | options
     network, info = cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     weights.check_loaded(flag, network, info)
@@ -367,15 +391,19 @@ def make_student(teacher_unet, time_cond_proj_dim=None, init_unet=None, revision
     or without one (None).
 
     The new projection `time_embedding.cond_proj` starts at zero, so that the student equals the teacher at step 0 for
-    every w. init_unet: a folder with an earlier student to start from instead (its `unet/` when it is a pipeline).
+    every w. init_unet: a folder with an earlier student to start from instead (its `unet/` when it is a pipeline). A
+    student of a teacher that is one of `outlines` is one too.
     """
+    is_outline = outlines.is_one(teacher_unet)
     if init_unet is not None:
         subfolder = "unet" if Path(init_unet, "unet").is_dir() else None
         place = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir}
-        unet = load_network(f"`init_unet`={init_unet}", UNet2DConditionModel, init_unet, **place)
+        unet = load_network(f"`init_unet`={init_unet}", UNet2DConditionModel, init_unet, outlined=is_outline, **place)
         assert unet.config.time_cond_proj_dim == time_cond_proj_dim, "check_init_unet comes first"
-        return unet.train()
+        return unet.requires_grad_(True).train()
     assert teacher_unet.dtype == torch.float32, "a student of rounded weights is not the teacher"
+    if is_outline:
+        return outlines.like(teacher_unet, time_cond_proj_dim=time_cond_proj_dim).requires_grad_(True).train()
     # as a keyword: diffusers ignores a value in the configuration itself where the teacher's file lacks the key
     unet = UNet2DConditionModel.from_config(teacher_unet.config, time_cond_proj_dim=time_cond_proj_dim)
     missing, unexpected = unet.load_state_dict(teacher_unet.state_dict(), strict=False)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
 from diffusers.models.modeling_utils import LegacyModelMixin, no_init_weights
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_NAMES = (".lora_", "lora_A.", "lora_B.", ".base_layer.")
@@ -47,6 +47,16 @@ def local_folder(name, file="model_index.json", revision=None, cache_dir=None):
         return Path(name, file).parent
     found = try_to_load_from_cache(str(name), file, cache_dir=cache_dir, revision=revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def network_folder(name, subfolder=None, revision=None, cache_dir=None):
+    """The folder of a network that lies in the folder `name`, or in a hub repository, of which it is downloaded."""
+    if not Path(name).is_dir():
+        wanted = [f"{subfolder}/*" if subfolder else "*"]
+        unwanted = [f"*{end}" for end in PICKLES]
+        options = {"allow_patterns": wanted, "ignore_patterns": unwanted}
+        name = snapshot_download(str(name), revision=revision, cache_dir=cache_dir, **options)
+    return Path(name, subfolder or "")
 
 
 def check_parts(flag, name, index, skip=()):

@@ -32,6 +32,7 @@ OFF = {  # what accelerate's configuration may ask for and is not done here: {it
     "ACTIVATION_CHECKPOINTING_OFFLOAD": "set it to false",
     "IGNORED_MODULES": "drop it",
 }
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # in which weights are gathered, by mixed precision
 KEPT_FLOAT32 = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)  # what autocast would lower
 
 
@@ -66,16 +67,12 @@ def take_settings(args):
         raise UserError(f"`quantize_base` packs weights in a way that FSDP2 does not split; drop the flag, {WAY_OUT}")
     if args.use_8bit_adam:
         raise UserError(f"`use_8bit_adam` does not know weights that are split, as by FSDP2; drop the flag, {WAY_OUT}")
-    if args.compile:
-        raise UserError(f"`compile` is not known to work on blocks that FSDP2 gathers; drop the flag, {WAY_OUT}")
     if args.channels_last:
         raise UserError(f"`channels_last` is no layout that FSDP2 splits; drop the flag, {WAY_OUT}")
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision == "fp16":
-        raise UserError("`mixed_precision`=fp16 is not supported with FSDP2; pass bf16 or no")
-    if precision == "bf16" and not getattr(args, "cast_teacher", True):
+    if precision in HALF and not getattr(args, "cast_teacher", True):
         raise UserError(
-            "`cast_teacher`: FSDP2 gathers weights in bf16 alone; drop the flag, or pass `mixed_precision`=no"
+            f"`cast_teacher`: FSDP2 gathers weights in {precision} alone; drop the flag, or pass `mixed_precision`=no"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not simulation.wishes_fsdp2():
         return None  # there is nobody to share with
@@ -116,6 +113,7 @@ class ShardingAccelerator(Accelerator):
     def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
         """Norm and clipping of parts; the norm, a plain scalar tensor, is the same on all."""
         parameters = list(parameters)
+        self.unscale_gradients(self.optimizer)  # of fp16
         norm = total_norm(parameters)
         gradients = [part(p.grad) for p in parameters if p.grad is not None]
         if gradients:  # none are kept in a simulation
@@ -160,8 +158,7 @@ def shard(accelerator, networks, plain=()):
     if not isinstance(accelerator, ShardingAccelerator):
         return
     for network in (*networks, *plain):
-        is_cast = network in networks and accelerator.mixed_precision != "no"
-        gathered = torch.bfloat16 if is_cast else None
+        gathered = HALF.get(accelerator.mixed_precision) if network in networks else None
         if simulation.is_on():
             simulation.split(network, performance.repeated_blocks(network), gathered)
             continue
@@ -175,7 +172,8 @@ def is_on(accelerator):
 
 def _shard(network, mesh, policy):
     options = {"mesh": mesh, "reshard_after_forward": True}  # the root too: what lists weights finds parts
-    for parameter in (p for p in network.parameters() if p.requires_grad):  # new ones are drawn by each process
+    # new ones are drawn by each process
+    for parameter in (p for p in network.parameters() if p.requires_grad and not outlines.is_to_come(p)):
         values = parameter.detach().to(mesh.device_type)
         torch.distributed.broadcast(values, src=0)
         parameter.data.copy_(values)

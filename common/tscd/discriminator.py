@@ -8,6 +8,7 @@ import contextlib
 import copy
 import math
 
+from common.networks import outlines
 from common.networks.encoders import repeat_conditioning
 from common.run import simulation
 
@@ -19,10 +20,11 @@ class Discriminator(torch.nn.Module):
 
     unet: the teacher's float32 UNet2DConditionModel; its embeddings, down and mid blocks are copied. latent_size: the
     height and width of the latents. frozen_dtype: train the head alone and keep the encoder in this dtype; None: train
-    both in float32. Parameters require gradients only inside `trainable()`, so that the student's loss leaves none.
+    both in float32. device: where it is made. Parameters require gradients only inside `trainable()`, so that the
+    student's loss leaves none.
     """
 
-    def __init__(self, unet, latent_size, frozen_dtype=None):
+    def __init__(self, unet, latent_size, frozen_dtype=None, device="cpu"):
         super().__init__()
         self.encoder, self.freeze_encoder = copy_encoder(unet), frozen_dtype is not None
         torch.nn.Module.to(self.encoder, frozen_dtype or torch.float32)  # diffusers' own warns of nothing at length
@@ -30,11 +32,14 @@ class Discriminator(torch.nn.Module):
         num_downsamplers = sum(block.downsamplers is not None for block in unet.down_blocks)
         self.feature_size = math.ceil(latent_size / 2**num_downsamplers)
         self.head = make_head(self.channels, self.feature_size, seed=0)
+        if outlines.is_one(self.encoder):
+            outlines.load(self.encoder, device)
         self.initial_encoder = None
-        if not self.freeze_encoder:  # stays in main memory; taken before a checkpoint is loaded into the encoder
-            self.initial_encoder = {name: value.clone() for name, value in self.encoder.state_dict().items()}
+        if not self.freeze_encoder and _is_main():
+            # stays in the main process's main memory; taken before a checkpoint is loaded into the encoder
+            self.initial_encoder = {n: value.to("cpu", copy=True) for n, value in self.encoder.state_dict().items()}
             simulation.in_main_memory(self.initial_encoder.values())
-        self.requires_grad_(False).train()
+        self.requires_grad_(False).train().to(device)
 
     def forward(self, samples, timesteps, cond, noisy_latents, start_timesteps, conditional):
         """float32 logits (M, B) of M alternatives for the same B places on trajectories.
@@ -85,10 +90,17 @@ class Discriminator(torch.nn.Module):
         return optimizer, torch.amp.GradScaler(device, enabled=use_scaler)
 
     def reset(self, seed):
-        """Start anew: the teacher's encoder, a head drawn from `seed`, the same on every process."""
-        if not self.freeze_encoder:
+        """Start anew: the teacher's encoder, a head drawn from `seed`, the same on every process; called by all."""
+        if self.initial_encoder is not None:
             self.encoder.load_state_dict(self.initial_encoder)
+        if not self.freeze_encoder and torch.distributed.is_initialized() and not simulation.is_on():
+            for tensor in self.encoder.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
         self.head.load_state_dict(make_head(self.channels, self.feature_size, seed).state_dict())
+
+
+def _is_main():
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def copy_encoder(unet):

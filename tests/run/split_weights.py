@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 from common import ema
+from common.ct import unet
 from common.direct import pipelines
-from common.networks import lora, outlines, sharded
+from common.networks import lora, outlines, performance, sharded, teachers
 from common.run import meter, sharding, updates
+from common.tscd.discriminator import Discriminator
 from tests import tiny_pipelines
 
 import pytest
@@ -82,6 +84,61 @@ def check_lora():
     assert all(p.grad is None for name, p in split.named_parameters() if ".lora_" not in name)
     assert differ(lora.saved_tensors(split), lora.saved_tensors(whole)) == 0
     assert differ(lora.merged(split).state_dict(), lora.merged(whole).state_dict()) == 0
+
+
+def gradients(net):
+    return {name: sharded.whole(p.grad) for name, p in net.named_parameters()}
+
+
+def check_fp16(folder):
+    """Gradients that a GradScaler unscales are float32's up to fp16's rounding; where one process's are not finite,
+    nobody updates and all lower their scale."""
+    whole, split = network(1), network(1)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole(images, 3).sample.square().mean().backward()
+    AcceleratorState._reset_state()
+    accelerator = sharding.ShardingAccelerator({"reshard_after_forward": True}, cpu=True)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True  # which accelerate makes on GPUs alone
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    sharding.shard(accelerator, [split])
+    weights = list(split.parameters())
+    prepared, optimizer = accelerator.prepare(split, torch.optim.AdamW(weights, lr=0.01, fused=True))
+    accelerator.backward(output(prepared).square().mean())
+    norm = accelerator.clip_grad_norm_(weights, 1e9)
+    expected, found = (torch.cat([g.flatten() for g in gradients(net).values()]) for net in (whole, split))
+    assert 1e-6 < (found - expected).norm() / expected.norm() < 1e-2  # half precision's 2^-11, through a few layers
+    assert norm.item() == pytest.approx(found.norm().item(), rel=1e-4)
+    before = gathered(split)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert differ(gathered(split), before) == pytest.approx(0.01, rel=0.1) and accelerator.scaler.get_scale() == 1024
+    before, guard = gathered(split), updates.UpdateGuard(accelerator, folder, limit=9)
+    accelerator.backward(output(prepared).square().mean() * (float("inf") if RANK == 1 else 1.0))
+    assert not guard.step(optimizer, weights, 1.0, torch.tensor(1.0), ["a"])
+    assert differ(gathered(split), before) == 0 and accelerator.scaler.get_scale() == 512
+
+
+def check_compiled():
+    """Compiled blocks give what they give uncompiled; what gathers their weights is no part of a graph."""
+    graphs, made = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for compiles in (False, True):
+        AcceleratorState._reset_state()
+        accelerator = sharding.ShardingAccelerator({"reshard_after_forward": True}, cpu=True)
+        net = network(1)
+        sharding.shard(accelerator, [net])
+        if compiles:
+            performance.COMPILE_OPTIONS = performance.COMPILE_OPTIONS | {"backend": backend}
+            performance.compile_blocks(net)
+        prepared, _ = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+        for _ in range(2):
+            accelerator.backward(output(prepared).square().mean())
+        made.append(gradients(net))
+    assert len(graphs) > 3 and differ(made[0], made[1]) < 1e-6 < made[0]["conv_in.weight"].abs().max()
 
 
 LOADED = {"Qwen-Image": torch.bfloat16, "Wan": torch.bfloat16, "SD3": torch.float32, "SD1.5": torch.float32}
@@ -161,6 +218,44 @@ def check_loading(folder):
             assert table.dtype == other.dtype and torch.equal(table, other), (name, path)
         public = [{key: n.config[key] for key in n.config if key[0] != "_"} for n in (whole, outline)]
         assert public[0] == public[1] and not outline.training
+
+
+def check_teacher(folder):
+    """What the scripts make of a teacher with two LoRAs in it, and of networks to start from: each process holds its
+    part of what whole weights give, and makes two tensors at most beside it; a discriminator's encoder is whole."""
+    files = [folder / "style" / lora.WEIGHTS, folder / "other" / lora.KOHYA_WEIGHTS]
+    options = {"lora": f"{files[0]}:0.5,{files[1]}", "vae": None, "text_encoder": None, "tokenizer": None}
+    made, first = [], str(folder / f"start-{RANK}")
+    for outlined in (False, True):
+        AcceleratorState._reset_state()
+        accelerator = sharding.ShardingAccelerator({"reshard_after_forward": True}, cpu=True)
+        with Memory() as counted:
+            teacher = teachers.load_teacher(str(folder / "teacher"), outlined=outlined, **options)
+            student = teachers.make_student(teacher.unet, 32)
+            target = copy.deepcopy(student).requires_grad_(False).to("cpu")
+            encoder = Discriminator(teacher.unet, 8).encoder
+            networks = {"student": student, "target": target, "teacher": teacher.unet.to("cpu", torch.bfloat16)}
+            networks["started"] = teachers.make_student(teacher.unet, 32, first) if outlined else student
+            networks["images"] = unet.make_unet(SIZE | {"dropout": 0.1}, str(folder / "one"), outlined)
+            if outlined:
+                sharding.shard(accelerator, list(networks.values()))
+                assert all(map(sharded.is_sharded, networks.values())) and not sharded.is_sharded(encoder)
+        if not outlined:
+            student.save_pretrained(first)
+        made.append(networks | {"encoder": encoder})
+    held = sum(ema.part(p).nbytes for network in made[1].values() for p in network.parameters())
+    held += sum(file.stat().st_size for file in files) + 2 * max(p.nbytes for p in student.parameters())
+    assert counted.most < 1.02 * held, (counted.most, held)
+    for name, network in made[0].items():
+        other = made[1][name]
+        assert gathered(other).keys() == network.state_dict().keys() and other.training == network.training, name
+        for path, tensor in network.state_dict().items():
+            found = sharded.whole(other.state_dict()[path])
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor), (name, path)
+        trained = [[p.requires_grad for p in net.parameters()] for net in (network, other)]
+        assert trained[0] == trained[1], name
+        public = [{key: net.config[key] for key in net.config if key[0] != "_"} for net in (network, other)]
+        assert public[0] == public[1], name
 
 
 def expected(folder):
@@ -258,5 +353,8 @@ def body(folder):
     if state.is_main_process:
         assert (folder / "export" / "config.json").read_text() == (folder / "one" / "config.json").read_text()
     check_lora()
+    check_fp16(folder)
+    check_compiled()
     check_loading(folder)
+    check_teacher(folder)
     accelerator.end_training()

@@ -10,6 +10,7 @@ from common.results import samples
 from common.run import engine, sharding
 from tests.cases import ROOT, scalars, train, undo
 from tests.fork_server import run_processes
+from tests.networks.test_fusing import write_lora
 from tests.run import split_weights
 
 import pytest
@@ -17,10 +18,18 @@ import yaml
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-FSDP2 = f"import os\nos.environ |= {ASKED}\n"
+FSDP2 = f"""
+import os
+import diffusers
+os.environ |= {ASKED}
+def refuse(*args, **options):
+    raise AssertionError("a network is read whole")
+diffusers.UNet2DConditionModel.from_pretrained = diffusers.UNet2DModel.from_pretrained = refuse
+"""
 
 
 @pytest.fixture
@@ -62,9 +71,7 @@ def test_what_the_launcher_asks_for_is_taken_out_of_accelerates_sight(asked):
         ({"FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, {}, "_after_forward is FULL_SHARD; give true or false"),
         ({"RANK": None}, {}, "no launcher started this process; start it by `accelerate launch` with docs/fsdp2"),
         ({}, {"use_8bit_adam": True}, "`use_8bit_adam` does not know weights that are split"),
-        ({}, {"compile": True}, "`compile` is not known to work on blocks that FSDP2 gathers; drop the flag, or use"),
         ({}, {"channels_last": True}, "`channels_last` is no layout that FSDP2 splits; drop the flag"),
-        ({}, {"mixed_precision": "fp16"}, "`mixed_precision`=fp16 is not supported with FSDP2; pass bf16"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(asked, environment, changes, words):
@@ -80,10 +87,11 @@ def test_packed_weights_are_refused(asked, monkeypatch, tmp_path):
         sharding.take_settings(direct.parse_args(words))
 
 
-def test_a_float32_target_from_weights_gathered_in_bf16_is_refused(ct_flags, tmp_path, monkeypatch):
-    for name, value in (ASKED | {"RANK": "0", "ACCELERATE_MIXED_PRECISION": "bf16"}).items():
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_float32_target_from_weights_gathered_in_half_is_refused(ct_flags, tmp_path, monkeypatch, precision):
+    for name, value in (ASKED | {"RANK": "0", "ACCELERATE_MIXED_PRECISION": precision}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="`cast_teacher`: FSDP2 gathers weights in bf16 alone; drop the flag"):
+    with pytest.raises(UserError, match=f"`cast_teacher`: FSDP2 gathers weights in {precision} alone; drop the flag"):
         sharding.take_settings(ct.parse_args([*ct_flags(tmp_path), "--no-cast_teacher"]))
 
 
@@ -116,7 +124,11 @@ def test_processes_that_split_weights_do_jobs_of_one_kind_at_a_time():
     ]
 
 
-def test_split_weights_are_those_of_one_process(tmp_path):
+def test_split_weights_are_those_of_one_process(tmp_path, teacher):
+    (tmp_path / "teacher").symlink_to(teacher())
+    unet = UNet2DConditionModel.from_pretrained(teacher(), subfolder="unet")
+    for seed, name in enumerate(("style", "other")):
+        write_lora(tmp_path / name, unet, seed)
     split_weights.expected(tmp_path)
     split_weights.save_networks(tmp_path)
     prelude = f"from tests.run.split_weights import body\nbody({str(tmp_path)!r})\nraise SystemExit(0)"
