@@ -285,7 +285,8 @@ def load_teacher(
     flag = f"`pretrained_teacher_model`={name}" + (f", `pretrained_vae_model_name_or_path`={vae}" if vae else "")
     with blame(f"{flag}: the weights cannot be loaded", *LOAD_ERRORS):
         place, found = {"revision": revision, "cache_dir": cache_dir}, {}
-        if outlined and Path(name).suffix != ".safetensors":
+        is_replaced = lora and isinstance(replaced.get("unet"), torch.nn.Module)  # by one with the LoRA in it
+        if (outlined or is_replaced) and Path(name).suffix != ".safetensors":
             index = DiffusionPipeline.load_config(name, **place)
             loader, options = PLAIN[_check_kind(name, index)], {"dtype": torch.float32, "variant": variant} | place
             found = outlines.of_pipeline(
