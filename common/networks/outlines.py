@@ -27,7 +27,7 @@ class Outline:
 
     def __deepcopy__(self, memo):
         for parameter in self.parameters():
-            if _is_empty(parameter):
+            if is_to_come(parameter):
                 empty = _empty(parameter.shape, parameter.dtype)
                 memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
         memo |= {id(shared): shared for shared in (self._files, self._loras)}
@@ -41,7 +41,7 @@ class Outline:
 
     def _apply(self, function, recurse=True):
         def apply(tensor):
-            if not _is_empty(tensor):
+            if not is_to_come(tensor):
                 return function(tensor)
             return _empty(tensor.shape, function(tensor.detach()[(0,) * tensor.ndim]).dtype)
 
@@ -57,7 +57,8 @@ def _empty(shape, dtype):
     return torch.empty((), dtype=dtype).expand(shape)  # one value in memory
 
 
-def _is_empty(tensor):
+def is_to_come(tensor):
+    """Whether a weight of an outline is read later; the others are adapters and what its files lack."""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
@@ -179,11 +180,6 @@ def begin(network):
         if is_to_come(parameter):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             _put(network, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
-
-
-def is_to_come(parameter):
-    """Whether a weight of an outline is read later; the others are adapters and what its files lack."""
-    return _is_empty(parameter)
 
 
 @torch.no_grad()
