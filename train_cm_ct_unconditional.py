@@ -30,7 +30,7 @@ from common.ct.data import decode_image_label
 from common.ct.scheduler import make_scheduler, save_result
 from common.data.folders import IMAGE_KEYS
 from common.data.stream import TrainingData
-from common.ema import MOST_OF_START, ema_decay, ema_start_share, ema_update
+from common.ema import ema_update
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import sharded
 from common.results import export, samples
@@ -290,7 +290,7 @@ def main(args):
 
         # 7.7 After an update: average, logs, evaluation, checkpoint, samples.
         if ema_unet:
-            decay = ema_decay(run.global_step + 1, **ema_options)
+            decay = consistency.ema_decay(run.global_step + 1, **ema_options)
             ema_update(ema_unet.parameters(), accelerator.unwrap_model(unet).parameters(), decay, finite)
         lr_scheduler.step()
         run.after_update()
@@ -307,8 +307,8 @@ def main(args):
     # 8. Export: a pipeline that samples with the network's average, then what may fail: card, samples, upload.
     best = run.load_best()
     if not run.stopped:  # by every process
-        start_share = ema_start_share(run.exported_step, **ema_options) if ema_unet else 1.0
-        chosen = best["network"] if best else "ema" if start_share <= MOST_OF_START else "raw"
+        start_share = consistency.ema_start_share(run.exported_step, **ema_options) if ema_unet else 1.0
+        chosen = best["network"] if best else "ema" if start_share <= consistency.MOST_OF_START else "raw"
         save_result(args.output_dir, unets[chosen].eval(), scheduler)
         for name in unets.keys() - {chosen}:
             export.save_parts(args.output_dir, **{f"unet_{name}": unets[name].eval()})

@@ -32,11 +32,11 @@ from common.direct.student import (
     roll_out,
     student_kwargs,
 )
-from common.direct.validation import PairValidation
-from common.ema import ema_update, exchanged
+from common.direct.validation import PairValidation, exchanged
+from common.ema import ema_update
 from common.errors import UserError
 from common.losses import LOSS_TYPES, distance
-from common.networks import fusing, lora, performance, quantized
+from common.networks import fusing, lora, quantized
 from common.results import export, samples
 from common.run import engine, sharding, simulation
 from common.run.training_run import TrainingRun, user_errors
@@ -158,7 +158,7 @@ def main(args):
     config = pipelines.read_pipeline_config(args.pretrained_teacher_model, **own, **place)
     accelerator.print("".join(f"{note}\n" for note in config["notes"]), end="")
     target_names = None if args.lora_target_modules is None else lora.parse_target_modules(args.lora_target_modules)
-    performance.check_denoisers(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
+    pipelines.check_performance(config["denoisers"], args.gradient_checkpointing, args.compile, args.channels_last)
     if args.lora_rank:
         for part, (network_class, values) in config["denoisers"].items():
             options = {"init_lora": args.init_lora, "network_class": network_class, "part": part}

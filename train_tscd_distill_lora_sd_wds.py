@@ -27,13 +27,13 @@ from common.networks import encoders, lora, sharded, teachers
 from common.results import export, samples
 from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
-from common.run.updates import discriminator_step, networks_of
+from common.run.updates import networks_of
 from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims
-from common.solvers import TrajectorySolver
+from common.tscd import adversarial, segments
 from common.tscd import flags as tscd_flags
 from common.tscd.discriminator import Discriminator
-from common.tscd.segments import bottom_probability, draw_segment, heaviest_update, segment_nodes, stage_at, steps_note
+from common.tscd.solver import TrajectorySolver, tcd_scheduler
 
 import torch
 from accelerate.utils import gather_object
@@ -72,8 +72,8 @@ def parse_args(argv=None):
     add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=flags.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
     add = parser.add_argument_group("adversarial distance").add_argument
-    add("--mse_weights", type=flags.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
-    add("--adv_weights", type=flags.weight_list, help="likewise; all 0: no discriminator")
+    add("--mse_weights", type=tscd_flags.weights, help="of --loss_type, one or one per stage; 1, of k = 2: .5, 1: .25")
+    add("--adv_weights", type=tscd_flags.weights, help="likewise; all 0: no discriminator")
     add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
     add("--adv_unconditional_start", type=flags.fraction, default=0.5, help="share of a stage with x_t as a condition")
@@ -105,7 +105,7 @@ def main(args):
     lora.check_lora(config["unet"], **lora_options, init_lora=args.init_lora)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
+    nodes = segments.nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
     network = load_feature_network(args, device)
@@ -116,7 +116,7 @@ def main(args):
     run.follow(train_data)
     run.resolve_steps(training_data.epoch_size(args, shards, run.num_images))
     stages = tscd_flags.resolve_stages(args, run.resumed)
-    adversarial = any(stage.adv_weight for stage in stages)
+    with_discriminator = any(stage.adv_weight for stage in stages)
     derived = run.derived_configuration() | {"latents": training_data.describe(train_data.cached)}
     run.announce(derived | {stage.name: stage.summary for stage in stages})
     batches = iter(train_data)
@@ -125,7 +125,7 @@ def main(args):
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
         run.checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
-        stages, run.global_step = heaviest_update(stages)
+        stages, run.global_step = segments.heaviest_update(stages)
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
@@ -140,7 +140,7 @@ def main(args):
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
-    if adversarial:
+    if with_discriminator:
         latent_size = args.resolution // encoders.vae_scale_factor(config["vae"])
         discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype, device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the discriminator has its float32 weights
@@ -148,8 +148,8 @@ def main(args):
     unet = teacher_unet.train()
     sharding.shard(accelerator, [], plain=[unet])
     teacher_forward = sharded.plain_forward(teacher_unet)  # without the autocast that accelerate puts around it
-    sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    trained = [unet, *([discriminator.encoder] if adversarial else [])]
+    sampler = tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
+    trained = [unet, *([discriminator.encoder] if with_discriminator else [])]
     engine.apply_performance_flags(args, trained=trained, frozen=[], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.
@@ -157,7 +157,7 @@ def main(args):
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     lora.register_adapter_checkpointing(accelerator, unet)
     modules, objects = {}, {"lr_scheduler": lr_scheduler}
-    if adversarial:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
+    if with_discriminator:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
         d_optimizer, d_scaler = discriminator.make_optimizer(
             learning_rate=args.adv_learning_rate,
             head_learning_rate=args.adv_head_learning_rate,
@@ -191,7 +191,7 @@ def main(args):
     # 7. The loop.
     batches, grid = itertools.chain([first_batch], batches), None
     while run.goes_on:
-        stage = stage_at(stages, run.global_step)
+        stage = segments.stage_at(stages, run.global_step)
         if stage.adv_weight and run.global_step == stage.start and accelerator.sync_gradients:
             discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
             d_optimizer.state.clear()
@@ -206,7 +206,7 @@ def main(args):
             batch_size = len(latents)
 
             # 7.2 Draw the nodes t > t' >= s of a segment, and its upper end.
-            drawn = draw_segment(
+            drawn = segments.draw_segment(
                 num_segments=stage.num_segments,
                 num_ddim_timesteps=args.num_ddim_timesteps,
                 boundary_prob=args.boundary_prob,
@@ -215,7 +215,7 @@ def main(args):
             )
             start_timesteps, timesteps, end_timesteps, top_timesteps = (nodes[index] for index in drawn)  # (B,) each
             is_whole = drawn[3] - drawn[2] == args.num_ddim_timesteps // stage.num_segments  # s: the segment's end
-            share_whole = bottom_probability(stage.num_segments, args.num_ddim_timesteps, args.boundary_prob)
+            count = batch_size * segments.share_whole(stage.num_segments, args.num_ddim_timesteps, args.boundary_prob)
 
             # 7.3 No boundary scalings: the jump is the identity at s = t.
 
@@ -260,7 +260,7 @@ def main(args):
             loss, adv_logged = stage.mse_weight * loss_mse, {}
             if stage.adv_weight:
                 adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
-                adv_timesteps, q, adv_noise = losses.draw_renoising(
+                adv_timesteps, q, adv_noise = adversarial.draw_renoising(
                     alpha,
                     end_timesteps=end_timesteps,
                     top_timesteps=top_timesteps,
@@ -278,9 +278,9 @@ def main(args):
                 mse_pred.retain_grad(), adv_pred.retain_grad()
                 with accelerator.autocast():
                     (fake_logits,) = discriminator([q * adv_pred + adv_noise], **context)
-                adv_losses = losses.generator_loss(fake_logits)  # (B,)
-                loss = loss + stage.adv_weight * losses.masked_mean(adv_losses, is_whole, batch_size * share_whole)
-                adv_logged["loss_adv"] = losses.masked_mean(adv_losses, is_whole)
+                adv_losses = adversarial.generator_loss(fake_logits)  # (B,)
+                loss = loss + stage.adv_weight * adversarial.masked_mean(adv_losses, is_whole, count)
+                adv_logged["loss_adv"] = adversarial.masked_mean(adv_losses, is_whole)
             accelerator.backward(loss)
             run.update(optimizer, lora.lora_parameters(unet), loss, batch["keys"])
             optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
@@ -293,14 +293,14 @@ def main(args):
                 with discriminator.trainable():
                     with accelerator.autocast():
                         real_logits, fake_logits = discriminator(renoised, **context)
-                    d_losses = losses.discriminator_loss(real_logits, fake_logits)  # (B,)
-                    loss_discriminator = losses.masked_mean(d_losses, is_whole, batch_size * share_whole)
+                    d_losses = adversarial.discriminator_loss(real_logits, fake_logits)  # (B,)
+                    loss_discriminator = adversarial.masked_mean(d_losses, is_whole, count)
                     d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
-                    run.guard.count_as_skipped_unless(discriminator_step(d_optimizer, d_scaler, world_size))
-                adv_logged["loss_discriminator"] = losses.masked_mean(d_losses, is_whole)
-                adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
-                adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
+                    run.guard.count_as_skipped_unless(adversarial.step(d_optimizer, d_scaler, world_size))
+                adv_logged["loss_discriminator"] = adversarial.masked_mean(d_losses, is_whole)
+                adv_logged["logit_real"] = adversarial.masked_mean(real_logits, is_whole)
+                adv_logged["logit_fake"] = adversarial.masked_mean(fake_logits, is_whole)
         run.means.add({"loss": loss, "loss_mse": loss_mse})
         run.means.add(adv_logged, weight=is_whole.sum())
         if not accelerator.sync_gradients:
@@ -327,7 +327,7 @@ def main(args):
             validation.show(stage.num_segments)
 
     # 8. Export: the LoRA for diffusers and for ComfyUI / A1111, then what may fail: card, samples, upload.
-    stage = stage_at(stages, run.global_step - 1)
+    stage = segments.stage_at(stages, run.global_step - 1)
     best = run.load_best(stage.name)
     if not run.stopped:
         lora.save_lora(args.output_dir, unet)  # by every process
@@ -370,7 +370,7 @@ image = pipe({prompt}, num_inference_steps={k}, guidance_scale=1, eta=0.0{size})
         notes=[
             f"Trained for {run.exported_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
             f"w {w}.",
-            steps_note(k, args.boundary_prob),
+            segments.steps_note(k, args.boundary_prob),
             "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
             f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "
             "`pytorch_lora_weights_kohya.safetensors` for ComfyUI and A1111.",

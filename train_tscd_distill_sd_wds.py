@@ -28,13 +28,13 @@ from common.networks import encoders, teachers
 from common.results import export, samples
 from common.run import engine, sharding, simulation, training_data
 from common.run.training_run import TrainingRun, user_errors
-from common.run.updates import discriminator_step, networks_of
+from common.run.updates import networks_of
 from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims, guidance_scale_embedding
-from common.solvers import TrajectorySolver
+from common.tscd import adversarial, segments
 from common.tscd import flags as tscd_flags
 from common.tscd.discriminator import Discriminator
-from common.tscd.segments import bottom_probability, draw_segment, heaviest_update, segment_nodes, stage_at, steps_note
+from common.tscd.solver import TrajectorySolver, stage_code, tcd_scheduler
 
 import torch
 from accelerate.utils import gather_object
@@ -67,8 +67,8 @@ def parse_args(argv=None):
     add("--unet_time_cond_proj_dim", type=flags.embedding_width, help="width of an embedding of w; default: none")
     add("--ema_decay", type=flags.beta, default=0.95, help="of the target network")
     add = parser.add_argument_group("adversarial distance").add_argument
-    add("--mse_weights", type=flags.weight_list, help="of --loss_type, one or one per stage; 1, for k = 2: .5, 1: .25")
-    add("--adv_weights", type=flags.weight_list, help="likewise; all 0: no discriminator")
+    add("--mse_weights", type=tscd_flags.weights, help="of --loss_type, one or one per stage; 1, of k = 2: .5, 1: .25")
+    add("--adv_weights", type=tscd_flags.weights, help="likewise; all 0: no discriminator")
     add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
     add("--adv_unconditional_start", type=flags.fraction, default=0.5, help="share of a stage with x_t as a condition")
@@ -99,7 +99,7 @@ def main(args):
         teachers.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    nodes = segment_nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
+    nodes = segments.nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
     network = load_feature_network(args, device)
@@ -110,7 +110,7 @@ def main(args):
     run.follow(train_data)
     run.resolve_steps(training_data.epoch_size(args, shards, run.num_images))
     stages = tscd_flags.resolve_stages(args, run.resumed)
-    adversarial = any(stage.adv_weight for stage in stages)
+    with_discriminator = any(stage.adv_weight for stage in stages)
     derived = run.derived_configuration() | {"latents": training_data.describe(train_data.cached)}
     run.announce(derived | {stage.name: stage.summary for stage in stages})
     batches = iter(train_data)
@@ -119,7 +119,7 @@ def main(args):
     if args.dry_run:  # what follows runs on tensors without memory, for two updates of this batch
         accelerator.print(f"The first captions: {first_batch['captions'][:4]}. Dry run: nothing is written.")
         run.checkpoint, batches = None, simulation.begin(args, accelerator, first_batch)
-        stages, run.global_step = heaviest_update(stages)
+        stages, run.global_step = segments.heaviest_update(stages)
 
     # 3. Schedule and solver, float32; frozen parts, in the compute dtype.
     torch.manual_seed(args.seed + accelerator.process_index)  # for dropout; all other draws are keyed, see 7.1
@@ -136,12 +136,12 @@ def main(args):
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
     unet = teachers.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
-    if adversarial:
+    if with_discriminator:
         latent_size = args.resolution // encoders.vae_scale_factor(config["vae"])
         discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype, device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
-    sampler = teachers.tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    trained = [unet, discriminator.encoder] if adversarial else [unet]
+    sampler = tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
+    trained = [unet, discriminator.encoder] if with_discriminator else [unet]
     sharding.shard(accelerator, [unet, target_unet], plain=[teacher_unet])
     engine.apply_performance_flags(args, trained=trained, frozen=[target_unet, teacher_unet], vae=teacher.vae)
 
@@ -149,7 +149,7 @@ def main(args):
     optimizer = engine.make_optimizer(args, list(unet.parameters()), run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     modules, objects = {"target_unet": target_unet}, {"lr_scheduler": lr_scheduler}
-    if adversarial:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
+    if with_discriminator:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
         d_optimizer, d_scaler = discriminator.make_optimizer(
             learning_rate=args.adv_learning_rate,
             head_learning_rate=args.adv_head_learning_rate,
@@ -183,7 +183,7 @@ def main(args):
     # 7. The loop.
     batches, grid = itertools.chain([first_batch], batches), None
     while run.goes_on:
-        stage = stage_at(stages, run.global_step)
+        stage = segments.stage_at(stages, run.global_step)
         if stage.adv_weight and run.global_step == stage.start and accelerator.sync_gradients:
             discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
             d_optimizer.state.clear()
@@ -198,7 +198,7 @@ def main(args):
             batch_size = len(latents)
 
             # 7.2 Draw the nodes t > t' >= s of a segment, and its upper end.
-            drawn = draw_segment(
+            drawn = segments.draw_segment(
                 num_segments=stage.num_segments,
                 num_ddim_timesteps=args.num_ddim_timesteps,
                 boundary_prob=args.boundary_prob,
@@ -207,7 +207,7 @@ def main(args):
             )
             start_timesteps, timesteps, end_timesteps, top_timesteps = (nodes[index] for index in drawn)  # (B,) each
             is_whole = drawn[3] - drawn[2] == args.num_ddim_timesteps // stage.num_segments  # s: the segment's end
-            share_whole = bottom_probability(stage.num_segments, args.num_ddim_timesteps, args.boundary_prob)
+            count = batch_size * segments.share_whole(stage.num_segments, args.num_ddim_timesteps, args.boundary_prob)
 
             # 7.3 No boundary scalings: the jump is the identity at s = t.
 
@@ -253,7 +253,7 @@ def main(args):
             loss, adv_logged = stage.mse_weight * loss_mse, {}
             if stage.adv_weight:
                 adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
-                adv_timesteps, q, adv_noise = losses.draw_renoising(
+                adv_timesteps, q, adv_noise = adversarial.draw_renoising(
                     alpha,
                     end_timesteps=end_timesteps,
                     top_timesteps=top_timesteps,
@@ -271,9 +271,9 @@ def main(args):
                 mse_pred.retain_grad(), adv_pred.retain_grad()
                 with accelerator.autocast():
                     (fake_logits,) = discriminator([q * adv_pred + adv_noise], **context)
-                adv_losses = losses.generator_loss(fake_logits)  # (B,)
-                loss = loss + stage.adv_weight * losses.masked_mean(adv_losses, is_whole, batch_size * share_whole)
-                adv_logged["loss_adv"] = losses.masked_mean(adv_losses, is_whole)
+                adv_losses = adversarial.generator_loss(fake_logits)  # (B,)
+                loss = loss + stage.adv_weight * adversarial.masked_mean(adv_losses, is_whole, count)
+                adv_logged["loss_adv"] = adversarial.masked_mean(adv_losses, is_whole)
             accelerator.backward(loss)
             finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])
             optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
@@ -286,14 +286,14 @@ def main(args):
                 with discriminator.trainable():
                     with accelerator.autocast():
                         real_logits, fake_logits = discriminator(renoised, **context)
-                    d_losses = losses.discriminator_loss(real_logits, fake_logits)  # (B,)
-                    loss_discriminator = losses.masked_mean(d_losses, is_whole, batch_size * share_whole)
+                    d_losses = adversarial.discriminator_loss(real_logits, fake_logits)  # (B,)
+                    loss_discriminator = adversarial.masked_mean(d_losses, is_whole, count)
                     d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
-                    run.guard.count_as_skipped_unless(discriminator_step(d_optimizer, d_scaler, world_size))
-                adv_logged["loss_discriminator"] = losses.masked_mean(d_losses, is_whole)
-                adv_logged["logit_real"] = losses.masked_mean(real_logits, is_whole)
-                adv_logged["logit_fake"] = losses.masked_mean(fake_logits, is_whole)
+                    run.guard.count_as_skipped_unless(adversarial.step(d_optimizer, d_scaler, world_size))
+                adv_logged["loss_discriminator"] = adversarial.masked_mean(d_losses, is_whole)
+                adv_logged["logit_real"] = adversarial.masked_mean(real_logits, is_whole)
+                adv_logged["logit_fake"] = adversarial.masked_mean(fake_logits, is_whole)
         run.means.add({"loss": loss, "loss_mse": loss_mse})
         run.means.add(adv_logged, weight=is_whole.sum())
         if not accelerator.sync_gradients:
@@ -320,7 +320,7 @@ def main(args):
             validation.show(stage.num_segments)
 
     # 8. Export: weights, then what may fail: a pipeline that samples with the student, samples, card, upload.
-    stage = stage_at(stages, run.global_step - 1)
+    stage = segments.stage_at(stages, run.global_step - 1)
     best = run.load_best(stage.name)
     if not run.stopped:
         parts = {"unet": shown["student"].eval(), "scheduler": sampler}
@@ -351,7 +351,7 @@ def write_card(args, config, teacher_options, stage, stage_folder, shards, run):
     prompt = export.quoted(run.prompts[0])
     k, load = stage.num_segments, export.pipeline_code(model)
     if stage_folder:
-        load = export.stage_code(
+        load = stage_code(
             args.pretrained_teacher_model,
             is_sdxl=config["is_sdxl"],
             model=model,
@@ -371,7 +371,7 @@ image = pipe({prompt}, num_inference_steps={k}, guidance_scale={scale:g}, eta=0.
         notes=[
             f"Trained for {run.exported_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
             f"w {w}.",
-            steps_note(k, args.boundary_prob),
+            segments.steps_note(k, args.boundary_prob),
             guidance,
         ],
         tags=["tscd", "text-to-image", "diffusers"],

@@ -1,13 +1,8 @@
 """Exponential moving averages of parameters."""
 
-import contextlib
-import math
-
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
-
-MOST_OF_START = math.exp(-3)  # of an average that is used; a constant decay reaches it after 3 / (1 - decay) updates
 
 
 @torch.no_grad()
@@ -43,55 +38,3 @@ def part(tensor):
     """
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def ema_decay(step, max_decay, min_decay=None, inv_gamma=None, power=0.75, gamma=None):
-    """The decay of the update that ends step `step` (1, 2, ...); the first one copies the weights.
-
-    Constant: max_decay, or with `min_decay` n / (9 + n) between the two, for n = step. With `inv_gamma`, warm-up:
-    1 - (1 + (n - 1) / inv_gamma)^-power between min_decay (0 unless given) and max_decay: both as diffusers' EMAModel.
-    With `gamma`, the power function (1 - 1 / n)^(gamma + 1), whose memory grows with the run (2312.02696, eq. 127).
-    """
-    if step <= 1:
-        return 0.0
-    if gamma is not None:
-        return (1 - 1 / step) ** (gamma + 1)
-    if inv_gamma is not None:
-        decay = 1 - (1 + (step - 1) / inv_gamma) ** -power
-    elif min_decay is None:
-        return max_decay
-    else:
-        decay = step / (9 + step)
-    return min(max_decay, max(min_decay or 0.0, decay))
-
-
-def ema_start_share(num_steps, **options):
-    """How much of an EMA over `num_steps` updates is still the weights after the first one; options of `ema_decay`."""
-    share = 1.0
-    for step in range(2, num_steps + 1):
-        share *= ema_decay(step, **options)
-    return share
-
-
-@contextlib.contextmanager
-def exchanged(parameters, others):
-    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round. No copy, but
-    of one tensor that is split over processes: what gathers it reads the memory that it had."""
-
-    @torch.no_grad()
-    def exchange():
-        for a, b in pairs:
-            if isinstance(a, DTensor):
-                a, b = part(a), part(b)
-                values = a.clone()
-                a.copy_(b)
-                b.copy_(values)
-            else:
-                a.data, b.data = b.data, a.data
-
-    pairs = list(zip(parameters, others, strict=True))
-    exchange()
-    try:
-        yield
-    finally:
-        exchange()

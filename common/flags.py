@@ -139,7 +139,7 @@ def _number(name, read, fits, message):
     return parse
 
 
-def _numbers(name, item):
+def numbers(name, item):
     """An argparse type: `1,2,4` -> [1, 2, 4], each as from the type `item`, at least one."""
 
     def read(text):
@@ -163,8 +163,7 @@ positive_float = _number(
 non_negative_float = _number(
     "number", float, lambda x: 0.0 <= x < math.inf, "must be a number that is not negative, not {text}"
 )
-int_list = _numbers("list of whole numbers", positive_int)
-weight_list = _numbers("list of numbers", non_negative_float)
+int_list = numbers("list of whole numbers", positive_int)
 
 
 def add_hub_arguments(add, of):
@@ -455,13 +454,6 @@ def command_line():
 def path(text):
     """argparse type of every flag that names a file, a folder, a hub name, a pattern or an address, from `~` on."""
     return expand_home(text)
-
-
-def labelled_path(text):
-    """`path` of `PATH` or `LABEL=PATH`."""
-    whole = path(text)
-    label, separator, rest = text.partition("=")
-    return whole if os.path.exists(whole) or not separator else f"{label}={path(rest)}"
 
 
 def prompt(text):

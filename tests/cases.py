@@ -144,8 +144,8 @@ def prepared(self, *args, **kwargs):
     return prepare(self, *args, **kwargs)
 Accelerator.prepare = prepared
 
-import common.run.updates as d
-step = d.discriminator_step
+import common.tscd.adversarial as d
+step = d.step
 def step_and_compare(optimizer, scaler, world_size):
     finite = step(optimizer, scaler, world_size)
     mine = torch.stack([p.double().sum() for group in optimizer.param_groups for p in group["params"]])
@@ -153,7 +153,7 @@ def step_and_compare(optimizer, scaler, world_size):
     torch.distributed.broadcast(first, 0)
     assert world_size == 2 and torch.equal(mine, first), "the discriminators differ"
     return finite
-d.discriminator_step = step_and_compare
+d.step = step_and_compare
 """
 
 

@@ -237,7 +237,7 @@ TRAINING_COMMAND = (
     "accelerate launch train_lcm_distill_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 "
     "--train_shards_path_or_url=shards/{00000..00099}.tar --output_dir=lcm"
 )
-SMALL["tests/benchmarks/precision.py"] = ["--updates", "1", "2"]
+SMALL["tests/benchmarks/precision.py"] = ["--updates", "1", "2", "--batch_size=2"]
 SMALL["tests/benchmarks/data.py"] = ["--remote=100", "--pause=0.01", "--seconds=1"]
 SMALL["common.tools.plan"] = SMALL["train_lcm_distill_sd_wds"]  # plan is the script's dry run
 SMALL_UNET = {

@@ -4,7 +4,6 @@ from common import schedules
 from common.errors import UserError
 from common.losses import distance
 from common.solvers import DDIMSolver
-from common.tscd.segments import draw_segment, segment_nodes
 
 import pytest
 import torch
@@ -136,45 +135,3 @@ def test_the_exact_consistency_function_of_gaussian_data_has_no_loss():
     assert gaussian_consistency_loss(50, "exact") < 1e-6
     coarse, fine = gaussian_consistency_loss(20, "ddim"), gaussian_consistency_loss(100, "ddim")
     assert 0 < fine < coarse / 5 and math.isfinite(coarse)  # only the solver's error is left, and it shrinks
-
-
-# --- segments
-
-
-def test_segment_nodes_are_the_grid_and_its_lower_end():
-    nodes = segment_nodes(40, [8, 4, 2, 1])
-    assert nodes.tolist() == [0, *range(24, 1000, 25)] and nodes[1:].equal(schedules.ddim_timesteps(40))
-
-
-@pytest.mark.parametrize(
-    ("num_ddim_timesteps", "segments", "valid"),
-    [
-        (50, [8, 4, 2, 1], "40, 200"), (30, [4, 2, 1], "20, 40, 100, 200, 500"), (1000, [1], "1, 2, 4"),
-        (4, [8], "8, 40"),
-    ],
-)  # fmt: skip
-def test_grids_that_segments_do_not_fit_are_refused_with_those_that_do(num_ddim_timesteps, segments, valid):
-    said = f"`num_ddim_timesteps`={num_ddim_timesteps} must divide 1000.*: one of.*{valid}"
-    with pytest.raises(UserError, match=said):
-        segment_nodes(num_ddim_timesteps, segments)
-    with pytest.raises(UserError, match="`stage_segments`=3,1: no grid of 1000 timesteps"):
-        segment_nodes(40, [3, 1])
-
-
-@pytest.mark.parametrize("k", [1, 2, 4, 8, 40])
-@pytest.mark.parametrize("boundary_prob", [0.0, 0.5, 1.0])
-def test_nodes_of_segments(k, boundary_prob):
-    """The defect: the paper's floor on timesteps leaves no end for k of the N starts."""
-    n, i, m, top = draw_segment(k, 40, boundary_prob, 20_000, torch.Generator().manual_seed(k))
-    length = 40 // k
-    b = i // length * length
-    assert ((b <= m) & (m <= i) & (i < n) & (n <= b + length)).all() and torch.equal(n, i + 1)
-    assert torch.equal(top, b + length)
-    assert n.unique().tolist() == list(range(1, 41))  # every node is a start
-    at_bottom = (m == b).float().mean().item()
-    if boundary_prob == 1:
-        assert at_bottom == 1
-    else:  # uniform over b..i: 1 / (i - b + 1) of the draws, for each i
-        uniform = sum(1 / j for j in range(1, length + 1)) / length
-        assert at_bottom == pytest.approx(boundary_prob + (1 - boundary_prob) * uniform, abs=0.02)
-        assert len({(int(a), int(c)) for a, c in zip(i, m, strict=True)}) == k * length * (length + 1) // 2

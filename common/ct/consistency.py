@@ -15,6 +15,7 @@ import torch
 NOISE_PRECOND_TYPES = ("cm", "edm", "none")
 INPUT_PRECOND_TYPES = ("cm", "none")
 LOSS_WEIGHTINGS = ("inverse_step", "edm")
+MOST_OF_START = math.exp(-3)  # of an average that is used; a constant decay reaches it after 3 / (1 - decay) updates
 
 
 def karras_sigmas(num_sigmas, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -192,3 +193,31 @@ def sample_heun(denoise, noise, num_steps=18, sigma_min=0.002, sigma_max=80.0, r
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x
+
+
+def ema_decay(step, max_decay, min_decay=None, inv_gamma=None, power=0.75, gamma=None):
+    """The decay of the update that ends step `step` (1, 2, ...); the first one copies the weights.
+
+    Constant: max_decay, or with `min_decay` n / (9 + n) between the two, for n = step. With `inv_gamma`, warm-up:
+    1 - (1 + (n - 1) / inv_gamma)^-power between min_decay (0 unless given) and max_decay: both as diffusers' EMAModel.
+    With `gamma`, the power function (1 - 1 / n)^(gamma + 1), whose memory grows with the run (2312.02696, eq. 127).
+    """
+    if step <= 1:
+        return 0.0
+    if gamma is not None:
+        return (1 - 1 / step) ** (gamma + 1)
+    if inv_gamma is not None:
+        decay = 1 - (1 + (step - 1) / inv_gamma) ** -power
+    elif min_decay is None:
+        return max_decay
+    else:
+        decay = step / (9 + step)
+    return min(max_decay, max(min_decay or 0.0, decay))
+
+
+def ema_start_share(num_steps, **options):
+    """How much of an EMA over `num_steps` updates is still the weights after the first one; options of `ema_decay`."""
+    share = 1.0
+    for step in range(2, num_steps + 1):
+        share *= ema_decay(step, **options)
+    return share

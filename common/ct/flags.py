@@ -7,7 +7,7 @@ import argparse
 
 from common import flags
 from common.ct import data as image_data
-from common.ema import MOST_OF_START, ema_start_share
+from common.ct.consistency import MOST_OF_START, ema_start_share
 from common.errors import UserError
 
 from accelerate import PartialState
@@ -154,7 +154,7 @@ def _check_ema(parser, args):
 
 
 def ema_options(args):
-    """The options of `ema.ema_decay`."""
+    """The options of `consistency.ema_decay`."""
     options = {"max_decay": args.ema_max_decay, "min_decay": args.ema_min_decay, "gamma": args.ema_gamma}
     return options | ({"inv_gamma": args.ema_inv_gamma, "power": args.ema_power} if args.use_ema_warmup else {})
 

@@ -17,18 +17,15 @@ import itertools
 import json
 import os
 import tarfile
-from pathlib import Path
 
 from common.data.folders import TEXT_KEYS
 from common.data.images import decode_caption
 from common.data.shards import SampleError, is_remote
 from common.data.transfers import read_head
 from common.errors import UserError
-from common.files import check_settings, whole, write_settings
 
 import numpy as np
 import torch
-import webdataset as wds
 
 FORMAT = 1
 MANIFEST, MEMBER = "manifest.json", "__manifest__"
@@ -55,16 +52,6 @@ def manifest_digest(manifest):
     """What every sample of a manifest carries: shards of other settings that got among these are found by it."""
     settings = {key: value for key, value in manifest.items() if key not in FREE_KEYS}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_folder(folder, settings):
-    """`files.check_settings` of a folder of cached latents. settings: of a manifest, or some of them."""
-    return check_settings(Path(folder, MANIFEST), settings, "latents", FREE_KEYS)
-
-
-def write_manifest(folder, manifest):
-    """`files.write_settings` of MANIFEST."""
-    return write_settings(Path(folder, MANIFEST), manifest, "latents", FREE_KEYS)
 
 
 def read_manifest(shards):
@@ -165,48 +152,14 @@ def check_encoder(manifest, vae):
 def shard_stats(path):
     """What `NNNNN_stats.json` says of the complete shard `path`; None where it is missing, or not complete."""
     try:
-        stats = json.loads(_stats_path(path).read_text(encoding="utf-8"))
+        stats = json.loads(stats_path(path).read_text(encoding="utf-8"))
         return stats if path.stat().st_size == stats["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _stats_path(path):
+def stats_path(path):
     return path.with_name(path.name.removesuffix(".tar") + "_stats.json")
-
-
-def write_shard(path, manifest_bytes, samples, stats):
-    """Write a tar that is complete or does not exist, and after it its `_stats.json`.
-
-    manifest_bytes: as from `write_manifest`. samples: (key, caption, {name: value} of the json, mean, std), arrays
-    float16. stats: called with the number of samples and of bytes when all are written, returns what the file says;
-    what it or `samples` raise ends the shard without a trace. Two tasks at one shard write the same. Raises OSError.
-    """
-    with whole(path) as unfinished, open(unfinished, "xb") as file:
-        count = _write_tar(file, manifest_bytes, samples)
-        said = stats(count, file.tell())
-    with whole(_stats_path(path)) as unfinished:
-        unfinished.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_tar(file, manifest_bytes, samples):
-    digest, count = manifest_digest(json.loads(manifest_bytes)), 0
-    with wds.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as tar:  # of names of any length
-        head = tarfile.TarInfo(MEMBER)
-        head.size = len(manifest_bytes)
-        tar.tarstream.addfile(head, io.BytesIO(manifest_bytes))
-        for key, caption, record, mean, std in samples:
-            record = json.dumps(record | {"manifest": digest}, sort_keys=True).encode()
-            members = {"mean.npy": _npy(mean), "std.npy": _npy(std), "txt": caption.encode(), "json": record}
-            tar.write({"__key__": key} | members)
-            count += 1
-    return count
-
-
-def _npy(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def decode_cached(raw, rng, *, manifest, proportion_empty_prompts=0.0):

@@ -45,11 +45,7 @@ class Shelf:
     """
 
     def __init__(
-        self,
-        timeout: float,
-        disk_bytes: float | None = None,
-        cache: ShardCache | None = None,
-        block_bytes: int = 0,
+        self, timeout: float, disk_bytes: float | None = None, cache: ShardCache | None = None, block_bytes: int = 0
     ):
         self.timeout, self.disk_bytes, self.cache, self.block_bytes = timeout, disk_bytes, cache, block_bytes
         self._ahead, self._there, self._largest = {}, [], 0

@@ -219,8 +219,7 @@ class PairShards(Pairs):
                     found.append(load(file.read(size))["latents"])
             except (OSError, SafetensorError, KeyError) as error:
                 raise UserError(
-                    f"`pairs_dir`: pair {index} in {path} cannot be read ({error}); make it again",
-                    on_one_rank=True,
+                    f"`pairs_dir`: pair {index} in {path} cannot be read ({error}); make it again", on_one_rank=True
                 ) from None
         return torch.stack(found)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.direct import tasks
 from common.errors import UserError, blame, line_of
-from common.networks import fusing, lora, outlines, sharded, teachers
+from common.networks import fusing, lora, outlines, performance, sharded, teachers
 from common.networks.weights import check_name, check_parts, check_pipeline
 from common.results import export
 
@@ -74,6 +74,36 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None, teac
     change = f"{flag}: a {pipeline_class.__name__} saved it, a {used.__name__} samples it here, from text alone"
     notes = [change] if sibling else []
     return {"class": used, "denoisers": configs, "scheduler": scheduler, "notes": notes}
+
+
+def check_performance(denoisers, gradient_checkpointing, compiles, has_channels_last):
+    """UserError where a lever can do nothing for a network; needs no weights.
+
+    denoisers: {name: (class, configuration)} as from `read_pipeline_config`.
+    """
+    for name, (cls, values) in denoisers.items():
+        if gradient_checkpointing == "selective" and not getattr(cls, "_supports_gradient_checkpointing", False):
+            raise UserError(
+                f"`gradient_checkpointing`=selective: the teacher's {name}, a {cls.__name__}, can be recomputed as a "
+                "whole only; pass full"
+            )
+        if not compiles and not has_channels_last:
+            continue
+        with torch.device("meta"):
+            network = cls.from_config(values)
+        if compiles and not performance.repeated_blocks(network):
+            raise UserError(f"`compile`: the teacher's {name}, a {cls.__name__}, has no repeated blocks; drop it")
+        if has_channels_last and not has_convolutions(network):
+            raise UserError(
+                f"`channels_last` is a layout of convolutions, and the teacher's {name}, a {cls.__name__}, is a "
+                "transformer without them; drop it"
+            )
+
+
+def has_convolutions(network):
+    """Whether blocks of the network convolve: a transformer does so once, to make patches of an image."""
+    paths = [path for path, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    return any(part.isdigit() for path in paths for part in path.split("."))
 
 
 def load_pipeline(
@@ -291,6 +321,25 @@ def lora_files(pipeline_class, names):
     return files
 
 
+@torch.no_grad()
+def merged_weights(network):
+    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT.
+
+    Called by every process where weights are split.
+    """
+    weights = {}
+    for path, tensor in network.state_dict().items():
+        if ".lora_" not in path:
+            weights[path.replace(".base_layer.", ".")] = sharded.whole(tensor).float().cpu()
+    for path, layer in lora.lora_layers(network).items():
+        up, down = (sharded.whole(part[lora.ADAPTER].weight).float().cpu() for part in (layer.lora_B, layer.lora_A))
+        delta = layer.scaling[lora.ADAPTER] * (up.flatten(1) @ down.flatten(1))
+        weights[f"{path}.weight"] += delta.reshape(weights[f"{path}.weight"].shape)
+    copy = type(network).from_config(network.config)
+    copy.load_state_dict(weights)
+    return copy
+
+
 def save_lora(output_dir, pipeline):
     """Write the adapters for `pipe.load_lora_weights`; returns the names of what was written. Called by every process,
     the main one writes.
@@ -303,7 +352,7 @@ def save_lora(output_dir, pipeline):
     is_main = PartialState().is_main_process
     for name, module in parts.items():
         tensors = lora.saved_tensors(module)
-        merged = None if files else lora.merged(module)
+        merged = None if files else merged_weights(module)
         if not is_main:
             continue
         if files:

@@ -1,15 +1,18 @@
 """What direct distillation shows and measures of a student: pairs that it was not trained on, beside the teacher."""
 
+import contextlib
 import functools
 
 from common.direct.pipelines import decode, to_pixels
 from common.direct.student import measure
+from common.ema import part
 from common.errors import UserError
 from common.results import samples
 from common.run import validation
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 SHIFT = 2**32  # from the seeds of pairs to those of evaluations: no noise that the student was trained on
@@ -122,3 +125,27 @@ class PairValidation:
         return validation.against_teacher(
             run, network, features, saturations, settings["prompts"], batch_size, settings, teacher_steps, images
         )
+
+
+@contextlib.contextmanager
+def exchanged(parameters, others):
+    """Inside, `parameters` hold the values of `others`, equally many tensors, and the other way round. No copy, but
+    of one tensor that is split over processes: what gathers it reads the memory that it had."""
+
+    @torch.no_grad()
+    def exchange():
+        for a, b in pairs:
+            if isinstance(a, DTensor):
+                a, b = part(a), part(b)
+                values = a.clone()
+                a.copy_(b)
+                b.copy_(values)
+            else:
+                a.data, b.data = b.data, a.data
+
+    pairs = list(zip(parameters, others, strict=True))
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

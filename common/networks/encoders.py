@@ -9,16 +9,6 @@ import torch
 VAE_ENCODE_BATCH_SIZE = {False: 32, True: 2}  # by whether it is an SDXL, whose VAE takes 2.5 GiB an image in float32
 
 
-def repeat_conditioning(cond, times):
-    """`conditioning`'s keyword arguments for the same B samples `times` over."""
-    return {
-        name: repeat_conditioning(value, times)
-        if isinstance(value, dict)
-        else value.repeat(times, *[1] * (value.ndim - 1))
-        for name, value in cond.items()
-    }
-
-
 NUM_TIME_IDS = 6  # original height and width, crop top and left, target height and width
 
 
@@ -138,8 +128,8 @@ def encode_batch(vae, batch, generator, batch_size):
 
 @torch.no_grad()
 def encode_images(vae, images, generator, batch_size):
-    """Latents z_0 = (sample of the posterior - shift) * scaling_factor, float32; with the VAE's latents_mean and
-    latents_std (4,), z_0 = (sample - mean) / std * scaling_factor, what the SDXL pipeline undoes.
+    """Latents z_0 = sample of the posterior * scaling_factor, float32; with the VAE's latents_mean and latents_std
+    (4,), z_0 = (sample - mean) / std * scaling_factor, what the SDXL pipeline undoes.
 
     images: uint8 (B, 3, H, W) on the VAE's device, encoded `batch_size` at a time in the VAE's dtype. generator: the
     device generator of the posterior's noise. Returns (B, 4, h, w).
@@ -170,7 +160,7 @@ def decode_latents(vae, latents):
 
 
 def _shift_and_scale(vae):
-    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    shift, scale = 0.0, vae.config.scaling_factor  # a VAE with a `shift_factor` is refused
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:
         mean, std = vae.config.latents_mean, vae.config.latents_std
         shift, std = (torch.tensor(x, device=vae.device).view(1, -1, 1, 1) for x in (mean, std))

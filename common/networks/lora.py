@@ -157,25 +157,6 @@ def adapters_off(unet):
             layer._disable_adapters = False
 
 
-@torch.no_grad()
-def merged(network):
-    """A copy of a denoiser with its adapter added to its weights, float32 on the CPU, without any trace of PEFT.
-
-    Called by every process where weights are split.
-    """
-    weights = {}
-    for path, tensor in network.state_dict().items():
-        if ".lora_" not in path:
-            weights[path.replace(".base_layer.", ".")] = sharded.whole(tensor).float().cpu()
-    for path, layer in lora_layers(network).items():
-        up, down = (sharded.whole(part[ADAPTER].weight).float().cpu() for part in (layer.lora_B, layer.lora_A))
-        delta = layer.scaling[ADAPTER] * (up.flatten(1) @ down.flatten(1))
-        weights[f"{path}.weight"] += delta.reshape(weights[f"{path}.weight"].shape)
-    copy = type(network).from_config(network.config)
-    copy.load_state_dict(weights)
-    return copy
-
-
 def saved_tensors(network):
     """`adapter_tensors` as they stand in files; called by every process where weights are split."""
     return {name: sharded.whole(p).cpu().contiguous() for name, p in adapter_tensors(network).items()}

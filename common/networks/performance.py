@@ -10,8 +10,6 @@ import os
 import shutil
 import types
 
-from common.errors import UserError
-
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
@@ -138,33 +136,3 @@ def _forward_in_float32(layer, hidden_states):
 def channels_last(network):
     """Convolutions' weights (N, C, H, W) with C innermost in memory; activations take over the layout from them."""
     torch.nn.Module.to(network, memory_format=torch.channels_last)
-
-
-def has_convolutions(network):
-    """Whether blocks of the network convolve: a transformer does so once, to make patches of an image."""
-    paths = [path for path, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)]
-    return any(part.isdigit() for path in paths for part in path.split("."))
-
-
-def check_denoisers(denoisers, gradient_checkpointing, compiles, has_channels_last):
-    """UserError where a lever can do nothing for a network; needs no weights.
-
-    denoisers: {name: (class, configuration)} as from `pipelines.read_pipeline_config`.
-    """
-    for name, (cls, values) in denoisers.items():
-        if gradient_checkpointing == "selective" and not getattr(cls, "_supports_gradient_checkpointing", False):
-            raise UserError(
-                f"`gradient_checkpointing`=selective: the teacher's {name}, a {cls.__name__}, can be recomputed as a "
-                "whole only; pass full"
-            )
-        if not compiles and not has_channels_last:
-            continue
-        with torch.device("meta"):
-            network = cls.from_config(values)
-        if compiles and not repeated_blocks(network):
-            raise UserError(f"`compile`: the teacher's {name}, a {cls.__name__}, has no repeated blocks; drop it")
-        if has_channels_last and not has_convolutions(network):
-            raise UserError(
-                f"`channels_last` is a layout of convolutions, and the teacher's {name}, a {cls.__name__}, is a "
-                "transformer without them; drop it"
-            )

@@ -18,7 +18,6 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    TCDScheduler,
     UNet2DConditionModel,
 )
 from huggingface_hub.errors import StrictDataclassError
@@ -57,7 +56,7 @@ def _read_teacher_config(name, revision, variant, cache_dir):
         raise UserError(f"{flag}: the folder has no model_index.json, so it is not a pipeline in diffusers layout")
     options = {"revision": revision, "cache_dir": cache_dir}
     index = read_index(flag, name, **options)
-    sdxl = _check_kind(flag, index)
+    sdxl = check_kind(flag, index)
     parts = {part: index[part] for part in PARTS[: len(PARTS) if sdxl else -2] if part in index}
     weights.check_parts(flag, name, parts)  # a ControlNet or an adapter beside them is not loaded
     errors = OSError, ValueError, AttributeError, TypeError, StrictDataclassError
@@ -153,7 +152,7 @@ def check_init_unet(name, config, time_cond_proj_dim, revision=None, cache_dir=N
     weights.check_alone(flag, name, UNet2DConditionModel, subfolder, has_variant_flag=False, **options)
 
 
-def _check_kind(flag, index):
+def check_kind(flag, index):
     """Whether model_index.json is SDXL's; UserError unless it names what a teacher of its kind consists of."""
     parts = {part: index[part][1] for part in PARTS if isinstance(index.get(part), list) and len(index[part]) == 2}
     sdxl = parts.get("text_encoder_2") is not None or parts.get("tokenizer_2") is not None
@@ -170,14 +169,6 @@ def _check_kind(flag, index):
         if parts.get(part) not in classes:
             raise UserError(f"{flag}: not {kind} teacher, its {part} is {parts.get(part)}")
     return sdxl
-
-
-def plain_class(index):
-    """The plain text-to-image class of what model_index.json describes, None where that is no Stable Diffusion."""
-    try:
-        return PLAIN[_check_kind("", index)]
-    except UserError:
-        return None
 
 
 def _checked_config(flag, config):
@@ -236,12 +227,6 @@ def check_schedule(flag, scheduler):
         )
 
 
-def tcd_scheduler(scheduler_config, num_ddim_timesteps):
-    """TCDScheduler with a teacher's betas and prediction type on the trained grid: N = num_ddim_timesteps. Its own
-    default of 50 misses the nodes of N = 40. With eta = 0 its k steps are the exact jumps over k segments."""
-    return scheduler_like(TCDScheduler, scheduler_config, original_inference_steps=num_ddim_timesteps)
-
-
 def lcm_scheduler(scheduler_config, num_ddim_timesteps, timestep_scaling):
     """LCMScheduler with a teacher's betas and prediction type, the trained grid and boundary scaling.
 
@@ -288,7 +273,7 @@ def load_teacher(
         is_replaced = lora and isinstance(replaced.get("unet"), torch.nn.Module)  # by one with the LoRA in it
         if (outlined or is_replaced) and Path(name).suffix != ".safetensors":
             index = DiffusionPipeline.load_config(name, **place)
-            loader, options = PLAIN[_check_kind(name, index)], {"dtype": torch.float32, "variant": variant} | place
+            loader, options = PLAIN[check_kind(name, index)], {"dtype": torch.float32, "variant": variant} | place
             found = outlines.of_pipeline(
                 f"`pretrained_teacher_model`={name}", name, index, loader, ["unet"], **options
             )
@@ -316,7 +301,7 @@ def _load_teacher(name, revision, variant, cache_dir, vae, vae_revision, replace
         weights.check_made(f"`pretrained_teacher_model`={name}", pipeline)
     else:
         index = DiffusionPipeline.load_config(name, revision=revision, cache_dir=cache_dir)
-        plain = PLAIN[_check_kind(name, index)]
+        plain = PLAIN[check_kind(name, index)]
         takes = inspect.signature(plain.__init__).parameters
         parts |= {part: None for part in NOT_TRAINED if part in takes}
         parts |= {"variant": variant, "revision": revision, "cls": plain}

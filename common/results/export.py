@@ -134,15 +134,6 @@ def teacher_code(
     return "\n".join([*lines, f'pipe = {call}.to("cuda")', *fusing.code(lora)])
 
 
-def stage_code(name, is_sdxl, *, model, stage, **teacher_options):
-    """Python that loads the teacher with the U-Net and the scheduler of one stage of the run `model` as `pipe`."""
-    return f"""
-{teacher_code(name, is_sdxl, ["TCDScheduler", "UNet2DConditionModel"], **teacher_options)}
-unet, scheduler = "{stage}/unet", "{stage}/scheduler"
-pipe.unet = UNet2DConditionModel.from_pretrained({model}, subfolder=unet, dtype=torch.float16).to("cuda")
-pipe.scheduler = TCDScheduler.from_pretrained({model}, subfolder=scheduler)"""
-
-
 def pipeline_code(model):
     """Python that loads the whole pipeline of a run, `model` as from `model_code`, as `pipe`."""
     return f"""

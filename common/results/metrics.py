@@ -1,5 +1,5 @@
 """How close generated images are to reference images: Fréchet and kernel distances on the features of any image
-network that transformers loads, CLIP score, and how often a classifier sees what the prompt names.
+network that transformers loads, and what a classifier sees in them.
 
 Images are uint8 tensors (N, 3, H, W) everywhere. Distances are estimates that depend on the network, its preprocessing
 and the number of images (few images bias the Fréchet distance upwards, the kernel distance not at all), and compare
@@ -7,7 +7,6 @@ only where all three agree. Not here: the Inception network of the original FID 
 recall.
 """
 
-import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -115,7 +114,7 @@ def load_feature_network(name_or_path, device="cpu", cache_dir=None):
     """Load an image network and its preprocessing: CLIP, DINOv2, any transformers image classifier.
 
     name_or_path: a hub name, or a folder as `save_pretrained` of the model and of its image processor leave it (CLIP
-    for `clip_score`: of its tokenizer too). Images are preprocessed with PIL (whether or not torchvision is installed,
+    for a CLIP score: of its tokenizer too). Images are preprocessed with PIL (whether or not torchvision is installed,
     so that numbers agree between machines). Returns a FeatureNetwork. ValueError: no preprocessor_config.json, a class
     that transformers lacks, or weights missing from the checkpoint (their random values would make the features).
     """
@@ -160,47 +159,6 @@ def class_logits(network, images, batch_size=64):
     if not _is_classifier(network.model):
         raise ValueError(f"{network.name} is a {type(network.model).__name__}, not an image classifier")
     return _run_network(network, images, batch_size, lambda model, pixels: model(pixel_values=pixels).logits)
-
-
-def clip_score(network, images, prompts, batch_size=64):
-    """CLIP score: the mean of 100 cos(image embedding, prompt embedding) (Hessel et al. 2021, arXiv 2104.08718).
-
-    As most tables report it: times 100, not times 2.5, negative cosines kept. Prompts longer than CLIP's text length
-    are cut there.
-
-    network: a CLIP from `load_feature_network`; images: uint8 (N, 3, H, W); prompts: N strings. Returns a float.
-    """
-    if network.tokenizer is None:
-        raise ValueError(f"{network.name} is a {type(network.model).__name__}, which does not read text: take a CLIP")
-    image_embeds = image_features(network, images, batch_size)
-    distinct = list(dict.fromkeys(prompts))
-    text_embeds = torch.cat([_text_features(network, batch) for batch in _batches(distinct, batch_size)])
-    rows = {prompt: row for row, prompt in enumerate(distinct)}
-    text_embeds = text_embeds[[rows[prompt] for prompt in prompts]]
-    return 100 * torch.cosine_similarity(image_embeds.double(), text_embeds.double()).mean().item()
-
-
-def prompt_labels(id2label, prompts):
-    """The class that each prompt names: N prompts -> N class indices.
-
-    A prompt names a class where the label appears in it as a whole word or phrase, in either case; of a label with
-    synonyms ("tench, Tinca tinca") any one. id2label: a classifier's `config.id2label`. ValueError: a prompt names no
-    class or several.
-    """
-    patterns = {
-        int(index): re.compile("|".join(rf"(?<!\w){re.escape(word.strip())}(?!\w)" for word in label.split(",")), re.I)
-        for index, label in id2label.items()
-    }
-
-    def label_of(prompt):
-        named = [index for index, pattern in patterns.items() if pattern.search(prompt)]
-        if len(named) != 1:
-            names = ", ".join(str(id2label[index]) for index in named) or "none"
-            raise ValueError(f"a prompt must name exactly one of the classifier's classes; '{prompt}' names {names}")
-        return named[0]
-
-    found = {prompt: label_of(prompt) for prompt in dict.fromkeys(prompts)}
-    return [found[prompt] for prompt in prompts]
 
 
 def class_statistics(network, images, allowed, batch_size=64):
@@ -269,17 +227,3 @@ def _pooled_output(model, pixel_values):
     if pooled is None:
         raise ValueError(f"{type(model).__name__} has no pooled output: take CLIP, DINOv2 or an image classifier")
     return pooled.flatten(1)  # convolutional networks pool to (B, d, 1, 1)
-
-
-def _text_features(network, prompts):
-    length = network.model.config.text_config.max_position_embeddings
-    tokens = network.tokenizer(
-        prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-    ).to(network.model.device)
-    with torch.no_grad():
-        output = network.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-    return (output if torch.is_tensor(output) else output.pooler_output).float().cpu()
-
-
-def _batches(items, batch_size):
-    return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]

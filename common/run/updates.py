@@ -73,12 +73,6 @@ def broken_weights(networks):
     return None
 
 
-def check_weights(networks):
-    """UserError where a tensor of {name: module} holds NaN or infinity: no sample is to blame for what it computes."""
-    if broken := broken_weights(networks):
-        raise UserError(f"{broken}; {REPAIR}")
-
-
 class UpdateGuard:
     """Clips and updates, skips what is not finite, and knows the samples that it came from.
 
@@ -167,26 +161,3 @@ class UpdateGuard:
                 f"{', '.join(keys[:MAX_KEYS])}; lower `learning_rate` or remove the samples that {LOG} lists, the "
                 "checkpoints before it are whole"
             )
-
-
-def discriminator_step(optimizer, scaler, world_size):
-    """Average the gradients over all processes, then one optimizer step through the GradScaler; gradients are freed.
-
-    optimizer, scaler: not prepared by accelerate, whose clip_grad_norm_ would unscale them with the student's. Returns
-    a 0-dim bool tensor: false where the gradients were not finite and the step was skipped. Under a scaler that is in
-    use it is true while its scale can fall: skipping belongs to how that one finds its scale.
-    """
-    if world_size > 1:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= world_size
-    finite = total_norm([p for group in optimizer.param_groups for p in group["params"]]).isfinite()
-    if scaler.is_enabled():
-        finite = finite | (scaler._get_scale_async() >= 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        step_if(finite, optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    return finite

@@ -16,14 +16,7 @@ from common.direct import embeddings, pairs, pipelines, probes, sources, student
 from common.errors import UserError, speaking_of
 from common.networks import fusing
 from common.run import training_run
-from common.tools.work import (
-    DTYPES,
-    add_device_argument,
-    add_work_arguments,
-    find_device,
-    resolve_work,
-    task_of,
-)
+from common.tools.work import DTYPES, add_device_argument, add_work_arguments, find_device, resolve_work, task_of
 
 
 def parse_args(argv=None):
@@ -42,11 +35,7 @@ def parse_args(argv=None):
     add("--dtype", choices=list(DTYPES), default="float32", help="of the whole pipeline")
     add_device_argument(add)
     add = parser.add_argument_group("images and work").add_argument
-    add(
-        "--dataset_base_path",
-        type=flags.path,
-        help="folder that the images' names start from; default: that of IN",
-    )
+    add("--dataset_base_path", type=flags.path, help="folder that the images' names start from; default: that of IN")
     add("--save_embeddings", action="store_true", help="what the text encoders make of the prompts, for training")
     add("--samples_per_shard", type=flags.positive_int, default=256)
     add_work_arguments(add)

@@ -30,19 +30,13 @@ from common.data import cached_latents
 from common.data.fetch import open_shard
 from common.data.folders import IMAGE_KEYS, TEXT_KEYS, read_sample, read_samples
 from common.data.images import decode_image_text
-from common.data.shards import (
-    SampleError,
-    check_members,
-    expand_shards,
-    is_remote,
-    tar_samples,
-    tar_suffix,
-)
+from common.data.shards import SampleError, check_members, expand_shards, is_remote, tar_samples, tar_suffix
 from common.errors import UserError, blame, mask_credentials
 from common.keyed_random import keyed_seed
 from common.networks import encoders, teachers
 from common.results.export import versions
 from common.run import training_run
+from common.tools import latent_shards
 from common.tools.work import add_device_argument, add_work_arguments, find_device, resolve_work, task_of
 
 import torch
@@ -118,7 +112,7 @@ def main(args):
         "samples_per_shard": args.samples_per_shard,
         "versions": versions(),
     }
-    cached_latents.check_folder(args.output_dir, manifest)
+    latent_shards.check_folder(args.output_dir, manifest)
     own = units[args.shard_index :: args.num_shards]
     paths = {unit.name: Path(args.output_dir, f"{unit.name}.tar") for unit in units}
     check_sources(own, paths)
@@ -134,7 +128,7 @@ def main(args):
     manifest["encoder_sha256"] = cached_latents.encoder_sha256(vae)
     vae.decoder = vae.post_quant_conv = None
     vae.to(device, dtype)
-    manifest_bytes = cached_latents.write_manifest(args.output_dir, manifest)
+    manifest_bytes = latent_shards.write_manifest(args.output_dir, manifest)
 
     # 4. The shards of this task that are not there yet.
     missing = [unit for unit in own if cached_latents.shard_stats(paths[unit.name]) is None]
@@ -239,7 +233,7 @@ def encode_shard(vae, unit, args, path, manifest_bytes, progress):
         return said | {"source": source(unit), "vae_encode_batch_size": args.vae_encode_batch_size, "bytes": size}
 
     with blame(f"OUT: {path} cannot be written", OSError, way_out="make room and repeat the command"):
-        cached_latents.write_shard(path, manifest_bytes, samples, stats)
+        latent_shards.write_shard(path, manifest_bytes, samples, stats)
 
 
 def raw_samples(unit, args, account):
@@ -306,7 +300,7 @@ def source_seed(raw):
 
 
 def encoded(vae, unit, args, account, progress):
-    """The samples of `cached_latents.write_shard`. Batches are counted from the shard's start, whoever encodes it."""
+    """The samples of `latent_shards.write_shard`. Batches are counted from the shard's start, whoever encodes it."""
     samples, count = decoded(unit, args, account), 0
     while batch := [sample for _, sample in zip(range(args.vae_encode_batch_size), samples, strict=False)]:
         images = torch.stack([sample["images"] for _, sample, _ in batch]).to(vae.device)

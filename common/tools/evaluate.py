@@ -23,7 +23,6 @@ from common.errors import CALL_ERRORS, UserError
 from common.flags import (
     ArgumentParser,
     int_list,
-    labelled_path,
     non_negative_float,
     non_negative_int,
     positive_int,
@@ -34,22 +33,12 @@ from common.flags import path as path_type
 from common.networks import teachers, weights
 from common.results import evaluation
 from common.results.export import versions
-from common.results.metrics import (
-    class_statistics,
-    clip_score,
-    frechet_distance,
-    kernel_distance,
-    load_feature_network,
-)
+from common.results.metrics import class_statistics, frechet_distance, kernel_distance, load_feature_network
 from common.results.samples import image_grid
-from common.run.reference import (
-    check_reference,
-    npz_names,
-    probe_features,
-    reference_features,
-)
+from common.run.reference import check_reference, npz_names, probe_features, reference_features
 from common.run.screen import quiet_libraries
 from common.run.training_run import tool_errors
+from common.tools.prompt_metrics import clip_score
 from common.tools.sampling import (
     find_labels,
     generate_images,
@@ -81,6 +70,13 @@ COLUMNS = {
     "clip_score": "CLIP score",
     "seconds_per_image": "s/image",
 }
+
+
+def labelled_path(text):
+    """argparse type: `flags.path` of `PATH` or `LABEL=PATH`."""
+    whole = path_type(text)
+    label, separator, rest = text.partition("=")
+    return whole if os.path.exists(whole) or not separator else f"{label}={path_type(rest)}"
 
 
 def parse_args(argv=None):

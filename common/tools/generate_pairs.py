@@ -23,13 +23,7 @@ from common.errors import UserError, speaking_of
 from common.networks import fusing
 from common.results.export import versions
 from common.run import screen, training_run
-from common.tools.work import (
-    DTYPES,
-    add_device_argument,
-    add_work_arguments,
-    find_device,
-    resolve_work,
-)
+from common.tools.work import DTYPES, add_device_argument, add_work_arguments, find_device, resolve_work
 
 import torch
 from tqdm import tqdm

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.networks import teachers, weights
-from common.results.metrics import prompt_labels
 from common.run.checkpointing import CONFIG
+from common.tools.prompt_metrics import prompt_labels
 
 import numpy as np
 import torch
@@ -110,12 +110,20 @@ def load_pipeline(
     return pipeline.to(device)
 
 
+def plain_class(index):
+    """The plain text-to-image class of what model_index.json describes, None where that is no Stable Diffusion."""
+    try:
+        return teachers.PLAIN[teachers.check_kind("", index)]
+    except UserError:
+        return None
+
+
 def pipeline_class(path, index, is_student, **where):
     """What `path` is loaded as: the class that saved it; plain text-to-image where that one starts from an image, or
     guides in ways of its own (PAG), which a student of training has not seen."""
     import diffusers
 
-    saved, plain = getattr(diffusers, str(index.get("_class_name")), None), teachers.plain_class(index)
+    saved, plain = getattr(diffusers, str(index.get("_class_name")), None), plain_class(index)
     if plain in (None, saved):
         return diffusers.DiffusionPipeline
     unet = diffusers.UNet2DConditionModel.load_config(path, subfolder="unet", **where)

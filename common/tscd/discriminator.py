@@ -9,7 +9,6 @@ import copy
 import math
 
 from common.networks import outlines
-from common.networks.encoders import repeat_conditioning
 from common.run import simulation
 
 import torch
@@ -134,3 +133,13 @@ def _head_layers(channels, feature_size):
         layers += [torch.nn.GroupNorm(math.gcd(32, max(1, channels // 8)), channels), torch.nn.SiLU()]
         width, feature_size = channels, feature_size // 2 if halve else feature_size
     return [*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(channels, 1)]
+
+
+def repeat_conditioning(cond, times):
+    """`conditioning`'s keyword arguments for the same B samples `times` over."""
+    return {
+        name: repeat_conditioning(value, times)
+        if isinstance(value, dict)
+        else value.repeat(times, *[1] * (value.ndim - 1))
+        for name, value in cond.items()
+    }

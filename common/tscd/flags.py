@@ -1,6 +1,9 @@
 """The cross-checks of the two TSCD scripts' flags."""
 
+from common import flags
 from common.tscd import segments
+
+weights = flags.numbers("list of numbers", flags.non_negative_float)
 
 
 def check_stage_arguments(parser, args):

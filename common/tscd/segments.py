@@ -101,7 +101,7 @@ def steps_note(num_segments, boundary_prob):
     return f"For `num_inference_steps=1`; with more steps pass {eta}, with `eta=0` they do harm."
 
 
-def segment_nodes(num_ddim_timesteps, stage_segments, num_train_timesteps=1000):
+def nodes(num_ddim_timesteps, stage_segments, num_train_timesteps=1000):
     """The N + 1 nodes of segmented trajectories: tau_0 = 0, tau_j = j T / N - 1, an int64 tensor; tau_N = T - 1.
 
     A trajectory in k segments has the inner edges tau_{N/k}, tau_{2N/k}, ...: the timesteps that DDIM (trailing) and
@@ -145,7 +145,7 @@ def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, ge
     return previous + 1, previous, torch.where(at_bottom, bottom, anywhere), bottom + length
 
 
-def bottom_probability(num_segments, num_ddim_timesteps, boundary_prob):
+def share_whole(num_segments, num_ddim_timesteps, boundary_prob):
     """P(m = b) of a jump of `draw_segment`: p + (1 - p) (1 + 1/2 + ... + 1/L) / L, with p = boundary_prob."""
     length = num_ddim_timesteps // num_segments
     return boundary_prob + (1 - boundary_prob) * sum(1 / i for i in range(1, length + 1)) / length

@@ -31,7 +31,8 @@ from common.losses import distance  # noqa: E402
 from common.networks import encoders, lora, performance, teachers  # noqa: E402
 from common.run import screen  # noqa: E402
 from common.schedules import alpha_sigma, append_dims, boundary_scalings, to_eps, to_x_0  # noqa: E402
-from common.solvers import DDIMSolver, TrajectorySolver  # noqa: E402
+from common.solvers import DDIMSolver  # noqa: E402
+from common.tscd.solver import TrajectorySolver  # noqa: E402
 
 import torch  # noqa: E402
 from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402

@@ -4,6 +4,7 @@ import math
 
 from common.ct import consistency
 from common.ct.scheduler import PreconditionedConsistencyScheduler, make_scheduler, save_result
+from common.ema import ema_update
 from common.errors import UserError
 from common.schedules import append_dims
 
@@ -13,10 +14,6 @@ import scipy.stats
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
-
-from common.ema import ema_decay  # isort: skip
-from common.ema import ema_start_share  # isort: skip
-from common.ema import ema_update  # isort: skip
 
 
 def tiny_unet(**changes):
@@ -273,7 +270,9 @@ def test_heun_reaches_the_exact_solution():
 )
 def test_decays_are_diffusers(ours, theirs):
     ema = EMAModel([torch.nn.Parameter(torch.ones(1))], **theirs)
-    assert [ema_decay(n, **ours) for n in range(1, 200)] == pytest.approx([ema.get_decay(n) for n in range(1, 200)])
+    assert [consistency.ema_decay(n, **ours) for n in range(1, 200)] == pytest.approx(
+        [ema.get_decay(n) for n in range(1, 200)]
+    )
 
 
 @pytest.mark.parametrize("gamma", [1.0, 6.94])
@@ -282,7 +281,7 @@ def test_power_function_average_has_its_closed_form(gamma):
     ema, value = [torch.zeros(())], [torch.zeros(())]
     for step in range(1, 2001):
         value[0] = torch.tensor(float(step))
-        ema_update(ema, value, ema_decay(step, max_decay=0.5, gamma=gamma))
+        ema_update(ema, value, consistency.ema_decay(step, max_decay=0.5, gamma=gamma))
     assert ema[0].item() == pytest.approx(2000 * (gamma + 1) / (gamma + 2), rel=2e-3)
 
 
@@ -290,6 +289,8 @@ def test_how_much_of_an_average_is_its_start():
     values, ema = torch.zeros(40), torch.zeros(())
     values[0] = 1.0
     for step, value in enumerate(values, 1):
-        ema_update([ema], [value], ema_decay(step, max_decay=0.9))
-    assert ema_start_share(40, max_decay=0.9) == pytest.approx(ema.item(), rel=1e-5)
-    assert ema_start_share(30, max_decay=0.9) < math.exp(-3) < ema_start_share(27, max_decay=0.9)
+        ema_update([ema], [value], consistency.ema_decay(step, max_decay=0.9))
+    assert consistency.ema_start_share(40, max_decay=0.9) == pytest.approx(ema.item(), rel=1e-5)
+    assert (
+        consistency.ema_start_share(30, max_decay=0.9) < math.exp(-3) < consistency.ema_start_share(27, max_decay=0.9)
+    )

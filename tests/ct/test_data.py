@@ -10,6 +10,7 @@ from common.data import cached_latents
 from common.data.folders import IMAGE_KEYS
 from common.data.stream import TrainingData
 from common.errors import UserError
+from common.tools import latent_shards
 from common.tools.demo import digits
 from tests.cases import one_sentence
 from tests.cases import train as run_script
@@ -144,9 +145,7 @@ def test_a_split_without_classes_is_refused(tmp_path, flags, capsys):
 def test_cached_latents_are_called_by_their_name(tmp_path):
     header = {"format": 1, "shape": [4, 8, 8], "dtype": "float32", "seed": 0, "encoder_sha256": "x"}
     header |= dict.fromkeys(cached_latents.IMAGE_FLAGS, 0)
-    cached_latents.write_shard(
-        tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size}
-    )
+    latent_shards.write_shard(tmp_path / "0.tar", json.dumps(header).encode(), [], lambda count, size: {"bytes": size})
     with pytest.raises(UserError, match="holds cached latents, and this script trains on images; name the shards"):
         open_images(str(tmp_path / "0.tar"))
 

@@ -114,10 +114,7 @@ def test_a_rollout_keeps_nothing_of_its_calls():
                     sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
                 return tensor
 
-            with (
-                torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-                stepwise.recording(rollout, is_stepwise),
-            ):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), stepwise.recording(rollout, is_stepwise):
                 roll_out(rollout, Pairs(), [0, 1])
             kept[is_stepwise, steps] = sum(sizes.values())
     assert kept[True, 6] < 0.02 * kept[False, 3] and kept[False, 6] > 1.5 * kept[False, 3]

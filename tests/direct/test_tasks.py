@@ -45,10 +45,7 @@ def test_every_pipeline_of_diffusers_is_told_apart():
     assert not set(OF_TEXT) & classes.keys() - accepted and not set(OF_MORE) & accepted
     of_text = names(auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto.AUTO_TEXT2VIDEO_PIPELINES_MAPPING)
     refused = {name for name in of_text - accepted if "Control" not in name}
-    assert refused == {
-        "FluxKontextPipeline",
-        "HeliosPyramidPipeline",
-    }  # edits; takes no number of steps
+    assert refused == {"FluxKontextPipeline", "HeliosPyramidPipeline"}  # edits; takes no number of steps
     of_more = names(
         auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, auto.AUTO_INPAINT_PIPELINES_MAPPING,
         auto.AUTO_IMAGE2VIDEO_PIPELINES_MAPPING, auto.AUTO_VIDEO2VIDEO_PIPELINES_MAPPING,

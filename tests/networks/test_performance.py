@@ -134,8 +134,8 @@ def test_selective_recomputes_every_second_block_of_a_transformer(name):
 def test_a_denoiser_that_cannot_be_recomputed_in_part_is_refused():
     denoisers = {"transformer": (type(tiny.make("HunyuanDiT").transformer), {})}
     with pytest.raises(UserError, match="`gradient_checkpointing`=selective: the teacher's transformer.*; pass full"):
-        performance.check_denoisers(denoisers, "selective", False, False)
-    performance.check_denoisers(denoisers, "full", False, False)
+        pipelines.check_performance(denoisers, "selective", False, False)
+    pipelines.check_performance(denoisers, "full", False, False)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_resumed_optimizer_states_have_their_parameters_layout():
 
 
 def test_channels_last_is_for_convolutions(tmp_path, direct_flags, capsys, monkeypatch):
-    performance.check_denoisers({"unet": (UNet2DConditionModel, UNET)}, "none", False, True)
+    pipelines.check_performance({"unet": (UNet2DConditionModel, UNET)}, "none", False, True)
     words = direct_flags(tmp_path / "out", "dit", channels_last=True, dry_run=True)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)  # nothing is loaded before
     assert "--channels_last is a layout of convolutions, and the teacher's transformer" in one_sentence(

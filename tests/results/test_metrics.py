@@ -5,6 +5,7 @@ import math
 
 from common.results import metrics
 from common.results.samples import image_grid
+from common.tools import prompt_metrics
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ def test_clip_vision_tower_with_projection(tmp_path):
     network = metrics.load_feature_network(tmp_path)
     assert metrics.image_features(network, make_images()).shape == (5, 12)
     with pytest.raises(ValueError, match="does not read text"):
-        metrics.clip_score(network, make_images(1), ["zero"])
+        prompt_metrics.clip_score(network, make_images(1), ["zero"])
 
 
 def test_clip_score_agrees_with_the_models_own_logits(clip_dir):
@@ -219,15 +220,15 @@ def test_clip_score_agrees_with_the_models_own_logits(clip_dir):
             output = model(pixel_values=image[None], **tokens)
         cosines.append(output.logits_per_image.item() / model.logit_scale.exp().item())
     expected = 100 * sum(cosines) / 3
-    assert metrics.clip_score(network, images, prompts, batch_size=2) == pytest.approx(expected, abs=1e-4)
+    assert prompt_metrics.clip_score(network, images, prompts, batch_size=2) == pytest.approx(expected, abs=1e-4)
 
 
 def test_prompt_labels():
-    found = metrics.prompt_labels(LABELS, ["a ONE.", "zero", "deuce of spades", "two", "a ONE."])
+    found = prompt_metrics.prompt_labels(LABELS, ["a ONE.", "zero", "deuce of spades", "two", "a ONE."])
     assert found == [1, 0, 2, 2, 1]
     for prompt, names in [("someone", "none"), ("one or zero", "zero, one")]:
         with pytest.raises(ValueError, match=f"names {names}"):
-            metrics.prompt_labels(LABELS, [prompt])
+            prompt_metrics.prompt_labels(LABELS, [prompt])
 
 
 def test_class_statistics(resnet_dir, monkeypatch):

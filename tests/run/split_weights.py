@@ -7,6 +7,7 @@ from pathlib import Path
 from common import ema
 from common.ct import unet
 from common.direct import pipelines
+from common.direct.validation import exchanged
 from common.networks import lora, outlines, performance, sharded, teachers
 from common.run import meter, sharding, updates
 from common.tscd.discriminator import Discriminator
@@ -83,7 +84,7 @@ def check_lora():
         assert (gradient - tensor.grad).norm() <= 3e-2 * tensor.grad.norm(), name
     assert all(p.grad is None for name, p in split.named_parameters() if ".lora_" not in name)
     assert differ(lora.saved_tensors(split), lora.saved_tensors(whole)) == 0
-    assert differ(lora.merged(split).state_dict(), lora.merged(whole).state_dict()) == 0
+    assert differ(pipelines.merged_weights(split).state_dict(), pipelines.merged_weights(whole).state_dict()) == 0
 
 
 def gradients(net):
@@ -312,7 +313,7 @@ def body(folder):
     # Inside, the forward is the average's; after it, the network's own again.
     with torch.no_grad():
         own, averaged = output(net), output(average)
-        with ema.exchanged(net.parameters(), average.parameters()):
+        with exchanged(net.parameters(), average.parameters()):
             assert (output(net) - averaged).abs().max() < 1e-6 < (output(net) - own).abs().max()
         assert torch.equal(output(net), own)
 

@@ -50,10 +50,7 @@ ROWS = {
     ),
     "tscd LoRA, frozen discriminator": ("tscd_lora", BF16 | {"freeze_discriminator_backbone": True}),
     "ct, 8-bit": ("ct", {"use_8bit_adam": True}),
-    "direct LoRA, stepwise": (
-        "direct",
-        BF16 | {"lora_rank": 4, "lora_dropout": 0.3, "backward": "stepwise"},
-    ),
+    "direct LoRA, stepwise": ("direct", BF16 | {"lora_rank": 4, "lora_dropout": 0.3, "backward": "stepwise"}),
 }
 LONG_ROWS = {
     "lcm, cached latents": ("lcm", {"train_shards_path_or_url": "cached"}),
@@ -103,8 +100,9 @@ def test_the_peak_is_that_of_a_real_update(tmp_path, command, teacher, shards, m
     assert ("discriminator" in str(simulated.parts)) == ("tscd" in name and changes.get("adv_weights") != 0)
     assert simulated.waits == real.waits and all("(in diffusers)" in line for line in simulated.waits)
     assert not (tmp_path / "out").exists()
-    one = simulate(words, SCRIPTS[name], updates=1, like_gpu=False)  # what plan tries
-    assert one.peak == pytest.approx(simulated.peak, rel=0.01) and one.flops == simulated.flops
+    if name in ("lcm", "direct"):  # what plan tries
+        one = simulate(words, SCRIPTS[name], updates=1, like_gpu=False)
+        assert one.peak == pytest.approx(simulated.peak, rel=0.01) and one.flops == simulated.flops
 
 
 def tiny_qwen(folder, width):
@@ -223,12 +221,12 @@ def test_an_sdxl_lora_fits_24_gb(tmp_path, shards):
 
 def test_several_processes_keep_buckets_and_fsdp2_a_part_of_16_bytes_a_weight(tmp_path, flags, monkeypatch):
     words = flags(tmp_path / "out", dry_run=True)
-    one, two = (simulate(words, processes=n) for n in (1, 2))
+    one, two = (simulate(words, processes=n, updates=1) for n in (1, 2))
     trained = 4 * one.trained
     assert two.between - one.between == pytest.approx(trained, rel=0.01)
     assert two.parts["gradients"] == pytest.approx(trained, rel=0.01)
     assert two.peak - one.peak < trained  # one process has gradients at its peak too
-    result = simulate(words, processes=4, fsdp2=True)
+    result = simulate(words, processes=4, fsdp2=True, updates=1)
     assert result.parts["FSDP2's part of gradients and states"] == pytest.approx(12 * one.trained / 4, rel=0.01)
     # student and target, and the teacher, which has no embedding of w; small ones take blocks of 512 bytes
     held = result.parts["FSDP2's part of the weights of a UNet2DConditionModel"]
@@ -298,11 +296,7 @@ LOSS = "            loss = distance(model_pred, target, args.loss_type, args.hub
 
 
 @pytest.mark.parametrize(
-    ("line", "ends"),
-    [
-        ("assert loss.item() > 0", False),
-        ("loss = loss + model_pred[model_pred > 0].sum()", True),
-    ],
+    ("line", "ends"), [("assert loss.item() > 0", False), ("loss = loss + model_pred[model_pred > 0].sum()", True)]
 )
 def test_an_update_that_waits_for_the_device_is_said(tmp_path, flags, capsys, line, ends):
     script = edited(tmp_path, LOSS, f"{LOSS}            {line}\n")

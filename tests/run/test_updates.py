@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.networks import encoders
 from common.run import checkpointing, training_run, updates
 from common.run.training_run import RunningMeans
-from common.run.updates import UpdateGuard, check_weights, discriminator_step, step_if
+from common.run.updates import UpdateGuard, broken_weights, step_if
 from tests.cases import SCRIPTS, digests, micro_batches, scalars, soak_but, train
 
 import pytest
@@ -152,33 +152,16 @@ def test_a_gradscaler_whose_scale_cannot_fall_further_counts(tmp_path):
     assert guard.count() == 3 and torch.equal(parameter.data, torch.ones(2))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_discriminator_holds_too(fused):
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer, scaler = torch.optim.AdamW([parameter], fused=fused), torch.amp.GradScaler("cpu", enabled=False)
-    (parameter * torch.tensor([1.0, NAN, 3.0])).sum().backward()
-    assert not discriminator_step(optimizer, scaler, world_size=1)
-    assert torch.equal(parameter.data, torch.ones(3)) and parameter.grad is None
-    parameter.sum().backward()
-    assert discriminator_step(optimizer, scaler, world_size=1) and not torch.equal(parameter.data, torch.ones(3))
-
-
-def test_the_discriminators_gradscaler_unscales():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
-    discriminator_step(torch.optim.SGD([parameter], lr=1.0), scaler, world_size=1)
-    torch.testing.assert_close(parameter.data, torch.tensor([0.0, -1.0, -2.0]))
-
-
-def test_the_discriminators_gradscaler_is_counted_once_its_scale_cannot_fall():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer, scaler = torch.optim.AdamW([parameter]), torch.amp.GradScaler("cpu", init_scale=2.0)
-    finite = []
-    for _ in range(3):  # scales 2, 1, 1/2
-        scaler.scale((parameter * NAN).sum()).backward()
-        finite.append(bool(discriminator_step(optimizer, scaler, world_size=1)))
-    assert finite == [True, True, False] and torch.equal(parameter.data, torch.ones(3))
+def test_running_means_leave_out_what_means_nothing():
+    means, accelerator = RunningMeans(), Accelerator(cpu=True)
+    yes, no = torch.tensor(True), torch.tensor(False)
+    means.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)})
+    means.add({"a": torch.tensor(3.0, requires_grad=True)})
+    means.add({"c": torch.tensor(8.0), "d": torch.tensor(0.0)}, weight=no)
+    means.add({"c": torch.tensor(2.0)}, weight=yes)
+    means.add({"c": torch.tensor(4.0)}, weight=torch.tensor(3))  # a mean of three
+    means = means.take(accelerator, 4)
+    assert means.pop("samples_per_second") > 0 and means == {"a": 2.0, "b": 4.0, "c": 3.5}
 
 
 def poison(monkeypatch, is_poisoned):
@@ -249,10 +232,10 @@ def test_weights_that_are_not_finite_are_named_and_no_sample_is(tmp_path, comman
 
     def check_poisoned(networks):
         poison(networks)
-        check_weights(networks)
+        return broken_weights(networks)
 
     if at_start:
-        monkeypatch.setattr(student, "check_weights", check_poisoned)
+        monkeypatch.setattr(student, "broken_weights", check_poisoned)
     else:
         monkeypatch.setattr(training_run, "UpdateGuard", guard_of_poisoned)
     words = command(name, tmp_path / "out", max_train_steps=8 if name == "ct" else 4, report_to="none")

@@ -317,8 +317,12 @@ def test_unconditional_training(tmp_path, flags):
     assert pipeline(batch_size=2, output_type="np").images.shape == (2, 8, 8, 3)
 
 
-def test_classes_as_timesteps_reach_the_network(tmp_path, flags):
-    train(flags(tmp_path / "out", class_embed_type="timestep"))
+def test_classes_as_timesteps_reach_the_network_and_xformers_both_networks(tmp_path, flags, monkeypatch):
+    asked = []
+    monkeypatch.setattr(UNet2DModel, "enable_xformers_memory_efficient_attention", lambda self: asked.append(self))
+    monkeypatch.setattr(performance, "missing_for_xformers", lambda: None)
+    train(flags(tmp_path / "out", class_embed_type="timestep", enable_xformers_memory_efficient_attention=True))
+    assert len(asked) == 2  # the student and its average
     pipeline = quiet(ConsistencyModelPipeline.from_pretrained(tmp_path / "out"))
     draw = lambda k: pipeline(class_labels=k, output_type="pt", generator=torch.Generator().manual_seed(0)).images  # noqa: E731
     assert not torch.equal(draw(1), draw(2))
@@ -353,14 +357,6 @@ def test_steps_follow_from_epochs_by_default(tmp_path, flags, capsys, monkeypatc
     train(flags(tmp_path / "out", max_train_steps=None, num_train_epochs=1, max_train_samples=16, dry_run=True))
     out = capsys.readouterr().out
     assert "updates             4" in out and "noise levels        11 to 41" in out and not (tmp_path / "out").exists()
-
-
-def test_average_and_xformers_go_together(tmp_path, flags, monkeypatch):
-    asked = []
-    monkeypatch.setattr(UNet2DModel, "enable_xformers_memory_efficient_attention", lambda self: asked.append(self))
-    monkeypatch.setattr(performance, "missing_for_xformers", lambda: None)
-    train(flags(tmp_path / "out", max_train_steps=3, enable_xformers_memory_efficient_attention=True))
-    assert len(asked) == 2
 
 
 # --- samples and evaluation

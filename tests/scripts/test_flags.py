@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -203,10 +202,7 @@ MISTAKES = [
     (["--num_ddim_timesteps=2", "--validation_num_inference_steps=4"], "_steps: at most --num_ddim_timesteps=2 steps"),
     (["--ema_decay=1"], "--ema_decay: must be at least 0 and less than 1, not 1.0"),  # an average that never moves
     (["--lora_dropout=1"], "--lora_dropout: must be at least 0 and less than 1, not 1.0"),
-    (
-        ["--report_to=tensorboard,none"],
-        "--report_to=none: no such tracker; use tensorboard, wandb",
-    ),
+    (["--report_to=tensorboard,none"], "--report_to=none: no such tracker; use tensorboard, wandb"),
     (["--huber_c=0"], "--huber_c: must be a positive number"),
     (["--lr_scheduler=magic"], "--lr_scheduler: invalid choice: 'magic'"),
     (["--mixed_precision=fp16"], "--mixed_precision=fp16 needs a GPU"),
@@ -281,12 +277,6 @@ def test_an_interrupt_ends_in_one_sentence(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 130 and "--resume_from_checkpoint=latest" in capsys.readouterr().err
-
-
-def test_a_script_notes_a_signal():
-    before = signal.getsignal(signal.SIGTERM)
-    assert training_run.user_errors(lambda args: signal.getsignal(signal.SIGTERM))(None) != before
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_full_disk_ends_in_one_sentence_and_other_errors_as_they_are(capsys):
@@ -407,21 +397,6 @@ def test_credentials_in_addresses_leave_no_trace(text, masked, monkeypatch):
     assert args.train_shards_path_or_url == text
     recorded = [str(public_args(args)["train_shards_path_or_url"]), command_line(), " ".join(sys.argv)]
     assert all("S3CRET" not in words for words in recorded) and masked in recorded[0]
-
-
-def test_trackers_continue_the_same_run_after_a_resume(tmp_path):
-    class Accelerator:
-        logging_dir = str(tmp_path / "logs")
-
-        def init_trackers(self, *args):
-            self.got = args
-
-    accelerator = Accelerator()
-    training_run.start_trackers(accelerator, "project", {"a": None, "b": [1], "c": 2.0}, "0123abcd")
-    project, config, options = accelerator.got
-    assert project == "project" and config == {"a": "None", "b": "[1]", "c": 2.0}
-    assert options["wandb"]["id"] == options["comet_ml"]["experiment_key"] == "0123abcd"
-    assert options["wandb"]["resume"] == "allow" and options["wandb"]["dir"] == accelerator.logging_dir
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_every_flag_that_can_name_a_path_knows_the_home_folder(monkeypatch, name
     texts = [action for action in parser_of(name, monkeypatch)._actions if action.nargs != 0 and not action.choices]
     untyped = {action.dest for action in texts if action.type is None}
     assert untyped <= NO_PATHS
-    typed = [action for action in texts if action.type in (flags.path, flags.labelled_path, flags.prompt)]
+    typed = [action for action in texts if action.type in (flags.path, evaluate.labelled_path, flags.prompt)]
     assert {"output_dir"} <= {action.dest for action in typed} and not {a.dest for a in typed} & NO_PATHS
     for action in typed:
         text = "@~/x" if action.type is flags.prompt else "~/x"
@@ -70,9 +70,9 @@ def test_every_flag_that_can_name_a_path_knows_the_home_folder(monkeypatch, name
         (flags.path, "org/model", "org/model"),
         (flags.path, "https://host/~user/{0..3}.tar", "https://host/~user/{0..3}.tar"),
         (flags.path, "pipe:cat {~/a,~/b}.tar", "pipe:cat {~/a,~/b}.tar"),  # bash expands them
-        (flags.labelled_path, "mine=~/x", "mine=/home/me/x"),
-        (flags.labelled_path, "~/x", "/home/me/x"),
-        (flags.labelled_path, "~/x=y", "~/x=y"),  # a label with a ~, unless the folder exists
+        (evaluate.labelled_path, "mine=~/x", "mine=/home/me/x"),
+        (evaluate.labelled_path, "~/x", "/home/me/x"),
+        (evaluate.labelled_path, "~/x=y", "~/x=y"),  # a label with a ~, unless the folder exists
         (flags.prompt, "~ a wave ~", "~ a wave ~"),
         (flags.prompt, "@~/p.txt", "@/home/me/p.txt"),
     ],
@@ -85,7 +85,7 @@ def test_where_a_home_folder_is_meant(monkeypatch, convert, text, expected):
 def test_a_label_is_none_where_the_whole_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "lr=1e-4").mkdir()
-    assert flags.labelled_path("~/lr=1e-4") == f"{tmp_path}/lr=1e-4"
+    assert evaluate.labelled_path("~/lr=1e-4") == f"{tmp_path}/lr=1e-4"
     assert evaluate.named_model(f"{tmp_path}/lr=1e-4") == ("lr=1e-4", f"{tmp_path}/lr=1e-4")
 
 

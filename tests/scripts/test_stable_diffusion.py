@@ -140,6 +140,9 @@ def test_the_lora_that_stock_diffusers_loads_is_the_student_that_was_trained(tmp
             assert (student - loaded.unet(z, t, text).sample).abs().max() <= 1e-6
     image = loaded("a three", num_inference_steps=4, guidance_scale=1.0, output_type="np").images[0]
     assert np.isfinite(image).all() and image.std() > 0
+    train(flags(tmp_path / "next", lcm_lora, learning_rate=0, init_lora=out, max_train_steps=1), lcm_lora)  # goes on
+    again = load_file(tmp_path / "next" / "checkpoint-1" / "adapters.safetensors")
+    assert all(torch.equal(lora.adapter_tensors(trained)[name], tensor) for name, tensor in again.items())
 
 
 def live_bytes():
@@ -186,14 +189,6 @@ def test_sdxl_teachers_run_in_the_same_script(tmp_path, flags, teacher, name):
     assert type(pipeline).__name__ == "StableDiffusionXLPipeline" and image.shape == (16, 16, 3) and image.std() > 0
 
 
-def test_init_lora_goes_on_from_an_earlier_lora(tmp_path, flags):
-    train(flags(tmp_path / "a", lcm_lora, learning_rate=0.01, max_train_steps=1), lcm_lora)
-    train(flags(tmp_path / "b", lcm_lora, learning_rate=0, init_lora=tmp_path / "a", max_train_steps=1), lcm_lora)
-    a, b = (load_file(tmp_path / name / "checkpoint-1" / "adapters.safetensors") for name in "ab")
-    assert any(tensor.any() for name, tensor in a.items() if "lora_B" in name)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 # --- precision, optimizer, memory levers
 
 
@@ -229,14 +224,22 @@ def test_dtypes_of_every_network(tmp_path, flags, teacher, monkeypatch, keep):
 # --- resume
 
 
-def test_a_run_can_be_extended_and_passes_its_first_end(tmp_path, flags, capsys):
-    train(flags(tmp_path / "a", max_train_steps=4))
+def test_a_run_can_be_extended_passes_its_first_end_and_keeps_precision_and_data_seed(
+    tmp_path, flags, capsys, monkeypatch
+):
+    train(flags(tmp_path / "a", max_train_steps=4, data_seed=7))
     assert "is less than the 4 updates of the checkpoint" in one_sentence(
         capsys, train, flags(tmp_path / "a", max_train_steps=3, resume_from_checkpoint="latest")
     )  # it has no weights of 3 updates to export
-    train(flags(tmp_path / "b", max_train_steps=2))
-    train(flags(tmp_path / "b", max_train_steps=4, resume_from_checkpoint="checkpoint-2", seed=None))
+    train(flags(tmp_path / "b", max_train_steps=2, data_seed=7))
+    extended = flags(tmp_path / "b", max_train_steps=4, resume_from_checkpoint="checkpoint-2", seed=None)
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        assert "--mixed_precision was 'no' and is 'bf16'" in one_sentence(capsys, train, extended)
+    train(extended)
     assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
+    state = checkpointing.read_state(tmp_path / "b" / "checkpoint-4")
+    assert state["args"]["data_seed"] == 7 and state["data"]["next_micro_batch"] == 4
 
 
 KILLED = """
@@ -262,18 +265,6 @@ def test_kill_9_inside_a_save_loses_nothing(tmp_path, flags, script=lcm_lora):
     train(flags(tmp_path / "a", script), script)
     assert digests(tmp_path / "a" / "checkpoint-4") == digests(tmp_path / "b" / "checkpoint-4")
     assert not list((tmp_path / "b").glob("*.tmp"))
-
-
-def test_resume_notices_another_precision_and_keeps_the_data_seed(tmp_path, flags, capsys, monkeypatch):
-    train(flags(tmp_path / "out", max_train_steps=2, data_seed=7))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert "--mixed_precision was 'no' and is 'bf16'" in one_sentence(
-        capsys, train, flags(tmp_path / "out", resume_from_checkpoint="latest")
-    )
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    train(flags(tmp_path / "out", resume_from_checkpoint="latest"))
-    state = checkpointing.read_state(tmp_path / "out" / "checkpoint-4")
-    assert state["args"]["data_seed"] == 7 and state["data"]["next_micro_batch"] == 4
 
 
 def test_one_update_with_a_w_that_matters_a_clipped_gradient_and_an_ema(tmp_path, flags, teacher, shards):
@@ -408,6 +399,8 @@ def test_every_tracker_is_served_through_accelerate_and_continued(tmp_path, flag
     assert {step for key, step in logged["wandb"] if key == "loss"} == {1, 2, 3, 4}
     ids = [options.get("id") or options.get("experiment_key") for _, options in started]
     assert [name for name, _ in started] == ["wandb", "comet_ml"] * 2 and len(set(ids)) == 1 and ids[0]
+    wandb_options = started[0][1]
+    assert wandb_options["resume"] == "allow" and wandb_options["dir"] == str(tmp_path / "out" / "logs")
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)

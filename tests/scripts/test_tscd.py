@@ -231,7 +231,9 @@ def test_stages_without_an_adversarial_weight_leave_the_discriminator_alone(tmp_
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_the_discriminators_optimizer_is_not_accelerates(tmp_path, flags, monkeypatch):
+def test_the_discriminators_optimizer_is_not_accelerates_and_samples_have_a_cards_number_of_steps(
+    tmp_path, flags, monkeypatch
+):
     """The trap: clip_grad_norm_ unscales every prepared optimizer."""
     seen, save = [], checkpointing.save_checkpoint
 
@@ -240,8 +242,10 @@ def test_the_discriminators_optimizer_is_not_accelerates(tmp_path, flags, monkey
         return save(accelerator, *args)
 
     monkeypatch.setattr(checkpointing, "save_checkpoint", watch)
-    train(flags(tmp_path, tscd, max_train_steps=2), tscd)
+    train(flags(tmp_path, tscd, validation_num_inference_steps="1,4", max_train_steps=2), tscd)
     assert set(seen) == {(1, 1)}
+    heights = [Image.open(tmp_path / name / "sample_grid.png").height for name in ("stage-0-k2", "stage-1-k1")]
+    assert heights[0] > heights[1] * 1.3  # 1, 2 and 4 steps against 1 and 4
     saved = torch.load(tmp_path / "checkpoint-2" / "objects.pt", weights_only=True)
     assert saved.keys() == {"lr_scheduler", "discriminator_optimizer", "discriminator_scaler"}
     groups = saved["discriminator_optimizer"]["param_groups"]
@@ -280,12 +284,6 @@ def test_finished_stages_are_not_written_over_by_a_run_with_other_flags(tmp_path
     assert (tmp_path / "stage-0-k2" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     train(flags(tmp_path, tscd, **again), tscd)  # the run itself starts anew
     assert (tmp_path / "stage-0-k2" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
-
-
-def test_samples_beside_a_card_are_of_its_number_of_steps_too(tmp_path, flags):
-    train(flags(tmp_path, tscd, validation_num_inference_steps="1,4", max_train_steps=2), tscd)
-    heights = [Image.open(tmp_path / name / "sample_grid.png").height for name in ("stage-0-k2", "stage-1-k1")]
-    assert heights[0] > heights[1] * 1.3  # 1, 2 and 4 steps against 1 and 4
 
 
 @pytest.mark.parametrize("keep", [False, True])

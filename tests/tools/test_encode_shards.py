@@ -17,7 +17,7 @@ from common.data.shards import SampleError, check_members, expand_shards
 from common.errors import UserError
 from common.networks import encoders, teachers
 from common.run import simulation
-from common.tools import encode_shards
+from common.tools import encode_shards, latent_shards
 from tests.cases import ROOT, SD_SCRIPTS, finished, one_sentence, scalars, soak_but, train
 from tests.data.making import Trap, encode, random_image, write_tar
 from tests.forks import end_of, fork
@@ -157,7 +157,7 @@ def test_a_cached_sample_of_sd15_takes_70_kilobytes(tmp_path):
         half = np.ones((4, side, side), np.float16)
         manifest = json.dumps({"format": 1}).encode()
         samples = [(f"{i:09d}", "a caption", {"flip": False}, half, half) for i in range(100)]
-        cached_latents.write_shard(tmp_path / f"{side}.tar", manifest, samples, lambda count, size: {"bytes": size})
+        latent_shards.write_shard(tmp_path / f"{side}.tar", manifest, samples, lambda count, size: {"bytes": size})
         size = (tmp_path / f"{side}.tar").stat().st_size
         assert size / 100 == pytest.approx(expected, rel=0.01)
 
@@ -412,7 +412,7 @@ def rewritten(cached, folder, change, shards=3):
                 record = json.loads(raw["json"])
                 samples.append((key, raw["txt"].decode(), record, array(raw["mean.npy"]), array(raw["std.npy"])))
         text = json.dumps(manifest).encode()
-        cached_latents.write_shard(folder / f"{index:05d}.tar", text, samples, lambda count, size: {"bytes": size})
+        latent_shards.write_shard(folder / f"{index:05d}.tar", text, samples, lambda count, size: {"bytes": size})
     return folder
 
 

@@ -1,15 +1,14 @@
-from common import losses
-from common.run import training_run
-from common.run.updates import discriminator_step
+import math
+
 from common.schedules import alpha_sigma
+from common.tscd import adversarial
 from common.tscd.discriminator import Discriminator, copy_encoder, make_head
-from common.tscd.segments import bottom_probability, draw_segment
+from common.tscd.segments import draw_segment, share_whole
 from tests.networks.test_lora import SD, SDXL, make_unet
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 
@@ -81,7 +80,7 @@ def test_no_gradient_crosses_between_the_two_phases(frozen_dtype):
 
     with autocast:
         (logits,) = discriminator([fake], *context)
-    losses.generator_loss(logits).sum().backward()
+    adversarial.generator_loss(logits).sum().backward()
     assert fake.grad.norm() > 0
     assert all(p.grad is None for p in discriminator.parameters())
     fake.grad = None
@@ -89,12 +88,12 @@ def test_no_gradient_crosses_between_the_two_phases(frozen_dtype):
     with discriminator.trainable():
         with autocast:
             real_logits, fake_logits = discriminator([real, fake.detach()], *context)
-        losses.discriminator_loss(real_logits, fake_logits).sum().backward()
+        adversarial.discriminator_loss(real_logits, fake_logits).sum().backward()
     assert fake.grad is None and not any(p.requires_grad for p in discriminator.parameters())
     trained = {name for name, p in discriminator.named_parameters() if p.grad is not None and p.grad.norm() > 0}
     encoder = {name for name in trained if name.startswith("encoder")}
     assert bool(encoder) == (frozen_dtype is None) and {n for n in before if n.startswith("head")} <= trained
-    discriminator_step(optimizer, scaler, world_size=1)
+    adversarial.step(optimizer, scaler, world_size=1)
     assert all(p.grad is None for p in discriminator.parameters())
     moved = {name for name, p in discriminator.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained
@@ -150,7 +149,7 @@ def test_renoising_has_the_moments_of_the_forward_process():
     alpha, sigma = alpha_sigma(DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
     generator, n = torch.Generator().manual_seed(0), 4000
     s, top = torch.full((n,), 499), torch.full((n,), 749)
-    t, q, noise = losses.draw_renoising(alpha, s, top, (n, 4, 4, 4), generator)
+    t, q, noise = adversarial.draw_renoising(alpha, s, top, (n, 4, 4, 4), generator)
     assert t.min() == 499 and t.max() == 749 and t.float().mean().item() == pytest.approx(624, abs=5)
     x_0 = 0.7
     x_s = alpha[499] * x_0 + sigma[499] * torch.randn(n, 4, 4, 4, generator=generator)
@@ -163,7 +162,7 @@ def test_renoising_has_the_moments_of_the_forward_process():
 def test_renoising_to_the_same_time_changes_nothing():
     alpha, _ = alpha_sigma(DDPMScheduler().alphas_cumprod)
     s = torch.tensor([0, 24, 999])
-    t, q, noise = losses.draw_renoising(alpha, s, s, (3, 4, 8, 8), torch.Generator().manual_seed(0))
+    t, q, noise = adversarial.draw_renoising(alpha, s, s, (3, 4, 8, 8), torch.Generator().manual_seed(0))
     x = torch.randn(3, 4, 8, 8)
     assert torch.equal(t, s) and torch.equal(q * x + noise, x)
 
@@ -173,10 +172,10 @@ def test_the_losses_are_those_of_a_binary_classifier():
     mask = torch.arange(50) % 3 == 0
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     expected = bce(real[mask], torch.ones(17)) + bce(fake[mask], torch.zeros(17))
-    torch.testing.assert_close(losses.masked_mean(losses.discriminator_loss(real, fake), mask), expected)
-    g_losses = losses.generator_loss(fake)
-    torch.testing.assert_close(losses.masked_mean(g_losses, mask), bce(fake[mask], torch.ones(17)))
-    assert losses.masked_mean(g_losses, torch.zeros(50, dtype=torch.bool)) == 0
+    torch.testing.assert_close(adversarial.masked_mean(adversarial.discriminator_loss(real, fake), mask), expected)
+    g_losses = adversarial.generator_loss(fake)
+    torch.testing.assert_close(adversarial.masked_mean(g_losses, mask), bce(fake[mask], torch.ones(17)))
+    assert adversarial.masked_mean(g_losses, torch.zeros(50, dtype=torch.bool)) == 0
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
@@ -188,27 +187,15 @@ def test_the_adversarial_mean_does_not_depend_on_how_an_update_is_split(k, bound
     mask, length = top - m == 40 // k, 40 // k
     # In closed form: a start at place i of its segment ends at the bottom in 1 of i + 1 draws.
     share = boundary_prob + (1 - boundary_prob) * np.mean(1 / np.arange(1, length + 1))
-    assert bottom_probability(k, 40, boundary_prob) == pytest.approx(share, rel=1e-12)
+    assert share_whole(k, 40, boundary_prob) == pytest.approx(share, rel=1e-12)
     spread = ((1 - share) / share / count) ** 0.5  # of the mean of so many draws
-    assert losses.masked_mean(torch.ones(count), mask, count * share) == pytest.approx(1, abs=4 * spread + 1e-5)
+    assert adversarial.masked_mean(torch.ones(count), mask, count * share) == pytest.approx(1, abs=4 * spread + 1e-5)
 
     values, mask, means = torch.rand(256, generator=generator), mask[:256], []
     for size in (256, 2, 1):  # one process, more of them, accumulation: the mean over the parts
         parts = zip(values.split(size), mask.split(size), strict=True)
-        means.append(np.mean([losses.masked_mean(v, w, size * share).item() for v, w in parts]))
+        means.append(np.mean([adversarial.masked_mean(v, w, size * share).item() for v, w in parts]))
     assert means == pytest.approx([means[0]] * 3, rel=1e-5)  # float32 sums in another order
-
-
-def test_running_means_leave_out_what_means_nothing():
-    means, accelerator = training_run.RunningMeans(), Accelerator(cpu=True)
-    yes, no = torch.tensor(True), torch.tensor(False)
-    means.add({"a": torch.tensor(1.0), "b": torch.tensor(4.0)})
-    means.add({"a": torch.tensor(3.0, requires_grad=True)})
-    means.add({"c": torch.tensor(8.0), "d": torch.tensor(0.0)}, weight=no)
-    means.add({"c": torch.tensor(2.0)}, weight=yes)
-    means.add({"c": torch.tensor(4.0)}, weight=torch.tensor(3))  # a mean of three
-    means = means.take(accelerator, 4)
-    assert means.pop("samples_per_second") > 0 and means == {"a": 2.0, "b": 4.0, "c": 3.5}
 
 
 def test_no_generator_of_a_gpu_is_seeded(monkeypatch):
@@ -216,3 +203,32 @@ def test_no_generator_of_a_gpu_is_seeded(monkeypatch):
     unet = make_unet(SD)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
     Discriminator(unet, 8).reset(3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_discriminator_holds_too(fused):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([parameter], fused=fused), torch.amp.GradScaler("cpu", enabled=False)
+    (parameter * torch.tensor([1.0, math.nan, 3.0])).sum().backward()
+    assert not adversarial.step(optimizer, scaler, world_size=1)
+    assert torch.equal(parameter.data, torch.ones(3)) and parameter.grad is None
+    parameter.sum().backward()
+    assert adversarial.step(optimizer, scaler, world_size=1) and not torch.equal(parameter.data, torch.ones(3))
+
+
+def test_the_discriminators_gradscaler_unscales():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+    adversarial.step(torch.optim.SGD([parameter], lr=1.0), scaler, world_size=1)
+    torch.testing.assert_close(parameter.data, torch.tensor([0.0, -1.0, -2.0]))
+
+
+def test_the_discriminators_gradscaler_is_counted_once_its_scale_cannot_fall():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([parameter]), torch.amp.GradScaler("cpu", init_scale=2.0)
+    finite = []
+    for _ in range(3):  # scales 2, 1, 1/2
+        scaler.scale((parameter * math.nan).sum()).backward()
+        finite.append(bool(adversarial.step(optimizer, scaler, world_size=1)))
+    assert finite == [True, True, False] and torch.equal(parameter.data, torch.ones(3))

@@ -225,8 +225,7 @@ def main(args):
             data_dir = generate_pairs(recipe, teacher, teacher_dir, data_dir, output_dir, args.seed)
         train(recipe, teacher, teacher_dir, data_dir, student_dir, args.seed)
     measure_once(
-        student_dir / "metrics",
-        lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed, teacher),
+        student_dir / "metrics", lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed, teacher)
     )
 
     # 6. The report.
@@ -385,10 +384,7 @@ def report_lines(judged):
     if len(judged) == 1:
         other, what = ("sd", "name the digit") if judged[0][0] is digits.PARITY else ("parity", "leave digits open")
         lines.append(f"- The other judge, whose prompts {what}: `python -m common.tools.demo --teacher {other}`.")
-    lines += [
-        "",
-        "![samples](report.png)",
-    ]
+    lines += ["", "![samples](report.png)"]
     return lines
 
 

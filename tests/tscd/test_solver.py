@@ -1,15 +1,15 @@
 """Jumps over segments, against diffusers' schedulers and exact solutions."""
 
 from common.schedules import alpha_sigma, append_dims
-from common.solvers import TrajectorySolver
-from common.tscd.segments import draw_segment, segment_nodes
+from common.tscd.segments import draw_segment, nodes
+from common.tscd.solver import TrajectorySolver
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, TCDScheduler
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-NODES = segment_nodes(40, [8, 4, 2, 1])
+NODES = nodes(40, [8, 4, 2, 1])
 
 
 def schedule(**options):
@@ -91,9 +91,9 @@ def test_gaussian_data_have_an_exact_solution_for_ends_of_segments():
 
     errors = []
     for num_nodes in (40, 200):
-        nodes = segment_nodes(num_nodes, [1])
+        grid = nodes(num_nodes, [1])
         generator = torch.Generator().manual_seed(0)
-        n, i, m, _ = (nodes[index] for index in draw_segment(1, num_nodes, 1.0, 512, generator))
+        n, i, m, _ = (grid[index] for index in draw_segment(1, num_nodes, 1.0, 512, generator))
         x_t = append_dims(v[n].sqrt(), 2) * torch.randn(512, 3, generator=generator).double()
         score_eps = append_dims(sigma[n] / v[n], 2) * x_t
         x_prev = solver.jump(score_eps.float().double(), x_t, n, i)
