@@ -26,9 +26,8 @@ from common.ema import ema_update
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import encoders, teachers
 from common.results import export, samples
-from common.run import engine, sharding, simulation, training_data
+from common.run import engine, sharding, simulation, training_data, updates
 from common.run.training_run import TrainingRun, user_errors
-from common.run.updates import networks_of
 from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims, guidance_scale_embedding
 from common.tscd import adversarial, segments
@@ -162,7 +161,8 @@ def main(args):
     unet, optimizer = accelerator.prepare(unet, optimizer)
     shown = {"student": accelerator.unwrap_model(unet), "target": target_unet}
     run.register(
-        networks=networks_of(teacher) | {f"the {name}": network for name, network in (shown | modules).items()},
+        networks=updates.networks_of(teacher)
+        | {f"the {name}": network for name, network in (shown | modules).items()},
         modules=modules,
         objects=objects,
         validation_prompts=prompts,
@@ -290,7 +290,7 @@ def main(args):
                     loss_discriminator = adversarial.masked_mean(d_losses, is_whole, count)
                     d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
-                    run.guard.count_as_skipped_unless(adversarial.step(d_optimizer, d_scaler, world_size))
+                    run.guard.count_as_skipped_unless(updates.step_beside(d_optimizer, d_scaler, world_size))
                 adv_logged["loss_discriminator"] = adversarial.masked_mean(d_losses, is_whole)
                 adv_logged["logit_real"] = adversarial.masked_mean(real_logits, is_whole)
                 adv_logged["logit_fake"] = adversarial.masked_mean(fake_logits, is_whole)

@@ -144,16 +144,16 @@ def prepared(self, *args, **kwargs):
     return prepare(self, *args, **kwargs)
 Accelerator.prepare = prepared
 
-import common.tscd.adversarial as d
-step = d.step
-def step_and_compare(optimizer, scaler, world_size):
-    finite = step(optimizer, scaler, world_size)
+import common.run.updates as d
+step = d.step_beside
+def step_and_compare(optimizer, scaler, world_size, *more):
+    finite = step(optimizer, scaler, world_size, *more)
     mine = torch.stack([p.double().sum() for group in optimizer.param_groups for p in group["params"]])
     first = mine.clone()
     torch.distributed.broadcast(first, 0)
-    assert world_size == 2 and torch.equal(mine, first), "the discriminators differ"
+    assert world_size == 2 and torch.equal(mine, first), "the other networks differ"
     return finite
-d.step = step_and_compare
+d.step_beside = step_and_compare
 """
 
 

@@ -161,3 +161,34 @@ class UpdateGuard:
                 f"{', '.join(keys[:MAX_KEYS])}; lower `learning_rate` or remove the samples that {LOG} lists, the "
                 "checkpoints before it are whole"
             )
+
+
+def step_beside(optimizer, scaler, world_size, max_grad_norm=None):
+    """Average the gradients over all processes, then one optimizer step through the GradScaler; gradients are freed.
+
+    optimizer, scaler: of a network beside the student, not prepared by accelerate, whose clip_grad_norm_ would unscale
+    them with the student's. max_grad_norm: to which they are clipped; None: they are not. Returns
+    a 0-dim bool tensor: false where the gradients were not finite and the step was skipped. Under a scaler that is in
+    use it is true while its scale can fall: skipping belongs to how that one finds its scale.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if world_size > 1:
+        for parameter in parameters:
+            if parameter.grad is None:  # another process may have one
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= world_size
+    if max_grad_norm is not None:
+        scaler.unscale_(optimizer)
+    norm = total_norm(parameters)
+    finite = norm.isfinite()
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    if scaler.is_enabled():
+        finite = finite | (scaler._get_scale_async() >= 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        step_if(finite, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    return finite

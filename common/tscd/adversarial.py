@@ -1,6 +1,5 @@
-"""The adversarial part of the loss: its noise, its two sides, and the discriminator's update."""
+"""The adversarial part of the loss: its noise and its two sides."""
 
-from common.run.updates import step_if, total_norm
 from common.schedules import append_dims
 
 import torch
@@ -39,26 +38,3 @@ def masked_mean(values, mask, count=None):
     not depend on how an update is split into them. None: how often it is true; a mean for people, 0 of nothing.
     """
     return (values.float() * mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
-
-
-def step(optimizer, scaler, world_size):
-    """Average the gradients over all processes, then one optimizer step through the GradScaler; gradients are freed.
-
-    optimizer, scaler: not prepared by accelerate, whose clip_grad_norm_ would unscale them with the student's. Returns
-    a 0-dim bool tensor: false where the gradients were not finite and the step was skipped. Under a scaler that is in
-    use it is true while its scale can fall: skipping belongs to how that one finds its scale.
-    """
-    if world_size > 1:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= world_size
-    finite = total_norm([p for group in optimizer.param_groups for p in group["params"]]).isfinite()
-    if scaler.is_enabled():
-        finite = finite | (scaler._get_scale_async() >= 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        step_if(finite, optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    return finite

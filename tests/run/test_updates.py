@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.networks import encoders
 from common.run import checkpointing, training_run, updates
 from common.run.training_run import RunningMeans
-from common.run.updates import UpdateGuard, broken_weights, step_if
+from common.run.updates import UpdateGuard, broken_weights, step_beside, step_if
 from tests.cases import SCRIPTS, digests, micro_batches, scalars, soak_but, train
 
 import pytest
@@ -245,3 +245,20 @@ def test_weights_that_are_not_finite_are_named_and_no_sample_is(tmp_path, comman
     assert stopped.value.code == 2 and f"{broken} holds NaN or infinity in {poisoned[0]}; take other weights" in err
     assert ("step 1 has" in err) != at_start and "samples" not in err and "Traceback" not in err
     assert not (tmp_path / "out" / "nonfinite_updates.jsonl").exists()
+
+
+def test_another_networks_gradients_are_clipped_by_themselves():
+    weights = [
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+        torch.nn.Parameter(torch.ones(1)),
+    ]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for limit, length in ((10.0, 5.0), (1.0, 1.0)):
+        weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])  # the last one has none
+        before = torch.cat([weight.detach().clone() for weight in weights])
+        assert step_beside(optimizer, scaler, world_size=1, max_grad_norm=limit)
+        moved = torch.cat([weight.detach() for weight in weights]) - before
+        assert moved.norm().item() == pytest.approx(length, rel=1e-4) and moved[-1] == 0
+        assert all(weight.grad is None for weight in weights)

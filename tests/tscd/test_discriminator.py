@@ -1,5 +1,6 @@
 import math
 
+from common.run import updates
 from common.schedules import alpha_sigma
 from common.tscd import adversarial
 from common.tscd.discriminator import Discriminator, copy_encoder, make_head
@@ -93,7 +94,7 @@ def test_no_gradient_crosses_between_the_two_phases(frozen_dtype):
     trained = {name for name, p in discriminator.named_parameters() if p.grad is not None and p.grad.norm() > 0}
     encoder = {name for name in trained if name.startswith("encoder")}
     assert bool(encoder) == (frozen_dtype is None) and {n for n in before if n.startswith("head")} <= trained
-    adversarial.step(optimizer, scaler, world_size=1)
+    updates.step_beside(optimizer, scaler, world_size=1)
     assert all(p.grad is None for p in discriminator.parameters())
     moved = {name for name, p in discriminator.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained
@@ -210,17 +211,17 @@ def test_the_discriminator_holds_too(fused):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer, scaler = torch.optim.AdamW([parameter], fused=fused), torch.amp.GradScaler("cpu", enabled=False)
     (parameter * torch.tensor([1.0, math.nan, 3.0])).sum().backward()
-    assert not adversarial.step(optimizer, scaler, world_size=1)
+    assert not updates.step_beside(optimizer, scaler, world_size=1)
     assert torch.equal(parameter.data, torch.ones(3)) and parameter.grad is None
     parameter.sum().backward()
-    assert adversarial.step(optimizer, scaler, world_size=1) and not torch.equal(parameter.data, torch.ones(3))
+    assert updates.step_beside(optimizer, scaler, world_size=1) and not torch.equal(parameter.data, torch.ones(3))
 
 
 def test_the_discriminators_gradscaler_unscales():
     parameter = torch.nn.Parameter(torch.ones(3))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale((parameter * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
-    adversarial.step(torch.optim.SGD([parameter], lr=1.0), scaler, world_size=1)
+    updates.step_beside(torch.optim.SGD([parameter], lr=1.0), scaler, world_size=1)
     torch.testing.assert_close(parameter.data, torch.tensor([0.0, -1.0, -2.0]))
 
 
@@ -230,5 +231,5 @@ def test_the_discriminators_gradscaler_is_counted_once_its_scale_cannot_fall():
     finite = []
     for _ in range(3):  # scales 2, 1, 1/2
         scaler.scale((parameter * math.nan).sum()).backward()
-        finite.append(bool(adversarial.step(optimizer, scaler, world_size=1)))
+        finite.append(bool(updates.step_beside(optimizer, scaler, world_size=1)))
     assert finite == [True, True, False] and torch.equal(parameter.data, torch.ones(3))
