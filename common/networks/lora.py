@@ -7,6 +7,7 @@ other programs are a U-Net's alone.
 
 import contextlib
 import json
+import warnings
 from pathlib import Path
 
 from common.errors import UserError, blame
@@ -78,18 +79,24 @@ def target_paths(network, names=None):
     return sorted(set().union(*selected.values()))
 
 
-def check_lora(config, rank, alpha, target_modules, init_lora=None, network_class=UNet2DConditionModel, part="unet"):
-    """UserError for modules that the denoiser does not have, for a rank above what any of them can have, which adds
-    memory alone, and unless the LoRA of `init_lora` can be the start; needs no weights of the denoiser."""
+def check_rank(config, rank, target_modules, network_class=UNet2DConditionModel, of="lora_rank"):
+    """UserError for modules that the denoiser does not have, and for a rank above what any of them can have, which
+    adds memory alone; needs no weights of the denoiser, which it returns on meta. of: the parameter."""
     with torch.device("meta"):
         network = network_class.from_config(config)
     weights = [network.get_submodule(path).weight for path in target_paths(network, target_modules)]
     most = max(min(weight.shape[0], weight[0].numel()) for weight in weights)
     if rank > most:
         raise UserError(
-            f"`lora_rank`={rank}: the largest of the adapted layers has rank {most}, so more than that cannot be "
-            f"learnt; pass at most {most}"
+            f"`{of}`={rank}: the largest of the adapted layers has rank {most}, so more than that cannot be learnt; "
+            f"pass at most {most}"
         )
+    return network
+
+
+def check_lora(config, rank, alpha, target_modules, init_lora=None, network_class=UNet2DConditionModel, part="unet"):
+    """`check_rank`, and UserError unless the LoRA of `init_lora` can be the start."""
+    network = check_rank(config, rank, target_modules, network_class)
     if init_lora is not None:
         names = target_modules if target_modules is not None else target_paths(network)
         add_lora(network, rank, alpha, 0.0, names, init_lora, part)
@@ -115,6 +122,22 @@ def add_lora(network, rank, alpha, dropout=0.0, target_modules=TARGET_MODULES, i
         start_from(network, init_lora, rank, alpha, part)
 
 
+def add_second(network, rank, adapter):
+    """Attach another float32 adapter, of alpha = rank, to the modules that have one, in place; that one stays on, and
+    alone takes gradients. See `adapter_on`."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(lora_layers(network)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multiple adapters in the model")
+        if hasattr(network, "add_adapter"):
+            network.add_adapter(config, adapter)
+        else:
+            inject_adapter_in_model(config, network, adapter)
+    for parameter in adapter_tensors(network, adapter).values():
+        parameter.data = parameter.data.float()
+    for layer in network._lora_layers:
+        layer.set_adapter(ADAPTER)
+
+
 def start_from(network, init_lora, rank, alpha, part="unet"):
     """Copy an earlier LoRA into the adapters, as `add_lora` says. part: what files call the network."""
     _copy_tensors(_read_lora(network, init_lora, rank, alpha, part), adapter_tensors(network))
@@ -125,12 +148,12 @@ def lora_layers(unet):
     return {path: module for path, module in _unwrap(unet).named_modules() if isinstance(module, LoraLayer)}
 
 
-def adapter_tensors(unet):
-    """{path.lora_A.weight or path.lora_B.weight: parameter} of all adapters, in the order of the network."""
+def adapter_tensors(unet, adapter=ADAPTER):
+    """{path.lora_A.weight or path.lora_B.weight: parameter} of an adapter, in the order of the network."""
     tensors = {}
     for path, layer in lora_layers(unet).items():
-        tensors[f"{path}.lora_A.weight"] = layer.lora_A[ADAPTER].weight
-        tensors[f"{path}.lora_B.weight"] = layer.lora_B[ADAPTER].weight
+        tensors[f"{path}.lora_A.weight"] = layer.lora_A[adapter].weight
+        tensors[f"{path}.lora_B.weight"] = layer.lora_B[adapter].weight
     return tensors
 
 
@@ -155,6 +178,21 @@ def adapters_off(unet):
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+@contextlib.contextmanager
+def adapter_on(unet, adapter):
+    """Inside, `unet` computes with another of its adapters; a backward pass of that belongs inside too, since what is
+    recomputed in it is recomputed as the network is then. Nobody's requires_grad changes."""
+    layers = _unwrap(unet)._lora_layers
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [adapter]
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
 
 
 def saved_tensors(network):

@@ -196,6 +196,38 @@ def test_adapters_off_with_gradients_is_a_mistake():
     assert torch.equal(run(student), output)
 
 
+def test_a_second_adapter_computes_inside_alone_and_is_in_no_file(tmp_path):
+    unet = make_unet(SD)
+    student = make_student(unet)
+    alone, files = run(student), [lora.save_lora(tmp_path / x, student)[0] for x in "a"]
+    lora.add_second(student, 2, "fake")
+    second = lora.adapter_tensors(student, "fake")
+    assert {name.rpartition(".lora")[0] for name in second} == set(lora.lora_layers(student))
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in second.values())
+    assert all(p.requires_grad for p in lora.lora_parameters(student))
+    assert torch.equal(run(student), alone)
+    with lora.adapter_on(student, "fake"), torch.no_grad():
+        assert torch.equal(run(student), run(unet))  # it begins as nothing
+        for parameter in second.values():
+            torch.nn.init.normal_(parameter, std=0.2)
+        assert (run(student) - run(unet)).abs().max() > 1e-3
+    for parameter in second.values():
+        parameter.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="from inside"), lora.adapter_on(student, "fake"):
+        run(student).square().mean().backward()
+        raise RuntimeError("from inside")
+    assert all(p.grad is None for p in lora.lora_parameters(student)) and any(
+        p.grad.abs().sum() for p in second.values()
+    )
+    assert torch.equal(run(student), alone)
+    with torch.no_grad(), lora.adapters_off(student):
+        assert torch.equal(run(student), run(unet))
+    files += [lora.save_lora(tmp_path / "b", student)[0]]
+    before, after = map(load_file, files)  # the header's own order is any
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert files[0].stat().st_size == files[1].stat().st_size
+
+
 def test_adapters_off_under_compile_and_in_a_copy():
     student = make_student(make_unet(SD))
     twin = torch.compile(copy.deepcopy(student), backend="eager")
