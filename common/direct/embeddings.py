@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.direct.probes import before_denoiser, taken
+from common.direct.probes import Each, before_denoiser, taken
 from common.errors import CALL_ERRORS, UserError, blame, line_of
 from common.files import whole
 
@@ -162,6 +162,7 @@ def _is_plain(value):
 
 def _put(others, texts):
     """(args, kwargs) again, with these prompts."""
+    others = {key: [str(value)] * len(texts) if isinstance(value, Each) else value for key, value in others.items()}
     places = [key for key in others if isinstance(key, int)]
     more = {key: value for key, value in others.items() if isinstance(key, str)}
     if 0 in others or not places:

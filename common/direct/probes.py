@@ -163,7 +163,7 @@ class Observation:
     latents: torch.Tensor  # the result, (B, ...)
 
 
-def _rows(args, kwargs):
+def count_rows(args, kwargs):
     """Samples in one call of a denoiser: its first input is a batch, or a list of samples."""
     first = args[0] if args else next(kwargs[n] for n in ("hidden_states", "sample", "x") if n in kwargs)
     return len(first)
@@ -182,7 +182,7 @@ def before_denoiser(pipeline, prompts, **kwargs):
         return encode_prompt(*args, **more)
 
     def stop(_, args, more):
-        rows.append(_rows(args, more))
+        rows.append(count_rows(args, more))
         raise Reached
 
     modules = denoisers(pipeline).values()
@@ -202,11 +202,20 @@ def before_denoiser(pipeline, prompts, **kwargs):
     return asked, rows[0] if rows else 0
 
 
+class Each(str):
+    """A text that stands once for each prompt in a call, such as a negative prompt."""
+
+
 def taken(args, more):
-    """(the prompts, {place or name: value} of the other arguments) of an `encode_prompt`."""
+    """(the prompts, {place or name: value} of the other arguments) of an `encode_prompt`; a list of one text for each
+    prompt is an `Each`."""
     given = {**dict(enumerate(args)), **more}
     prompt = given.pop("prompt" if "prompt" in given else 0)
-    return [prompt] if isinstance(prompt, str) else list(prompt), given
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for name, value in given.items():
+        if isinstance(value, list) and len(value) == len(prompts) and all(isinstance(text, str) for text in value):
+            given[name] = Each(value[0]) if len(set(value)) == 1 else value
+    return prompts, given
 
 
 @torch.no_grad()
@@ -215,7 +224,7 @@ def observe(pipeline, prompts, **kwargs):
     rows, hooks = [], []
     for module in denoisers(pipeline).values():
         hooks.append(
-            module.register_forward_pre_hook(lambda _, args, kw: rows.append(_rows(args, kw)), with_kwargs=True)
+            module.register_forward_pre_hook(lambda _, args, kw: rows.append(count_rows(args, kw)), with_kwargs=True)
         )
     drawn = generators(range(len(prompts)))
     state = torch.get_rng_state()

@@ -56,6 +56,33 @@ def test_the_result_of_every_pipeline_stays(tmp_path, name, monkeypatch):
     torch.testing.assert_close(latents(pipeline, PROMPTS[:3], kwargs), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("SD1.5", {"guidance_scale": 4.0, "negative_prompt": "blur"}),
+        ("Qwen-Image", {"true_cfg_scale": 4.0, "negative_prompt": "blur"}),
+    ],
+)
+def test_a_teachers_guided_call_needs_no_encoder_either(tmp_path, name, kwargs):
+    """For the real score: with the negative prompt beside each prompt, or asked for by itself."""
+    pipeline = tiny_pipelines.make(name)
+    kwargs |= {"num_inference_steps": 2, "height": 64, "width": 64}
+    if name == "SD1.5":
+
+        def encode_prompt(prompt, device, num_images_per_prompt, do_guidance, negative_prompt, **_):
+            assert len(negative_prompt) == len(prompt)
+            return tiny_pipelines.embed(prompt), tiny_pipelines.embed(negative_prompt)
+
+        pipeline.encode_prompt = encode_prompt
+    expected = latents(pipeline, PROMPTS[:3], kwargs)
+    pipeline.text_encoder = TEXT
+    said = embeddings.let_go(pipeline, [*PROMPTS, "blur"], [kwargs], tmp_path / "embeddings", ACCELERATOR)
+    assert said.startswith("4 prompts are encoded once") and pipeline.text_encoder is None
+    torch.testing.assert_close(latents(pipeline, PROMPTS[:3], kwargs), expected)
+    other = latents(pipeline, PROMPTS[:3], kwargs | {"true_cfg_scale": 9.0, "guidance_scale": 9.0})
+    assert (other - expected).abs().max() > 1e-3  # it guides
+
+
 @pytest.mark.parametrize("kind", ["sd", "dit"])
 def test_text_encoders_of_a_teacher_are_let_go_and_files_are_used_again(tmp_path, direct_teacher, kind, monkeypatch):
     def load():
