@@ -3,8 +3,8 @@
 From the same prompt and noise, the student's few-step result is regressed onto the teacher's recorded many-step
 result, with gradients through all steps of the pipeline's own call, so that training and inference are the same code.
 Method: DiffSynth-Studio's direct distillation; there is no paper. Deviations: targets are the teacher's latents, not
-an image that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation. Left
-out: LPIPS, supervision of intermediate states.
+an image that is encoded again; the loss is a pseudo-Huber distance in units of the latents' standard deviation.
+`--score_weight` adds score distillation, steps 7.2 and 7.3. Left out: LPIPS, supervision of intermediate states.
 
     python -m common.tools.generate_pairs --pretrained_teacher_model=Qwen/Qwen-Image --prompts=prompts.txt \\
         --output_dir=pairs --num_inference_steps=40 --guidance_scale=4 --negative_prompt=" " --dtype=bfloat16
@@ -12,24 +12,30 @@ out: LPIPS, supervision of intermediate states.
         --output_dir=direct --num_inference_steps=4 --lora_rank=64 --mixed_precision=bf16 --gradient_checkpointing
 
 To change the method, copy this file and edit step 7. Another solver is another `--student_scheduler`. Another
-objective: 7.2 to 7.4, 4 and 6 (what is measured and sampled), 8, `write_card`.
+objective: 7.2 to 7.6, 4 and 6 (what is measured and sampled), 8, `write_card`.
 """
 
+import contextlib
 import functools
 import json
 from pathlib import Path
 
 from common import flags
-from common.direct import embeddings, pairing, pairs, pipelines, probes, sources, stepwise
+from common.data import tables
+from common.direct import embeddings, pairing, pairs, pipelines, probes, score, sources, stepwise
+from common.direct import flags as direct_flags
+from common.direct.card import write_card
 from common.direct.student import (
     check_noise,
     check_overrides,
     check_pairs,
+    check_start,
     check_teacher,
     freeze_unused,
     measure,
     possible_calls,
     roll_out,
+    start_from,
     student_kwargs,
 )
 from common.direct.validation import PairValidation, exchanged
@@ -57,25 +63,7 @@ def parse_args(argv=None):
     )
     flags.add_hub_arguments(add, "the teacher")
     flags.add_teacher_lora(add)
-    group = parser.add_argument_group("data")
-    add, free, with_data = group.add_argument, group.add_free, group.add_with_data
-    add(
-        "--pairs_dir",
-        type=flags.path,
-        help="what generate_pairs or encode_pairs wrote; or cached latents of images with seeds, which become that",
-    )
-    add(
-        "--dataset_metadata_path",
-        type=flags.path,
-        help="or a csv, tsv, jsonl, json: image,prompt,seed,rand_device,num_inference_steps,cfg_scale; encoded once",
-    )
-    add("--dataset_base_path", type=flags.path, help="folder of the table's images; default: the table's own")
-    add("--height", type=flags.positive_int, help="all images of the table must have it, nothing is resized")
-    add("--width", type=flags.positive_int, help="all images of the table must have it, nothing is resized")
-    add("--max_pixels", type=flags.positive_int, help="images of several sizes, none larger; --train_batch_size=1")
-    free("--skip_pairs_check", action="store_true", help="train even if the seeds do not seem to give the results")
-    add("--num_held_out", type=flags.non_negative_int, help="last pairs kept for measuring; default: 64 or a tenth")
-    with_data("--data_seed", type=flags.seed, help="seed of the order of the pairs; without it, --seed")
+    direct_flags.add_data_arguments(parser)
     flags.add_training_arguments(parser, "direct-distilled", "direct-distillation", samples="pairs")
     group = parser.add_argument_group("method")
     add, free = group.add_argument, group.add_free
@@ -93,25 +81,13 @@ def parse_args(argv=None):
     add("--lora_target_modules", help="comma list; default: every linear layer and convolution of the blocks")
     add("--quantize_base", choices=quantized.KINDS, help="the frozen base of a LoRA in 4 or 8 bits")
     add("--init_lora", type=flags.path, help="start from this LoRA of the same rank, alpha and modules")
+    add("--init_student", type=flags.path, help="start from the student of an earlier run; --lora_rank=0")
+    direct_flags.add_score_arguments(parser)
     parser.set_defaults(train_batch_size=4, gradient_accumulation_steps=8, learning_rate=None)
     parser.set_defaults(lr_scheduler="constant_with_warmup", lr_warmup_steps=50)
     args = parser.parse_args(argv)
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.lora_rank else 1e-5
-    if not args.lora_rank:
-        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "init_lora", "quantize_base")
-        parser.refuse_idle(names, "--lora_rank=0 trains all weights; drop it")
-    if args.lora_alpha is None:
-        args.lora_alpha = float(args.lora_rank or 1)
-    if bool(args.pairs_dir) == bool(args.dataset_metadata_path):
-        parser.error("pass either --pairs_dir or --dataset_metadata_path")
-    if args.pairs_dir and (args.height or args.width or args.max_pixels or args.dataset_base_path):
-        parser.error("--height, --width, --max_pixels, --dataset_base_path are for --dataset_metadata_path")
-    if bool(args.height) != bool(args.width) or args.height and args.max_pixels:
-        parser.error("--height and --width go together, and without --max_pixels")
-    if args.max_pixels and args.train_batch_size > 1:
-        parser.error("--max_pixels: images of several sizes need --train_batch_size=1")
-    for name in ("student_scheduler_kwargs", "student_kwargs"):
+    direct_flags.check_arguments(parser, args)
+    for name in ("student_scheduler_kwargs", "student_kwargs", *["score_kwargs"] * bool(args.score_weight)):
         try:
             setattr(args, name, pipelines.parse_kwargs(f"--{name}", getattr(args, name)))
         except UserError as error:
@@ -120,30 +96,13 @@ def parse_args(argv=None):
     return args
 
 
-def read_data(args):
-    """The pairs, or what they are to be made of; fills in --num_inference_steps and --num_held_out."""
-    size = {"height": args.height, "width": args.width, "max_pixels": args.max_pixels}
-    table = args.dataset_metadata_path, args.dataset_base_path
-    data = sources.open_pairs(args.pairs_dir) if args.pairs_dir else sources.PairImages(table[0], table[1], **size)
-    if args.pairs_dir and len(set(data.sizes)) > 1 and args.train_batch_size > 1:
-        raise UserError("--pairs_dir: its images have several sizes; pass --train_batch_size=1")
-    steps = set(data.steps)
-    if args.num_inference_steps and steps - {args.num_inference_steps}:
-        raise UserError(f"--num_inference_steps={args.num_inference_steps}: the table says {steps.pop()}; drop it")
-    args.num_inference_steps = args.num_inference_steps or (steps.pop() if steps else 4)
-    if args.num_held_out is None:
-        args.num_held_out = min(64, len(data) // 10)
-    if args.num_held_out >= len(data):
-        raise UserError(f"--num_held_out={args.num_held_out} leaves none of the {len(data)} pairs to train on")
-    return data
-
-
 def derived_configuration(run, num_train):
     """What follows from the flags: {name: text}. num_train: pairs to train on."""
     return run.derived_configuration() | {
         "samples per update": str(run.total_batch_size) + " (32 or more are better)" * (run.total_batch_size < 32),
         "pairs": f"{num_train} to train on, {run.args.num_held_out} held out",
         "evaluations per sample": f"{run.args.num_inference_steps} with gradients",
+        **({"score": f"{run.args.fake_updates} updates of the fake score for one"} if run.args.score_weight else {}),
     }
 
 
@@ -163,13 +122,14 @@ def main(args):
         for part, (network_class, values) in config["denoisers"].items():
             options = {"init_lora": args.init_lora, "network_class": network_class, "part": part}
             lora.check_lora(values, args.lora_rank, args.lora_alpha, target_names, **options)
+    check_start(args.init_student, config["denoisers"])
     quantized.check(args.quantize_base, config["denoisers"], config["class"], None if args.dry_run else device)
     run = TrainingRun(args, accelerator)
     network = load_feature_network(args, device)
     args.data_seed = args.seed if args.data_seed is None else args.data_seed
 
     # 2. Pairs, and what follows from the flags.
-    data = read_data(args)
+    data = direct_flags.read_data(args)
     if args.quantize_base and data.config is None:
         raise UserError("--quantize_base: make the pairs first, with encode_pairs; they are checked by whole weights")
     sources.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
@@ -182,6 +142,10 @@ def main(args):
         scheduler_class, scheduler_config, args.student_scheduler, args.student_scheduler_kwargs
     )
     probes.check_steps(scheduler, args.num_inference_steps)
+    if args.score_weight:
+        options = {"rank": args.fake_lora_rank, "has_regression": bool(args.regression_weight)}
+        process = score.check(config, pairs_config, scheduler, args.score_kwargs, accelerator, **options)
+    score_prompts = tables.read_prompts(args.score_prompts, "`score_prompts`") if args.score_prompts else []
     run.check_flags()
     if run.checkpoint:
         pairs.check_same_pairs(run.checkpoint, run.resumed, fingerprint)
@@ -192,6 +156,7 @@ def main(args):
     if args.dry_run:  # what follows runs on tensors without memory, for two updates
         accelerator.print(f"The first prompts: {data.prompts[:4]}. Dry run: nothing is written.")
         run.checkpoint, _ = None, simulation.begin(args, accelerator)
+        args.fake_warmup = 0  # updates as all others are
 
     # 3. The teacher's pipeline. All prompts are encoded while its text encoders are alone on the device, then let go.
     torch.manual_seed(args.seed + accelerator.process_index)  # for the dropout of adapters; the noise is the pairs'
@@ -211,9 +176,12 @@ def main(args):
     asked["num_inference_steps"] = args.num_inference_steps
     ready = args.pairs_dir and Path(args.pairs_dir, "embeddings")  # of generate_pairs or encode_pairs
     options = {"folder": Path(args.output_dir, "embeddings"), "ready": ready, "dry_run": args.dry_run}
+    teacher_kwargs = score.teacher_kwargs(asked["teacher_kwargs"], args.score_kwargs or {})
     with simulation.waiting(base), simulation.before_updates(pipeline.components):
-        calls = possible_calls(pipeline, data, **asked)
-        accelerator.print(embeddings.let_go(pipeline, data.prompts, calls, accelerator=accelerator, **options))
+        calls, texts = possible_calls(pipeline, data, **asked), data.prompts + score_prompts
+        own = [teacher_kwargs | {"num_inference_steps": 2}] if args.score_weight else []
+        texts += [text for call in own for text in call.values() if isinstance(text, str)]  # negative prompts
+        accelerator.print(embeddings.let_go(pipeline, texts, calls + own, accelerator=accelerator, **options))
 
     # 4. Student: adapters or all weights of the denoisers, which come to the device now. What the pipeline's call does
     #    with them is found out; every change is reported. What gets no gradient is frozen. The checks of the pairs run
@@ -227,6 +195,7 @@ def main(args):
     if outlined:
         check_teacher(pipeline, pairs_config, args.pairs_dir)
     if not args.lora_rank:
+        start_from(args.init_student, pipelines.denoisers(pipeline))
         torch.nn.ModuleList(base).requires_grad_(True)
     repair = not (args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys())
     with accelerator.autocast(), simulation.before_updates(pipeline.components):
@@ -239,12 +208,22 @@ def main(args):
             made_by = {"pipeline": pipeline, "kwargs": kwargs, "scheduler": config["scheduler"], "model": teacher}
             data = sources.pairs_of(data, accelerator, folder=Path(args.output_dir, "pairs"), **made_by)
     networks = networks_of(pipeline)
+    if args.score_weight:  # the teacher and the fake score, beside the student or on its base
+        others = {n: part for n, part in pipeline.components.items() if n not in pipelines.denoisers(pipeline)}
+        options = {"student_kwargs": kwargs, "teacher_kwargs": teacher_kwargs, "is_lora": bool(args.lora_rank)}
+        options["load_denoisers"] = lambda dtype: pipelines.denoisers(load(dtype or weight_dtype, **others).to(device))
+        scores = score.make_scores(pipeline, args.fake_lora_rank, **options)
+        teacher_copy, fake_copy = scores.pipelines  # by these names a dry run calls what is no part of the student
+        networks, base = networks | scores.copies, [*base, *scores.copies.values()]
     engine.apply_performance_flags(args, trained=base, frozen=[])
     rollout = pipelines.Rollout(pipeline, **kwargs)
     measured = list(held_out) or list(train_indices)[:16]
     shown = [i for i in measured if data.call_kwargs([i]) == data.call_kwargs(measured[:1])][:4]
     with accelerator.autocast(), samples.eval_mode(rollout):
         check_noise(data, data.latents(measured[:1]), measured[0])
+        if args.score_weight:
+            guided = not args.score_kwargs and (pairs_config or {}).get("guided")
+            score.try_out(scores, data, process, shape=data.latents(measured[:1]).shape, is_guided=guided)
         untrained = None
         if not args.dry_run:  # which has no values to look at
             if not args.skip_pairs_check:
@@ -264,6 +243,25 @@ def main(args):
     # 5. Optimizer and learning rate.
     optimizer = engine.make_optimizer(args, weights, run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
+    modules, objects = {"ema": ema_weights} if args.ema_decay else {}, {"lr_scheduler": lr_scheduler}
+    if args.score_weight:
+        matching = score.ScoreMatching(
+            student=rollout,
+            process=process,
+            data=score.Prompts(data, len(train_indices), score_prompts),
+            scores=scores,
+            optimizer=engine.make_optimizer(args, list(scores.trained), run.total_batch_size, args.fake_learning_rate),
+            accelerator=accelerator,
+            batch_size=args.train_batch_size,
+            num_steps=args.num_inference_steps,
+            through=args.score_through,
+            num_levels=args.score_levels,
+            times=(args.score_min_time, args.score_max_time),
+            max_grad_norm=args.max_grad_norm,
+            seed=args.seed,
+        )
+        modules["fake_score"] = scores.trained
+        objects |= {"fake_optimizer": matching.optimizer, "fake_scaler": matching.scaler}
 
     # 6. Prepare, resume, trackers.
     student = rollout
@@ -272,8 +270,8 @@ def main(args):
         lora.register_adapter_checkpointing(accelerator, rollout)
     run.register(
         networks=networks,
-        modules={"ema": ema_weights} if args.ema_decay else {},
-        objects={"lr_scheduler": lr_scheduler},
+        modules=modules,
+        objects=objects,
         pairs_sha256=fingerprint,
     )
     micro_batch = run.resumed["data"].get("next_micro_batch", 0)
@@ -283,38 +281,60 @@ def main(args):
     # 7. The loop.
     rollout.train()
     while run.goes_on:
+        begins = accelerator.sync_gradients  # an update
         with accelerator.accumulate(rollout):
             # 7.1 Pairs: global micro-batch j, the same after a resume and for any number of processes.
             indices = [train_indices[i] for i in order[micro_batch + accelerator.process_index]]
-            micro_batch += world_size
+            losses, terms = {}, []
 
-            # 7.2 Target: what the teacher made of these prompts and seeds in many steps.
-            target = data.latents(indices).to(device, torch.float32, non_blocking=True)  # (B, ...)
+            # 7.2 The fake score follows the student, in updates of its own, on results from fresh noise.
+            if args.score_weight:
+                for number in range(-args.fake_warmup * (not run.global_step), args.fake_updates) if begins else ():
+                    losses["loss_fake"] = matching.train_fake(micro_batch, number, args.fake_updates)
 
-            # 7.3 Student: the pipeline's call from the same noise in K steps, with gradients through all of them; or,
-            #     stepwise, with a graph of the scheduler's arithmetic alone, and the denoiser's calls noted.
-            with stepwise.recording(rollout, is_stepwise) as calls:
-                model_pred = roll_out(rollout, data, indices)  # (B, ...)
+                # 7.3 Distribution matching: a step of the student from fresh noise; backward at once.
+                own = micro_batch + accelerator.process_index
+                with accelerator.no_sync(rollout) if args.regression_weight else contextlib.nullcontext():
+                    x_0, drawn = matching.result(rollout, "score", own)  # (B, ...)
+                    loss, logged = matching.loss(x_0, drawn, own)
+                    terms.append(args.score_weight * loss)
+                    accelerator.backward(terms[-1])
+                losses |= logged
 
-            # 7.4 Loss, in units of the latents' standard deviation.
-            loss = distance(model_pred / latent_std, target / latent_std, args.loss_type, args.huber_c)
+            if args.regression_weight:
+                # 7.4 Target: what the teacher made of these prompts and seeds in many steps.
+                target = data.latents(indices).to(device, torch.float32, non_blocking=True)  # (B, ...)
 
-            # 7.5 Backward, stepwise to the result of each call; each is computed again and taken back. Update.
-            accelerator.backward(loss, retain_graph=bool(calls))
-            stepwise.take_back(rollout, calls)
+                # 7.5 Student: the pipeline's call from the same noise in K steps, with gradients through all of them;
+                #     or, stepwise, with a graph of the scheduler's arithmetic alone, and the denoiser's calls noted.
+                with stepwise.recording(rollout, is_stepwise) as calls:
+                    model_pred = roll_out(rollout, data, indices)  # (B, ...)
+
+                # 7.6 Loss, in standard deviations of the latents. Backward; stepwise, call by call, computed again.
+                loss = distance(model_pred / latent_std, target / latent_std, args.loss_type, args.huber_c)
+                losses |= {"loss_regression": loss} if args.score_weight else {}
+                terms.append(args.regression_weight * loss)
+                accelerator.backward(terms[-1], retain_graph=bool(calls))
+                stepwise.take_back(rollout, calls)
+
+            # 7.7 Update.
+            loss = sum(terms).detach()
             finite = run.update(optimizer, weights, loss, [str(i) for i in indices])
             optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
-        run.means.add({"loss": loss})
+            micro_batch += world_size
+        run.means.add(losses | {"loss": loss})
         if not accelerator.sync_gradients:
             continue
 
-        # 7.6 After an update: EMA, logs, evaluation, checkpoint, samples.
+        # 7.8 After an update: EMA, logs, evaluation, checkpoint, samples.
         if args.ema_decay:
             ema_update(ema_weights, weights, args.ema_decay, finite)
         lr_scheduler.step()
         run.after_update()
         if run.logs:
-            run.log({"lr": lr_scheduler.get_last_lr()[0]})
+            watched, warnings = matching.watch(latent_std) if args.score_weight else ({}, [])
+            accelerator.print("".join(f"{flags.spelled(warning)}\n" for warning in warnings), end="")
+            run.log(watched | {"lr": lr_scheduler.get_last_lr()[0]})
         if run.evaluates:
             validation.evaluate()
         if run.saves:
@@ -341,39 +361,6 @@ def main(args):
                     export.save_grid(args.output_dir, images, validation.labels)
     rollout, optimizer = accelerator.free_memory(rollout, optimizer)
     run.finish(quality)
-
-
-def write_card(args, pipeline, data, kwargs, files, run, result):
-    model, scheduler = export.model_code(args.output_dir, args.hub_model_id), type(pipeline.scheduler).__name__
-    teacher = {"name": args.pretrained_teacher_model, "revision": args.revision, "variant": args.variant}
-    teacher["lora"] = args.teacher_lora
-    size = data.call_kwargs([0]) if len(set(data.sizes)) == 1 else {}
-    teacher = teacher if args.lora_rank else None
-    snippet = pipelines.student_code(pipeline, model, data.prompts[0], kwargs | size, files, teacher)
-    number = result["held_out_pairs"]
-    where = f"{number} held-out pairs" if number else "pairs that it was trained on"
-    error = f"On {where} its squared error is {result['relative_mse']:.3f} of the variance of the teacher's latents, "
-    error += f"{result['untrained']:.3f} before training."
-    if not result["relative_mse"] < result["untrained"]:
-        error = f"WARNING: training has not made it better. {error} Lower --learning_rate, or train longer."
-    rank = [f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha:g}: {', '.join(files)}."]
-    export.write_model_card(
-        args.output_dir,
-        method=f"A student by direct distillation: it samples in {args.num_inference_steps} steps, without guidance.",
-        teacher=args.pretrained_teacher_model,
-        data=f"`{args.pairs_dir or args.dataset_metadata_path}`, the teacher's own results",
-        command=flags.command_line(),
-        snippet=snippet,
-        notes=[
-            f"Trained for {run.exported_step} updates of {run.total_batch_size} samples.",
-            error,
-            f"{args.num_inference_steps} steps of the saved {scheduler} and these arguments are what was trained; "
-            "guidance is distilled into the weights.",
-            *(rank if args.lora_rank else []),
-        ],
-        tags=["direct-distillation", *(["lora"] if args.lora_rank else []), "text-to-image", "diffusers"],
-    )
-    return error
 
 
 if __name__ == "__main__":

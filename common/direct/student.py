@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+from pathlib import Path
 
 from common.direct import pixels, stepwise
 from common.direct.pipelines import SCHEDULE_ARGUMENTS, public_kwargs, weights_sample
@@ -20,6 +21,7 @@ from common.direct.probes import (
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError
 from common.networks import fusing, outlines
+from common.networks.weights import check_network
 from common.run.updates import REPAIR, broken_weights, networks_of
 
 import torch
@@ -110,6 +112,37 @@ def check_overrides(pipeline_class, overrides, num_inference_steps):
     for name in {"sigmas", "timesteps"} & overrides.keys():
         if not isinstance(overrides[name], list) or len(overrides[name]) != num_inference_steps:
             raise UserError(f"`student_kwargs`: {name} must be a list of {num_inference_steps}, one for each step")
+
+
+def check_start(init_student, networks):
+    """UserError unless the folder `init_student` holds denoisers of the teacher's form; needs no weights.
+
+    networks: {part: (class, configuration)}. Nothing for None.
+    """
+    for part, (network_class, values) in networks.items() if init_student else ():
+        flag, folder = f"`init_student`={init_student}", Path(init_student, part)
+        if not folder.is_dir():
+            raise UserError(
+                f"{flag}: no folder {part} in it; name the output folder of a run that trained all weights"
+            )
+        check_network(flag, folder, network_class, of_pipeline=True)
+        there = network_class.load_config(folder)
+        for name in sorted(there.keys() & values.keys()):
+            if not name.startswith("_") and there[name] != values[name] and there[name] != _as_list(values[name]):
+                raise UserError(
+                    f"{flag}: it is no student of this teacher, its {name} is {there[name]} and not {values[name]}"
+                )
+
+
+def _as_list(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def start_from(init_student, networks):
+    """Copy the weights of an earlier student into {part: denoiser}; nothing for None."""
+    for part, network in networks.items() if init_student else ():
+        saved = type(network).from_pretrained(Path(init_student, part))
+        network.load_state_dict(saved.state_dict())
 
 
 def possible_calls(pipeline, data, teacher_kwargs, num_inference_steps, overrides):

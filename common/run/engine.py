@@ -73,10 +73,11 @@ def make_accelerator(args):
     return accelerator
 
 
-def make_optimizer(args, parameters, total_batch_size):
+def make_optimizer(args, parameters, total_batch_size, learning_rate=None):
     """AdamW (fused on CUDA), bitsandbytes' 8-bit AdamW, or RAdam over the list of trainable `parameters`.
 
-    RAdam is for scripts that have `optimizer_type`; its weight decay is decoupled, as AdamW's.
+    learning_rate: another than the flag's. RAdam is for scripts that have `optimizer_type`; its weight decay is
+    decoupled, as AdamW's.
     """
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
@@ -88,7 +89,7 @@ def make_optimizer(args, parameters, total_batch_size):
         optimizer_class, options = torch.optim.AdamW, {"fused": torch.cuda.is_available() or simulation.is_on()}
     return optimizer_class(
         parameters,
-        lr=args.learning_rate * (total_batch_size if args.scale_lr else 1),
+        lr=(learning_rate or args.learning_rate) * (total_batch_size if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,

@@ -69,6 +69,9 @@ LONG_ROWS = {
         {"lora_rank": 4, "backward": "stepwise", "gradient_accumulation_steps": 2, **BF16},
     ),
     "direct, average": ("direct", {"ema_decay": 0.9, "gradient_accumulation_steps": 1}),
+    "direct, LoRA and score": ("direct", {"lora_rank": 4, "score_weight": 1, "fake_updates": 2, **BF16}),
+    "direct, score on a copy": ("direct", {"score_weight": 1, "fake_updates": 1, "fake_lora_rank": 4, **BF16}),
+    "direct, score of a copy": ("direct", {"score_weight": 1, "fake_updates": 1, "fake_lora_rank": 0}),
 }
 
 
@@ -148,6 +151,30 @@ def test_the_start_counts_where_text_encoders_take_more_than_an_update(tmp_path)
     assert sum(large.parts.values()) == large.peak and large.moment == simulation.BEFORE
     assert max(size for size, _ in large.curve) < large.peak - weights / 2  # which are let go
     assert not any("transformer" in part for part in large.parts)  # which comes to the card afterwards
+
+
+def test_a_score_on_the_students_base_adds_an_adapter(tmp_path):
+    """Two scores and their training take no second base: at most 1.25 times the regression's peak, here and, as a
+    soak, of 20 billion weights."""
+    words = tiny_qwen(tmp_path, 64)
+    alone, both = (
+        simulate([*words, *own], SCRIPTS["direct"], updates=1)
+        for own in ([], ["--score_weight=1", "--fake_updates=1"])
+    )
+    # the fake score's adapter, of which no tensor is frozen for want of a gradient
+    assert 2 * alone.trained <= both.trained < 2.3 * alone.trained and both.frozen == alone.frozen and not both.waits
+    assert both.parts["optimizer states"] == pytest.approx(2 * alone.parts["optimizer states"], rel=0.2)
+    assert alone.peak < both.peak < 1.25 * alone.peak and both.flops > 1.5 * alone.flops
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("shape", ["qwen", "flux"])
+def test_a_score_of_12_and_20_billion_weights_takes_a_quarter_more_at_most(tmp_path, shape):
+    alone, both = (
+        max(what_fits.one_sample(tmp_path, shape, f"LoRA, stepwise{more}").values()) for more in ("", ", score")
+    )
+    print(f"{shape}: {both / 1e9:.1f} GB, {both / alone:.2f} times the regression's", flush=True)
+    assert both < 1.25 * alone
 
 
 @pytest.mark.soak

@@ -25,6 +25,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin, StableDiffus
 from PIL import Image
 from safetensors.torch import load_file
 
+SCORE = {"score_weight": 1, "fake_lora_rank": 4}
+
 
 @pytest.fixture
 def flags(direct_flags):
@@ -110,6 +112,27 @@ def test_a_student_that_got_worse_is_called_so_and_in_bf16_all_weights_are_float
     assert 'Without a GPU, leave out `.to("cuda")`' in card
 
 
+def test_score_distillation_goes_on_from_an_earlier_student_with_prompts_alone(tmp_path, flags, teacher, capsys):
+    run(flags(tmp_path / "a", lr_warmup_steps=0))
+    (tmp_path / "prompts.txt").write_text("a photo of the digit three\na handwritten nine\n")
+    own = SCORE | {"regression_weight": 0, "score_prompts": tmp_path / "prompts.txt", "fake_learning_rate": 1e-3}
+    own |= {"init_student": tmp_path / "a", "fake_updates": 2, "fake_warmup": 2, "lr_warmup_steps": 0}
+    run(flags(tmp_path / "b", **own))
+    first, second = (json.loads((tmp_path / name / "held_out.json").read_text()) for name in "ab")
+    assert second["untrained"] == pytest.approx(first["relative_mse"], rel=1e-4)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "A student by score distillation: it" in card and "with 2 updates of the fake score" in card
+    assert "WARNING: training" not in card + capsys.readouterr().out
+    for name in ("loss", "loss_fake", "score_gradient", "results_std", "fake_error"):
+        values = scalars(tmp_path / "b", name)
+        assert len(values) == 4 and all(value > 0 for value in values.values()), name
+    assert not scalars(tmp_path / "b", "loss_regression")
+    trained, before = (load_file(tmp_path / x / "unet" / "diffusion_pytorch_model.safetensors") for x in "ba")
+    assert any((trained[key] != before[key]).any() for key in trained)
+    said = one_sentence(capsys, run, flags(tmp_path / "c", **own | {"init_student": teacher()}))
+    assert "--init_student" in said and "it is no student of this teacher, its block_out_channels is" in said
+
+
 # --- resume, processes
 
 
@@ -186,6 +209,29 @@ def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_t
         ({"student_kwargs": '{"timesteps": 4}'}, "--student_kwargs: timesteps must be a list of 4"),
         ({"lora_rank": 0, "lora_alpha": 8}, "--lora_alpha: --lora_rank=0 trains all weights; drop it"),
         ({"lora_rank": -1}, "--lora_rank: must not be negative"),
+        ({"regression_weight": 0}, "--regression_weight=0 and --score_weight=0 leave nothing to train"),
+        ({"fake_updates": 3}, "--fake_updates: without --score_weight there is no score; add it, or drop this"),
+        (SCORE | {"lora_rank": 4, "fake_lora_rank": 0}, "--fake_lora_rank=0 copies all weights, and --lora_rank"),
+        (SCORE | {"fake_lora_rank": 999}, "--fake_lora_rank=999: the largest of the adapted layers has rank"),
+        (SCORE | {"score_min_time": 0.9, "score_max_time": 0.1}, "--score_min_time=0.9 must be below"),
+        (SCORE | {"regression_weight": 0, "huber_c": 1}, "--huber_c: --regression_weight=0 has no regression"),
+        (SCORE | {"score_kwargs": '{"latents": 1}'}, "--score_kwargs: latents comes from the pairs"),
+        (SCORE | {"score_kwargs": '{"magic": 1}'}, "--score_kwargs: the call of StableDiffusionPipeline has no magic"),
+        (
+            SCORE | {"student_scheduler": "EDMEulerScheduler"},
+            "--score_weight: EDMEulerScheduler does not say the alpha",
+        ),
+        (SCORE | {"score_prompts": "none.txt"}, "--score_prompts cannot be read"),
+        (SCORE | {"score_kwargs": "4"}, "--score_kwargs=4 is no JSON object"),
+        (
+            SCORE | {"score_through": "call", "backward": "stepwise"},
+            "--score_through=call keeps the activations of all",
+        ),
+        ({"init_student": "nothing"}, "--init_student=nothing: no folder unet in it"),
+        (
+            {"init_student": "nothing", "lora_rank": 4},
+            "--init_student holds all weights, and --lora_rank trains a LoRA",
+        ),
         ({"loss_type": "lpips"}, "--loss_type: invalid choice"),
     ],
 )

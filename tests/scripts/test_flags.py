@@ -14,6 +14,7 @@ from common import flags as flags_module
 from common.ct import card as ct_card
 from common.ct import flags as ct_flags
 from common.data.shards import expand_shards
+from common.direct import flags as direct_flags
 from common.flags import command_line, public_args, resolve_teacher_defaults
 from common.run import engine, screen, training_data, training_run
 from common.tscd import flags as tscd_flags
@@ -179,6 +180,8 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
         flags, modules = flags - {"prediction_type"}, [*modules, ct_flags, ct_card]
     elif "tscd" in name:
         modules.append(tscd_flags)
+    elif "direct" in name:
+        modules.append(direct_flags)
     source = "".join(open(module.__file__).read() for module in modules)
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 55 and not dead

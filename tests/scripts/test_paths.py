@@ -21,7 +21,8 @@ TOOLS = [
 NO_PATHS = set(
     "help revision teacher_revision variant device report_to tracker_project_name hub_token hub_model_id timesteps "
     "lora_target_modules dataset_config_name dataset_image_column_name dataset_class_label_column_name scheduler "
-    "scheduler_kwargs student_scheduler student_scheduler_kwargs student_kwargs teacher_kwargs prompt_column "
+    "scheduler_kwargs student_scheduler student_scheduler_kwargs student_kwargs teacher_kwargs score_kwargs "
+    "prompt_column "
     "negative_prompt ddpm_num_steps ddpm_num_inference_steps ddpm_beta_schedule save_images_epochs save_model_epochs "
     "enable_xformers_memory_efficient_attention".split()
 )

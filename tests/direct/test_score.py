@@ -1,0 +1,353 @@
+"""Score distillation: the gradient is the formula's on every pipeline, and what follows from the formula."""
+
+import contextlib
+import types
+
+from common.direct import pipelines, score
+from common.errors import UserError
+from common.keyed_random import keyed_seed
+from common.networks import lora, performance
+from tests import tiny_pipelines as tiny
+from tests.direct.test_pipelines import PROMPTS, Pairs, every_pipeline, student
+
+import diffusers
+import pytest
+import torch
+
+
+class Engine:
+    """What `ScoreMatching` asks of accelerate's."""
+
+    device, mixed_precision = torch.device("cpu"), "no"
+    gradient_accumulation_steps, num_processes, process_index = 1, 1, 0
+    autocast = contextlib.nullcontext
+
+
+OPTIONS = {
+    "batch_size": 2,
+    "num_steps": 1,
+    "through": "step",
+    "times": (0.02, 0.98),
+    "num_levels": 4,
+    "max_grad_norm": 1.0,
+    "seed": 1,
+}
+
+
+def make(name, steps=2, rank=2, is_lora=False, guided=True):
+    """(ScoreMatching, rollout) of a tiny pipeline; guided: whether the teacher is asked as the pairs' was."""
+    pipeline, kwargs, _ = student(name, steps)
+    if is_lora:
+        pipelines.add_lora(pipeline, 2, 2)
+    scores = score.make_scores(
+        pipeline,
+        rank,
+        is_lora=is_lora,
+        load_denoisers=lambda dtype: pipelines.denoisers(tiny.make(name)),
+        student_kwargs=kwargs,
+        teacher_kwargs=score.teacher_kwargs(tiny.KWARGS[name] if guided else kwargs, {}),
+    )
+    rollout = pipelines.Rollout(pipeline, **kwargs)
+    if not is_lora:
+        rollout.requires_grad_(True)
+    return rollout, matching(rollout, score.Prompts(Pairs(), 2), scores, num_steps=steps)
+
+
+def matching(student, data, scores, **options):
+    process = score.Process(student.pipeline.scheduler)
+    optimizer = torch.optim.AdamW(scores.trained, lr=1e-2) if scores.trained else None
+    return score.ScoreMatching(student, process, data, scores, optimizer, Engine, **OPTIONS | options)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """[(prediction, timestep, sample)] of the steps of every scheduler, as pipelines hand them over."""
+    steps = []
+    for kind in {type(tiny.make(name).scheduler) for name in ("SDXL", "SD3", "PixArt", "Wan")} | {
+        diffusers.DDIMScheduler
+    }:
+
+        def noted(self, out, t, sample, *args, step=kind.step, **kwargs):
+            scale = getattr(self, "scale_model_input", lambda sample, t: sample)
+            steps.append((out.detach(), t, scale(sample, t).detach()))
+            return step(self, out, t, sample, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "step", noted)
+    return steps
+
+
+@every_pipeline
+@torch.no_grad()
+def test_a_network_is_asked_as_its_own_sampling_asks_it(name, seen):
+    """At the states, times and guidance of a call with the pipeline's own scheduler: the same predictions."""
+    rollout, made = make(name)
+    pipeline, kwargs = rollout.pipeline, made.scores.real.kwargs
+    seen.clear()
+    pipelines.call(pipeline, PROMPTS, [3, 4], **kwargs, num_inference_steps=2)
+    assert len(seen) == 2
+    for prediction, timestep, noisy in list(seen):
+        level = score.Level(float(timestep) if made.process.kind == "flow" else int(timestep), 0.0, 0.0)
+        asked, given = score.ask(pipeline, PROMPTS, noisy.float(), level, **kwargs)
+        torch.testing.assert_close(asked, prediction.float(), rtol=1e-5, atol=1e-5)
+
+
+def spread(score_of):
+    """Make adapters that are zero, as they begin, something."""
+    torch.manual_seed(2)
+    for parameter in score_of.scores.trained:
+        torch.nn.init.normal_(parameter, std=0.2)
+
+
+ON_ONE_BASE = ("SD1.5", "Flux", "Wan2.2")
+
+
+@pytest.mark.parametrize(("name", "is_lora"), [(n, False) for n in tiny.PIPELINES] + [(n, True) for n in ON_ONE_BASE])
+def test_the_gradient_is_the_formula(name, is_lora):
+    """(x_0^fake - x_0^real) / mean |x_0 - x_0^real| of each sample, from predictions that are asked for here."""
+    rollout, made = make(name, is_lora=is_lora)
+    spread(made)
+    x_0, indices = made.result(rollout, "score", 5)
+    assert x_0.requires_grad
+    x_0 = x_0.detach().requires_grad_()
+    made.loss(x_0, indices, 5)[0].backward()
+
+    def x_0_of(network_kwargs, noisy, level):
+        v = score.ask(pipeline, [PROMPTS[indices[i]]], noisy, level, **network_kwargs)[0]
+        if made.process.kind == "flow":
+            return noisy - level.sigma * v
+        if made.process.kind == "epsilon":
+            return (noisy - level.sigma * v) / level.alpha
+        return level.alpha * noisy - level.sigma * v
+
+    with torch.no_grad():
+        for i, (_, _, _, _, level, noisy) in enumerate(made._levels(indices, "score", 5, x_0.detach())):
+            answers = []
+            for asked in (made.scores.real, made.scores.fake):
+                pipeline = asked.pipeline
+                with asked.networks():
+                    answers.append(x_0_of(asked.kwargs, noisy, level))
+            real, fake = answers
+            expected = (fake - real) / (x_0[i : i + 1] - real).abs().mean()
+            found = x_0.grad[i : i + 1] * x_0.numel()
+            assert expected.abs().mean() > 1e-3
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "Qwen-Image", "Z-Image"])
+def test_a_perfect_fake_score_of_a_student_that_is_the_teacher_asks_for_nothing(name):
+    rollout, made = make(name, guided=False)
+    x_0, indices = made.result(rollout, "score", 0)
+    made.loss(x_0, indices, 0)[0].backward()
+    assert all((p.grad == 0).all() for p in rollout.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["SDXL", "SD3", "PixArt", "Wan", "HunyuanDiT"])
+@torch.no_grad()
+def test_the_last_step_predicts_the_result(name):
+    """Where the schedule ends at the data, which DDIM's of these tiny ones does not."""
+    rollout, made = make(name)
+    seeds = [3, 4]
+    last = score.result_of_step(rollout.pipeline, made.process, PROMPTS, seeds, 1, **rollout.kwargs)
+    whole = rollout(PROMPTS, seeds)
+    assert (last - whole).norm() < 0.02 * whole.norm()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_only_one_step_has_gradients_and_only_the_fake_score_is_trained_by_its_loss(rank):
+    rollout, made = make("SD3", rank=rank)
+    before = [p.detach().clone() for p in rollout.parameters()]
+    first = score.result_of_step(rollout.pipeline, made.process, PROMPTS, [3, 4], 0, **rollout.kwargs)
+    weights = [p for p in rollout.parameters()]
+    alone = torch.autograd.grad(first.square().sum(), weights, allow_unused=True)
+    assert any(g is not None and g.abs().sum() > 0 for g in alone)
+    trained = [p.detach().clone() for p in made.scores.trained]
+    losses = [made.train_fake(0, 0, 1).item() for _ in range(6)]
+    assert losses == sorted(losses, reverse=True)
+    assert any((p != q).any() for p, q in zip(made.scores.trained, trained, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(rollout.parameters(), before, strict=True))
+    assert all(p.grad is None and not p.requires_grad for p in made.scores.trained)
+    assert all(p.grad is None for p in rollout.parameters())
+
+
+def test_what_is_recomputed_is_computed_with_the_same_adapter():
+    found = []
+    for recomputed in ("none", "full"):
+        rollout, made = make("SD3", is_lora=True)
+        spread(made)
+        for network in rollout.denoisers.values():
+            performance.recompute(network, recomputed)
+            for parameter in lora.lora_parameters(network):
+                torch.nn.init.normal_(parameter, std=0.2)
+        made.scores.trained.requires_grad_(True)
+        with torch.no_grad():
+            x_0, indices = made.result(rollout, "fake", 0)
+        made.fake_loss(x_0, indices, 0)
+        assert all(p.grad is None for network in rollout.denoisers.values() for p in lora.lora_parameters(network))
+        found.append(torch.cat([p.grad.flatten() for p in made.scores.trained if p.grad is not None]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)  # the same sums
+    assert found[0].norm() > 1e-3
+
+
+# --- what it does: two modes, from a student that knows one
+
+
+class Mixture:
+    """The perfect score of normal distributions of deviation 0.1 around -1 and 1."""
+
+    networks = contextlib.nullcontext
+
+    def ask(self, prompts, noisy, level):
+        modes, variance = torch.tensor([-1.0, 1.0]), (0.1 * level.alpha) ** 2 + level.sigma**2
+        shares = torch.softmax(-((noisy - level.alpha * modes) ** 2) / (2 * variance), dim=1)
+        x_0 = modes + 0.1**2 * level.alpha / variance * (noisy - level.alpha * modes)  # (B, 2), of each mode
+        return (noisy - level.alpha * (shares * x_0).sum(1, keepdim=True)) / level.sigma, noisy
+
+
+class Itself:
+    """The perfect score of a student's results, of a thousand of them."""
+
+    networks = contextlib.nullcontext
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def ask(self, prompts, noisy, level):
+        with torch.no_grad():
+            results = self.draw(1000).T
+        shares = torch.softmax(-((noisy - level.alpha * results) ** 2) / (2 * level.sigma**2), dim=1)
+        return (noisy - level.alpha * (shares * results).sum(1, keepdim=True)) / level.sigma, noisy
+
+
+def test_a_student_of_one_mode_learns_both():
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1)
+    network = torch.nn.Sequential(*layers)
+
+    def draw(number):
+        noise = torch.randn(number, 1)
+        return 0.8 + 0.5 * network(torch.cat([noise, torch.tanh(8 * noise)], dim=1))
+
+    pipeline = types.SimpleNamespace(scheduler=diffusers.DDIMScheduler())
+    data = types.SimpleNamespace(prompts=[""] * 256, call_kwargs=lambda indices: {})
+    made = matching(
+        types.SimpleNamespace(pipeline=pipeline),
+        data,
+        score.Scores(Mixture(), Itself(draw), None),
+        batch_size=256,
+        num_levels=8,
+        times=(0.02, 0.4),
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
+    with torch.no_grad():
+        assert (draw(1000) > 0.6).all()  # all of one mode
+    for update in range(150):
+        made.loss(draw(256), range(256), update)[0].backward()
+        optimizer.step(), optimizer.zero_grad(), lr_scheduler.step()
+    with torch.no_grad():
+        results = draw(2000)
+    assert 0.35 < (results > 0).float().mean() < 0.65
+    assert ((results.abs() - 1).abs() < 0.3).float().mean() > 0.5  # 0.29 of a normal distribution
+    assert results.abs().mean() == pytest.approx(1.0, abs=0.2)
+
+
+def test_gradients_through_the_whole_call_are_those_of_its_result():
+    rollout, made = make("SD3")
+    made.through = "call"
+    x_0, indices = made.result(rollout, "score", 3)
+    seeds = [keyed_seed(1, "score noise", 3, i) for i in range(2)]
+    assert torch.equal(x_0, rollout([PROMPTS[i] for i in indices], seeds))
+    made.through = "step"
+    weights = list(rollout.parameters())
+    some, whole = (
+        torch.autograd.grad(x.sum(), weights, allow_unused=True) for x in (made.result(rollout, "score", 3)[0], x_0)
+    )
+    assert any(a is not None and not torch.equal(a, b) for a, b in zip(some, whole, strict=True))
+
+
+# --- what cannot be had, and what goes wrong
+
+
+def check(name, processes=1, has_regression=True, sharding=None, guidance_scale=2.0):
+    pipeline = tiny.make(name)
+    config = {"class": type(pipeline), "denoisers": {}}
+    for part, network in pipelines.denoisers(pipeline).items():
+        config["denoisers"][part] = type(network), dict(network.config)
+    engine = types.SimpleNamespace(num_processes=processes)
+    if sharding:
+        engine.sharding = sharding
+    options = {"rank": 4, "has_regression": has_regression}
+    made_by = {"kwargs": {"guidance_scale": guidance_scale} if guidance_scale else {}}
+    return score.check(config, made_by, pipeline.scheduler, {}, engine, **options)
+
+
+def test_what_cannot_be_had_is_refused_in_a_sentence(monkeypatch):
+    assert check("Wan2.2", processes=2).kind == "flow" and check("Wan2.2", has_regression=False).kind == "flow"
+    with pytest.raises(
+        UserError, match="`regression_weight`=0: a step of a WanPipeline trains one of its 2 denoisers"
+    ):
+        check("Wan2.2", processes=2, has_regression=False)
+    with pytest.raises(UserError, match="`score_weight`: FSDP2 would have to split"):
+        check("SD3", sharding={"reshard_after_forward": True})
+    with pytest.raises(UserError, match="`score_kwargs`: pairs of images do not say how the teacher was guided"):
+        check("SD3", guidance_scale=None)
+    monkeypatch.setattr(score, "call_arguments", lambda pipeline_class: {"prompt", "generator"})
+    with pytest.raises(UserError, match="`score_weight`: the call of a FluxPipeline takes no latents"):
+        check("Flux")
+
+
+@pytest.mark.parametrize("scheduler", [diffusers.EDMEulerScheduler(), diffusers.IPNDMScheduler()])
+def test_a_scheduler_without_alpha_and_sigma_is_refused(scheduler):
+    with pytest.raises(
+        UserError, match=f"`score_weight`: {type(scheduler).__name__} does not say the alpha and sigma"
+    ):
+        score.Process(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"kwargs": {"guidance_scale": 1.0, "height": 64, "width": 64}}, "with .* it does not"),
+        ({"kwargs": {"guidance_scale": 3.0, "magic": 1}}, "the call of a StableDiffusion3Pipeline refuses .*magic"),
+        ({"ask": lambda self, prompts, noisy, level, **_: (noisy, noisy + 1.0)}, "changes the latents"),
+        ({"ask": lambda self, prompts, noisy, level, **_: (noisy, noisy[:, :1])}, "changes the latents"),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_does_not_answer_is_found_before_training(change, sentence, monkeypatch):
+    rollout, made = make("SD3")
+    options = {"shape": (1, 4, 8, 8), "is_guided": True}
+    score.try_out(made.scores, Pairs(), made.process, **options)
+    scores = made.scores
+    if "ask" in change:
+        monkeypatch.setattr(score.Asked, "ask", change["ask"])
+    else:
+        scores = scores._replace(real=scores.real._replace(**change))
+    with pytest.raises(UserError, match=sentence):
+        score.try_out(scores, Pairs(), made.process, **options)
+
+
+@pytest.mark.parametrize(
+    ("noted", "sentence"),
+    [
+        ((1.0, 0.5, 0.6), None),
+        ((0.7, 0.5, 0.6), "collapse"),
+        ((1.3, 0.5, 0.6), "saturate"),
+        ((1.0, 0.7, 0.6), "lags"),
+    ],
+)
+def test_what_goes_wrong_is_told_once(noted, sentence):
+    _, made = make("SD3")
+    assert made.watch(2.0) == ({}, [])
+    for time in range(3):
+        made.noted += [torch.tensor(noted) * 2, torch.tensor(noted) * 2]
+        values, warnings = made.watch(2.0)
+        assert values == pytest.approx({"results_std": noted[0], "fake_error": noted[1] / noted[2]})
+        assert len(warnings) == (sentence is not None and time == 1)
+        assert not warnings or sentence in warnings[0]
+
+
+def test_prompts_of_their_own_have_the_size_of_the_first_pair():
+    data = types.SimpleNamespace(prompts=["a", "b", "c"], call_kwargs=lambda indices: {"height": 8 * (1 + indices[0])})
+    assert score.Prompts(data, 2).prompts == ["a", "b"] and score.Prompts(data, 2).call_kwargs([1]) == {"height": 16}
+    own = score.Prompts(data, 2, ["d"] * 9)
+    assert len(own.prompts) == 9 and own.call_kwargs([7]) == {"height": 8}
