@@ -45,6 +45,20 @@ STUDIES = {
         "direct for 4 steps": ("direct", {}),
         "direct for 1 step": ("direct_1", {}),
     },
+    "score": {
+        "direct for 1 step": ("direct_1", {}),
+        "score from it": ("score", {}),
+        "the same, the regression's weight 1": ("score", {"regression_weight": 1.0}),
+        "the same, 400 updates": ("score", {"max_train_steps": 400}),
+        "the same, 100 fake updates before": ("score", {"fake_warmup": 100}),
+        "the same, prompts alone": ("score", {"regression_weight": 0.0}),
+        "the same, a fake LoRA": ("score", {"fake_lora_rank": 32, "fake_learning_rate": 2e-3}),
+        "the same, 5 fake updates": ("score", {"fake_updates": 5}),
+        "direct for 4 steps": ("direct", {}),
+        "score from it, 4 steps": ("score_4", {}),
+        "the same, through the whole call": ("score_4", {"score_through": "call"}),
+        "the same, 200 updates": ("score_4", {"max_train_steps": 200}),
+    },
     "one_step": {
         "LCM, 800 updates": ("lcm", {}),
         "LCM, 800 updates, 3e-4 cosine, N = 10": ("lcm", LONG | {"num_ddim_timesteps": 10, "max_train_steps": 800}),
@@ -110,6 +124,10 @@ def train(method, changes, seed, folder, output_dir, teacher):
     flags = demo.flags_of(recipe, teacher) | {"validation_steps": 0, "report_to": "none", "checkpointing_steps": 10**6}
     flags |= changes | {"pretrained_teacher_model": teacher_dir, "output_dir": folder, "seed": seed}
     flags |= {"resume_from_checkpoint": "latest"}
+    if start := recipe.get("start"):
+        flags["init_student"] = folder.with_name(folder_name(start, {}, seed))
+        if not (flags["init_student"] / "README.md").exists():
+            train(start, {}, seed, flags["init_student"], output_dir, teacher)
     if recipe["script"] == demo.DIRECT["script"]:
         flags["pairs_dir"] = demo.generate_pairs(recipe, teacher, teacher_dir, data_dir / "train", output_dir, 0)
     else:

@@ -232,6 +232,7 @@ STEPWISE = ["--backward=stepwise"]
 ONE = {  # flags, processes, whether these split
     "LoRA": (["--lora_rank=64"], 1, False),
     "LoRA, stepwise": (["--lora_rank=64", *STEPWISE], 1, False),
+    "LoRA, stepwise, score": (["--lora_rank=64", *STEPWISE, "--score_weight=1"], 1, False),
     "LoRA, stepwise, 8-bit Adam": (["--lora_rank=64", *STEPWISE, "--use_8bit_adam"], 1, False),
     "LoRA, stepwise, nf4": (["--lora_rank=64", *STEPWISE, "--quantize_base=nf4"], 1, False),
     "LoRA, stepwise, nf4, 8-bit Adam": (

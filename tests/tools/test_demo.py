@@ -175,7 +175,7 @@ def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monk
     monkeypatch.chdir(measuring.ROOT)
     recipe, teacher = demo.METHODS[method], measuring.TEACHERS["parity"]
     command = demo.training_command(
-        recipe, teacher, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", seed=3
+        recipe, teacher, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", 3, recipe.get("start")
     )
     start = command.index(recipe["script"])
     assert (measuring.ROOT / recipe["script"]).is_file()
@@ -183,11 +183,13 @@ def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monk
     args = script.parse_args(command[start + 1 :])
     data = (
         args.pairs_dir
-        if method.startswith("direct")
+        if recipe["script"] == demo.DIRECT["script"]
         else args.train_shards_path_or_url.removesuffix("/{00000..00007}.tar")
     )
     assert args.seed == 3 and args.resume_from_checkpoint is None and data == str(tmp_path / "train")
-    if not method.startswith("direct"):
+    if recipe["script"] == demo.DIRECT["script"]:
+        assert args.init_student == recipe.get("start")
+    else:
         assert (args.w_min, args.w_max) == ((0.0, 1.0) if method == "lcm" else (0.5, 0.5))
     (tmp_path / "student" / "checkpoint-100").mkdir(parents=True)
     command = demo.training_command(

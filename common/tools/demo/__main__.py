@@ -159,6 +159,23 @@ METHODS |= {
     },
     "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
 }
+# Score distillation goes on from a regression's student, with three updates of the fake score for each of its own.
+SCORE = {"lr_warmup_steps": 10, "learning_rate": 1e-4, "score_weight": 1.0, "fake_updates": 3}
+SCORE |= {"fake_warmup": 0, "fake_lora_rank": 0, "fake_learning_rate": 4e-4, "score_levels": 2}
+METHODS |= {
+    "score": METHODS["direct_1"]
+    | {
+        "start": "direct_1",
+        "flags": METHODS["direct_1"]["flags"] | SCORE | {"regression_weight": 0.1, "max_train_steps": 120},
+    },
+    "score_4": METHODS["direct"]
+    | {
+        "start": "direct",
+        "flags": METHODS["direct"]["flags"]
+        | SCORE
+        | {"regression_weight": 0.3, "fake_warmup": 20, "lr_warmup_steps": 5, "max_train_steps": 60},
+    },
+}
 
 
 def parse_args(argv=None):
@@ -215,15 +232,17 @@ def main(args):
         return
 
     # 5. The student.
-    student_dir = output_dir / teacher.folder.replace("teacher", args.method)
-    recipe = METHODS[args.method]
-    if (student_dir / "README.md").exists():  # the card, which the scripts write last
-        print(f"{student_dir} is complete and reused; --rebuild starts over", flush=True)
-    else:
-        data_dir = shards_dir / "train"
-        if recipe["script"] == DIRECT["script"]:
-            data_dir = generate_pairs(recipe, teacher, teacher_dir, data_dir, output_dir, args.seed)
-        train(recipe, teacher, teacher_dir, data_dir, student_dir, args.seed)
+    recipe, start = METHODS[args.method], None
+    for method in filter(None, (recipe.get("start"), args.method)):
+        student_dir = output_dir / teacher.folder.replace("teacher", method)
+        if (student_dir / "README.md").exists():  # the card, which the scripts write last
+            print(f"{student_dir} is complete and reused; --rebuild starts over", flush=True)
+        else:
+            data_dir = shards_dir / "train"
+            if recipe["script"] == DIRECT["script"]:
+                data_dir = generate_pairs(recipe, teacher, teacher_dir, data_dir, output_dir, args.seed)
+            train(METHODS[method], teacher, teacher_dir, data_dir, student_dir, args.seed, start)
+        start = student_dir
     measure_once(
         student_dir / "metrics", lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed, teacher)
     )
@@ -274,8 +293,11 @@ def flags_of(recipe, teacher):
     return recipe["flags"] | ({} if w_range is None else {"w_min": w - w_range, "w_max": w + w_range})
 
 
-def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
-    """The words after `accelerate`, as a user would type them; data_dir: shards, or a direct method's pairs."""
+def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed, start=None):
+    """The words after `accelerate`, as a user would type them; data_dir: shards, or a direct method's pairs.
+
+    start: the folder of the student that this one goes on from.
+    """
     last = digits.NUM_TRAIN_SHARDS - 1
     data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
     data = f"--pairs_dir={data_dir}" if recipe["script"] == DIRECT["script"] else data
@@ -286,6 +308,7 @@ def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
         f"--output_dir={student_dir}",
         *(f"--{name}={value}" for name, value in flags_of(recipe, teacher).items()),
         f"--seed={seed}",
+        *([f"--init_student={start}"] if start else []),
     ]
     if student_dir.is_dir() and any(student_dir.iterdir()):
         command.append("--resume_from_checkpoint=latest")  # an earlier demo was interrupted here
@@ -310,9 +333,9 @@ def generate_pairs(recipe, teacher, teacher_dir, shards_dir, output_dir, seed):
     return pairs_dir
 
 
-def train(recipe, teacher, teacher_dir, data_dir, student_dir, seed):
+def train(recipe, teacher, teacher_dir, data_dir, student_dir, seed, start=None):
     started = time.perf_counter()
-    launch(training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed))
+    launch(training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed, start))
     print(f"trained {student_dir} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
