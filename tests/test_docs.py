@@ -378,7 +378,18 @@ def test_all_scripts_and_tools_are_run_and_what_is_left_out_is_there():
         assert any(re.search(pattern, line, re.M) for line in lines), pattern
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "\n```" in page.read_text()], ids=lambda page: page.stem)
+GOES_ON = {"score_distillation.md": "direct_distill.md"}  # a page that begins where another one ends; with -m soak
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.soak if page.name in GOES_ON else ())
+        for page in PAGES
+        if "\n```" in page.read_text()
+    ],
+    ids=lambda page: page.stem,
+)
 def test_what_a_page_says_runs(page, users_folder, teacher, direct_teacher, shards, request):
     """Its commands and its Python in their order, on a CPU and on small things, as a reader pastes them."""
     names, training = {}, TRAINING_COMMAND
@@ -388,7 +399,8 @@ def test_what_a_page_says_runs(page, users_folder, teacher, direct_teacher, shar
     others = stand_ins(direct_teacher() if is_pairs else teacher(), shards)
     for name, stand_in in others.items():
         training = training.replace(name, stand_in)
-    for language, code in FENCE.findall(page.read_text()):
+    before = [ROOT / "docs" / GOES_ON[page.name]] if page.name in GOES_ON else []
+    for language, code in FENCE.findall("".join(each.read_text() for each in (*before, page))):
         for name, stand_in in others.items():
             code = code.replace(name, stand_in)
         if language == "bash":
