@@ -127,6 +127,7 @@ METHODS = {
 PAIRS = {
     "pairs": {"num_pairs": 2048, "num_inference_steps": 50, "batch_size": 64},
     "pairs_many": {"num_pairs": 8192, "num_inference_steps": 8, "batch_size": 64},
+    "pairs_some": {"num_pairs": 4096, "num_inference_steps": 8, "batch_size": 64},
 }
 DIRECT = {
     "script": "train_direct_distill.py",
@@ -159,22 +160,17 @@ METHODS |= {
     },
     "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
 }
-# Score distillation goes on from a regression's student, with three updates of the fake score for each of its own.
-SCORE = {"lr_warmup_steps": 10, "learning_rate": 1e-4, "score_weight": 1.0, "fake_updates": 3}
-SCORE |= {"fake_warmup": 0, "fake_lora_rank": 0, "fake_learning_rate": 4e-4, "score_levels": 2}
+# Score distillation goes on from a regression that was stopped early, by prompts alone. Both cost less than direct_1.
+METHODS["score_start"] = METHODS["direct_1"] | {"pairs": "pairs_some"}
+METHODS["score_start"]["flags"] = METHODS["direct_1"]["flags"] | {"max_train_steps": 1200}
+SCORE = {"learning_rate": 1e-4, "adam_beta1": 0.0, "adam_beta2": 0.99, "ema_decay": 0.98, "regression_weight": 0.0}
+SCORE |= {"score_weight": 1.0, "score_levels": 8, "fake_updates": 3, "fake_warmup": 100}
+SCORE |= {"fake_lora_rank": 0, "fake_learning_rate": 4e-4}
+SCORE_4 = {"regression_weight": 0.3, "fake_warmup": 20, "lr_warmup_steps": 5, "max_train_steps": 60, "ema_decay": 0.9}
 METHODS |= {
-    "score": METHODS["direct_1"]
-    | {
-        "start": "direct_1",
-        "flags": METHODS["direct_1"]["flags"] | SCORE | {"regression_weight": 0.1, "max_train_steps": 120},
-    },
-    "score_4": METHODS["direct"]
-    | {
-        "start": "direct",
-        "flags": METHODS["direct"]["flags"]
-        | SCORE
-        | {"regression_weight": 0.3, "fake_warmup": 20, "lr_warmup_steps": 5, "max_train_steps": 60},
-    },
+    "score": METHODS["score_start"]
+    | {"start": "score_start", "flags": METHODS["score_start"]["flags"] | SCORE | {"max_train_steps": 350}},
+    "score_4": DIRECT | {"start": "direct", "flags": DIRECT["flags"] | SCORE | SCORE_4},
 }
 
 
