@@ -195,7 +195,7 @@ def main(args):
     if outlined:
         check_teacher(pipeline, pairs_config, args.pairs_dir)
     if not args.lora_rank:
-        start_from(args.init_student, pipelines.denoisers(pipeline))
+        start_from(None if args.dry_run else args.init_student, pipelines.denoisers(pipeline))
         torch.nn.ModuleList(base).requires_grad_(True)
     repair = not (args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys())
     with accelerator.autocast(), simulation.before_updates(pipeline.components):
@@ -222,15 +222,15 @@ def main(args):
     with accelerator.autocast(), samples.eval_mode(rollout):
         check_noise(data, data.latents(measured[:1]), measured[0])
         if args.score_weight:
-            guided = not args.score_kwargs and (pairs_config or {}).get("guided")
-            score.try_out(scores, data, process, shape=data.latents(measured[:1]).shape, is_guided=guided)
+            options = {"was_guided": (pairs_config or {}).get("guided"), "changes": args.score_kwargs}
+            score.try_out(scores, data, process, shape=data.latents(measured[:1]).shape, **options)
         untrained = None
         if not args.dry_run:  # which has no values to look at
             if not args.skip_pairs_check:
                 accelerator.print(pairing.check_pairing(rollout, data, scheduler, args.train_batch_size))
             share = functools.partial(samples.share, accelerator)
             untrained = measure(rollout, data, measured, args.train_batch_size, kept=shown, share=share)
-        is_stepwise = args.backward == "stepwise"
+        is_stepwise = args.backward == "stepwise" or not args.regression_weight  # which is this once, then
         unused = freeze_unused(rollout, data, list(train_indices)[: args.train_batch_size], is_stepwise)
     if unused:
         accelerator.print(f"{len(unused)} tensors get no gradient and are frozen, the first is {unused[0]}")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from common.direct import pipelines
 from common.direct.pairs import PairOrder
 from common.direct.pipelines import SCHEDULE_ARGUMENTS, denoisers
-from common.direct.probes import count_rows
+from common.direct.probes import count_rows, embeds_guidance, guidance_argument
 from common.direct.student import FROM_PAIRS
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError, blame
@@ -58,6 +58,13 @@ WARNINGS = (  # (what `watch` gives, least, most, what is said outside of these)
         1.05,
         "the fake score denoises the student's results no better than the teacher does: it lags; raise `fake_updates` "
         "or `fake_learning_rate`, or lower `learning_rate`",
+    ),
+    (
+        "fake_skipped",
+        0.0,
+        0.0,
+        "updates of the fake score are skipped, their gradients are not finite; lower `fake_learning_rate`, or take "
+        "another `mixed_precision`",
     ),
 )
 
@@ -326,9 +333,17 @@ def check(config, pairs_config, scheduler, kwargs, accelerator, *, rank, has_reg
 
 
 @torch.no_grad()
-def try_out(scores, data, process, *, shape, is_guided):
+def try_out(scores, data, process, *, shape, was_guided, changes):
     """Ask both scores once, about x_tau of `shape` (1, ...) for the first pair. UserError where the pipeline changes
-    what it is given, or does not guide though the teacher did for the pairs (is_guided)."""
+    what it is given, and where the teacher does not guide though it is asked to: by `score_kwargs`, the `changes`, or
+    else as for the pairs (was_guided). A denoiser that is told its guidance needs no second evaluation."""
+    pipeline = scores.real.pipeline
+    scale, is_told = guidance_argument(pipeline), embeds_guidance(pipeline)
+    if scale == "true_cfg_scale" and "guidance_scale" in changes:
+        raise UserError(
+            f"`score_kwargs`: guidance_scale does nothing in a {type(pipeline).__name__}; name true_cfg_scale instead"
+        )
+    asks = changes[scale] > 1 if isinstance(changes.get(scale), (int, float)) else was_guided
     parameter = next(next(iter(denoisers(scores.fake.pipeline).values())).parameters())
     noisy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     level, name, rows = process.at(0.5), type(scores.real.pipeline).__name__, []
@@ -348,10 +363,10 @@ def try_out(scores, data, process, *, shape, is_guided):
                     f"`score_weight`: a {name} changes the latents that it is given, so it has no score to ask for; "
                     "drop it"
                 )
-            if asked is scores.real and is_guided and sum(rows) < 2:
+            if asked is scores.real and asks and not is_told and sum(rows) < 2:
                 raise UserError(
-                    f"`score_weight`: the teacher guided to make the pairs, and asked about one noise level with "
-                    f"{asked.kwargs} it does not; name the arguments that make it in `score_kwargs`"
+                    f"`score_kwargs`: the teacher is to guide, and asked about one noise level with {asked.kwargs} it "
+                    "does not; name the arguments that make it, most likely a negative_prompt (one blank will do)"
                 )
     finally:
         for hook in hooks:
@@ -408,7 +423,8 @@ class ScoreMatching:
         if self.accelerator.num_processes > 1:  # new adapters are drawn by each process
             for parameter in self.scores.trained:
                 torch.distributed.broadcast(parameter.data, src=0)
-        self.noted, self.found, self.said, number = [], set(), set(), len(self.data.prompts)  # of `watch`
+        self.noted, self.skipped, self.found, self.said = [], 0.0, set(), set()  # of `watch`
+        number = len(self.data.prompts)
         self.orders = {x: PairOrder(number, self.batch_size, keyed_seed(self.seed, x)) for x in ("score", "fake")}
 
     def result(self, rollout, name, micro_batch):
@@ -471,10 +487,13 @@ class ScoreMatching:
         """
         if not self.noted:
             return {}, []
-        std, error, teachers_error = torch.stack(self.noted).mean(0).tolist()
-        self.noted.clear()
+        rows = torch.stack(self.noted)  # NaN of an update that was skipped says nothing
+        means = rows.where(rows.isfinite().all(1, keepdim=True), torch.nan).nanmean(0)
+        std, error, teachers_error, skipped = torch.cat([means, means.new_zeros(1) + self.skipped]).tolist()
+        self.noted, self.skipped = [], 0.0
         values = {"results_std": std / latent_std, "fake_error": error / max(teachers_error, 1e-12)}
-        found = {sentence for name, least, most, sentence in WARNINGS if not least <= values[name] <= most}
+        values["fake_skipped"] = skipped
+        found = {text for name, least, most, text in WARNINGS if values[name] < least or values[name] > most}
         said, self.found = (found & self.found) - self.said, found
         self.said |= said
         return values, [f"WARNING: {sentence}" for sentence in sorted(said)]
@@ -509,5 +528,6 @@ class ScoreMatching:
                 losses.append(self.fake_loss(x_0, indices, j))
         finally:
             self.scores.trained.requires_grad_(False)
-        updates.step_beside(self.optimizer, self.scaler, processes, self.max_grad_norm)
+        finite = updates.step_beside(self.optimizer, self.scaler, processes, self.max_grad_norm)
+        self.skipped = self.skipped + (~finite).float()
         return torch.stack(losses).mean()

@@ -20,11 +20,12 @@ from common.direct.probes import (
 )
 from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError
-from common.networks import fusing, outlines
-from common.networks.weights import check_network
+from common.networks import fusing, outlines, sharded
+from common.networks.weights import check_network, find_files
 from common.run.updates import REPAIR, broken_weights, networks_of
 
 import torch
+from safetensors import safe_open
 
 
 @torch.no_grad()
@@ -139,10 +140,17 @@ def _as_list(value):
 
 
 def start_from(init_student, networks):
-    """Copy the weights of an earlier student into {part: denoiser}; nothing for None."""
+    """Copy the weights of an earlier student into {part: denoiser}, in place; nothing for None.
+
+    They are read tensor by tensor, and of split ones each process reads its part. `check_start` comes before.
+    """
     for part, network in networks.items() if init_student else ():
-        saved = type(network).from_pretrained(Path(init_student, part))
-        network.load_state_dict(saved.state_dict())
+        tensors = network.state_dict()
+        for path in find_files(Path(init_student, part), type(network))[0]:
+            with safe_open(path, "pt") as file:
+                for name in tensors.keys() & set(file.keys()):
+                    scalar = not tensors[name].ndim
+                    sharded.fill(tensors[name], file.get_tensor(name) if scalar else file.get_slice(name))
 
 
 def possible_calls(pipeline, data, teacher_kwargs, num_inference_steps, overrides):

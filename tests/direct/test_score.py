@@ -307,7 +307,7 @@ def test_a_scheduler_without_alpha_and_sigma_is_refused(scheduler):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"kwargs": {"guidance_scale": 1.0, "height": 64, "width": 64}}, "with .* it does not"),
+        ({"kwargs": {"guidance_scale": 1.0, "height": 64, "width": 64}}, "`score_kwargs`: .* with .* it does not"),
         ({"kwargs": {"guidance_scale": 3.0, "magic": 1}}, "the call of a StableDiffusion3Pipeline refuses .*magic"),
         ({"ask": lambda self, prompts, noisy, level, **_: (noisy, noisy + 1.0)}, "changes the latents"),
         ({"ask": lambda self, prompts, noisy, level, **_: (noisy, noisy[:, :1])}, "changes the latents"),
@@ -315,7 +315,7 @@ def test_a_scheduler_without_alpha_and_sigma_is_refused(scheduler):
 )  # fmt: skip
 def test_a_teacher_that_does_not_answer_is_found_before_training(change, sentence, monkeypatch):
     rollout, made = make("SD3")
-    options = {"shape": (1, 4, 8, 8), "is_guided": True}
+    options = {"shape": (1, 4, 8, 8), "was_guided": True, "changes": {}}
     score.try_out(made.scores, Pairs(), made.process, **options)
     scores = made.scores
     if "ask" in change:
@@ -324,6 +324,30 @@ def test_a_teacher_that_does_not_answer_is_found_before_training(change, sentenc
         scores = scores._replace(real=scores.real._replace(**change))
     with pytest.raises(UserError, match=sentence):
         score.try_out(scores, Pairs(), made.process, **options)
+
+
+def try_out(name, changes, was_guided=True):
+    """Of a teacher that is asked with `score_kwargs` over what made the pairs."""
+    rollout, made = make(name)
+    shape = rollout(PROMPTS[:1], [3]).shape
+    kwargs = score.teacher_kwargs(tiny.KWARGS[name], changes)
+    scores = made.scores._replace(real=made.scores.real._replace(kwargs=kwargs))
+    options = {"shape": shape, "was_guided": was_guided, "changes": changes}
+    score.try_out(scores, Pairs(), made.process, **options)
+
+
+def test_a_teacher_that_is_told_its_guidance_needs_no_second_evaluation():
+    try_out("Flux", {})
+    try_out("Flux", {"guidance_scale": 2.5})
+
+
+def test_guidance_that_does_nothing_is_refused():
+    try_out("Qwen-Image", {"true_cfg_scale": 3.0})
+    try_out("SD3", {"guidance_scale": 1.0})  # off, as asked
+    with pytest.raises(UserError, match="guidance_scale does nothing in a QwenImagePipeline; name true_cfg_scale"):
+        try_out("Qwen-Image", {"guidance_scale": 3.0})
+    with pytest.raises(UserError, match="`score_kwargs`: .* it does not; .* a negative_prompt"):
+        try_out("Qwen-Image", {"true_cfg_scale": 3.0, "negative_prompt": None}, was_guided=False)
 
 
 @pytest.mark.parametrize(
@@ -340,10 +364,27 @@ def test_what_goes_wrong_is_told_once(noted, sentence):
     assert made.watch(2.0) == ({}, [])
     for time in range(3):
         made.noted += [torch.tensor(noted) * 2, torch.tensor(noted) * 2]
+        made.noted += [torch.full((3,), torch.nan)]  # of an update that was skipped
         values, warnings = made.watch(2.0)
-        assert values == pytest.approx({"results_std": noted[0], "fake_error": noted[1] / noted[2]})
+        expected = {"results_std": noted[0], "fake_error": noted[1] / noted[2], "fake_skipped": 0}
+        assert values == pytest.approx(expected)
         assert len(warnings) == (sentence is not None and time == 1)
         assert not warnings or sentence in warnings[0]
+
+
+def test_updates_of_the_fake_score_that_are_skipped_are_told():
+    _, made = make("SD3", rank=2)
+    with torch.no_grad():
+        for parameter in made.scores.trained:
+            parameter.fill_(torch.nan)
+    said = []
+    for _ in range(3):
+        made.train_fake(0, 0, 1), made.train_fake(1, 0, 1)
+        made.noted += [torch.tensor([1.0, 0.5, 0.6])]
+        values, warnings = made.watch(1.0)
+        assert values["fake_skipped"] == 2
+        said += warnings
+    assert len(said) == 1 and "updates of the fake score are skipped" in said[0]
 
 
 def test_prompts_of_their_own_have_the_size_of_the_first_pair():

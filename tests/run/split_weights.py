@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common import ema
 from common.ct import unet
-from common.direct import pipelines
+from common.direct import pipelines, student
 from common.direct.validation import exchanged
 from common.networks import lora, outlines, performance, sharded, teachers
 from common.run import meter, sharding, updates
@@ -353,6 +353,10 @@ def body(folder):
     assert differ(loaded.state_dict(), saved[0]) == 0
     if state.is_main_process:
         assert (folder / "export" / "config.json").read_text() == (folder / "one" / "config.json").read_text()
+    other = network(2)
+    sharding.shard(accelerator, [other])
+    student.start_from(folder, {"export": other})
+    assert differ(gathered(other), saved[0]) == 0
     check_lora()
     check_fp16(folder)
     check_compiled()

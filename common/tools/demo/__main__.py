@@ -236,7 +236,7 @@ def main(args):
         else:
             data_dir = shards_dir / "train"
             if recipe["script"] == DIRECT["script"]:
-                data_dir = generate_pairs(recipe, teacher, teacher_dir, data_dir, output_dir, args.seed)
+                data_dir = generate_pairs(METHODS[method], teacher, teacher_dir, data_dir, output_dir, args.seed)
             train(METHODS[method], teacher, teacher_dir, data_dir, student_dir, args.seed, start)
         start = student_dir
     measure_once(
