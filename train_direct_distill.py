@@ -37,6 +37,7 @@ from common.direct.student import (
     roll_out,
     start_from,
     student_kwargs,
+    teachers_calls,
 )
 from common.direct.validation import PairValidation, exchanged
 from common.ema import ema_update
@@ -179,7 +180,7 @@ def main(args):
     teacher_kwargs = score.teacher_kwargs(asked["teacher_kwargs"], args.score_kwargs or {})
     with simulation.waiting(base), simulation.before_updates(pipeline.components):
         calls, texts = possible_calls(pipeline, data, **asked), data.prompts + score_prompts
-        own = [teacher_kwargs | {"num_inference_steps": 2}] if args.score_weight else []
+        own = teachers_calls(pipeline, data.prompts, teacher_kwargs) if args.score_weight else []
         texts += [text for call in own for text in call.values() if isinstance(text, str)]  # negative prompts
         accelerator.print(embeddings.let_go(pipeline, texts, calls + own, accelerator=accelerator, **options))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from common.direct import pixels, stepwise
 from common.direct.pipelines import SCHEDULE_ARGUMENTS, public_kwargs, weights_sample
 from common.direct.probes import (
+    before_denoiser,
     check_draws,
     guidance_off,
     guides,
@@ -19,7 +20,7 @@ from common.direct.probes import (
     without_guidance,
 )
 from common.direct.tasks import arguments as call_arguments
-from common.errors import CALL_ERRORS, UserError
+from common.errors import CALL_ERRORS, UserError, blame
 from common.networks import fusing, outlines, sharded
 from common.networks.weights import check_network, find_files
 from common.run.updates import REPAIR, broken_weights, networks_of
@@ -160,6 +161,14 @@ def possible_calls(pipeline, data, teacher_kwargs, num_inference_steps, override
     with _refusing(kwargs):
         found = [{}] if GUIDANCE & overrides.keys() else without_guidance(pipeline, prompts, kwargs)
     return [kwargs | off | {"num_inference_steps": num_inference_steps} for off in found]
+
+
+def teachers_calls(pipeline, prompts, kwargs):
+    """[arguments] of the calls that ask a teacher for its score; UserError where it refuses them. No denoiser runs."""
+    call = kwargs | {"num_inference_steps": 2}
+    with blame(f"`score_kwargs`: the teacher's call refuses {kwargs}", *CALL_ERRORS):
+        before_denoiser(pipeline, prompts[:1], **call)
+    return [call]
 
 
 def _given(pipeline, data, teacher_kwargs, num_inference_steps, overrides):
