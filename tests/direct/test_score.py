@@ -4,6 +4,7 @@ import contextlib
 import types
 
 from common.direct import pipelines, score
+from common.direct.student import teachers_calls
 from common.errors import UserError
 from common.keyed_random import keyed_seed
 from common.networks import lora, performance
@@ -339,6 +340,13 @@ def try_out(name, changes, was_guided=True):
 def test_a_teacher_that_is_told_its_guidance_needs_no_second_evaluation():
     try_out("Flux", {})
     try_out("Flux", {"guidance_scale": 2.5})
+
+
+def test_arguments_that_the_teachers_call_refuses_are_told_before_prompts_are_encoded():
+    pipeline, kwargs = tiny.make("SD3"), tiny.KWARGS["SD3"]
+    assert teachers_calls(pipeline, PROMPTS, kwargs) == [kwargs | {"num_inference_steps": 2}]
+    with pytest.raises(UserError, match="`score_kwargs`: the teacher's call refuses .*guidance_scale"):
+        teachers_calls(pipeline, PROMPTS, kwargs | {"guidance_scale": "much"})
 
 
 def test_guidance_that_does_nothing_is_refused():

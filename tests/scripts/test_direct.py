@@ -222,7 +222,6 @@ def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_t
             "--score_weight: EDMEulerScheduler does not say the alpha",
         ),
         (SCORE | {"score_prompts": "none.txt"}, "--score_prompts cannot be read"),
-        (SCORE | {"score_kwargs": '{"guidance_scale": "x"}'}, "--score_kwargs: the teacher's call refuses"),
         (SCORE | {"score_kwargs": "4"}, "--score_kwargs=4 is no JSON object"),
         (
             SCORE | {"score_through": "call", "backward": "stepwise"},
