@@ -253,13 +253,7 @@ def main(args):
             scores=scores,
             optimizer=engine.make_optimizer(args, list(scores.trained), run.total_batch_size, args.fake_learning_rate),
             accelerator=accelerator,
-            batch_size=args.train_batch_size,
-            num_steps=args.num_inference_steps,
-            through=args.score_through,
-            num_levels=args.score_levels,
-            times=(args.score_min_time, args.score_max_time),
-            max_grad_norm=args.max_grad_norm,
-            seed=args.seed,
+            **direct_flags.score_options(args, lr_scheduler),
         )
         modules["fake_score"] = scores.trained
         objects |= {"fake_optimizer": matching.optimizer, "fake_scaler": matching.scaler}

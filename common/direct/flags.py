@@ -133,3 +133,22 @@ def read_data(args):
     if args.num_held_out >= len(data):
         raise UserError(f"--num_held_out={args.num_held_out} leaves none of the {len(data)} pairs to train on")
     return data
+
+
+def score_options(args, lr_scheduler):
+    """What `score.ScoreMatching` takes of the flags. After the warm-up the fake rate falls with the student's."""
+
+    def share():
+        warm = lr_scheduler.last_epoch < args.lr_warmup_steps
+        return 1.0 if warm else lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
+
+    return {
+        "batch_size": args.train_batch_size,
+        "num_steps": args.num_inference_steps,
+        "through": args.score_through,
+        "num_levels": args.score_levels,
+        "times": (args.score_min_time, args.score_max_time),
+        "max_grad_norm": args.max_grad_norm,
+        "share": share,
+        "seed": args.seed,
+    }

@@ -7,14 +7,14 @@ which learns to denoise the student's results. The gradient at x_0 (eq. 1, with 
 
     grad = (x_0^fake - x_0^real) / mean |x_0 - x_0^real|,   the mean of each sample.
 
-Both scores are asked through the pipeline's own call: a stand-in for its scheduler offers one noise level and keeps
-what it is handed, so that text, packing, guidance and signs are the pipeline's. Left out: DMD2's adversarial loss, and
-noise levels of single samples, since a call has one for its batch: a micro-batch is cut into parts of their own.
+Both scores are asked by the pipeline's own call: a stand-in for its scheduler offers one noise level to a part of a
+micro-batch and keeps what it is handed. Text, packing, guidance, signs are the pipeline's. Left out: the adversary.
 """
 
 import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
@@ -415,6 +415,7 @@ class ScoreMatching:
     num_levels: int  # noise levels of a micro-batch, at most
     times: tuple  # the least and the largest of them, 0 (data) to 1 (noise)
     max_grad_norm: float
+    share: Callable  # () -> what the fake score's learning rate is times now
     seed: int
 
     def __post_init__(self):
@@ -439,9 +440,8 @@ class ScoreMatching:
             return rollout(prompts, seeds, **kwargs).float(), indices
         step = Random(keyed_seed(self.seed, f"{name} step", micro_batch)).randrange(self.num_steps)
         kwargs = self.student.kwargs | kwargs
-        x_0 = rollout(
-            again=lambda: result_of_step(self.student.pipeline, self.process, prompts, seeds, step, **kwargs)
-        )
+        pipeline = self.student.pipeline
+        x_0 = rollout(again=lambda: result_of_step(pipeline, self.process, prompts, seeds, step, **kwargs))
         return x_0, indices
 
     def _levels(self, indices, name, micro_batch, x_0):
@@ -528,6 +528,7 @@ class ScoreMatching:
                 losses.append(self.fake_loss(x_0, indices, j))
         finally:
             self.scores.trained.requires_grad_(False)
+        self.optimizer.param_groups[0]["lr"] = self.optimizer.defaults["lr"] * self.share()
         finite = updates.step_beside(self.optimizer, self.scaler, processes, self.max_grad_norm)
         self.skipped = self.skipped + (~finite).float()
         return torch.stack(losses).mean()

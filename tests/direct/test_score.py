@@ -31,6 +31,7 @@ OPTIONS = {
     "times": (0.02, 0.98),
     "num_levels": 4,
     "max_grad_norm": 1.0,
+    "share": lambda: 1.0,
     "seed": 1,
 }
 
