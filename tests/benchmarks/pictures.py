@@ -13,21 +13,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-METHODS = {"lcm": "LCM", "lcm_lora": "LCM LoRA", "tscd": "TSCD", "tscd_lora": "TSCD LoRA", "direct": "direct"}
+# {label: the demo's methods, the students of which make its rows}
+METHODS = {"LCM": ["lcm"], "LCM LoRA": ["lcm_lora"], "TSCD": ["tscd"], "TSCD LoRA": ["tscd_lora"]}
+METHODS |= {"direct": ["direct", "direct_1"], "score": ["score"]}
 SHOWN = {"teacher": (50, 4, 1), "student": (4, 2, 1)}
-COLOURS = ["#444444", "#d1495b", "#edae49", "#00798c", "#66a182", "#7b4b94"]
+COLOURS = ["#444444", "#d1495b", "#edae49", "#00798c", "#66a182", "#7b4b94", "#2b59c3"]
 SCALE, GAP, LEFT = 3, 4, 170
 
 
 def measured(demo, teacher):
     """{label: (rows of the measurement, images of each row)} of the teacher and of the students that are there."""
-    paths = {"teacher": demo / f"{teacher}_metrics"}
-    paths |= {label: demo / teacher.replace("teacher", name) / "metrics" for name, label in METHODS.items()}
-    paths = {label: path for label, path in paths.items() if path.with_suffix(".json").exists()}
-    return {
-        label: (json.loads(path.with_suffix(".json").read_text())["rows"], np.load(path.with_suffix(".npy")))
-        for label, path in paths.items()
-    }
+    models = {"teacher": [demo / f"{teacher}_metrics"]}
+    for label, methods in METHODS.items():
+        models[label] = [demo / teacher.replace("teacher", method) / "metrics" for method in methods]
+    found = {}
+    for label, paths in models.items():
+        paths = [path for path in paths if path.with_suffix(".json").exists()]
+        if paths:
+            rows = [row for path in paths for row in json.loads(path.with_suffix(".json").read_text())["rows"]]
+            found[label] = rows, np.concatenate([np.load(path.with_suffix(".npy")) for path in paths])
+    return found
 
 
 def draw_samples(models):

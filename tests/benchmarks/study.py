@@ -33,7 +33,8 @@ TSCD = demo.METHODS["tscd"]["flags"]
 TOTAL_STEPS = 4 * TSCD["stage_steps"]
 SAME = {name: TSCD[name] for name in ("learning_rate", "lr_scheduler", "lr_warmup_steps", "ema_decay")}
 MSE = {"adv_weights": 0}
-BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 200}
+BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 100}
+HALF = {"max_train_steps": 400}  # of LCM's updates
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
     "methods": {
@@ -79,9 +80,9 @@ STUDIES = {
         "EMA 0.98": ("direct", {"ema_decay": 0.98}),
     },
     "precision": {
-        "LCM, float32": ("lcm", {}),
-        "LCM, bf16, end layers too": ("lcm", BF16 | {"float32_end_layers": False}),
-        "LCM, bf16": ("lcm", BF16),
+        "LCM, float32": ("lcm", HALF),
+        "LCM, bf16, end layers too": ("lcm", HALF | BF16 | {"float32_end_layers": False}),
+        "LCM, bf16": ("lcm", HALF | BF16),
         "TSCD, float32": ("tscd", SHORT),
         "TSCD, bf16, end layers too": ("tscd", SHORT | BF16 | {"float32_end_layers": False}),
         "TSCD, bf16": ("tscd", SHORT | BF16),
