@@ -49,7 +49,7 @@ STUDIES = {
     "score": {
         "its start, direct for 1 step": ("score_start", {}),
         "score from it": ("score", {}),
-        "the same, pairs too": ("score", {"regression_weight": 1.0}),
+        "the same, prompts alone": ("score", {"regression_weight": 0.0}),
         "the same, no fake update before": ("score", {"fake_warmup": 0}),
         "the same, a fake LoRA": ("score", {"fake_lora_rank": 32, "fake_learning_rate": 2e-3}),
         "direct for 4 steps": ("direct", {}),
