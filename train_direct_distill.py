@@ -284,7 +284,8 @@ def main(args):
 
             # 7.2 The fake score follows the student, in updates of its own, on results from fresh noise.
             if args.score_weight:
-                for number in range(-args.fake_warmup * (not run.global_step), args.fake_updates) if begins else ():
+                numbers = range(0 if run.global_step else -args.fake_warmup, args.fake_updates)
+                for number in numbers if begins else ():
                     losses["loss_fake"] = matching.train_fake(micro_batch, number, args.fake_updates)
 
                 # 7.3 Distribution matching: a step of the student from fresh noise; backward at once.

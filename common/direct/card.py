@@ -21,7 +21,8 @@ def write_card(args, pipeline, data, kwargs, files, run, result):
     if args.score_weight:
         error += " The score moves results away from the teacher's own ones, towards what the teacher could have made."
     elif not result["relative_mse"] < result["untrained"]:
-        error = f"WARNING: training has not made it better. {error} Lower `learning_rate`, or train longer."
+        way_out = flags.spelled("Lower `learning_rate`, or train longer.")
+        error = f"WARNING: training has not made it better. {error} {way_out}"
     rank = [f"LoRA of rank {args.lora_rank}, alpha {args.lora_alpha:g}: {', '.join(files)}."]
     score = []
     if args.score_weight:

@@ -3,7 +3,7 @@
 As in DMD2 (2405.14867, Sections 3 and 4). x_0 is what the student makes of noise: in a step of its call that is drawn
 (backward simulation: the steps before it run without gradients), or in all of them. x_tau = alpha_tau x_0 + sigma_tau
 eps. The real score is the teacher's prediction of x_0 from x_tau with its guidance, the fake score that of a network
-which learns to denoise the student's results. The gradient at x_0 (eq. 1, with the weight of eq. 7 of 2311.18828):
+which learns to denoise the student's results. The gradient at x_0 (eq. 1, with the weight of 2311.18828):
 
     grad = (x_0^fake - x_0^real) / mean |x_0 - x_0^real|,   the mean of each sample.
 
