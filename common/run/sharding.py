@@ -34,6 +34,7 @@ OFF = {  # what accelerate's configuration may ask for and is not done here: {it
 }
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # in which weights are gathered, by mixed precision
 KEPT_FLOAT32 = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)  # what autocast would lower
+NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)  # what a GPU's autocast does in float32, and a CPU's as it comes
 
 
 def take_settings(args):
@@ -170,6 +171,13 @@ def is_on(accelerator):
     return isinstance(accelerator, ShardingAccelerator) and not simulation.is_on()
 
 
+def _lower_to_weights(norm, inputs):
+    """A CPU has no kernel for float32, as from end layers that compute in it, beside gathered bf16 weights."""
+    (hidden_states,) = inputs
+    is_half = norm.weight is not None and norm.weight.dtype in HALF.values()
+    return (hidden_states.to(norm.weight.dtype) if is_half else hidden_states,)
+
+
 def _shard(network, mesh, policy):
     options = {"mesh": mesh, "reshard_after_forward": True}  # the root too: what lists weights finds parts
     # new ones are drawn by each process
@@ -185,6 +193,8 @@ def _shard(network, mesh, policy):
             is_end = path in performance.END_LAYERS and any(True for _ in module.parameters())  # `float32_ends`
             if is_end or kept & set(path.split(".")) and isinstance(module, KEPT_FLOAT32):
                 fully_shard(module, **options, mp_policy=MixedPrecisionPolicy(None, torch.float32))
+            elif mesh.device_type == "cpu" and isinstance(module, NORMS):
+                module.register_forward_pre_hook(_lower_to_weights)
         for block in performance.repeated_blocks(network):
             fully_shard(block, **options, mp_policy=policy)
         fully_shard(network, **options, mp_policy=policy)

