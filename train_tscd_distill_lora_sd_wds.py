@@ -70,13 +70,7 @@ def parse_args(argv=None):
     )
     add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=flags.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
-    add = parser.add_argument_group("adversarial distance").add_argument
-    add("--mse_weights", type=tscd_flags.weights, help="of --loss_type, one or one per stage; 1, of k = 2: .5, 1: .25")
-    add("--adv_weights", type=tscd_flags.weights, help="likewise; all 0: no discriminator")
-    add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
-    add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
-    add("--adv_unconditional_start", type=flags.fraction, default=0.5, help="share of a stage with x_t as a condition")
-    add("--freeze_discriminator_backbone", action="store_true", help="train the discriminator's head alone")
+    tscd_flags.add_adversarial_arguments(parser)
     parser.set_defaults(validation_num_inference_steps=None)  # those of the stage
     args = parser.parse_args(argv)
     flags.check_training_arguments(parser, args)
@@ -157,11 +151,8 @@ def main(args):
     lora.register_adapter_checkpointing(accelerator, unet)
     modules, objects = {}, {"lr_scheduler": lr_scheduler}
     if with_discriminator:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
-        d_optimizer, d_scaler = discriminator.make_optimizer(
-            learning_rate=args.adv_learning_rate,
-            head_learning_rate=args.adv_head_learning_rate,
-            use_scaler=weight_dtype == torch.float16,
-        )
+        rates = {"learning_rate": args.adv_learning_rate, "head_learning_rate": args.adv_head_learning_rate}
+        d_optimizer, d_scaler = discriminator.make_optimizer(**rates, use_scaler=weight_dtype == torch.float16)
         modules["discriminator"] = discriminator
         objects |= {"discriminator_optimizer": d_optimizer, "discriminator_scaler": d_scaler}
 
@@ -189,6 +180,7 @@ def main(args):
 
     # 7. The loop.
     batches, grid = itertools.chain([first_batch], batches), None
+    watch = adversarial.Watch()
     while run.goes_on:
         stage = segments.stage_at(stages, run.global_step)
         if stage.adv_weight and run.global_step == stage.start and accelerator.sync_gradients:
@@ -266,6 +258,9 @@ def main(args):
                     shape=latents.shape,
                     generator=adv_generator,
                 )
+                real = target
+                if stage.adv_real == "data":  # what the jump should look like: alpha_s z_0 + sigma_s eps'
+                    real = adversarial.noise_data(solver, latents, end_timesteps, generator=adv_generator)
                 context = {
                     "timesteps": adv_timesteps,
                     "cond": cond,
@@ -286,9 +281,9 @@ def main(args):
             if "loss_adv" in adv_logged and stage.mse_weight:
                 adv_logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
 
-            #      The discriminator: softplus(-D(y)) + softplus(D(y^)), in every micro-batch too.
+            #      The discriminator: softplus(-D(real)) + softplus(D(y^)), in every micro-batch too.
             if stage.adv_weight:
-                renoised = [q * x + adv_noise for x in (target, model_pred.detach())]
+                renoised = [q * x + adv_noise for x in (real, model_pred.detach())]
                 with discriminator.trainable():
                     with accelerator.autocast():
                         real_logits, fake_logits = discriminator(renoised, **context)
@@ -297,9 +292,7 @@ def main(args):
                     d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
                 if accelerator.sync_gradients:
                     run.guard.count_as_skipped_unless(updates.step_beside(d_optimizer, d_scaler, world_size))
-                adv_logged["loss_discriminator"] = adversarial.masked_mean(d_losses, is_whole)
-                adv_logged["logit_real"] = adversarial.masked_mean(real_logits, is_whole)
-                adv_logged["logit_fake"] = adversarial.masked_mean(fake_logits, is_whole)
+                adv_logged |= watch.note(stage, run.global_step, is_whole, d_losses, real_logits, fake_logits)
         run.means.add({"loss": loss, "loss_mse": loss_mse})
         run.means.add(adv_logged, weight=is_whole.sum())
         if not accelerator.sync_gradients:
@@ -309,6 +302,7 @@ def main(args):
         lr_scheduler.step()
         run.after_update()
         if run.logs:
+            accelerator.print(flags.spelled(watch.warning()), end="")
             run.log({"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
         if run.global_step in (stage.end, args.max_train_steps):  # before the checkpoint: a resume goes on after it
             folder, grid = Path(args.output_dir, stage.name), None
@@ -368,7 +362,7 @@ image = pipe({prompt}, num_inference_steps={k}, guidance_scale=1, eta=0.0{size})
         snippet=snippet,
         notes=[
             f"Trained for {run.exported_step} updates of {run.total_batch_size} samples at {args.resolution} pixels, "
-            f"w {w}.",
+            f"w {w}; in this stage {stage.weights}.",
             segments.steps_note(k, args.boundary_prob),
             "Guidance is baked in: pass `guidance_scale=1`; the default of the pipeline would guide twice.",
             f"Rank {args.lora_rank}, alpha {args.lora_alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "

@@ -1,9 +1,15 @@
-"""The adversarial part of the loss: its noise and its two sides."""
+"""The adversarial part of the loss: its noise, its two sides, and whether they differ."""
+
+import math
 
 from common.schedules import append_dims
 
 import torch
 from torch.nn import functional
+
+GUESSING = 2 * math.log(2)  # the discriminator's loss with logits of 0
+MARGIN = 0.01  # by which a discriminator that sees something is below
+MIN_UPDATES = 20  # after the warm-up, before it is judged
 
 
 def draw_renoising(alpha, end_timesteps, top_timesteps, shape, generator):
@@ -19,6 +25,17 @@ def draw_renoising(alpha, end_timesteps, top_timesteps, shape, generator):
     q = append_dims(alpha[timesteps] / alpha[end_timesteps], len(shape))
     noise = torch.randn(shape, generator=generator, device=device)
     return timesteps, q, (1.0 - q**2).sqrt() * noise
+
+
+def noise_data(solver, latents, end_timesteps, generator):
+    """The data's own forward process at the times s = end_timesteps (B,): alpha_s z_0 + sigma_s eps', eps' normal.
+
+    latents: z_0 (B, C, h, w). At s = 0, where samples are decoded as they are, z_0 itself. float32 (B, C, h, w).
+    """
+    alpha_s, sigma_s = (append_dims(x[end_timesteps], latents.ndim) for x in (solver.alpha, solver.sigma))
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    is_end = append_dims(end_timesteps == 0, latents.ndim)
+    return torch.where(is_end, latents, alpha_s * latents + sigma_s * noise)
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -38,3 +55,45 @@ def masked_mean(values, mask, count=None):
     not depend on how an update is split into them. None: how often it is true; a mean for people, 0 of nothing.
     """
     return (values.float() * mask).sum() / (mask.sum().clamp(min=1) if count is None else count)
+
+
+class Watch:
+    """Whether the discriminator of a stage sees a difference: its loss since its warm-up, on this process."""
+
+    def __init__(self, stage=None):
+        self.stage, self.said = stage, False
+        self.updates, self.last, self.total = 0, None, 0.0  # noted; the latest; sum of losses and their number
+
+    def note(self, stage, global_step, mask, losses, real_logits, fake_logits):
+        """{name: scalar}, the means of a micro-batch over `mask`, for the log. losses: the discriminator's; all (B,).
+
+        stage: the `segments.Stage` of the update that follows `global_step` ones.
+        """
+        if stage != self.stage:
+            self.__init__(stage)
+        values = {"loss_discriminator": losses, "logit_real": real_logits, "logit_fake": fake_logits}
+        if not stage.is_warmup(global_step):
+            seen = mask & losses.isfinite()  # NaN of an update that was skipped says nothing
+            total = torch.stack([torch.where(seen, losses.detach(), 0.0).sum(), seen.sum()])
+            self.total = self.total + total
+            self.updates, self.last = self.updates + (global_step != self.last), global_step
+        return {name: masked_mean(value, mask) for name, value in values.items()}
+
+    def warning(self):
+        """A line for people, once in a stage, where the loss since the warm-up is that of a guess; else "".
+
+        Waits for the device, where the warm-up is over by as many updates as it took, and by MIN_UPDATES.
+        """
+        if self.said or not self.updates or self.updates < max(MIN_UPDATES, self.stage.warmup_steps):
+            return ""
+        total, count = self.total.tolist()
+        loss = total / max(count, 1)
+        if loss < GUESSING - MARGIN:
+            return ""
+        self.said = True
+        data = "" if self.stage.adv_real == "data" else "pass `adv_real`=data, "
+        return (
+            f"WARNING: the discriminator of {self.stage.name} sees no difference: its loss is {loss:.3f}, and "
+            f"{GUESSING:.3f} is that of a guess. The adversarial part teaches nothing; {data}raise "
+            "`adv_learning_rate` and `adv_head_learning_rate`, or save its time with `adv_weights`=0\n"
+        )

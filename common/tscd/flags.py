@@ -6,6 +6,22 @@ from common.tscd import segments
 weights = flags.numbers("list of numbers", flags.non_negative_float)
 
 
+def add_adversarial_arguments(parser):
+    """The group of the adversarial distance."""
+    add = parser.add_argument_group("adversarial distance").add_argument
+    add("--mse_weights", type=weights, help="of --loss_type, one or one per stage; 1, of k = 2: .5, 1: .25")
+    add("--adv_weights", type=weights, help="likewise; all 0: no discriminator")
+    add(
+        "--adv_real",
+        choices=segments.ADV_REAL,
+        help="what the student's jump is told from: the target's jump (default), or noised data",
+    )
+    add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
+    add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
+    add("--adv_unconditional_start", type=flags.fraction, default=0.5, help="share of a stage with x_t as a condition")
+    add("--freeze_discriminator_backbone", action="store_true", help="train the discriminator's head alone")
+
+
 def check_stage_arguments(parser, args):
     """The cross-checks of TSCD's flags; fills in --max_train_steps where --stage_steps stand alone."""
     count = len(args.stage_segments)
@@ -16,6 +32,9 @@ def check_stage_arguments(parser, args):
             parser.error(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
     if args.freeze_discriminator_backbone:
         parser.refuse_idle(["adv_learning_rate"], "--freeze_discriminator_backbone trains the head alone; drop one")
+    if args.adv_real == "data":
+        reason = "--adv_real=data never shows the discriminator x_t, of which the data is no jump; drop one"
+        parser.refuse_idle(["adv_unconditional_start"], reason)
     if args.w_min > args.w_max:
         parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.stage_steps and args.max_train_steps is None:
@@ -25,4 +44,5 @@ def check_stage_arguments(parser, args):
 def resolve_stages(args, resumed):
     """The list of `segments.Stage` that the flags ask for, with the edges of the resumed run."""
     lists = args.stage_steps, args.max_train_steps, args.mse_weights, args.adv_weights
-    return segments.plan_stages(args.stage_segments, *lists, args.loss_type, resumed.get("stage_edges"))
+    stages = segments.plan_stages(args.stage_segments, *lists, args.loss_type, resumed.get("stage_edges"))
+    return [stage._replace(adv_real=args.adv_real or segments.ADV_REAL[0]) for stage in stages]

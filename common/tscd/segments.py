@@ -11,6 +11,7 @@ import torch
 MSE_WEIGHTS = {1: 0.25, 2: 0.5, 4: 1.0}
 ADV_WEIGHTS = {"l2": {1: 0.1, 2: 0.05, 4: 0.01, 8: 0.0}, "huber": {1: 0.2, 2: 0.1, 4: 0.05, 8: 0.0}}
 MAX_WARMUP_STEPS, WARMUP_FRACTION = 200, 0.1
+ADV_REAL = ("target", "data")  # what the discriminator calls real
 
 
 class Stage(NamedTuple):
@@ -22,6 +23,7 @@ class Stage(NamedTuple):
     end: int
     mse_weight: float
     adv_weight: float
+    adv_real: str = ADV_REAL[0]
 
     @property
     def name(self):
@@ -30,15 +32,28 @@ class Stage(NamedTuple):
     @property
     def summary(self):
         """What the stage does, for the derived configuration."""
-        weights = f"weights {self.mse_weight:g} (MSE), {self.adv_weight:g} (adversarial)"
-        return f"updates {self.start} to {self.end}, sampling in {self.num_segments}; {weights}"
+        return f"updates {self.start} to {self.end}, sampling in {self.num_segments}; {self.weights}"
+
+    @property
+    def weights(self):
+        """Those of the distance, in words."""
+        real = f", real is the {self.adv_real}" if self.adv_weight else ""
+        return f"weights {self.mse_weight:g} (MSE), {self.adv_weight:g} (adversarial{real})"
+
+    @property
+    def warmup_steps(self):
+        """The updates in which the discriminator trains alone: the first 10 % of the stage's, at most 200."""
+        return min(MAX_WARMUP_STEPS, int(WARMUP_FRACTION * (self.end - self.start)))
 
     def is_warmup(self, global_step):
-        """Whether the discriminator trains alone yet: the first 10 % of the stage's updates, at most 200."""
-        return global_step < self.start + min(MAX_WARMUP_STEPS, int(WARMUP_FRACTION * (self.end - self.start)))
+        """Whether the discriminator trains alone yet."""
+        return global_step < self.start + self.warmup_steps
 
     def is_conditional(self, global_step, unconditional_start):
-        """Whether the discriminator sees x_t too: before the fraction `unconditional_start` of the stage is over."""
+        """Whether the discriminator sees x_t too: before the fraction `unconditional_start` of the stage is over, and
+        never where real is data, which is not on the trajectory of x_t."""
+        if self.adv_real == "data":
+            return False
         return unconditional_start == 1 or global_step < self.start + unconditional_start * (self.end - self.start)
 
 

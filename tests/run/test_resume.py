@@ -24,6 +24,7 @@ VARIANTS = {
         {"mixed_precision": "bf16", "lora_dropout": 0.3, "dataloader_num_workers": 2, "train_batch_size": 5},
     ),
     "TSCD, from inside a stage, accumulation": ("tscd", {"stage_steps": "3,1", "gradient_accumulation_steps": 2}),
+    "TSCD, real is data, from inside a stage": ("tscd", {"stage_steps": "3,1", "adv_real": "data"}),
     "TSCD LoRA, bf16, frozen discriminator": (
         "tscd_lora",
         {"mixed_precision": "bf16", "freeze_discriminator_backbone": True, "lora_dropout": 0.3},

@@ -248,6 +248,8 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
         (["--w_min=6"], "--w_min=6.0 is larger than --w_max=5.0; swap them"),
         (["--boundary_prob=2"], "--boundary_prob: must be between 0 and 1"),
         (["--freeze_discriminator_backbone", "--adv_learning_rate=1"], "--adv_learning_rate: --freeze_discriminator"),
+        (["--adv_real=data", "--adv_unconditional_start=1"], "--adv_unconditional_start: --adv_real=data never shows"),
+        (["--adv_real=noise"], "--adv_real: invalid choice: 'noise'"),
     ],
 )
 def test_mistakes_about_stages(name, flags, sentence, capsys):

@@ -8,6 +8,7 @@ import train_tscd_distill_sd_wds as tscd
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import lora, teachers
 from common.run import checkpointing, simulation
+from common.tscd import adversarial
 from common.tscd import segments as segments_module
 from common.tscd.discriminator import Discriminator
 from tests.cases import digests, finished, micro_batches, one_sentence, scalars, train, undo
@@ -116,7 +117,7 @@ def reference(teacher_dir, shards, k, boundary_prob, noise_offset, swap):
         target = jump(pipe.unet(z_prev, t_prev, text).sample, z_prev, t_prev, s)
         sides.append((jump(cond, z, t, s), target))
         starts.append((z, t, s, node(b[j] + length), bool(m[j] == b[j])))
-    return pipe, embeds, sides, starts
+    return pipe, embeds, latents, sides, starts
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_the_first_loss_is_the_one_that_diffusers_schedulers_give(
     options |= {} if swap else {"no-swap_terminal_noise": True}
     train(flags(tmp_path, script, pretrained_teacher_model=teacher(prediction_type), **options), script)
     with torch.no_grad():
-        _, _, sides, _ = reference(teacher(prediction_type), shards, segments, boundary_prob, noise_offset, swap)
+        _, _, _, sides, _ = reference(teacher(prediction_type), shards, segments, boundary_prob, noise_offset, swap)
     expected = torch.cat([a - b for a, b in sides]).square().mean().item()
     assert scalars(tmp_path, "loss_mse")[1] == pytest.approx(expected, rel=2e-4, abs=1e-8)
     assert scalars(tmp_path, "loss")[1] == pytest.approx(0.5 * expected, rel=2e-4, abs=1e-8)
@@ -167,26 +168,42 @@ def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
     assert (difference > 1e-3).all()
 
 
-@pytest.mark.parametrize(("script", "start"), [(tscd, 1.0), (tscd_lora, 0.0)], ids=["conditional", "unconditional"])
-def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, start):
+@pytest.mark.parametrize(
+    ("script", "changes"),
+    [
+        (tscd, {"adv_unconditional_start": 1.0}),
+        (tscd_lora, {"adv_unconditional_start": 0.0}),
+        (tscd, {"adv_real": "data"}),
+        (tscd_lora, {"adv_real": "data"}),
+    ],
+    ids=["conditional", "unconditional", "data", "data, LoRA"],
+)
+def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, changes):
     """softplus of the logits of both sides, noised from s to the same t*, over the samples that end their segment."""
     options = {"stage_segments": 2, "boundary_prob": 0.5, "adv_weights": 0.3, "mse_weights": 2, "max_train_steps": 1}
-    train(flags(tmp_path, script, **options, adv_unconditional_start=start), script)
+    train(flags(tmp_path, script, **options, **changes), script)
     with torch.no_grad():
-        pipe, embeds, sides, starts = reference(teacher(), shards, 2, 0.5, 0.0, True)
+        pipe, embeds, latents, sides, starts = reference(teacher(), shards, 2, 0.5, 0.0, True)
         discriminator = Discriminator(pipe.unet, 8)
         discriminator.reset(keyed_seed(1, "discriminator", 0))
         draw = keyed_generator(1, "adversarial", 0, "cpu")
         position, noise = torch.rand(4, generator=draw), torch.randn(4, 4, 8, 8, generator=draw)
+        fresh = torch.randn(4, 4, 8, 8, generator=draw)
         a = pipe.scheduler.alphas_cumprod
         generator_losses, discriminator_losses = [], []
         for j, (z, t, s, top, is_whole) in enumerate(starts):
             if not is_whole:
                 continue
             adv_t = s + int(position[j] * (top - s + 1))
-            fake, real = (a[adv_t] / a[s]).sqrt() * torch.cat(sides[j]) + (1 - a[adv_t] / a[s]).sqrt() * noise[j]
+            fake, real = sides[j]
+            if "adv_real" in changes:
+                real = a[s].sqrt() * latents[j] + (1 - a[s]).sqrt() * fresh[j] if s else latents[j]
+            fake, real = (
+                (a[adv_t] / a[s]).sqrt() * x.reshape(4, 8, 8) + (1 - a[adv_t] / a[s]).sqrt() * noise[j]
+                for x in (fake, real)
+            )
             cond = {"encoder_hidden_states": embeds[j : j + 1]}
-            context = torch.tensor([adv_t]), cond, z, torch.tensor([t]), start == 1.0
+            context = torch.tensor([adv_t]), cond, z, torch.tensor([t]), changes.get("adv_unconditional_start") == 1.0
             logits = [discriminator([x[None]], *context)[0, 0] for x in (fake, real)]
             generator_losses.append(torch.log1p(torch.exp(-logits[0])))
             discriminator_losses.append(torch.log1p(torch.exp(-logits[1])) + torch.log1p(torch.exp(logits[0])))
@@ -197,6 +214,16 @@ def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, 
     share = 0.5 + 0.5 * sum(1 / i for i in range(1, 21)) / 20  # of jumps that end their segment: a sum over 4 x share
     expected = 2 * mse + 0.3 * np.sum(generator_losses) / (4 * share)
     assert scalars(tmp_path, "loss")[1] == pytest.approx(expected, rel=1e-4)
+
+
+@both
+def test_a_discriminator_that_sees_no_difference_is_told_of(tmp_path, flags, capsys, monkeypatch, script):
+    """With the target as real and no rate it is blind; a line for each stage, and the way out in it."""
+    monkeypatch.setattr(adversarial, "MIN_UPDATES", 2)
+    train(flags(tmp_path / "a", script, adv_learning_rate=0, adv_head_learning_rate=0), script)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: the discriminator")]
+    assert [line.split(" sees no difference")[0].split()[-1] for line in lines] == ["stage-0-k2", "stage-1-k1"]
+    assert all("pass --adv_real=data, raise --adv_learning_rate" in line for line in lines)
 
 
 def test_the_ratio_of_the_gradients_is_the_one_at_the_students_output(tmp_path, flags):
@@ -339,5 +366,5 @@ def test_the_plan_is_printed(tmp_path, flags, capsys, monkeypatch):
     monkeypatch.setattr(simulation, "begin", finished)
     train(flags(tmp_path / "out", tscd, dry_run=True), tscd)
     out = capsys.readouterr().out
-    assert "stage-1-k1" in out and "updates 2 to 4, sampling in 1" in out
+    assert "stage-1-k1" in out and "updates 2 to 4, sampling in 1" in out and "real is the target)" in out
     assert list(tmp_path.iterdir()) == []

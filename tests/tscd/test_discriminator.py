@@ -4,7 +4,8 @@ from common.run import updates
 from common.schedules import alpha_sigma
 from common.tscd import adversarial
 from common.tscd.discriminator import Discriminator, copy_encoder, make_head
-from common.tscd.segments import draw_segment, share_whole
+from common.tscd.segments import draw_segment, plan_stages, share_whole
+from common.tscd.solver import TrajectorySolver
 from tests.networks.test_lora import SD, SDXL, make_unet
 
 import numpy as np
@@ -141,6 +142,42 @@ def test_the_head_fits_features_of_any_size(size, kernels):
     assert head(torch.randn(2, 96, size, size)).shape == (2, 1)
 
 
+def learn(discriminator, real, fake, num_updates, learning_rate=1e-3):
+    """The discriminator's losses on batches of real() and fake(), renoised as in a stage of one segment."""
+    alpha, _ = alpha_sigma(DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+    optimizer, scaler = discriminator.make_optimizer(learning_rate, learning_rate, use_scaler=False)
+    generator, found = torch.Generator().manual_seed(0), []
+    zeros, cond = torch.zeros(32, dtype=torch.long), {"encoder_hidden_states": torch.zeros(32, 7, 32)}
+    for _ in range(num_updates):
+        samples = real(generator), fake(generator)
+        t, q, noise = adversarial.draw_renoising(alpha, zeros, zeros + 999, samples[0].shape, generator)
+        with discriminator.trainable():
+            logits = discriminator([q * x + noise for x in samples], t, cond, samples[0], t, False)
+            losses = adversarial.discriminator_loss(*logits)
+            losses.mean().backward()
+        updates.step_beside(optimizer, scaler, world_size=1)
+        found.append(losses.mean().item())
+    return found
+
+
+def test_it_learns_to_tell_sharp_from_blurred_and_one_distribution_from_itself_not():
+    """A student of one step blurs: here noise, averaged over 2 x 2 places."""
+
+    def sharp(generator):
+        return torch.randn(32, 4, 8, 8, generator=generator)
+
+    def blurred(generator):
+        return torch.nn.functional.avg_pool2d(sharp(generator), 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    def losses_against(fake):
+        discriminator = Discriminator(make_unet(SD), 8)
+        discriminator.reset(1)
+        return np.mean(learn(discriminator, sharp, fake, 40)[-10:])
+
+    assert losses_against(blurred) < 1.3
+    assert losses_against(sharp) > adversarial.GUESSING - adversarial.MARGIN
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -166,6 +203,58 @@ def test_renoising_to_the_same_time_changes_nothing():
     t, q, noise = adversarial.draw_renoising(alpha, s, s, (3, 4, 8, 8), torch.Generator().manual_seed(0))
     x = torch.randn(3, 4, 8, 8)
     assert torch.equal(t, s) and torch.equal(q * x + noise, x)
+
+
+def test_noised_data_is_the_forward_process_and_the_data_itself_at_its_end():
+    alpha, sigma = alpha_sigma(DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+    solver, n = TrajectorySolver(alpha, sigma, "epsilon"), 2000
+    s, z_0 = torch.tensor([0, 499]).repeat(n), torch.tensor([0.7, -0.3]).view(1, 2, 1, 1).expand(2 * n, 2, 2, 2)
+    noised = adversarial.noise_data(solver, z_0, s, torch.Generator().manual_seed(0))
+    assert torch.equal(noised[s == 0], z_0[s == 0])
+    standardised = (noised - alpha[499] * z_0)[s == 499] / sigma[499]
+    assert standardised.mean((0, 2, 3)).abs().max() < 0.05 and standardised.std().item() == pytest.approx(1, abs=0.02)
+
+
+def stage_of(length=300, adv_real="target"):
+    stage = plan_stages([1], [length], length, None, None, "l2")[0]
+    return stage._replace(adv_real=adv_real)
+
+
+def note(watch, stage, steps, loss, mask=(True, True)):
+    for step in steps:
+        values = torch.full((2,), float(loss))
+        watch.note(stage, step, torch.tensor(mask), values, values, values)
+    return watch.warning()
+
+
+@pytest.mark.parametrize("adv_real", ["target", "data"])
+def test_a_discriminator_that_guesses_is_told_of_once_in_a_stage(adv_real):
+    watch, stage = adversarial.Watch(), stage_of(adv_real=adv_real)  # of 300 updates, 30 of warm-up
+    assert watch.warning() == "" and note(watch, stage, range(59), 1.386) == ""
+    said = note(watch, stage, [59], 1.386)
+    assert said.startswith("WARNING: the discriminator of stage-0-k1 sees no difference: its loss is 1.386")
+    assert ("`adv_real`=data" in said) == (adv_real == "target") and said.endswith("`adv_weights`=0\n")
+    assert note(watch, stage, range(60, 300), 1.386) == ""
+    assert "stage-1-k1" in note(watch, stage._replace(index=1, start=300, end=600), range(300, 400), 1.5)
+
+
+def test_one_that_sees_is_not_told_of_nor_one_that_only_warms_up_or_skips():
+    stage = stage_of()
+    assert note(adversarial.Watch(), stage, range(300), 1.37) == ""
+    assert note(adversarial.Watch(), stage, range(30), 1.386) == ""
+    watch = adversarial.Watch()
+    note(watch, stage, range(31), math.nan)
+    note(watch, stage, range(31, 50), 0.5, mask=(False, False))  # no jump that ends its segment
+    assert note(watch, stage, range(50, 100), 1.3) == ""
+    assert note(adversarial.Watch(), stage, range(100), math.nan) == ""
+
+
+def test_what_is_noted_is_the_mean_over_the_mask():
+    values = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 9.0], [5.0, 6.0, 9.0]])
+    noted = adversarial.Watch().note(stage_of(), 0, torch.tensor([True, True, False]), *values)
+    assert {name: value.item() for name, value in noted.items()} == {
+        "loss_discriminator": 1.5, "logit_real": 3.5, "logit_fake": 5.5
+    }  # fmt: skip
 
 
 def test_the_losses_are_those_of_a_binary_classifier():

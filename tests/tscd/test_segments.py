@@ -66,6 +66,12 @@ def test_it_sees_the_start_in_the_first_part_of_a_stage(start, number):
     assert sum(stage.is_conditional(step, start) for step in range(stage.start, stage.end)) == number
 
 
+def test_where_real_is_data_it_never_sees_the_start():
+    stage = plan([100], 400)[1]._replace(adv_real="data")
+    assert not any(stage.is_conditional(step, start) for step in range(100, 200) for start in (0.5, 1.0))
+    assert "0.01 (adversarial, real is the data)" in stage.summary
+
+
 def test_a_stage_without_any_weight_is_refused():
     with pytest.raises(UserError, match="`mse_weights` and `adv_weights` are 0 in stage-2-k2"):
         plan(mse=[1, 1, 0, 1], adv=[0.1, 0.1, 0, 0.1])
