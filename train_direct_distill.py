@@ -224,7 +224,9 @@ def main(args):
         check_noise(data, data.latents(measured[:1]), measured[0])
         if args.score_weight:
             options = {"was_guided": (pairs_config or {}).get("guided"), "changes": args.score_kwargs}
-            score.try_out(scores, data, process, shape=data.latents(measured[:1]).shape, **options)
+            shape = data.latents(measured[:1]).shape
+            score.try_out(scores, data, process, shape=shape, **options)
+            scores = scores.with_adversary(data, process, shape) if args.adv_weight else scores
         untrained = None
         if not args.dry_run:  # which has no values to look at
             if not args.skip_pairs_check:
@@ -293,8 +295,8 @@ def main(args):
                 with accelerator.no_sync(rollout) if args.regression_weight else contextlib.nullcontext():
                     x_0, drawn = matching.result(rollout, "score", own)  # (B, ...)
                     loss, logged = matching.loss(x_0, drawn, own)
-                    terms.append(args.score_weight * loss)
-                    accelerator.backward(terms[-1])
+                    terms.append(loss)
+                    accelerator.backward(loss)
                 losses |= logged
 
             if args.regression_weight:

@@ -7,6 +7,7 @@ from common.errors import UserError
 SCORE_FLAGS = (
     "score_kwargs",
     "score_prompts",
+    "adv_weight",
     "score_through",
     "score_levels",
     "score_min_time",
@@ -49,6 +50,7 @@ def add_score_arguments(parser):
     free("--regression_weight", type=flags.non_negative_float, default=1.0, help="of the pairs; 0: prompts alone")
     add("--score_kwargs", help="JSON object of arguments of the teacher's call, over those that made the pairs")
     add("--score_prompts", type=flags.path, help="file of prompts for the scores, one a line; default: the pairs'")
+    add("--adv_weight", type=flags.positive_float, help="of an adversary that tells results from pairs; default: none")
     add("--score_through", choices=("step", "call"), default="step", help="gradients through a drawn step, or all")
     add("--score_levels", type=flags.positive_int, default=4, help="noise levels of a micro-batch; more: less noise")
     add("--score_min_time", type=flags.fraction, default=0.02, help="least noise level, 0: data")
@@ -151,4 +153,6 @@ def score_options(args, lr_scheduler):
         "max_grad_norm": args.max_grad_norm,
         "share": share,
         "seed": args.seed,
+        "score_weight": args.score_weight,
+        "adv_weight": args.adv_weight or 0.0,
     }

@@ -7,18 +7,17 @@ which learns to denoise the student's results. The gradient at x_0 (eq. 1, with 
 
     grad = (x_0^fake - x_0^real) / mean |x_0 - x_0^real|,   the mean of each sample.
 
-Both scores are asked by the pipeline's own call: a stand-in for its scheduler offers one noise level to a part of a
-micro-batch and keeps what it is handed. Text, packing, guidance, signs are the pipeline's. Left out: the adversary.
+Both scores are asked by the pipeline's own call, a part of a micro-batch at a noise level: see `levels`.
 """
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from common.direct import pipelines
+from common.direct import adversary, pipelines
+from common.direct.levels import OFF, Asked, Process, result_of_step
 from common.direct.pairs import PairOrder
 from common.direct.pipelines import SCHEDULE_ARGUMENTS, denoisers
 from common.direct.probes import count_rows, embeds_guidance, guidance_argument
@@ -28,13 +27,13 @@ from common.errors import CALL_ERRORS, UserError, blame
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import lora
 from common.run import simulation, updates
-from common.schedules import PREDICTION_TYPES, to_x_0
 
 import accelerate
 import torch
+from torch.nn.functional import softplus
 
 ADAPTER = "fake"  # of a network whose first adapter is the student
-OFF = "off"  # in place of an adapter's name: the base alone
+ADV_SHARE = 0.1  # of the adversary's loss in that of the fake score
 
 NEVER = float("inf")
 WARNINGS = (  # (what `watch` gives, least, most, what is said outside of these)
@@ -66,192 +65,40 @@ WARNINGS = (  # (what `watch` gives, least, most, what is said outside of these)
         "updates of the fake score are skipped, their gradients are not finite; lower `fake_learning_rate`, or take "
         "another `mixed_precision`",
     ),
+    (
+        "loss_discriminator",
+        0.0,
+        1.38,  # 2 ln 2 is 1.386
+        "the adversary does not tell the student's results from the pairs; raise `fake_learning_rate`, or drop "
+        "`adv_weight`",
+    ),
 )
 
 
-class Level(NamedTuple):
-    """A noise level: x = alpha x_0 + sigma eps, and the timestep that tells a pipeline so, None of a level that the
-    pipeline chose. Numbers, or tensors that are broadcast."""
-
-    timestep: float | None
-    alpha: float | torch.Tensor
-    sigma: float | torch.Tensor
-
-
-class Process:
-    """The forward process of a scheduler, and what its network predicts: epsilon, v, x_0, or a flow eps - x_0.
-
-    UserError for a scheduler that does not say its alpha and sigma.
-    """
-
-    def __init__(self, scheduler):
-        config, name = scheduler.config, type(scheduler).__name__
-        self.num_timesteps = config.get("num_train_timesteps")
-        is_flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
-        self.kind = "flow" if is_flow else config.get("prediction_type", "epsilon")
-        self.alphas_cumprod = None if is_flow else getattr(scheduler, "alphas_cumprod", None)  # (T,)
-        known = is_flow or self.alphas_cumprod is not None and self.kind in PREDICTION_TYPES
-        if not known or not self.num_timesteps or config.get("timestep_type", "discrete") != "discrete":
-            raise UserError(
-                f"`score_weight`: {name} does not say the alpha and sigma of its noise levels; drop the flag, or take "
-                "pairs and a student of another scheduler, such as DDIMScheduler"
-            )
-        if self.alphas_cumprod is not None:  # numbers from before a simulation, whose tensors have no values
-            self.alphas = self.alphas_cumprod.double().sqrt().tolist()
-
-    def at(self, time):
-        """The `Level` at a time, 0 (data) to 1 (noise)."""
-        if self.kind == "flow":
-            return Level(time * self.num_timesteps, 1.0 - time, time)
-        timestep = min(round(time * self.num_timesteps), self.num_timesteps - 1)
-        return Level(timestep, self.alphas[timestep], (1.0 - self.alphas[timestep] ** 2) ** 0.5)
-
-    def of_step(self, scheduler, index):
-        """The `Level` of step `index` of the schedule that is set, in tensors: nothing waits for the device."""
-        if not hasattr(scheduler, "sigmas"):
-            alphas_cumprod = self.alphas_cumprod.to(scheduler.timesteps.device, torch.float32)
-            alpha_2 = alphas_cumprod.index_select(0, scheduler.timesteps[index : index + 1].long())
-            return Level(None, alpha_2.sqrt(), (1.0 - alpha_2).sqrt())
-        sigma = scheduler.sigmas[index].float()  # of Euler's and the like: that of x_0 + sigma eps
-        if self.kind == "flow":
-            return Level(None, 1.0 - sigma, sigma)
-        alpha = (1.0 + sigma**2).rsqrt()
-        return Level(None, alpha, alpha * sigma)
-
-    def x_0(self, prediction, noisy, level):
-        """The x_0 that a prediction for x_tau (B, ...) stands for; a flow's is x_tau - sigma v."""
-        if self.kind == "flow":
-            return noisy - level.sigma * prediction
-        return to_x_0(prediction, noisy, level.alpha, level.sigma, self.kind)
-
-    def target(self, x_0, noise, level):
-        """What a network should predict for x_tau = alpha x_0 + sigma noise; (B, ...)."""
-        if self.kind == "flow":
-            return noise - x_0
-        return {"epsilon": noise, "v_prediction": level.alpha * noise - level.sigma * x_0, "sample": x_0}[self.kind]
-
-
-class _Reached(BaseException):
-    """Ends a pipeline's call."""
-
-
-class _Standing:
-    """A stand-in for a scheduler, which answers what the scheduler would but for what subclasses say."""
-
-    def __init__(self, scheduler):
-        self.scheduler, self.caught = scheduler, None
-
-    def __getattr__(self, name):
-        return getattr(self.scheduler, name)
-
-    def keep(self, prediction, sample):
-        self.caught = prediction.float(), sample.float()
-        raise _Reached
-
-
-class _OneLevel(_Standing):
-    """Offers one noise level, as the network is given it, and keeps the prediction."""
-
-    init_noise_sigma, order = 1.0, 1
-
-    def __init__(self, scheduler, level, device):
-        super().__init__(scheduler)
-        whole = isinstance(level.timestep, int)
-        self.timesteps = torch.tensor([level.timestep], dtype=torch.long if whole else torch.float32, device=device)
-        self.sigmas = torch.tensor([level.sigma, 0.0], device=device)
-
-    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None):
-        self.timesteps = self.timesteps.to(device)
-
-    def set_begin_index(self, begin_index=0):
-        pass
-
-    def scale_model_input(self, sample, *_):
-        return sample
-
-    def step(self, model_output, timestep, sample, **_):
-        self.keep(model_output, sample)
-
-
-class _UpTo(_Standing):
-    """The scheduler itself up to a step, of which it keeps the prediction; before it there are no gradients."""
-
-    def __init__(self, scheduler, step, grad_mode):
-        super().__init__(scheduler)
-        self.last, self.number, self.grad_mode = step, 0, grad_mode
-
-    def step(self, model_output, timestep, sample, **options):
-        if self.number == self.last:
-            scale = getattr(self.scheduler, "scale_model_input", None)
-            self.keep(model_output, scale(sample, timestep) if scale else sample)
-        answer = self.scheduler.step(model_output, timestep, sample, **options)
-        self.number += 1
-        if self.number == self.last:
-            torch.clear_autocast_cache()  # its copies of weights were made without gradients
-            torch.set_grad_enabled(self.grad_mode)
-        return answer
-
-
-def _caught(pipeline, stand_in, prompts, seeds, **kwargs):
-    """(prediction, sample) that a call hands to a step of the stand-in, float32 (B, ...)."""
-    pipeline.scheduler = stand_in
-    try:
-        pipelines.call(pipeline, prompts, seeds, **kwargs)
-    except _Reached:
-        pass
-    finally:
-        pipeline.scheduler = stand_in.scheduler
-    return stand_in.caught
-
-
-def ask(pipeline, prompts, noisy, level, **kwargs):
-    """(what a pipeline predicts for x_tau (B, ...) at one `Level`, with the guidance of `kwargs`; x_tau as it was when
-    the pipeline had it): float32, (B, ...)."""
-    network = next(iter(denoisers(pipeline).values()))
-    stand_in = _OneLevel(pipeline.scheduler, level, noisy.device)
-    options = kwargs | {"latents": noisy.to(network.dtype), "num_inference_steps": 1}
-    return _caught(pipeline, stand_in, prompts, [0] * len(prompts), **options)
-
-
-def result_of_step(pipeline, process, prompts, seeds, step, **kwargs):
-    """The x_0 that a step of a call, counted from 0, predicts: float32 (B, ...), with gradients through it alone."""
-    grad_mode = torch.is_grad_enabled()
-    stand_in = _UpTo(pipeline.scheduler, step, grad_mode)
-    try:
-        torch.set_grad_enabled(grad_mode and step == 0)
-        prediction, noisy = _caught(pipeline, stand_in, prompts, seeds, **kwargs)
-    finally:
-        torch.set_grad_enabled(grad_mode)
-    return process.x_0(prediction, noisy, process.of_step(pipeline.scheduler, step))
-
-
-class Asked(NamedTuple):
-    """A score: a pipeline's call, and which adapter of its denoisers is on (OFF: none; None: they have none)."""
-
-    pipeline: object
-    adapter: str | None
-    kwargs: dict  # of the call
-
-    @contextlib.contextmanager
-    def networks(self):
-        """Inside, the denoisers are this score's; a backward pass of what they compute belongs inside too."""
-        with contextlib.ExitStack() as stack:
-            for network in denoisers(self.pipeline).values() if self.adapter else ():
-                off = self.adapter == OFF
-                stack.enter_context(lora.adapters_off(network) if off else lora.adapter_on(network, self.adapter))
-            yield
-
-    def ask(self, prompts, noisy, level, **kwargs):
-        """`ask` of this score."""
-        return ask(self.pipeline, prompts, noisy, level, **self.kwargs | kwargs)
-
-
 class Scores(NamedTuple):
-    """The two scores, and what is trained of the fake one, frozen but while it is."""
+    """The two scores, the adversary's head where there is one, and what is trained of it and of the fake score, frozen
+    but while it is."""
 
     real: Asked
     fake: Asked
     trained: torch.nn.ParameterList
+    head: adversary.Head | None = None
+
+    def with_adversary(self, data, process, shape):
+        """These scores with a head, for x_tau of `shape` (1, ...), whose width is found by asking about one.
+
+        UserError where the fake score's features cannot be read.
+        """
+        parameter = next(next(iter(denoisers(self.fake.pipeline).values())).parameters())
+        noisy = torch.zeros(shape, device=parameter.device)
+        with torch.no_grad(), self.fake.networks(), adversary.noting(self.fake) as found:
+            self.fake.ask(data.prompts[:1], noisy, process.at(0.5), **data.call_kwargs([0]))
+        if not found:
+            name = type(self.fake.pipeline).__name__
+            raise UserError(f"`adv_weight`: the denoiser of a {name} has no middle that gives features; drop it")
+        head = adversary.Head(adversary.features(found[-1], 1).shape[-1]).to(parameter.device)
+        head.requires_grad_(False)
+        return self._replace(trained=torch.nn.ParameterList([*self.trained, *head.parameters()]), head=head)
 
     @property
     def pipelines(self):
@@ -391,6 +238,7 @@ class Prompts:
 
     def __init__(self, data, number, prompts=None):
         self.prompts, self.data, self.is_own = prompts or data.prompts[:number], data, bool(prompts)
+        self.number = number
 
     def call_kwargs(self, indices):
         return self.data.call_kwargs([0] if self.is_own else indices)
@@ -417,6 +265,8 @@ class ScoreMatching:
     max_grad_norm: float
     share: Callable  # () -> what the fake score's learning rate is times now
     seed: int
+    score_weight: float = 1.0
+    adv_weight: float = 0.0  # of the adversary; more than 0 where the scores have its head
 
     def __post_init__(self):
         is_half = self.accelerator.mixed_precision == "fp16"
@@ -424,9 +274,10 @@ class ScoreMatching:
         if self.accelerator.num_processes > 1:  # new adapters are drawn by each process
             for parameter in self.scores.trained:
                 torch.distributed.broadcast(parameter.data, src=0)
-        self.noted, self.skipped, self.found, self.said = [], 0.0, set(), set()  # of `watch`
-        number = len(self.data.prompts)
-        self.orders = {x: PairOrder(number, self.batch_size, keyed_seed(self.seed, x)) for x in ("score", "fake")}
+        self.noted, self.told, self.skipped, self.found, self.said = [], [], 0.0, set(), set()  # of `watch`
+        self.rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        numbers = {"score": len(self.data.prompts), "fake": len(self.data.prompts), "real": self.data.number}
+        self.orders = {x: PairOrder(n, self.batch_size, keyed_seed(self.seed, x)) for x, n in numbers.items()}
 
     def result(self, rollout, name, micro_batch):
         """(x_0 of the student from fresh noise, float32 (B, ...); the indices of its prompts).
@@ -458,26 +309,51 @@ class ScoreMatching:
             yield place, prompts, self.data.call_kwargs(indices[place]), noise, level, noisy
 
     def loss(self, x_0, indices, micro_batch):
-        """The mean of 0.5 (x_0 - sg(x_0 - grad))^2 = 0.5 grad^2, whose gradient at x_0 (B, ...) is grad / x_0.numel().
+        """score_weight times the mean of 0.5 (x_0 - sg(x_0 - grad))^2 = 0.5 grad^2, whose gradient at x_0 (B, ...) is
+        grad / x_0.numel(), and adv_weight times that of softplus(-D).
 
         Returns it and {name: scalar} of what is logged; the rest is noted for `watch`.
         """
         direction, dims, errors = torch.empty_like(x_0), tuple(range(1, x_0.ndim)), torch.zeros(2, device=x_0.device)
+        away, adv_loss = torch.zeros_like(x_0), torch.zeros((), device=x_0.device)  # the adversary's gradient at x_0
         with torch.no_grad(), self.accelerator.autocast():
             for place, prompts, kwargs, noise, level, noisy in self._levels(indices, "score", micro_batch, x_0):
-                predictions = []
-                for asked in (self.scores.fake, self.scores.real):
-                    with asked.networks():
-                        predictions.append(asked.ask(prompts, noisy, level, **kwargs)[0])
-                fake, real = (self.process.x_0(prediction, noisy, level) for prediction in predictions)
+                with self.scores.fake.networks():
+                    if self.adv_weight:
+                        of_fake, adv_loss_of_part, away[place] = self._oppose(prompts, noisy, level, kwargs)
+                        adv_loss += adv_loss_of_part / len(x_0)
+                    else:
+                        of_fake = self.scores.fake.ask(prompts, noisy, level, **kwargs)[0]
+                with self.scores.real.networks():
+                    of_real = self.scores.real.ask(prompts, noisy, level, **kwargs)[0]
+                fake, real = (self.process.x_0(prediction, noisy, level) for prediction in (of_fake, of_real))
                 scale = (x_0[place] - real).abs().mean(dims, keepdim=True).clamp(min=1e-8)
                 direction[place] = (fake - real) / scale
                 target = self.process.target(x_0[place], noise, level)
-                errors += torch.stack([(prediction - target).square().sum() for prediction in predictions])
+                errors += torch.stack([(prediction - target).square().sum() for prediction in (of_fake, of_real)])
         along = (x_0 * direction).mean()  # x_0 - (x_0 - grad) would be rounded where x_0 is large
-        loss = along + (0.5 * direction.square().mean() - along).detach()
+        loss = self.score_weight * (along + (0.5 * direction.square().mean() - along).detach())
         self.noted.append(torch.stack([x_0.detach().std(), *(errors / x_0.numel())]))
-        return loss, {"score_gradient": direction.abs().mean()}
+        logged = {"score_gradient": direction.abs().mean()}
+        if self.adv_weight:
+            along = (x_0 * away).sum() / len(x_0)
+            loss = loss + self.adv_weight * (along + (adv_loss - along).detach())
+            sizes = self.adv_weight * away.norm() / len(x_0), self.score_weight * direction.norm() / x_0.numel()
+            logged |= {"loss_adv": adv_loss, "grad_norm_ratio": sizes[0] / sizes[1].clamp(min=1e-12)}
+        return loss, logged
+
+    def _oppose(self, prompts, noisy, level, kwargs):
+        """(what the fake score predicts for x_tau (b, ...); the sum of softplus(-D(x_tau)); its gradient at x_0).
+
+        Taken back at once, so that no activations of the fake score are kept beside the student's.
+        """
+        noisy = noisy.detach().requires_grad_()
+        with torch.enable_grad(), adversary.noting(self.scores.fake) as found:
+            prediction = self.scores.fake.ask(prompts, noisy, level, **kwargs)[0]
+            loss = softplus(-self.scores.head(adversary.features(found[-1], len(noisy)))).sum()
+        (gradient,) = torch.autograd.grad(self.scaler.scale(loss), noisy)
+        size = self.scaler.scale(torch.ones((), device=noisy.device))  # fp16 would round small gradients to 0
+        return prediction.detach(), loss.detach(), level.alpha * gradient / size
 
     def watch(self, latent_std):
         """What this process has noted since the last time, {name: number}, and [warnings] of what was so the last time
@@ -493,24 +369,52 @@ class ScoreMatching:
         self.noted, self.skipped = [], 0.0
         values = {"results_std": std / latent_std, "fake_error": error / max(teachers_error, 1e-12)}
         values["fake_skipped"] = skipped
-        found = {text for name, least, most, text in WARNINGS if values[name] < least or values[name] > most}
+        if self.told:
+            told, self.told = torch.stack(self.told).nanmean(0).tolist(), []
+            values |= zip(("loss_discriminator", "logit_real", "logit_fake"), told, strict=True)
+        found = {
+            text
+            for name, least, most, text in WARNINGS
+            if name in values and (values[name] < least or values[name] > most)
+        }
         said, self.found = (found & self.found) - self.said, found
         self.said |= said
         return values, [f"WARNING: {sentence}" for sentence in sorted(said)]
 
     def fake_loss(self, x_0, indices, micro_batch):
         """The denoising loss of the fake score on the student's x_0 (B, ...), without gradient: mean of the squared
-        error of its prediction, which `backward` of each part follows."""
-        total = 0.0
+        error of its prediction, and the adversary's loss; `backward` of each part follows."""
+        total, told = 0.0, torch.zeros(3, device=x_0.device)
         for place, prompts, kwargs, noise, level, noisy in self._levels(indices, "fake", micro_batch, x_0):
+            share = len(noisy) / len(x_0)
             with self.scores.fake.networks():
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), adversary.noting(self.scores.fake) as found:
                     prediction = self.scores.fake.ask(prompts, noisy, level, **kwargs)[0]
                 error = prediction - self.process.target(x_0[place], noise, level)
-                loss = error.square().mean() * (len(noisy) / len(x_0))
+                loss = error.square().mean() * share
+                total = total + loss.detach()
+                if self.adv_weight:
+                    with self.accelerator.autocast():
+                        of_fake = self.scores.head(adversary.features(found[-1], len(noisy)))
+                        of_real = self._of_pairs(place, level, micro_batch)
+                    parts = softplus(-of_real).mean() + softplus(of_fake).mean(), of_real.mean(), of_fake.mean()
+                    loss = loss + ADV_SHARE * share * parts[0]
+                    told += share * torch.stack(parts).detach()
                 self.scaler.scale(loss / self.accelerator.gradient_accumulation_steps).backward()
-            total = total + loss.detach()
+        if self.adv_weight:
+            self.told.append(told)
         return total
+
+    def _of_pairs(self, place, level, micro_batch):
+        """The adversary's logits (b,) for latents of pairs at a level, in the place of a micro-batch's results."""
+        indices, data = self.orders["real"][micro_batch][place], self.data.data
+        generator = keyed_generator(self.seed, f"real renoising {place.start}", micro_batch, self.accelerator.device)
+        latents = data.latents(indices).to(self.accelerator.device, torch.float32)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        prompts, kwargs = [data.prompts[i] for i in indices], data.call_kwargs(indices)
+        with adversary.noting(self.scores.fake) as found:
+            self.scores.fake.ask(prompts, level.alpha * latents + level.sigma * noise, level, **kwargs)
+        return self.scores.head(adversary.features(found[-1], len(latents)))
 
     def train_fake(self, micro_batch, number, count):
         """Update `number` of `count` of the fake score before the student's update that begins with this global
@@ -528,7 +432,8 @@ class ScoreMatching:
                 losses.append(self.fake_loss(x_0, indices, j))
         finally:
             self.scores.trained.requires_grad_(False)
-        self.optimizer.param_groups[0]["lr"] = self.optimizer.defaults["lr"] * self.share()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.share()
         finite = updates.step_beside(self.optimizer, self.scaler, processes, self.max_grad_norm)
         self.skipped = self.skipped + (~finite).float()
         return torch.stack(losses).mean()

@@ -3,7 +3,7 @@
 import contextlib
 import types
 
-from common.direct import pipelines, score
+from common.direct import adversary, levels, pipelines, score
 from common.direct.student import teachers_calls
 from common.errors import UserError
 from common.keyed_random import keyed_seed
@@ -36,7 +36,7 @@ OPTIONS = {
 }
 
 
-def make(name, steps=2, rank=2, is_lora=False, guided=True):
+def make(name, steps=2, rank=2, is_lora=False, guided=True, adv_weight=0.0):
     """(ScoreMatching, rollout) of a tiny pipeline; guided: whether the teacher is asked as the pairs' was."""
     pipeline, kwargs, _ = student(name, steps)
     if is_lora:
@@ -52,11 +52,15 @@ def make(name, steps=2, rank=2, is_lora=False, guided=True):
     rollout = pipelines.Rollout(pipeline, **kwargs)
     if not is_lora:
         rollout.requires_grad_(True)
-    return rollout, matching(rollout, score.Prompts(Pairs(), 2), scores, num_steps=steps)
+    prompts = score.Prompts(Pairs(), 2)
+    if adv_weight:
+        latents = pipelines.call(pipeline, PROMPTS[:1], [3], **kwargs)
+        scores = scores.with_adversary(prompts, levels.Process(pipeline.scheduler), latents.shape)
+    return rollout, matching(rollout, prompts, scores, num_steps=steps, adv_weight=adv_weight)
 
 
 def matching(student, data, scores, **options):
-    process = score.Process(student.pipeline.scheduler)
+    process = levels.Process(student.pipeline.scheduler)
     optimizer = torch.optim.AdamW(scores.trained, lr=1e-2) if scores.trained else None
     return score.ScoreMatching(student, process, data, scores, optimizer, Engine, **OPTIONS | options)
 
@@ -88,8 +92,8 @@ def test_a_network_is_asked_as_its_own_sampling_asks_it(name, seen):
     pipelines.call(pipeline, PROMPTS, [3, 4], **kwargs, num_inference_steps=2)
     assert len(seen) == 2
     for prediction, timestep, noisy in list(seen):
-        level = score.Level(float(timestep) if made.process.kind == "flow" else int(timestep), 0.0, 0.0)
-        asked, given = score.ask(pipeline, PROMPTS, noisy.float(), level, **kwargs)
+        level = levels.Level(float(timestep) if made.process.kind == "flow" else int(timestep), 0.0, 0.0)
+        asked, given = levels.ask(pipeline, PROMPTS, noisy.float(), level, **kwargs)
         torch.testing.assert_close(asked, prediction.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -114,7 +118,7 @@ def test_the_gradient_is_the_formula(name, is_lora):
     made.loss(x_0, indices, 5)[0].backward()
 
     def x_0_of(network_kwargs, noisy, level):
-        v = score.ask(pipeline, [PROMPTS[indices[i]]], noisy, level, **network_kwargs)[0]
+        v = levels.ask(pipeline, [PROMPTS[indices[i]]], noisy, level, **network_kwargs)[0]
         if made.process.kind == "flow":
             return noisy - level.sigma * v
         if made.process.kind == "epsilon":
@@ -149,7 +153,7 @@ def test_the_last_step_predicts_the_result(name):
     """Where the schedule ends at the data, which DDIM's of these tiny ones does not."""
     rollout, made = make(name)
     seeds = [3, 4]
-    last = score.result_of_step(rollout.pipeline, made.process, PROMPTS, seeds, 1, **rollout.kwargs)
+    last = levels.result_of_step(rollout.pipeline, made.process, PROMPTS, seeds, 1, **rollout.kwargs)
     whole = rollout(PROMPTS, seeds)
     assert (last - whole).norm() < 0.02 * whole.norm()
 
@@ -158,7 +162,7 @@ def test_the_last_step_predicts_the_result(name):
 def test_only_one_step_has_gradients_and_only_the_fake_score_is_trained_by_its_loss(rank):
     rollout, made = make("SD3", rank=rank)
     before = [p.detach().clone() for p in rollout.parameters()]
-    first = score.result_of_step(rollout.pipeline, made.process, PROMPTS, [3, 4], 0, **rollout.kwargs)
+    first = levels.result_of_step(rollout.pipeline, made.process, PROMPTS, [3, 4], 0, **rollout.kwargs)
     weights = [p for p in rollout.parameters()]
     alone = torch.autograd.grad(first.square().sum(), weights, allow_unused=True)
     assert any(g is not None and g.abs().sum() > 0 for g in alone)
@@ -169,6 +173,36 @@ def test_only_one_step_has_gradients_and_only_the_fake_score_is_trained_by_its_l
     assert all(torch.equal(p, q) for p, q in zip(rollout.parameters(), before, strict=True))
     assert all(p.grad is None and not p.requires_grad for p in made.scores.trained)
     assert all(p.grad is None for p in rollout.parameters())
+
+
+@pytest.mark.parametrize(("name", "is_lora"), [(n, False) for n in tiny.PIPELINES] + [(n, True) for n in ON_ONE_BASE])
+def test_the_adversarys_gradient_is_that_of_the_formula(name, is_lora):
+    """Of softplus(-D(alpha x_0 + sigma eps)), by differences of a loss that is asked for here, along its gradient."""
+    rollout, made = make(name, is_lora=is_lora, adv_weight=0.5)
+    spread(made)
+    x_0, indices = made.result(rollout, "score", 5)
+    x_0 = x_0.detach().requires_grad_()
+    made.score_weight = 0.0
+    loss, logged = made.loss(x_0, indices, 5)
+    loss.backward()
+
+    @torch.no_grad()
+    def loss_at(x_0):
+        total = 0.0
+        for _, prompts, kwargs, _, level, noisy in made._levels(indices, "score", 5, x_0):
+            with made.scores.fake.networks(), adversary.noting(made.scores.fake) as found:
+                made.scores.fake.ask(prompts, noisy, level, **kwargs)
+            features = adversary.features(found[-1], len(noisy))
+            total += torch.log1p(torch.exp(-made.scores.head(features).double())).sum().item()
+        return total / len(x_0)
+
+    assert logged["loss_adv"].item() == pytest.approx(loss_at(x_0), rel=1e-5)
+    assert loss.item() == pytest.approx(0.5 * loss_at(x_0), rel=1e-5)
+    size = x_0.grad.norm()
+    assert size > 1e-6
+    step = (1e-2 / size) * x_0.grad
+    difference = 0.5 * (loss_at(x_0 + step) - loss_at(x_0 - step)) / 2e-2
+    assert difference == pytest.approx(size.item(), rel=2e-2)  # float32, and a curve
 
 
 def test_what_is_recomputed_is_computed_with_the_same_adapter():
@@ -230,7 +264,7 @@ def test_a_student_of_one_mode_learns_both():
         return 0.8 + 0.5 * network(torch.cat([noise, torch.tanh(8 * noise)], dim=1))
 
     pipeline = types.SimpleNamespace(scheduler=diffusers.DDIMScheduler())
-    data = types.SimpleNamespace(prompts=[""] * 256, call_kwargs=lambda indices: {})
+    data = types.SimpleNamespace(prompts=[""] * 256, number=256, call_kwargs=lambda indices: {})
     made = matching(
         types.SimpleNamespace(pipeline=pipeline),
         data,
@@ -303,7 +337,7 @@ def test_a_scheduler_without_alpha_and_sigma_is_refused(scheduler):
     with pytest.raises(
         UserError, match=f"`score_weight`: {type(scheduler).__name__} does not say the alpha and sigma"
     ):
-        score.Process(scheduler)
+        levels.Process(scheduler)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +355,7 @@ def test_a_teacher_that_does_not_answer_is_found_before_training(change, sentenc
     score.try_out(made.scores, Pairs(), made.process, **options)
     scores = made.scores
     if "ask" in change:
-        monkeypatch.setattr(score.Asked, "ask", change["ask"])
+        monkeypatch.setattr(levels.Asked, "ask", change["ask"])
     else:
         scores = scores._replace(real=scores.real._replace(**change))
     with pytest.raises(UserError, match=sentence):
