@@ -351,7 +351,7 @@ class ScoreMatching:
         with torch.enable_grad(), adversary.noting(self.scores.fake) as found:
             prediction = self.scores.fake.ask(prompts, noisy, level, **kwargs)[0]
             loss = softplus(-self.scores.head(adversary.features(found[-1], len(noisy)))).sum()
-        (gradient,) = torch.autograd.grad(self.scaler.scale(loss), noisy)
+            (gradient,) = torch.autograd.grad(self.scaler.scale(loss), noisy)
         size = self.scaler.scale(torch.ones((), device=noisy.device))  # fp16 would round small gradients to 0
         return prediction.detach(), loss.detach(), level.alpha * gradient / size
 

@@ -205,6 +205,55 @@ def test_the_adversarys_gradient_is_that_of_the_formula(name, is_lora):
     assert difference == pytest.approx(size.item(), rel=2e-2)  # float32, and a curve
 
 
+@pytest.mark.parametrize(("name", "rank"), [("SD1.5", 0), ("Flux", 2)])
+def test_the_adversary_learns_to_tell_results_from_pairs(name, rank):
+    """Of two samples each; a head that sees nothing stays at 2 ln 2 = 1.386."""
+    _, made = make(name, rank=rank, adv_weight=0.5)
+    latents = torch.randn(made.result(made.student, "fake", 0)[0].shape, generator=torch.Generator().manual_seed(5))
+    made.data.data.latents = lambda indices: latents[indices]
+    losses = []
+    for update in range(40):
+        made.train_fake(update, 0, 1)
+        made.noted += [torch.tensor([1.0, 0.5, 0.6])]
+        losses.append(made.watch(1.0)[0]["loss_discriminator"])
+    assert losses[0] > 1.2 and sum(losses[-10:]) / 10 < 1.0
+
+
+def test_half_precisions_scale_leaves_the_adversarys_gradient_what_it_is():
+    found = []
+    for enabled in (False, True):
+        rollout, made = make("SD3", adv_weight=0.5)
+        spread(made)
+        made.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        x_0, indices = made.result(rollout, "score", 5)
+        x_0 = x_0.detach().requires_grad_()
+        made.loss(x_0, indices, 5)[0].backward()
+        found.append(x_0.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)  # a scale is a power of two
+
+
+@pytest.mark.parametrize(("recomputed", "compiled"), [("full", False), ("none", True)])
+def test_the_adversary_sees_the_same_of_blocks_that_are_recomputed_or_compiled(recomputed, compiled, monkeypatch):
+    """By a compiler that runs what it has traced, without making kernels of it."""
+    monkeypatch.setitem(performance.COMPILE_OPTIONS, "backend", "eager")
+    found = []
+    for changed in (False, True):
+        _, made = make("Flux", adv_weight=0.5)
+        spread(made)
+        made.data.data.latents = lambda indices: 0.5 * torch.ones(len(indices), 16, 16)
+        for network in pipelines.denoisers(made.scores.fake.pipeline).values() if changed else ():
+            performance.recompute(network, recomputed)
+            if compiled:
+                performance.compile_blocks(network)
+        made.scores.trained.requires_grad_(True)
+        with torch.no_grad():
+            x_0, indices = made.result(made.student, "fake", 0)
+        made.fake_loss(x_0, indices, 0)
+        found.append(torch.cat([p.grad.flatten() for p in made.scores.trained if p.grad is not None]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)  # the same sums
+    assert len(found[0]) == sum(p.numel() for p in made.scores.trained)
+
+
 def test_what_is_recomputed_is_computed_with_the_same_adapter():
     found = []
     for recomputed in ("none", "full"):
@@ -413,6 +462,18 @@ def test_what_goes_wrong_is_told_once(noted, sentence):
         assert values == pytest.approx(expected)
         assert len(warnings) == (sentence is not None and time == 1)
         assert not warnings or sentence in warnings[0]
+
+
+def test_an_adversary_that_sees_no_difference_is_told():
+    _, made = make("SD3")
+    said = []
+    for _ in range(3):
+        made.noted += [torch.tensor([1.0, 0.5, 0.6])]
+        made.told += [torch.tensor([1.385, 0.1, 0.1]), torch.full((3,), torch.nan)]
+        values, warnings = made.watch(1.0)
+        assert values["loss_discriminator"] == pytest.approx(1.385)
+        said += warnings
+    assert len(said) == 1 and "the adversary does not tell" in said[0]
 
 
 def test_updates_of_the_fake_score_that_are_skipped_are_told():

@@ -39,7 +39,7 @@ VARIANTS = {
     "pairs, EMA, accumulation": ("direct", {"gradient_accumulation_steps": 3}),
     "pairs, LoRA, a score on the same base": (
         "direct lora",
-        SCORE | {"gradient_accumulation_steps": 2},
+        SCORE | {"gradient_accumulation_steps": 2, "adv_weight": 0.1},
     ),
 }  # fmt: skip
 

@@ -71,7 +71,10 @@ LONG_ROWS = {
     "direct, average": ("direct", {"ema_decay": 0.9, "gradient_accumulation_steps": 1}),
     "direct, LoRA and score": ("direct", {"lora_rank": 4, "score_weight": 1, "fake_updates": 2, **BF16}),
     "direct, score on a copy": ("direct", {"score_weight": 1, "fake_updates": 1, "fake_lora_rank": 4, **BF16}),
-    "direct, score of a copy": ("direct", {"score_weight": 1, "fake_updates": 1, "fake_lora_rank": 0}),
+    "direct, score of a copy, adversary": (
+        "direct",
+        {"score_weight": 1, "fake_updates": 1, "fake_lora_rank": 0, "adv_weight": 1},
+    ),
 }
 
 
