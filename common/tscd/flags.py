@@ -4,6 +4,7 @@ from common import flags
 from common.tscd import segments
 
 weights = flags.numbers("list of numbers", flags.non_negative_float)
+TOP_PROB = 0.5  # where real is data, which only jumps from a segment's upper end are compared with
 
 
 def add_adversarial_arguments(parser):
@@ -35,6 +36,7 @@ def check_stage_arguments(parser, args):
     if args.adv_real == "data":
         reason = "--adv_real=data never shows the discriminator x_t, of which the data is no jump; drop one"
         parser.refuse_idle(["adv_unconditional_start"], reason)
+        args.top_prob = TOP_PROB if args.top_prob is None else args.top_prob
     if args.w_min > args.w_max:
         parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.stage_steps and args.max_train_steps is None:

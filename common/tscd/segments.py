@@ -143,24 +143,34 @@ def nodes(num_ddim_timesteps, stage_segments, num_train_timesteps=1000):
     return torch.tensor([0] + [j * step - 1 for j in range(1, num_ddim_timesteps + 1)])
 
 
-def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, generator):
+def draw_segment(num_segments, num_ddim_timesteps, boundary_prob, batch_size, generator, top_prob=0.0):
     """Indices of nodes for a batch, int64 (B,) each: start n, previous i = n - 1, end m, and top of the segment.
 
     Hyper-SD (2404.13686), Algorithm 1, on node indices instead of timesteps: i ~ U{0..N-1}, n = i + 1, the segment of
     L = N / k nodes from b = floor(i / L) L to b + L (the top), m = b with probability `boundary_prob`, else
     m ~ U{b..i}. Always b <= m <= i < n <= b + L. (The paper's formula, on timesteps, finds no m for the k lowest
-    starts of the segments.)
+    starts of the segments.) With probability `top_prob` n = b + L, where sampling starts.
     """
     options = {"generator": generator, "device": generator.device}
     length = num_ddim_timesteps // num_segments
     previous = torch.randint(num_ddim_timesteps, (batch_size,), **options)
     bottom = previous // length * length
+    if top_prob:
+        previous = torch.where(torch.rand(batch_size, **options) < top_prob, bottom + length - 1, previous)
     anywhere = bottom + (torch.rand(batch_size, **options) * (previous - bottom + 1)).long()
     at_bottom = torch.rand(batch_size, **options) < boundary_prob
     return previous + 1, previous, torch.where(at_bottom, bottom, anywhere), bottom + length
 
 
-def share_whole(num_segments, num_ddim_timesteps, boundary_prob):
-    """P(m = b) of a jump of `draw_segment`: p + (1 - p) (1 + 1/2 + ... + 1/L) / L, with p = boundary_prob."""
+def share_whole(num_segments, num_ddim_timesteps, boundary_prob, top_prob=0.0, from_top=False):
+    """P(m = b) of a jump of `draw_segment`, or P(m = b and n = b + L) where `from_top`.
+
+    p = boundary_prob, q = top_prob. From anywhere m = b has the probability p + (1 - p) (1 + 1/2 + ... + 1/L) / L,
+    from the top p + (1 - p) / L.
+    """
     length = num_ddim_timesteps // num_segments
-    return boundary_prob + (1 - boundary_prob) * sum(1 / i for i in range(1, length + 1)) / length
+    anywhere = boundary_prob + (1 - boundary_prob) * sum(1 / i for i in range(1, length + 1)) / length
+    top = boundary_prob + (1 - boundary_prob) / length
+    if from_top:
+        return (top_prob + (1 - top_prob) / length) * top
+    return top_prob * top + (1 - top_prob) * anywhere

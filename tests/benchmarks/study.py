@@ -35,6 +35,7 @@ SAME = {name: TSCD[name] for name in ("learning_rate", "lr_scheduler", "lr_warmu
 MSE = {"adv_weights": 0}
 BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 100}
 HALF = {"max_train_steps": 400}  # of LCM's updates
+ONE, TOP, DATA = {"stage_segments": 1, "stage_steps": 200}, {"top_prob": 0.5}, {"adv_real": "data"}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
     "methods": {
@@ -89,6 +90,15 @@ STUDIES = {
         "TSCD, float32": ("tscd", SHORT),
         "TSCD, bf16, end layers too": ("tscd", SHORT | BF16 | {"float32_end_layers": False}),
         "TSCD, bf16": ("tscd", SHORT | BF16),
+    },
+    "adversary": {
+        "off": ("tscd", ONE | MSE),
+        "target": ("tscd", ONE),
+        "off, half from the top": ("tscd", ONE | TOP | MSE),
+        "data, 0.03": ("tscd", ONE | DATA | {"adv_weights": 0.03}),
+        "data, 0.1": ("tscd", ONE | DATA | {"adv_weights": 0.1}),
+        "data, 0.3": ("tscd", ONE | DATA | {"adv_weights": 0.3}),
+        "data, 1": ("tscd", ONE | DATA | {"adv_weights": 1}),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),

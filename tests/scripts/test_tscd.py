@@ -83,7 +83,7 @@ def test_every_stage_leaves_a_model_for_its_number_of_steps(tmp_path, flags, tea
 # --- the method
 
 
-def reference(teacher_dir, shards, k, boundary_prob, noise_offset, swap):
+def reference(teacher_dir, shards, k, boundary_prob, noise_offset, swap, top_prob=0):
     """The draws and both sides of a first update, from diffusers' schedulers instead of our jumps."""
     pipe = DiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
     batch, draw = next(micro_batches(shards)), keyed_generator(1, "tscd", 0, "cpu")
@@ -91,6 +91,8 @@ def reference(teacher_dir, shards, k, boundary_prob, noise_offset, swap):
     length = 40 // k
     i = torch.randint(40, (4,), generator=draw)
     b = i // length * length
+    if top_prob:
+        i = torch.where(torch.rand(4, generator=draw) < top_prob, b + length - 1, i)
     m = b + (torch.rand(4, generator=draw) * (i - b + 1)).long()
     m = torch.where(torch.rand(4, generator=draw) < boundary_prob, b, m)
     noise = torch.randn(latents.shape, generator=draw)
@@ -173,7 +175,7 @@ def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
     [
         (tscd, {"adv_unconditional_start": 1.0}),
         (tscd_lora, {"adv_unconditional_start": 0.0}),
-        (tscd, {"adv_real": "data"}),
+        (tscd, {"adv_real": "data", "top_prob": 0.6}),
         (tscd_lora, {"adv_real": "data"}),
     ],
     ids=["conditional", "unconditional", "data", "data, LoRA"],
@@ -181,9 +183,11 @@ def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
 def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, changes):
     """softplus of the logits of both sides, noised from s to the same t*, over the samples that end their segment."""
     options = {"stage_segments": 2, "boundary_prob": 0.5, "adv_weights": 0.3, "mse_weights": 2, "max_train_steps": 1}
+    is_data = "adv_real" in changes
+    top_prob = changes.get("top_prob", 0.5) if is_data else 0
     train(flags(tmp_path, script, **options, **changes), script)
     with torch.no_grad():
-        pipe, embeds, latents, sides, starts = reference(teacher(), shards, 2, 0.5, 0.0, True)
+        pipe, embeds, latents, sides, starts = reference(teacher(), shards, 2, 0.5, 0.0, True, top_prob)
         discriminator = Discriminator(pipe.unet, 8)
         discriminator.reset(keyed_seed(1, "discriminator", 0))
         draw = keyed_generator(1, "adversarial", 0, "cpu")
@@ -192,11 +196,11 @@ def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, 
         a = pipe.scheduler.alphas_cumprod
         generator_losses, discriminator_losses = [], []
         for j, (z, t, s, top, is_whole) in enumerate(starts):
-            if not is_whole:
+            if not is_whole or is_data and t != top:
                 continue
             adv_t = s + int(position[j] * (top - s + 1))
             fake, real = sides[j]
-            if "adv_real" in changes:
+            if is_data:
                 real = a[s].sqrt() * latents[j] + (1 - a[s]).sqrt() * fresh[j] if s else latents[j]
             fake, real = (
                 (a[adv_t] / a[s]).sqrt() * x.reshape(4, 8, 8) + (1 - a[adv_t] / a[s]).sqrt() * noise[j]
@@ -212,6 +216,8 @@ def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, 
     assert scalars(tmp_path, "loss_adv")[1] == pytest.approx(mean, rel=1e-4)
     assert scalars(tmp_path, "loss_discriminator")[1] == pytest.approx(np.mean(discriminator_losses), rel=1e-4)
     share = 0.5 + 0.5 * sum(1 / i for i in range(1, 21)) / 20  # of jumps that end their segment: a sum over 4 x share
+    if is_data:  # of those that start at its upper end too
+        share = (top_prob + (1 - top_prob) / 20) * (0.5 + 0.5 / 20)
     expected = 2 * mse + 0.3 * np.sum(generator_losses) / (4 * share)
     assert scalars(tmp_path, "loss")[1] == pytest.approx(expected, rel=1e-4)
 

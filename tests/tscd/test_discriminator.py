@@ -270,14 +270,18 @@ def test_the_losses_are_those_of_a_binary_classifier():
 
 @pytest.mark.parametrize("k", [1, 2, 8])
 @pytest.mark.parametrize("boundary_prob", [0.0, 0.5, 1.0])
-def test_the_adversarial_mean_does_not_depend_on_how_an_update_is_split(k, boundary_prob):
+@pytest.mark.parametrize(("top_prob", "from_top"), [(0.0, False), (0.3, False), (0.3, True), (1.0, True)])
+def test_the_adversarial_mean_does_not_depend_on_how_an_update_is_split(k, boundary_prob, top_prob, from_top):
     """A loss of 1 for every jump is 1 on average, for micro-batches of 1, 2 and all; values split as they add up."""
     count, generator = 2**18, torch.Generator().manual_seed(k)
-    _, _, m, top = draw_segment(k, 40, boundary_prob, count, generator)
+    n, _, m, top = draw_segment(k, 40, boundary_prob, count, generator, top_prob)
     mask, length = top - m == 40 // k, 40 // k
     # In closed form: a start at place i of its segment ends at the bottom in 1 of i + 1 draws.
-    share = boundary_prob + (1 - boundary_prob) * np.mean(1 / np.arange(1, length + 1))
-    assert share_whole(k, 40, boundary_prob) == pytest.approx(share, rel=1e-12)
+    starts = np.full(length, (1 - top_prob) / length)
+    starts[-1] += top_prob
+    whole = starts * (boundary_prob + (1 - boundary_prob) / np.arange(1, length + 1))
+    share, mask = (whole[-1], mask & (n == top)) if from_top else (whole.sum(), mask)
+    assert share_whole(k, 40, boundary_prob, top_prob, from_top) == pytest.approx(share, rel=1e-12)
     spread = ((1 - share) / share / count) ** 0.5  # of the mean of so many draws
     assert adversarial.masked_mean(torch.ones(count), mask, count * share) == pytest.approx(1, abs=4 * spread + 1e-5)
 

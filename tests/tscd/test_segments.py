@@ -119,6 +119,16 @@ def test_grids_that_segments_do_not_fit_are_refused_with_those_that_do(num_ddim_
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8, 40])
+@pytest.mark.parametrize("top_prob", [0.0, 0.5])
+def test_a_share_of_the_jumps_starts_at_a_segments_top(k, top_prob):
+    n, i, m, top = draw_segment(k, 40, 0.5, 20_000, torch.Generator().manual_seed(k), top_prob)
+    share = top_prob + (1 - top_prob) * k / 40
+    assert (n == top).float().mean().item() == pytest.approx(share, abs=4 * (share * (1 - share) / 20_000) ** 0.5)
+    assert ((top - 40 // k <= m) & (m <= i) & (i < n) & (n <= top)).all() and torch.equal(n, i + 1)
+    assert n.unique().tolist() == list(range(1, 41)) and top.unique().numel() == k
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 40])
 @pytest.mark.parametrize("boundary_prob", [0.0, 0.5, 1.0])
 def test_nodes_of_segments(k, boundary_prob):
     """The defect: the paper's floor on timesteps leaves no end for k of the N starts."""
