@@ -35,7 +35,9 @@ SAME = {name: TSCD[name] for name in ("learning_rate", "lr_scheduler", "lr_warmu
 MSE = {"adv_weights": 0}
 BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 100}
 HALF = {"max_train_steps": 400}  # of LCM's updates
-ONE, TOP, DATA = {"stage_segments": 1, "stage_steps": 200}, {"top_prob": 0.5}, {"adv_real": "data"}
+# TSCD's last stage alone, from the stage before it of a short run with seed 0
+LAST = {"stage_segments": 1, "stage_steps": 200, "learning_rate": 4e-4, "init_unet": "stage-2-k2"}
+TOP, DATA = {"top_prob": 0.5}, {"adv_real": "data"}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
     "methods": {
@@ -92,13 +94,12 @@ STUDIES = {
         "TSCD, bf16": ("tscd", SHORT | BF16),
     },
     "adversary": {
-        "off": ("tscd", ONE | MSE),
-        "target": ("tscd", ONE),
-        "off, half from the top": ("tscd", ONE | TOP | MSE),
-        "data, 0.03": ("tscd", ONE | DATA | {"adv_weights": 0.03}),
-        "data, 0.1": ("tscd", ONE | DATA | {"adv_weights": 0.1}),
-        "data, 0.3": ("tscd", ONE | DATA | {"adv_weights": 0.3}),
-        "data, 1": ("tscd", ONE | DATA | {"adv_weights": 1}),
+        "off": ("tscd", LAST | MSE),
+        "target": ("tscd", LAST),
+        "off, half of the jumps from the top": ("tscd", LAST | TOP | MSE),
+        "data, weight 0.03": ("tscd", LAST | DATA | {"adv_weights": 0.03}),
+        "data, weight 0.1": ("tscd", LAST | DATA | {"adv_weights": 0.1}),
+        "data, weight 0.3": ("tscd", LAST | DATA | {"adv_weights": 0.3}),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),
@@ -138,6 +139,11 @@ def train(method, changes, seed, folder, output_dir, teacher):
         flags["init_student"] = folder.with_name(folder_name(start, {}, seed))
         if not (flags["init_student"] / "README.md").exists():
             train(start, {}, seed, flags["init_student"], output_dir, teacher)
+    if "init_unet" in changes:
+        start = folder.with_name(folder_name("tscd", SHORT, 0))
+        if not (start / "README.md").exists():
+            train("tscd", SHORT, 0, start, output_dir, teacher)
+        flags["init_unet"] = start / changes["init_unet"]
     if recipe["script"] == demo.DIRECT["script"]:
         flags["pairs_dir"] = demo.generate_pairs(recipe, teacher, teacher_dir, data_dir / "train", output_dir, 0)
     else:
