@@ -49,6 +49,7 @@ from common.run import engine, sharding, simulation
 from common.run.training_run import TrainingRun, user_errors
 from common.run.updates import networks_of
 from common.run.validation import load_feature_network
+from common.score.matching import ScoreMatching
 
 import torch
 
@@ -248,14 +249,16 @@ def main(args):
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     modules, objects = {"ema": ema_weights} if args.ema_decay else {}, {"lr_scheduler": lr_scheduler}
     if args.score_weight:
-        matching = score.ScoreMatching(
-            student=rollout,
+        for_results, for_loss = direct_flags.score_options(args, lr_scheduler)
+        asked_about = score.Prompts(data, len(train_indices), score_prompts)
+        results = score.Results(student=rollout, process=process, data=asked_about, **for_results)
+        matching = ScoreMatching(
+            results=results,
             process=process,
-            data=score.Prompts(data, len(train_indices), score_prompts),
             scores=scores,
             optimizer=engine.make_optimizer(args, list(scores.trained), run.total_batch_size, args.fake_learning_rate),
             accelerator=accelerator,
-            **direct_flags.score_options(args, lr_scheduler),
+            **for_loss,
         )
         modules["fake_score"] = scores.trained
         objects |= {"fake_optimizer": matching.optimizer, "fake_scaler": matching.scaler}
@@ -293,7 +296,7 @@ def main(args):
                 # 7.3 Distribution matching: a step of the student from fresh noise; backward at once.
                 own = micro_batch + accelerator.process_index
                 with accelerator.no_sync(rollout) if args.regression_weight else contextlib.nullcontext():
-                    x_0, drawn = matching.result(rollout, "score", own)  # (B, ...)
+                    x_0, drawn = results.result(rollout, "score", own)  # (B, ...)
                     loss, logged = matching.loss(x_0, drawn, own)
                     terms.append(loss)
                     accelerator.backward(loss)

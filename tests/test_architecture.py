@@ -18,12 +18,14 @@ ORDER = {
     "results": 2,
     "flags": 3,
     "run": 4,
-    "ct": 5,
-    "direct": 5,
-    "tscd": 5,
-    "tools": 6,
+    "score": 5,
+    "ct": 6,
+    "direct": 6,
+    "tscd": 6,
+    "tools": 7,
 }
 ANNEXES = {
+    "score": {"train_direct_distill", "train_tscd_distill_sd_wds", "train_tscd_distill_lora_sd_wds"},
     "ct": {"train_cm_ct_unconditional"},
     "direct": {"train_direct_distill"},
     "tscd": {"train_tscd_distill_sd_wds", "train_tscd_distill_lora_sd_wds"},

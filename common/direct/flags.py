@@ -3,19 +3,14 @@
 from common import flags
 from common.direct import sources
 from common.errors import UserError
+from common.score import flags as score_flags
 
 SCORE_FLAGS = (
     "score_kwargs",
     "score_prompts",
     "adv_weight",
     "score_through",
-    "score_levels",
-    "score_min_time",
-    "score_max_time",
-    "fake_updates",
-    "fake_warmup",
-    "fake_learning_rate",
-    "fake_lora_rank",
+    *score_flags.NAMES,
 )
 
 
@@ -52,15 +47,7 @@ def add_score_arguments(parser):
     add("--score_prompts", type=flags.path, help="file of prompts for the scores, one a line; default: the pairs'")
     add("--adv_weight", type=flags.positive_float, help="of an adversary that tells results from pairs; default: none")
     add("--score_through", choices=("step", "call"), default="step", help="gradients through a drawn step, or all")
-    add("--score_levels", type=flags.positive_int, default=4, help="noise levels of a micro-batch; more: less noise")
-    add("--score_min_time", type=flags.fraction, default=0.02, help="least noise level, 0: data")
-    add("--score_max_time", type=flags.fraction, default=0.98, help="largest noise level, 1: noise")
-    add("--fake_updates", type=flags.positive_int, default=5, help="of the fake score, for each of the student's")
-    add(
-        "--fake_warmup", type=flags.non_negative_int, default=50, help="updates of the fake score before the first one"
-    )
-    add("--fake_learning_rate", type=flags.positive_float, help="default: 1e-4, of a whole copy 1e-5")
-    add("--fake_lora_rank", type=flags.non_negative_int, help="default: --lora_rank, or 64; 0: a whole copy")
+    score_flags.add_arguments(group)
 
 
 def check_arguments(parser, args):
@@ -95,16 +82,9 @@ def check_score_arguments(parser, args):
         parser.error(
             "--score_through=call keeps the activations of all steps, --backward=stepwise those of one; drop one"
         )
-    if args.score_min_time >= args.score_max_time:
-        parser.error(f"--score_min_time={args.score_min_time} must be below --score_max_time={args.score_max_time}")
     if not args.regression_weight:
         parser.refuse_idle(["loss_type", "huber_c", "backward"], "--regression_weight=0 has no regression; drop it")
-    if args.fake_lora_rank is None:
-        args.fake_lora_rank = args.lora_rank or 64
-    elif not args.fake_lora_rank and args.lora_rank:
-        parser.error("--fake_lora_rank=0 copies all weights, and --lora_rank keeps one base in memory; drop one")
-    if args.fake_learning_rate is None:
-        args.fake_learning_rate = 1e-4 if args.fake_lora_rank else 1e-5
+    score_flags.check_arguments(parser, args, args.lora_rank)
 
 
 def check_data_arguments(parser, args):
@@ -138,21 +118,16 @@ def read_data(args):
 
 
 def score_options(args, lr_scheduler):
-    """What `score.ScoreMatching` takes of the flags. After the warm-up the fake rate falls with the student's."""
-
-    def share():
-        warm = lr_scheduler.last_epoch < args.lr_warmup_steps
-        return 1.0 if warm else lr_scheduler.get_last_lr()[0] / lr_scheduler.base_lrs[0]
-
-    return {
+    """(what `score.Results`, what `ScoreMatching` takes of the flags)."""
+    results = {
         "batch_size": args.train_batch_size,
         "num_steps": args.num_inference_steps,
         "through": args.score_through,
-        "num_levels": args.score_levels,
-        "times": (args.score_min_time, args.score_max_time),
-        "max_grad_norm": args.max_grad_norm,
-        "share": share,
         "seed": args.seed,
+    }
+    names = {"weight": "`score_weight`", "regression": "`regression_weight`", "guidance": "`score_kwargs`"}
+    return results, score_flags.options(args, lr_scheduler) | {
+        "names": names | {"latents": "the pairs' latents"},
         "score_weight": args.score_weight,
         "adv_weight": args.adv_weight or 0.0,
     }

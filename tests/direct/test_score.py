@@ -3,11 +3,14 @@
 import contextlib
 import types
 
-from common.direct import adversary, levels, pipelines, score
+from common.direct import levels, pipelines, score
 from common.direct.student import teachers_calls
 from common.errors import UserError
 from common.keyed_random import keyed_seed
 from common.networks import lora, performance
+from common.score import adversary
+from common.score.matching import ScoreMatching
+from common.score.process import Level, Process
 from tests import tiny_pipelines as tiny
 from tests.direct.test_pipelines import PROMPTS, Pairs, every_pipeline, student
 
@@ -25,9 +28,7 @@ class Engine:
 
 
 OPTIONS = {
-    "batch_size": 2,
-    "num_steps": 1,
-    "through": "step",
+    "names": dict.fromkeys(("weight", "regression", "guidance", "latents"), ""),
     "times": (0.02, 0.98),
     "num_levels": 4,
     "max_grad_norm": 1.0,
@@ -55,14 +56,15 @@ def make(name, steps=2, rank=2, is_lora=False, guided=True, adv_weight=0.0):
     prompts = score.Prompts(Pairs(), 2)
     if adv_weight:
         latents = pipelines.call(pipeline, PROMPTS[:1], [3], **kwargs)
-        scores = scores.with_adversary(prompts, levels.Process(pipeline.scheduler), latents.shape)
-    return rollout, matching(rollout, prompts, scores, num_steps=steps, adv_weight=adv_weight)
+        scores = scores.with_adversary(prompts, Process(pipeline.scheduler), latents.shape)
+    process = Process(pipeline.scheduler)
+    results = score.Results(rollout, process, prompts, batch_size=2, num_steps=steps, through="step", seed=1)
+    return rollout, matching(results, process, scores, adv_weight=adv_weight)
 
 
-def matching(student, data, scores, **options):
-    process = levels.Process(student.pipeline.scheduler)
+def matching(results, process, scores, **options):
     optimizer = torch.optim.AdamW(scores.trained, lr=1e-2) if scores.trained else None
-    return score.ScoreMatching(student, process, data, scores, optimizer, Engine, **OPTIONS | options)
+    return ScoreMatching(results, process, scores, optimizer, Engine, **OPTIONS | options)
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def test_a_network_is_asked_as_its_own_sampling_asks_it(name, seen):
     pipelines.call(pipeline, PROMPTS, [3, 4], **kwargs, num_inference_steps=2)
     assert len(seen) == 2
     for prediction, timestep, noisy in list(seen):
-        level = levels.Level(float(timestep) if made.process.kind == "flow" else int(timestep), 0.0, 0.0)
+        level = Level(float(timestep) if made.process.kind == "flow" else int(timestep), 0.0, 0.0)
         asked, given = levels.ask(pipeline, PROMPTS, noisy.float(), level, **kwargs)
         torch.testing.assert_close(asked, prediction.float(), rtol=1e-5, atol=1e-5)
 
@@ -112,7 +114,7 @@ def test_the_gradient_is_the_formula(name, is_lora):
     """(x_0^fake - x_0^real) / mean |x_0 - x_0^real| of each sample, from predictions that are asked for here."""
     rollout, made = make(name, is_lora=is_lora)
     spread(made)
-    x_0, indices = made.result(rollout, "score", 5)
+    x_0, indices = made.results.result(rollout, "score", 5)
     assert x_0.requires_grad
     x_0 = x_0.detach().requires_grad_()
     made.loss(x_0, indices, 5)[0].backward()
@@ -126,7 +128,7 @@ def test_the_gradient_is_the_formula(name, is_lora):
         return level.alpha * noisy - level.sigma * v
 
     with torch.no_grad():
-        for i, (_, _, _, _, level, noisy) in enumerate(made._levels(indices, "score", 5, x_0.detach())):
+        for i, (_, _, _, level, noisy) in enumerate(made._levels(indices, "score", 5, x_0.detach())):
             answers = []
             for asked in (made.scores.real, made.scores.fake):
                 pipeline = asked.pipeline
@@ -142,7 +144,7 @@ def test_the_gradient_is_the_formula(name, is_lora):
 @pytest.mark.parametrize("name", ["SD1.5", "Qwen-Image", "Z-Image"])
 def test_a_perfect_fake_score_of_a_student_that_is_the_teacher_asks_for_nothing(name):
     rollout, made = make(name, guided=False)
-    x_0, indices = made.result(rollout, "score", 0)
+    x_0, indices = made.results.result(rollout, "score", 0)
     made.loss(x_0, indices, 0)[0].backward()
     assert all((p.grad == 0).all() for p in rollout.parameters() if p.grad is not None)
 
@@ -180,7 +182,7 @@ def test_the_adversarys_gradient_is_that_of_the_formula(name, is_lora):
     """Of softplus(-D(alpha x_0 + sigma eps)), by differences of a loss that is asked for here, along its gradient."""
     rollout, made = make(name, is_lora=is_lora, adv_weight=0.5)
     spread(made)
-    x_0, indices = made.result(rollout, "score", 5)
+    x_0, indices = made.results.result(rollout, "score", 5)
     x_0 = x_0.detach().requires_grad_()
     made.score_weight = 0.0
     loss, logged = made.loss(x_0, indices, 5)
@@ -189,9 +191,9 @@ def test_the_adversarys_gradient_is_that_of_the_formula(name, is_lora):
     @torch.no_grad()
     def loss_at(x_0):
         total = 0.0
-        for _, prompts, kwargs, _, level, noisy in made._levels(indices, "score", 5, x_0):
+        for _, about, _, level, noisy in made._levels(indices, "score", 5, x_0):
             with made.scores.fake.networks(), adversary.noting(made.scores.fake) as found:
-                made.scores.fake.ask(prompts, noisy, level, **kwargs)
+                made.scores.fake.ask(noisy=noisy, level=level, **about)
             features = adversary.features(found[-1], len(noisy))
             total += torch.log1p(torch.exp(-made.scores.head(features).double())).sum().item()
         return total / len(x_0)
@@ -209,8 +211,8 @@ def test_the_adversarys_gradient_is_that_of_the_formula(name, is_lora):
 def test_the_adversary_learns_to_tell_results_from_pairs(name, rank):
     """Of two samples each; a head that sees nothing stays at 2 ln 2 = 1.386."""
     _, made = make(name, rank=rank, adv_weight=0.5)
-    latents = torch.randn(made.result(made.student, "fake", 0)[0].shape, generator=torch.Generator().manual_seed(5))
-    made.data.data.latents = lambda indices: latents[indices]
+    latents = torch.randn(made.results.result(None, "fake", 0)[0].shape, generator=torch.Generator().manual_seed(5))
+    made.results.data.data.latents = lambda indices: latents[indices]
     losses = []
     for update in range(40):
         made.train_fake(update, 0, 1)
@@ -225,7 +227,7 @@ def test_half_precisions_scale_leaves_the_adversarys_gradient_what_it_is():
         rollout, made = make("SD3", adv_weight=0.5)
         spread(made)
         made.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
-        x_0, indices = made.result(rollout, "score", 5)
+        x_0, indices = made.results.result(rollout, "score", 5)
         x_0 = x_0.detach().requires_grad_()
         made.loss(x_0, indices, 5)[0].backward()
         found.append(x_0.grad)
@@ -240,14 +242,14 @@ def test_the_adversary_sees_the_same_of_blocks_that_are_recomputed_or_compiled(r
     for changed in (False, True):
         _, made = make("Flux", adv_weight=0.5)
         spread(made)
-        made.data.data.latents = lambda indices: 0.5 * torch.ones(len(indices), 16, 16)
+        made.results.data.data.latents = lambda indices: 0.5 * torch.ones(len(indices), 16, 16)
         for network in pipelines.denoisers(made.scores.fake.pipeline).values() if changed else ():
             performance.recompute(network, recomputed)
             if compiled:
                 performance.compile_blocks(network)
         made.scores.trained.requires_grad_(True)
         with torch.no_grad():
-            x_0, indices = made.result(made.student, "fake", 0)
+            x_0, indices = made.results.result(None, "fake", 0)
         made.fake_loss(x_0, indices, 0)
         found.append(torch.cat([p.grad.flatten() for p in made.scores.trained if p.grad is not None]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)  # the same sums
@@ -265,7 +267,7 @@ def test_what_is_recomputed_is_computed_with_the_same_adapter():
                 torch.nn.init.normal_(parameter, std=0.2)
         made.scores.trained.requires_grad_(True)
         with torch.no_grad():
-            x_0, indices = made.result(rollout, "fake", 0)
+            x_0, indices = made.results.result(rollout, "fake", 0)
         made.fake_loss(x_0, indices, 0)
         assert all(p.grad is None for network in rollout.denoisers.values() for p in lora.lora_parameters(network))
         found.append(torch.cat([p.grad.flatten() for p in made.scores.trained if p.grad is not None]))
@@ -281,7 +283,7 @@ class Mixture:
 
     networks = contextlib.nullcontext
 
-    def ask(self, prompts, noisy, level):
+    def ask(self, noisy, level):
         modes, variance = torch.tensor([-1.0, 1.0]), (0.1 * level.alpha) ** 2 + level.sigma**2
         shares = torch.softmax(-((noisy - level.alpha * modes) ** 2) / (2 * variance), dim=1)
         x_0 = modes + 0.1**2 * level.alpha / variance * (noisy - level.alpha * modes)  # (B, 2), of each mode
@@ -296,7 +298,7 @@ class Itself:
     def __init__(self, draw):
         self.draw = draw
 
-    def ask(self, prompts, noisy, level):
+    def ask(self, noisy, level):
         with torch.no_grad():
             results = self.draw(1000).T
         shares = torch.softmax(-((noisy - level.alpha * results) ** 2) / (2 * level.sigma**2), dim=1)
@@ -312,13 +314,10 @@ def test_a_student_of_one_mode_learns_both():
         noise = torch.randn(number, 1)
         return 0.8 + 0.5 * network(torch.cat([noise, torch.tanh(8 * noise)], dim=1))
 
-    pipeline = types.SimpleNamespace(scheduler=diffusers.DDIMScheduler())
-    data = types.SimpleNamespace(prompts=[""] * 256, number=256, call_kwargs=lambda indices: {})
     made = matching(
-        types.SimpleNamespace(pipeline=pipeline),
-        data,
+        types.SimpleNamespace(about=lambda indices: {}),
+        Process(diffusers.DDIMScheduler()),
         score.Scores(Mixture(), Itself(draw), None),
-        batch_size=256,
         num_levels=8,
         times=(0.02, 0.4),
     )
@@ -338,14 +337,15 @@ def test_a_student_of_one_mode_learns_both():
 
 def test_gradients_through_the_whole_call_are_those_of_its_result():
     rollout, made = make("SD3")
-    made.through = "call"
-    x_0, indices = made.result(rollout, "score", 3)
+    made.results.through = "call"
+    x_0, indices = made.results.result(rollout, "score", 3)
     seeds = [keyed_seed(1, "score noise", 3, i) for i in range(2)]
     assert torch.equal(x_0, rollout([PROMPTS[i] for i in indices], seeds))
-    made.through = "step"
+    made.results.through = "step"
     weights = list(rollout.parameters())
     some, whole = (
-        torch.autograd.grad(x.sum(), weights, allow_unused=True) for x in (made.result(rollout, "score", 3)[0], x_0)
+        torch.autograd.grad(x.sum(), weights, allow_unused=True)
+        for x in (made.results.result(rollout, "score", 3)[0], x_0)
     )
     assert any(a is not None and not torch.equal(a, b) for a, b in zip(some, whole, strict=True))
 
@@ -386,7 +386,7 @@ def test_a_scheduler_without_alpha_and_sigma_is_refused(scheduler):
     with pytest.raises(
         UserError, match=f"`score_weight`: {type(scheduler).__name__} does not say the alpha and sigma"
     ):
-        levels.Process(scheduler)
+        Process(scheduler)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ As in DMD2 (2405.14867, Section 4.3). A head reads the fake score's features of 
 
 import contextlib
 
-from common.direct.pipelines import denoisers
-
 import torch
 
 
@@ -46,7 +44,7 @@ def noting(asked):
     found = []
     hooks = [
         middle(network).register_forward_hook(lambda module, inputs, output: found.append(output))
-        for network in denoisers(asked.pipeline).values()
+        for network in asked.denoisers()
     ]
     try:
         yield found
