@@ -148,6 +148,7 @@ def main(args):
         options = {"rank": args.fake_lora_rank, "has_regression": bool(args.regression_weight)}
         process = score.check(config, pairs_config, scheduler, args.score_kwargs, accelerator, **options)
     score_prompts = tables.read_prompts(args.score_prompts, "`score_prompts`") if args.score_prompts else []
+    images = sources.RealImages(args.adv_images) if args.adv_images else None
     run.check_flags()
     if run.checkpoint:
         pairs.check_same_pairs(run.checkpoint, run.resumed, fingerprint)
@@ -182,6 +183,7 @@ def main(args):
     with simulation.waiting(base), simulation.before_updates(pipeline.components):
         calls, texts = possible_calls(pipeline, data, **asked), data.prompts + score_prompts
         own = teachers_calls(pipeline, data.prompts, teacher_kwargs) if args.score_weight else []
+        texts += images.prompts if images else []
         texts += [text for call in own for text in call.values() if isinstance(text, str)]  # negative prompts
         accelerator.print(embeddings.let_go(pipeline, texts, calls + own, accelerator=accelerator, **options))
 
@@ -228,6 +230,9 @@ def main(args):
             shape = data.latents(measured[:1]).shape
             score.try_out(scores, data, process, shape=shape, **options)
             scores = scores.with_adversary(data, process, shape) if args.adv_weight else scores
+        if images:
+            images.pipeline = pipeline
+            sources.check_real(rollout, images, shape)
         untrained = None
         if not args.dry_run:  # which has no values to look at
             if not args.skip_pairs_check:
@@ -251,7 +256,7 @@ def main(args):
     if args.score_weight:
         for_results, for_loss = direct_flags.score_options(args, lr_scheduler)
         asked_about = score.Prompts(data, len(train_indices), score_prompts)
-        results = score.Results(student=rollout, process=process, data=asked_about, **for_results)
+        results = score.Results(student=rollout, process=process, data=asked_about, images=images, **for_results)
         matching = ScoreMatching(
             results=results,
             process=process,

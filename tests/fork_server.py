@@ -52,7 +52,7 @@ def _wait(processes):
     try:
         while any(process.is_alive() for process in processes):
             failed = [process.exitcode for process in processes if process.exitcode]
-            code = code or (failed[0] if failed else 0)
+            code = code or min(failed, default=0)  # a signal, before the errors of those that wait for its process
             if code and deadline > time.monotonic() + 30:
                 deadline = time.monotonic() + 30  # a launcher's patience with the others, whom it asks to stop
                 for process in processes:

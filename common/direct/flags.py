@@ -9,6 +9,7 @@ SCORE_FLAGS = (
     "score_kwargs",
     "score_prompts",
     "adv_weight",
+    "adv_images",
     "score_through",
     *score_flags.NAMES,
 )
@@ -46,6 +47,7 @@ def add_score_arguments(parser):
     add("--score_kwargs", help="JSON object of arguments of the teacher's call, over those that made the pairs")
     add("--score_prompts", type=flags.path, help="file of prompts for the scores, one a line; default: the pairs'")
     add("--adv_weight", type=flags.positive_float, help="of an adversary that tells results from pairs; default: none")
+    add("--adv_images", type=flags.path, help="table of real images for it in place of the pairs: image,prompt")
     add("--score_through", choices=("step", "call"), default="step", help="gradients through a drawn step, or all")
     score_flags.add_arguments(group)
 
@@ -82,6 +84,8 @@ def check_score_arguments(parser, args):
         parser.error(
             "--score_through=call keeps the activations of all steps, --backward=stepwise those of one; drop one"
         )
+    if not args.adv_weight:
+        parser.refuse_idle(["adv_images"], "without --adv_weight there is no adversary; add it, or drop this")
     if not args.regression_weight:
         parser.refuse_idle(["loss_type", "huber_c", "backward"], "--regression_weight=0 has no regression; drop it")
     score_flags.check_arguments(parser, args, args.lora_rank)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from common.direct import pipelines
 from common.direct.levels import OFF, Asked, result_of_step
-from common.direct.pairs import PairOrder
+from common.direct.pairs import PairOrder, Pairs
 from common.direct.pipelines import SCHEDULE_ARGUMENTS, denoisers
 from common.direct.probes import count_rows, embeds_guidance, guidance_argument
 from common.direct.student import FROM_PAIRS
@@ -206,9 +206,11 @@ class Results:
     num_steps: int  # of the student
     through: str  # what of its call x_0 comes from: "step", one that is drawn, or "call", all of them
     seed: int
+    images: Pairs | None = None  # what is real to the adversary; None: the pairs
 
     def __post_init__(self):
-        numbers = {"score": len(self.data.prompts), "fake": len(self.data.prompts), "real": self.data.number}
+        numbers = {"score": len(self.data.prompts), "fake": len(self.data.prompts)}
+        numbers["real"] = len(self.images) if self.images else self.data.number
         self.orders = {x: PairOrder(n, self.batch_size, keyed_seed(self.seed, x)) for x, n in numbers.items()}
 
     def result(self, rollout, name, micro_batch):
@@ -231,6 +233,6 @@ class Results:
         return {"prompts": [self.data.prompts[i] for i in indices], **self.data.call_kwargs(indices)}
 
     def real(self, place, micro_batch):
-        """(the latents of pairs in a place of a micro-batch, what they are about), for the adversary."""
-        data, indices = self.data.data, self.orders["real"][micro_batch][place]
+        """(real latents in a place of a micro-batch, what they are about), for the adversary."""
+        data, indices = self.images or self.data.data, self.orders["real"][micro_batch][place]
         return data.latents(indices), {"prompts": [data.prompts[i] for i in indices], **data.call_kwargs(indices)}

@@ -24,6 +24,7 @@ from common.direct.pairs import Pairs, PairShards
 from common.errors import UserError, blame, speaking_of
 from common.networks import encoders
 from common.results.export import versions
+from common.run import simulation
 
 import numpy as np
 import torch
@@ -49,19 +50,75 @@ def list_shards(spec):
     return [Path(shard) for shard in shards]
 
 
-class PairImages(Pairs):
-    """The pairs of a metadata table; images are encoded when they are asked for, once `pipeline` is set."""
+class TableImages(Pairs):
+    """Images and prompts of a table; images are encoded when they are asked for, once `pipeline` is set.
 
-    def __init__(self, metadata_path, base_path=None, height=None, width=None, max_pixels=None):
+    flag: that names the table. base_flag: that of the folder of its images, None where that is the table's own.
+    """
+
+    def __init__(self, flag, metadata_path, base_flag=None, base_path=None, columns=COLUMNS[:2]):
         super().__init__()
-        self.flag = flag = f"`dataset_metadata_path`={metadata_path}"
+        self.flag = flag = f"`{flag}`={metadata_path}"
         self.base = Path(base_path if base_path is not None else Path(metadata_path).parent)
-        table = tables.read_table(metadata_path, flag, COLUMNS)
-        rows = [row for _, row in table]
+        self.base_flag = f"`{base_flag}`={self.base}" if base_flag else flag
+        table = tables.read_table(metadata_path, flag, columns)
+        self.rows = [row for _, row in table]
         for place, row in table:
-            wrong = next((name for name in ("image", "prompt") if not isinstance(row[name], str)), None)
+            wrong = next((name for name in COLUMNS[:2] if not isinstance(row[name], str)), None)
             if wrong:
                 raise UserError(f"{flag}: the {wrong} of {place} is no text but {str(row[wrong])[:40]!r}")
+        self.prompts, self.files = [row["prompt"] for row in self.rows], [row["image"] for row in self.rows]
+        if missing := [file for file in self.files if not os.path.isfile(self.base / file)]:
+            raise UserError(
+                f"{flag}: {len(missing)} of {len(self.files)} rows name no file, the first is {missing[0]!r}; "
+                f"{NAMES.format(self.base_flag)}"
+            )
+        self.sizes = [self._size(file) for file in self.files]
+
+    def _size(self, file):
+        try:
+            return image_size(self.base / file)
+        except SampleError as error:
+            raise UserError(f"{self.base_flag}: {file} cannot be read ({error.detail}); make it again") from None
+
+    def latents(self, indices):
+        """(B, ...) as the pipeline's own, from the images."""
+        return encode_images(self.pipeline, self.pixels(indices))
+
+    def pixels(self, indices):
+        """(B, 3, H, W) in -1..1"""
+        pixels = []
+        for index in indices:
+            path = self.base / self.files[index]
+            try:
+                array = np.array(read_image(path.read_bytes()))
+            except (OSError, SampleError) as error:
+                raise UserError(
+                    f"{self.base_flag}: {path} cannot be read ({getattr(error, 'detail', error)}); make it again",
+                    on_one_rank=True,
+                ) from None
+            pixels.append(torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1.0)
+        return torch.stack(pixels)
+
+
+class RealImages(TableImages):
+    """Images that no pair needs, all of one size, for the adversary of `direct.score`."""
+
+    way_out = "drop it: then the pairs are the real ones"
+
+    def __init__(self, metadata_path):
+        super().__init__("adv_images", metadata_path)
+        self.seeds = [0] * len(self)  # of `check_encoding`, which makes something of their form
+        if len(set(self.sizes)) > 1:
+            raise UserError(f"{self.flag}: its images have {len(set(self.sizes))} sizes; give them that of the pairs")
+
+
+class PairImages(TableImages):
+    """The pairs of a metadata table."""
+
+    def __init__(self, metadata_path, base_path=None, height=None, width=None, max_pixels=None):
+        super().__init__("dataset_metadata_path", metadata_path, "dataset_base_path", base_path, COLUMNS)
+        flag, rows = self.flag, self.rows
         devices = {str(row.get("rand_device") or "cpu") for row in rows}
         if devices != {"cpu"}:
             raise UserError(
@@ -81,13 +138,8 @@ class PairImages(Pairs):
             raise UserError(
                 f"{flag}: num_inference_steps and cfg_scale are the student's: one number of steps, and cfg_scale 1"
             )
-        self.prompts, self.files = [row["prompt"] for row in rows], [row["image"] for row in rows]
-        if missing := [file for file in self.files if not os.path.isfile(self.base / file)]:
-            raise UserError(
-                f"{flag}: {len(missing)} of {len(self.files)} rows name no file, the first is {missing[0]!r}; "
-                f"{NAMES.format(f'`dataset_base_path`={self.base}')}"
-            )
-        self.sizes = [self._size(file, height, width, max_pixels) for file in self.files]
+        for file, size in zip(self.files, self.sizes, strict=True):
+            self._check_size(file, size, height, width, max_pixels)
         if not max_pixels and len(set(self.sizes)) > 1:
             raise UserError(
                 f"{flag}: its images have {len(set(self.sizes))} sizes; pass `max_pixels` with `train_batch_size`=1"
@@ -100,11 +152,7 @@ class PairImages(Pairs):
         names = {"table_sha256": rows, "image_bytes_sha256": contents}
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in names.items()}
 
-    def _size(self, file, height, width, max_pixels):
-        try:
-            size = image_size(self.base / file)
-        except SampleError as error:
-            raise UserError(f"`dataset_base_path`={self.base}: {file} cannot be read ({error.detail})") from None
+    def _check_size(self, file, size, height, width, max_pixels):
         if height and size != (height, width):
             raise UserError(
                 f"`height`={height} `width`={width}: {file} has {size[0]} x {size[1]} pixels; resizing would part it "
@@ -112,26 +160,6 @@ class PairImages(Pairs):
             )
         if max_pixels and size[0] * size[1] > max_pixels:
             raise UserError(f"`max_pixels`={max_pixels}: {file} has {size[0]} x {size[1]}, and resizing is no option")
-        return size
-
-    def latents(self, indices):
-        """(B, ...) as the pipeline's own, from the images."""
-        return encode_images(self.pipeline, self.pixels(indices))
-
-    def pixels(self, indices):
-        """(B, 3, H, W) in -1..1"""
-        pixels = []
-        for index in indices:
-            path = self.base / self.files[index]
-            try:
-                array = np.array(read_image(path.read_bytes()))
-            except (OSError, SampleError) as error:
-                raise UserError(
-                    f"`dataset_base_path`: {path} cannot be read ({getattr(error, 'detail', error)}); make it again",
-                    on_one_rank=True,
-                ) from None
-            pixels.append(torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1.0)
-        return torch.stack(pixels)
 
 
 class CachedPairs(Pairs):
@@ -335,9 +363,24 @@ def check_encoding(rollout, data, indices, limit=0.5):
     if not error <= limit:
         raise UserError(
             f"{data.flag}: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
-            f"(encoded and decoded again they differ by {error:.2g} of their variance); use generate_pairs"
+            f"(encoded and decoded again they differ by {error:.2g} of their variance); "
+            f"{getattr(data, 'way_out', 'use generate_pairs')}"
         )
     return error
+
+
+@torch.no_grad()
+def check_real(rollout, images, shape):
+    """UserError unless images of a `RealImages` can stand beside latents of `shape` (1, ...), those of the pairs."""
+    found = images.latents([0]).shape
+    if found[1:] != shape[1:]:
+        size = " x ".join(map(str, images.sizes[0]))
+        raise UserError(
+            f"{images.flag}: images of {size} pixels become latents of {list(found[1:])}, and those of the pairs are "
+            f"{list(shape[1:])}; give them the pairs' size"
+        )
+    if not simulation.is_on():  # where there are values
+        check_encoding(rollout, images, [0])
 
 
 def write_pairs(source, pipeline, kwargs, folder, scheduler, model, part=(0, 1), samples_per_shard=256, **shown):

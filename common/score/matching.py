@@ -61,7 +61,7 @@ WARNINGS = (  # (what `watch` gives, least, most, what is said outside of these;
         "loss_discriminator",
         0.0,
         1.38,  # 2 ln 2 is 1.386
-        "the adversary does not tell the student's results from the pairs; raise `fake_learning_rate`, or drop "
+        "the adversary does not tell the student's results from what is real; raise `fake_learning_rate`, or drop "
         "`adv_weight`",
     ),
 )
@@ -201,7 +201,7 @@ class ScoreMatching:
                 if self.adv_weight:
                     with self.accelerator.autocast():
                         of_fake = self.scores.head(adversary.features(found[-1], len(noisy)))
-                        of_real = self._of_pairs(place, level, micro_batch)
+                        of_real = self._of_real(place, level, micro_batch)
                     parts = softplus(-of_real).mean() + softplus(of_fake).mean(), of_real.mean(), of_fake.mean()
                     loss = loss + ADV_SHARE * share * parts[0]
                     told += share * torch.stack(parts).detach()
@@ -210,9 +210,10 @@ class ScoreMatching:
             self.told.append(told)
         return total
 
-    def _of_pairs(self, place, level, micro_batch):
-        """The adversary's logits (b,) for latents of pairs at a level, in the place of a micro-batch's results."""
-        latents, about = self.results.real(place, micro_batch)
+    def _of_real(self, place, level, micro_batch):
+        """The adversary's logits (b,) for what is real at a level, in the place of a micro-batch's results."""
+        with torch.no_grad():
+            latents, about = self.results.real(place, micro_batch)
         generator = keyed_generator(self.seed, f"real renoising {place.start}", micro_batch, self.accelerator.device)
         latents = latents.to(self.accelerator.device, torch.float32)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)

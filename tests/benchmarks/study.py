@@ -144,6 +144,8 @@ def train(method, changes, seed, folder, output_dir, teacher):
         if not (start / "README.md").exists():
             train("tscd", SHORT, 0, start, output_dir, teacher)
         flags["init_unet"] = start / changes["init_unet"]
+    if "adv_weight" in flags:
+        flags["adv_images"] = demo.real_images(teacher, output_dir, 0)
     if recipe["script"] == demo.DIRECT["script"]:
         flags["pairs_dir"] = demo.generate_pairs(recipe, teacher, teacher_dir, data_dir / "train", output_dir, 0)
     else:

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SCORE = {"score_weight": 1, "fake_lora_rank": 4}
+ADVERSARY = {"adv_weight": 0.1, "fake_updates": 2, "fake_warmup": 1}
 
 
 @pytest.fixture
@@ -221,6 +222,8 @@ def test_the_same_teacher_elsewhere_and_in_half_precision_is_recognised(direct_t
             SCORE | {"student_scheduler": "EDMEulerScheduler"},
             "--score_weight: EDMEulerScheduler does not say the alpha",
         ),
+        (SCORE | {"adv_images": "none.csv"}, "--adv_images: without --adv_weight there is no adversary; add it"),
+        (SCORE | ADVERSARY | {"adv_images": "none.csv"}, "--adv_images=none.csv cannot be read"),
         (SCORE | {"score_prompts": "none.txt"}, "--score_prompts cannot be read"),
         (SCORE | {"score_kwargs": "4"}, "--score_kwargs=4 is no JSON object"),
         (
@@ -455,6 +458,25 @@ def test_images_of_several_sizes_need_max_pixels(tmp_path, flags, table, capsys)
     assert "its images have 2 sizes; pass --max_pixels" in one_sentence(
         capsys, run, from_table(flags, table, tmp_path / "out")
     )
+
+
+def test_an_adversary_takes_a_tables_images_for_real(tmp_path, flags, table, capsys):
+    """Dry, whole and resumed; and images that are none of the pairs' size."""
+    own, out = SCORE | ADVERSARY | {"adv_images": table / "metadata.csv", "max_train_steps": 3}, tmp_path / "out"
+    run(flags(out, **own, dry_run=True))
+    assert not out.exists()
+    run(flags(out, **own, checkpointing_steps=2))
+    whole = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    told = scalars(out, "loss_discriminator")
+    assert len(told) == 3 and all(1.0 < loss < 2.0 for loss in told.values())  # 2 ln 2 at the start
+    shutil.rmtree(out / "checkpoint-3")
+    run(flags(out, **own, checkpointing_steps=2, resume_from_checkpoint="latest"))
+    again = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)  # the same computation, twice
+    for path in table.glob("*.png"):
+        Image.new("RGB", (24, 24)).save(path)
+    capsys.readouterr()
+    assert "give them the pairs' size" in one_sentence(capsys, run, flags(tmp_path / "b", **own, dry_run=True))
 
 
 def test_a_pipeline_that_cannot_be_given_images_is_refused(direct_teacher, table):

@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-KILLED = 4  # times a case
+KILLED = 10  # times a case
 STEPS = {"max_train_steps": 20, "checkpointing_steps": 10, "train_batch_size": 2}
 KEEPS = FSDP2.replace("'true'}", "'false'}")  # a block's weights from its forward to its backward pass
 # Kill -9 at a call inside of the save of step 4, on the process RANK.

@@ -279,7 +279,7 @@ def built_names():
         "classifier",
         *consistency.built_names(),
         *teachers,
-        *(t.replace("teacher", m) for t in teachers for m in [*METHODS, *PAIRS]),
+        *(t.replace("teacher", m) for t in teachers for m in [*METHODS, *PAIRS, "images"]),
     ]
 
 
@@ -289,10 +289,10 @@ def flags_of(recipe, teacher):
     return recipe["flags"] | ({} if w_range is None else {"w_min": w - w_range, "w_max": w + w_range})
 
 
-def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed, start=None):
+def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed, more=None):
     """The words after `accelerate`, as a user would type them; data_dir: shards, or a direct method's pairs.
 
-    start: the folder of the student that this one goes on from.
+    more: {name: value} of flags that name what the demo has made besides.
     """
     last = digits.NUM_TRAIN_SHARDS - 1
     data = f"--train_shards_path_or_url={data_dir}/{{00000..{last:05d}}}.tar"
@@ -304,7 +304,7 @@ def training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed, 
         f"--output_dir={student_dir}",
         *(f"--{name}={value}" for name, value in flags_of(recipe, teacher).items()),
         f"--seed={seed}",
-        *([f"--init_student={start}"] if start else []),
+        *(f"--{name}={value}" for name, value in (more or {}).items()),
     ]
     if student_dir.is_dir() and any(student_dir.iterdir()):
         command.append("--resume_from_checkpoint=latest")  # an earlier demo was interrupted here
@@ -329,9 +329,19 @@ def generate_pairs(recipe, teacher, teacher_dir, shards_dir, output_dir, seed):
     return pairs_dir
 
 
+def real_images(teacher, output_dir, seed):
+    """The table of real images for an adversary; what is there is kept."""
+    folder = output_dir / teacher.folder.replace("teacher", "images")
+    build_once(folder, lambda folder: digits.write_table(folder, seed, teacher.captions))
+    return folder / "metadata.csv"
+
+
 def train(recipe, teacher, teacher_dir, data_dir, student_dir, seed, start=None):
     started = time.perf_counter()
-    launch(training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed, start))
+    more = {} if start is None else {"init_student": start}
+    if "adv_weight" in recipe["flags"]:
+        more["adv_images"] = real_images(teacher, student_dir.parent, seed)
+    launch(training_command(recipe, teacher, teacher_dir, data_dir, student_dir, seed, more))
     print(f"trained {student_dir} in {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -8,6 +8,7 @@ Left out: no image encoder, no safety checker, and the text encoder, which real 
 is trained together with the U-Net. Everything is fixed by its seed.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -122,8 +123,7 @@ def write_shards(output_dir, seed=0, captions=NAMED):
         ("train", train, NUM_TRAIN_SHARDS),
         ("heldout", held_out, NUM_HELD_OUT_SHARDS),
     ):
-        words = [captions.words[index] for index in captions.word_of(labels)]
-        texts = [captions.templates[rng.integers(len(captions.templates))].format(word) for word in words]
+        texts = _captions_of(labels, captions, rng)
         folder = Path(output_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
         for shard, members in enumerate(np.array_split(np.arange(len(images)), num_shards)):
@@ -134,6 +134,25 @@ def write_shards(output_dir, seed=0, captions=NAMED):
         f"{len(train[0])} captioned images in `train/`, {len(held_out[0])} in `heldout/`, {RESOLUTION} pixels, "
         "enlarged from 8; the captions were added.",
     )
+
+
+def write_table(output_dir, seed=0, captions=NAMED):
+    """The images and captions of `write_shards`' `train/` as PNG files and metadata.csv, with image and prompt."""
+    images, labels = load_split()[0]
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / "metadata.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("image", "prompt"))
+        for index, text in enumerate(_captions_of(labels, captions, np.random.default_rng(seed))):
+            Image.fromarray(images[index]).save(output_dir / f"{index:04d}.png")
+            rows.writerow((f"{index:04d}.png", text))
+    write_card(output_dir, "Handwritten digits, a table of images", f"{len(images)} images, {RESOLUTION} pixels.")
+
+
+def _captions_of(labels, captions, rng):
+    words = [captions.words[index] for index in captions.word_of(labels)]
+    return [captions.templates[rng.integers(len(captions.templates))].format(word) for word in words]
 
 
 def _write_shard(folder, shard, samples):
