@@ -38,6 +38,7 @@ HALF = {"max_train_steps": 400}  # of LCM's updates
 # TSCD's last stage alone, from the stage before it of a short run with seed 0
 LAST = {"stage_segments": 1, "stage_steps": 200, "learning_rate": 4e-4, "init_unet": "stage-2-k2"}
 TOP, DATA = {"top_prob": 0.5}, {"adv_real": "data"}
+NO_ADVERSARY = {"adv_weight": None, "adv_images": None}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
     "methods": {
@@ -54,12 +55,13 @@ STUDIES = {
         "score from it": ("score", {}),
         "the same, prompts alone": ("score", {"regression_weight": 0.0}),
         "the same, no fake update before": ("score", {"fake_warmup": 0}),
-        "the same, an adversary of 0.02": ("score", {"adv_weight": 0.02}),
-        "the same, an adversary of 0.05": ("score", {"adv_weight": 0.05}),
-        "the same, an adversary of 0.2": ("score", {"adv_weight": 0.2}),
+        "the same, no adversary": ("score", NO_ADVERSARY | {"max_train_steps": 350}),
+        "the same, its weight 0.5": ("score", {"adv_weight": 0.5}),
+        "the same, the pairs for real": ("score", {"adv_images": None}),
         "the same, a fake LoRA": ("score", {"fake_lora_rank": 32, "fake_learning_rate": 2e-3}),
         "direct for 4 steps": ("direct", {}),
         "score from it, 4 steps": ("score_4", {}),
+        "4 steps, no adversary": ("score_4", NO_ADVERSARY),
         "4 steps, prompts alone": ("score_4", {"regression_weight": 0.0}),
     },
     "one_step": {
@@ -133,6 +135,8 @@ def train(method, changes, seed, folder, output_dir, teacher):
     """One run of a method's script, into `folder`; output_dir: the demo's."""
     recipe, teacher_dir, data_dir = demo.METHODS[method], output_dir / teacher.folder, output_dir / teacher.shards
     flags = demo.flags_of(recipe, teacher) | {"validation_steps": 0, "report_to": "none", "checkpointing_steps": 10**6}
+    if "adv_weight" in flags:
+        flags["adv_images"] = demo.real_images(teacher, output_dir, 0)
     flags |= changes | {"pretrained_teacher_model": teacher_dir, "output_dir": folder, "seed": seed}
     flags |= {"resume_from_checkpoint": "latest"}
     if start := recipe.get("start"):
@@ -144,8 +148,6 @@ def train(method, changes, seed, folder, output_dir, teacher):
         if not (start / "README.md").exists():
             train("tscd", SHORT, 0, start, output_dir, teacher)
         flags["init_unet"] = start / changes["init_unet"]
-    if "adv_weight" in flags:
-        flags["adv_images"] = demo.real_images(teacher, output_dir, 0)
     if recipe["script"] == demo.DIRECT["script"]:
         flags["pairs_dir"] = demo.generate_pairs(recipe, teacher, teacher_dir, data_dir / "train", output_dir, 0)
     else:
@@ -153,6 +155,7 @@ def train(method, changes, seed, folder, output_dir, teacher):
     words = (
         f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
         for name, value in flags.items()
+        if value is not None
     )
     command = [sys.executable, str(ROOT / recipe["script"]), *words]
     with open(folder.with_name(f"{folder.name}.log"), "w") as log:
