@@ -296,7 +296,12 @@ def main(args):
             if args.score_weight:
                 numbers = range(0 if run.global_step else -args.fake_warmup, args.fake_updates)
                 for number in numbers if begins else ():
+                    if number < 0 and run.stopper.check():
+                        break
                     losses["loss_fake"] = matching.train_fake(micro_batch, number, args.fake_updates)
+
+                if run.stopped:  # in the warm-up, of which nothing is kept
+                    break
 
                 # 7.3 Distribution matching: a step of the student from fresh noise; backward at once.
                 own = micro_batch + accelerator.process_index

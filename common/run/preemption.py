@@ -106,7 +106,7 @@ class Stopper:
             if advanced:
                 mark = {"global_step": global_step, "reason": REASONS[self.reason]}
                 (self.output_dir / REQUEUE).write_text(json.dumps(mark) + "\n")
-            go_on = spelled("`resume_from_checkpoint`=latest goes on from there")
+            go_on = spelled("`resume_from_checkpoint`=latest goes on from there") if global_step else "start it again"
             says_so = f", {REQUEUE} says so" if advanced else ""
             print(f"stopped for {REASONS[self.reason]} after step {global_step}; {go_on}{says_so}", flush=True)
         raise SystemExit(EXIT_CODE)
