@@ -29,11 +29,11 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "ct_study")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", nargs="*", choices=list(consistency.RUNS), default=list(consistency.RUNS))
-    parser.add_argument("--change", nargs="*", default=[], metavar="NAME=VALUE", help="flags of the training script")
+    parser.add_argument("--change", nargs="*", default=[], metavar="NAME[=VALUE]", help="flags of the training script")
     parser.add_argument("--report_only", action="store_true", help="print what has been measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    changes = dict(change.split("=", 1) for change in args.change)
+    changes = {name: value if equals else None for name, equals, value in (c.partition("=") for c in args.change)}
     kept = {name: consistency.RUNS[name] | changes for name in args.runs}
     consistency.RUNS.clear()
     consistency.RUNS.update(kept)
