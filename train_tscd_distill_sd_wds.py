@@ -54,7 +54,6 @@ def parse_args(argv=None):
     add("--stage_segments", type=flags.int_list, default=[8, 4, 2, 1], help="k of every stage: the steps of its model")
     add("--stage_steps", type=flags.int_list, help="updates of each stage; default: equal parts of --max_train_steps")
     add("--boundary_prob", type=flags.fraction, default=1.0, help="share of jumps to the segment's end; the paper: 0")
-    add("--top_prob", type=flags.fraction, help="share of jumps from the segment's upper end; 0, of real data 0.5")
     add("--swap_terminal_noise", action=yes_no, default=True, help="start from pure noise at the last timestep")
     add(
         "--noise_offset",
@@ -96,6 +95,7 @@ def main(args):
     nodes = segments.nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
+    tscd_flags.resolve_adversary(args, run.resumed["args"])
     network = load_feature_network(args, device)
     run.resolve_data(training_data.images_in_folder(shards))
 
@@ -192,7 +192,7 @@ def main(args):
 
             # 7.2 Draw the nodes t > t' >= s of a segment, and its upper end.
             grid_options = {"num_segments": stage.num_segments, "num_ddim_timesteps": args.num_ddim_timesteps}
-            grid_options |= {"boundary_prob": args.boundary_prob, "top_prob": args.top_prob or 0.0}
+            grid_options |= {"boundary_prob": args.boundary_prob, "top_prob": stage.top_prob}
             drawn = segments.draw_segment(**grid_options, batch_size=batch_size, generator=generator)
             start_timesteps, timesteps, end_timesteps, top_timesteps = (nodes[index] for index in drawn)  # (B,) each
             is_whole = drawn[3] - drawn[2] == args.num_ddim_timesteps // stage.num_segments  # s: the segment's end

@@ -93,7 +93,7 @@ class Watch:
         self.said = True
         data = "" if self.stage.adv_real == "data" else "pass `adv_real`=data, "
         return (
-            f"WARNING: the discriminator of {self.stage.name} sees no difference: its loss is {loss:.3f}, and "
-            f"{GUESSING:.3f} is that of a guess. The adversarial part teaches nothing; {data}raise "
+            f"WARNING: the discriminator of {self.stage.name} sees no difference (its loss is {loss:.3f}, that of a "
+            f"guess {GUESSING:.3f}), so that the adversarial part teaches nothing; {data}raise "
             "`adv_learning_rate` and `adv_head_learning_rate`, or save its time with `adv_weights`=0\n"
         )

@@ -4,7 +4,7 @@ from common import flags
 from common.tscd import segments
 
 weights = flags.numbers("list of numbers", flags.non_negative_float)
-TOP_PROB = 0.5  # where real is data, which only jumps from a segment's upper end are compared with
+DEFAULT_REAL = "target"
 
 
 def add_adversarial_arguments(parser):
@@ -15,7 +15,7 @@ def add_adversarial_arguments(parser):
     add(
         "--adv_real",
         choices=segments.ADV_REAL,
-        help="what the student's jump is told from: the target's jump (default), or noised data",
+        help=f"what the student's jump is told from: the target's jump, or noised data; default: {DEFAULT_REAL}",
     )
     add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
@@ -36,15 +36,28 @@ def check_stage_arguments(parser, args):
     if args.adv_real == "data":
         reason = "--adv_real=data never shows the discriminator x_t, of which the data is no jump; drop one"
         parser.refuse_idle(["adv_unconditional_start"], reason)
-        args.top_prob = TOP_PROB if args.top_prob is None else args.top_prob
     if args.w_min > args.w_max:
         parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.stage_steps and args.max_train_steps is None:
         args.max_train_steps = sum(segments.for_each(args.stage_steps, count))
 
 
+def resolve_adversary(args, saved):
+    """Fill in what is real to the discriminator. saved: the resumed run's flags; one of before `adv_real` has none."""
+    if args.adv_real is None:
+        default = "target" if "adv_unconditional_start" in flags.ArgumentParser.latest.typed else DEFAULT_REAL
+        args.adv_real = saved.get("adv_real") if saved else default
+
+
 def resolve_stages(args, resumed):
     """The list of `segments.Stage` that the flags ask for, with the edges of the resumed run."""
-    lists = args.stage_steps, args.max_train_steps, args.mse_weights, args.adv_weights
-    stages = segments.plan_stages(args.stage_segments, *lists, args.loss_type, resumed.get("stage_edges"))
-    return [stage._replace(adv_real=args.adv_real or segments.ADV_REAL[0]) for stage in stages]
+    return segments.plan_stages(
+        args.stage_segments,
+        stage_steps=args.stage_steps,
+        max_train_steps=args.max_train_steps,
+        mse_weights=args.mse_weights,
+        adv_weights=args.adv_weights,
+        loss_type=args.loss_type,
+        edges=resumed.get("stage_edges"),
+        adv_real=args.adv_real or "target",
+    )

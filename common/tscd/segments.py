@@ -9,9 +9,13 @@ import torch
 
 # Weights of the two parts of the distance by the number of segments; a number between two keys takes the lower one's.
 MSE_WEIGHTS = {1: 0.25, 2: 0.5, 4: 1.0}
-ADV_WEIGHTS = {"l2": {1: 0.1, 2: 0.05, 4: 0.01, 8: 0.0}, "huber": {1: 0.2, 2: 0.1, 4: 0.05, 8: 0.0}}
+ADV_WEIGHTS = {
+    "target": {"l2": {1: 0.1, 2: 0.05, 4: 0.01, 8: 0.0}, "huber": {1: 0.2, 2: 0.1, 4: 0.05, 8: 0.0}},
+    "data": {"l2": {1: 0.015, 2: 0.0}, "huber": {1: 0.03, 2: 0.0}},  # ten times as much collapses
+}
 MAX_WARMUP_STEPS, WARMUP_FRACTION = 200, 0.1
-ADV_REAL = ("target", "data")  # what the discriminator calls real
+ADV_REAL = tuple(ADV_WEIGHTS)  # what the discriminator calls real
+TOP_PROB = 0.5  # share of the jumps from a segment's upper end, where sampling starts, if they are compared with data
 
 
 class Stage(NamedTuple):
@@ -23,7 +27,7 @@ class Stage(NamedTuple):
     end: int
     mse_weight: float
     adv_weight: float
-    adv_real: str = ADV_REAL[0]
+    adv_real: str
 
     @property
     def name(self):
@@ -39,6 +43,11 @@ class Stage(NamedTuple):
         """Those of the distance, in words."""
         real = f", real is the {self.adv_real}" if self.adv_weight else ""
         return f"weights {self.mse_weight:g} (MSE), {self.adv_weight:g} (adversarial{real})"
+
+    @property
+    def top_prob(self):
+        """How many jumps start at their segment's upper end, of those that need not: see `draw_segment`."""
+        return TOP_PROB if self.adv_weight and self.adv_real == "data" else 0.0
 
     @property
     def warmup_steps(self):
@@ -62,13 +71,15 @@ def for_each(values, count):
     return values * count if len(values) == 1 else values
 
 
-def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_weights, loss_type, edges=None):
+def plan_stages(
+    stage_segments, stage_steps, max_train_steps, mse_weights, adv_weights, loss_type, edges=None, adv_real="target"
+):
     """The list of `Stage`s.
 
     stage_steps: [n] or one number for each stage; None: max_train_steps // stages for each, the rest to the last.
-    mse_weights, adv_weights: likewise; None: the defaults by number of segments and loss type. edges: [start of
-    stage 0, ..., end of the last], those of the run that is resumed: another max_train_steps must not move them.
-    Raises UserError when stage_steps and max_train_steps disagree, or a stage has no weight.
+    mse_weights, adv_weights: likewise; None: the defaults by number of segments, loss type and adv_real.
+    edges: [start of stage 0, ..., end of the last], those of the run that is resumed: another max_train_steps must not
+    move them. Raises UserError when stage_steps and max_train_steps disagree, or a stage has no weight.
     """
     count = len(stage_segments)
     if edges is None:
@@ -82,11 +93,11 @@ def plan_stages(stage_segments, stage_steps, max_train_steps, mse_weights, adv_w
             raise UserError(
                 f"`stage_steps` add up to {edges[-1]} updates and `max_train_steps` is {max_train_steps}; drop one"
             )
-    tables = MSE_WEIGHTS, ADV_WEIGHTS[loss_type]
+    tables = MSE_WEIGHTS, ADV_WEIGHTS[adv_real][loss_type]
     defaults = [[table[max(key for key in table if key <= k)] for k in stage_segments] for table in tables]
     mse = for_each(mse_weights or defaults[0], count)
     adv = for_each(adv_weights or defaults[1], count)
-    stages = [Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i]) for i, k in enumerate(stage_segments)]
+    stages = [Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i], adv_real) for i, k in enumerate(stage_segments)]
     for stage in stages:
         if stage.mse_weight == stage.adv_weight == 0:
             raise UserError(

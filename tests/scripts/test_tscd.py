@@ -175,7 +175,7 @@ def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
     [
         (tscd, {"adv_unconditional_start": 1.0}),
         (tscd_lora, {"adv_unconditional_start": 0.0}),
-        (tscd, {"adv_real": "data", "top_prob": 0.6}),
+        (tscd, {"adv_real": "data"}),
         (tscd_lora, {"adv_real": "data"}),
     ],
     ids=["conditional", "unconditional", "data", "data, LoRA"],
@@ -184,7 +184,7 @@ def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, 
     """softplus of the logits of both sides, noised from s to the same t*, over the samples that end their segment."""
     options = {"stage_segments": 2, "boundary_prob": 0.5, "adv_weights": 0.3, "mse_weights": 2, "max_train_steps": 1}
     is_data = "adv_real" in changes
-    top_prob = changes.get("top_prob", 0.5) if is_data else 0
+    top_prob = 0.5 if is_data else 0
     train(flags(tmp_path, script, **options, **changes), script)
     with torch.no_grad():
         pipe, embeds, latents, sides, starts = reference(teacher(), shards, 2, 0.5, 0.0, True, top_prob)

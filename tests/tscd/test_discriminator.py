@@ -216,8 +216,7 @@ def test_noised_data_is_the_forward_process_and_the_data_itself_at_its_end():
 
 
 def stage_of(length=300, adv_real="target"):
-    stage = plan_stages([1], [length], length, None, None, "l2")[0]
-    return stage._replace(adv_real=adv_real)
+    return plan_stages([1], [length], length, None, None, "l2", adv_real=adv_real)[0]
 
 
 def note(watch, stage, steps, loss, mask=(True, True)):
@@ -232,7 +231,7 @@ def test_a_discriminator_that_guesses_is_told_of_once_in_a_stage(adv_real):
     watch, stage = adversarial.Watch(), stage_of(adv_real=adv_real)  # of 300 updates, 30 of warm-up
     assert watch.warning() == "" and note(watch, stage, range(59), 1.386) == ""
     said = note(watch, stage, [59], 1.386)
-    assert said.startswith("WARNING: the discriminator of stage-0-k1 sees no difference: its loss is 1.386")
+    assert said.startswith("WARNING: the discriminator of stage-0-k1 sees no difference (its loss is 1.386, ")
     assert ("`adv_real`=data" in said) == (adv_real == "target") and said.endswith("`adv_weights`=0\n")
     assert note(watch, stage, range(60, 300), 1.386) == ""
     assert "stage-1-k1" in note(watch, stage._replace(index=1, start=300, end=600), range(300, 400), 1.5)

@@ -8,8 +8,10 @@ import torch
 FOUR = [8, 4, 2, 1]
 
 
-def plan(stage_steps=None, max_train_steps=100, mse=None, adv=None, loss_type="l2", edges=None, segments=FOUR):
-    return plan_stages(segments, stage_steps, max_train_steps, mse, adv, loss_type, edges)
+def plan(
+    stage_steps=None, max_train_steps=100, mse=None, adv=None, loss_type="l2", edges=None, segments=FOUR, real="target"
+):
+    return plan_stages(segments, stage_steps, max_train_steps, mse, adv, loss_type, edges, real)
 
 
 def edges(stages):
@@ -67,9 +69,17 @@ def test_it_sees_the_start_in_the_first_part_of_a_stage(start, number):
 
 
 def test_where_real_is_data_it_never_sees_the_start():
-    stage = plan([100], 400)[1]._replace(adv_real="data")
+    stage = plan([100], 400, adv=[0.01], real="data")[1]
     assert not any(stage.is_conditional(step, start) for step in range(100, 200) for start in (0.5, 1.0))
     assert "0.01 (adversarial, real is the data)" in stage.summary
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "huber"])
+def test_data_is_compared_in_stages_of_one_segment_and_with_jumps_from_the_top(loss_type):
+    weights = [stage.adv_weight for stage in plan(loss_type=loss_type, real="data")]
+    assert weights[:3] == [0, 0, 0] and 0 < weights[3] < plan(loss_type=loss_type)[3].adv_weight
+    assert [stage.top_prob for stage in plan(real="data")] == [0, 0, 0, 0.5]
+    assert [stage.top_prob for stage in plan(adv=[1], real="target")] == [0] * 4
 
 
 def test_a_stage_without_any_weight_is_refused():
