@@ -4,7 +4,7 @@ from common import flags
 from common.tscd import segments
 
 weights = flags.numbers("list of numbers", flags.non_negative_float)
-DEFAULT_REAL = "target"
+DEFAULT_REAL = "data"  # unless x_t is to be a condition
 
 
 def add_adversarial_arguments(parser):
@@ -19,7 +19,12 @@ def add_adversarial_arguments(parser):
     )
     add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
-    add("--adv_unconditional_start", type=flags.fraction, default=0.5, help="share of a stage with x_t as a condition")
+    add(
+        "--adv_unconditional_start",
+        type=flags.fraction,
+        default=0.5,
+        help="share of a stage with x_t as a condition; given, it asks for --adv_real=target",
+    )
     add("--freeze_discriminator_backbone", action="store_true", help="train the discriminator's head alone")
 
 
