@@ -5,7 +5,7 @@ under no_grad the target. The trajectory is cut into k segments, k falls from st
 leaves a LoRA for k steps. The distance is a mix of MSE and an adversarial loss. Paper: Hyper-SD (arXiv 2404.13686),
 Section 3.1, Algorithm 1; the discriminator is that of SDXL-Lightning (2402.13929). Deviations: segments are cut on
 node indices of the DDIM grid; jumps end at the lower end of a segment by default (--boundary_prob), where a network
-that cannot see the end has an exact solution.
+that cannot see the end has an exact solution. `--score_weights` adds score distillation, step 7.9.
 
     accelerate launch train_tscd_distill_lora_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
         --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd_lora --mixed_precision=fp16 \\
@@ -29,7 +29,7 @@ from common.run import engine, sharding, simulation, training_data, updates
 from common.run.training_run import TrainingRun, user_errors
 from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims
-from common.tscd import adversarial, segments
+from common.tscd import adversarial, matching, segments
 from common.tscd import flags as tscd_flags
 from common.tscd.discriminator import Discriminator
 from common.tscd.solver import TrajectorySolver, tcd_scheduler
@@ -71,6 +71,7 @@ def parse_args(argv=None):
     add("--loss_type", choices=losses.LOSS_TYPES, default="l2", help="huber is the pseudo-Huber loss")
     add("--huber_c", type=flags.positive_float, default=0.001, help="where the Huber loss turns from square to linear")
     tscd_flags.add_adversarial_arguments(parser)
+    tscd_flags.add_score_arguments(parser)
     parser.set_defaults(validation_num_inference_steps=None)  # those of the stage
     args = parser.parse_args(argv)
     flags.check_training_arguments(parser, args)
@@ -82,7 +83,7 @@ def parse_args(argv=None):
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
     accelerator = engine.make_accelerator(args)
-    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    is_main, device = accelerator.is_main_process, accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
     frozen_dtype = teacher_dtype if args.freeze_discriminator_backbone else None
@@ -97,6 +98,7 @@ def main(args):
     lora_options = {"rank": args.lora_rank, "alpha": args.lora_alpha, "target_modules": target_modules}
     lora.check_lora(config["unet"], **lora_options, init_lora=args.init_lora)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
+    process = tscd_flags.check_score(args, config["unet"], noise_scheduler, accelerator)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     nodes = segments.nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
@@ -132,6 +134,7 @@ def main(args):
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
     encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
+    middle_w = (args.w_min + args.w_max) / 2  # of samples and scores
 
     # 4. Student: the base with float32 adapters; without them it is the teacher. The scheduler it is sampled with.
     if with_discriminator:
@@ -140,6 +143,8 @@ def main(args):
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the discriminator has its float32 weights
     lora.add_lora(teacher_unet, **lora_options, dropout=args.lora_dropout, init_lora=args.init_lora)
     unet = teacher_unet.train()
+    if args.score_weights:
+        scores = matching.make_scores(unet, uncond, middle_w, **tscd_flags.fake_options(args))
     sharding.shard(accelerator, [], plain=[unet])
     teacher_forward = sharded.plain_forward(teacher_unet)  # without the autocast that accelerate puts around it
     sampler = tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
@@ -151,11 +156,16 @@ def main(args):
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     lora.register_adapter_checkpointing(accelerator, unet)
     modules, objects = {}, {"lr_scheduler": lr_scheduler}
-    if with_discriminator:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
+    if with_discriminator:
         rates = {"learning_rate": args.adv_learning_rate, "head_learning_rate": args.adv_head_learning_rate}
-        d_optimizer, d_scaler = discriminator.make_optimizer(**rates, use_scaler=weight_dtype == torch.float16)
-        modules["discriminator"] = discriminator
-        objects |= {"discriminator_optimizer": d_optimizer, "discriminator_scaler": d_scaler}
+        adversary = adversarial.Adversary(discriminator, accelerator, **rates)
+        modules["discriminator"], objects = discriminator, objects | adversary.objects
+    if args.score_weights:
+        fake_optimizer = engine.make_optimizer(args, scores.trained, run.total_batch_size, args.fake_learning_rate)
+        options = {"process": process, "accelerator": accelerator, **tscd_flags.score_options(args, lr_scheduler)}
+        jumps = matching.Jumps(unet, solver, args.seed)
+        score = matching.StageScore(jumps, scores, fake_optimizer, **options)
+        modules["fake_score"], objects = scores.trained, objects | score.objects
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -176,17 +186,15 @@ def main(args):
         scheduler=sampler,
         guidance_scale=1.0,
         teacher_unet=teacher_unet,
-        teacher_guidance_scale=(args.w_min + args.w_max) / 2 + 1.0,
+        teacher_guidance_scale=middle_w + 1.0,
     )
 
     # 7. The loop.
     batches, grid = itertools.chain([first_batch], batches), None
-    watch = adversarial.Watch()
     while run.goes_on:
-        stage = segments.stage_at(stages, run.global_step)
-        if stage.adv_weight and run.global_step == stage.start and accelerator.sync_gradients:
-            discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
-            d_optimizer.state.clear()
+        stage, begins = segments.stage_at(stages, run.global_step), accelerator.sync_gradients  # an update
+        if stage.adv_weight and run.global_step == stage.start and begins:
+            adversary.begin(keyed_seed(args.seed, "discriminator", stage.index))
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
@@ -239,7 +247,15 @@ def main(args):
                     target_output = teacher_unet(z_prev, timesteps, **cond).sample
                 target = solver.jump(target_output, z_prev, timesteps, end_timesteps)
 
-            # 7.9 Student: its jump from t to s.
+            # 7.9 Where the stage has a score: the fake one learns from what the student's k jumps make of fresh noise,
+            #     and distribution matching moves that; backward at once. Then the student's jump from t to s.
+            loss_score, score_logged = 0.0, {}
+            if stage.score_weight:
+                score.jumps.take(latents, cond, nodes[:: args.num_ddim_timesteps // stage.num_segments].flip(0))
+                loss_score, score_logged = score.loss(stage, run, batch["micro_batch"], begins)
+                if run.stopped:  # in the fake score's warm-up, of which nothing is kept
+                    break
+                accelerator.backward(loss_score)
             output = unet(noisy_latents, start_timesteps, **cond).sample
             model_pred = solver.jump(output, noisy_latents, start_timesteps, end_timesteps)
 
@@ -249,23 +265,15 @@ def main(args):
             loss, adv_logged = stage.mse_weight * loss_mse, {}
             if stage.adv_weight:
                 adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
-                adv_timesteps, q, adv_noise = adversarial.draw_renoising(
-                    alpha,
-                    end_timesteps=end_timesteps,
-                    top_timesteps=top_timesteps,
-                    shape=latents.shape,
-                    generator=adv_generator,
-                )
+                ends = {"end_timesteps": end_timesteps, "top_timesteps": top_timesteps}
+                renoising = adversarial.draw_renoising(alpha, **ends, shape=latents.shape, generator=adv_generator)
+                adv_timesteps, q, adv_noise = renoising
                 real = target
                 if stage.adv_real == "data":  # what the jump should look like: alpha_s z_0 + sigma_s eps'
                     real = adversarial.noise_data(solver, latents, end_timesteps, generator=adv_generator)
-                context = {
-                    "timesteps": adv_timesteps,
-                    "cond": cond,
-                    "noisy_latents": noisy_latents,
-                    "start_timesteps": start_timesteps,
-                    "conditional": stage.is_conditional(run.global_step, args.adv_unconditional_start),
-                }
+                context = {"timesteps": adv_timesteps, "cond": cond}
+                context |= {"noisy_latents": noisy_latents, "start_timesteps": start_timesteps}
+                context["conditional"] = stage.is_conditional(run.global_step, args.adv_unconditional_start)
             if stage.adv_weight and not stage.is_warmup(run.global_step):
                 mse_pred.retain_grad(), adv_pred.retain_grad()
                 with accelerator.autocast():
@@ -274,7 +282,7 @@ def main(args):
                 loss = loss + stage.adv_weight * adversarial.masked_mean(adv_losses, is_whole, count)
                 adv_logged["loss_adv"] = adversarial.masked_mean(adv_losses, is_whole)
             accelerator.backward(loss)
-            run.update(optimizer, lora.lora_parameters(unet), loss, batch["keys"])
+            run.update(optimizer, lora.lora_parameters(unet), loss + loss_score, batch["keys"])
             optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
             if "loss_adv" in adv_logged and stage.mse_weight:
                 adv_logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
@@ -282,16 +290,9 @@ def main(args):
             #      The discriminator: softplus(-D(real)) + softplus(D(y^)), in every micro-batch too.
             if stage.adv_weight:
                 renoised = [q * x + adv_noise for x in (real, model_pred.detach())]
-                with discriminator.trainable():
-                    with accelerator.autocast():
-                        real_logits, fake_logits = discriminator(renoised, **context)
-                    d_losses = adversarial.discriminator_loss(real_logits, fake_logits)  # (B,)
-                    loss_discriminator = adversarial.masked_mean(d_losses, is_whole, count)
-                    d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
-                if accelerator.sync_gradients:
-                    run.guard.count_as_skipped_unless(updates.step_beside(d_optimizer, d_scaler, world_size))
-                adv_logged |= watch.note(stage, run.global_step, is_whole, d_losses, real_logits, fake_logits)
-        run.means.add({"loss": loss, "loss_mse": loss_mse})
+                over = {"mask": is_whole, "count": count, "stage": stage, "global_step": run.global_step}
+                adv_logged |= adversary.learn(renoised, guard=run.guard, **over, **context)
+        run.means.add({"loss": loss + loss_score, "loss_mse": loss_mse, **score_logged})
         run.means.add(adv_logged, weight=is_whole.sum())
         if not accelerator.sync_gradients:
             continue
@@ -300,8 +301,10 @@ def main(args):
         lr_scheduler.step()
         run.after_update()
         if run.logs:
-            accelerator.print(flags.spelled(watch.warning()), end="")
-            run.log({"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
+            watched, warnings = score.watch() if stage.score_weight else ({}, "")
+            warnings += adversary.watch.warning() if with_discriminator else ""
+            accelerator.print(flags.spelled(warnings), end="")
+            run.log(watched | {"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
         if run.global_step in (stage.end, args.max_train_steps):  # before the checkpoint: a resume goes on after it
             folder, grid = Path(args.output_dir, stage.name), None
             lora.save_lora(folder, unet)  # by every process

@@ -5,6 +5,7 @@ lower end; k falls from stage to stage, in one run, and each stage leaves a mode
 MSE and an adversarial loss. Paper: Hyper-SD (arXiv 2404.13686), Section 3.1, Algorithm 1; the discriminator is that of
 SDXL-Lightning (2402.13929). Deviations: segments are cut on node indices of the DDIM grid; jumps end at the lower end
 of a segment by default (--boundary_prob), where a network that cannot see the end has an exact solution.
+`--score_weights` adds score distillation, step 7.9.
 
     accelerate launch train_tscd_distill_sd_wds.py --pretrained_teacher_model=runwayml/stable-diffusion-v1-5 \\
         --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=tscd --mixed_precision=fp16 \\
@@ -30,7 +31,7 @@ from common.run import engine, sharding, simulation, training_data, updates
 from common.run.training_run import TrainingRun, user_errors
 from common.run.validation import TextValidation, load_feature_network
 from common.schedules import alpha_sigma, append_dims, guidance_scale_embedding
-from common.tscd import adversarial, segments
+from common.tscd import adversarial, matching, segments
 from common.tscd import flags as tscd_flags
 from common.tscd.discriminator import Discriminator
 from common.tscd.solver import TrajectorySolver, stage_code, tcd_scheduler
@@ -66,6 +67,7 @@ def parse_args(argv=None):
     add("--unet_time_cond_proj_dim", type=flags.embedding_width, help="width of an embedding of w; default: none")
     add("--ema_decay", type=flags.beta, default=0.95, help="of the target network")
     tscd_flags.add_adversarial_arguments(parser)
+    tscd_flags.add_score_arguments(parser)
     parser.set_defaults(validation_num_inference_steps=None)  # those of the stage
     args = parser.parse_args(argv)
     flags.check_training_arguments(parser, args)
@@ -77,7 +79,7 @@ def parse_args(argv=None):
 def main(args):
     # 1. Accelerator, and every check that needs no weights.
     accelerator = engine.make_accelerator(args)
-    is_main, device, world_size = accelerator.is_main_process, accelerator.device, accelerator.num_processes
+    is_main, device = accelerator.is_main_process, accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = weight_dtype if args.cast_teacher_unet else torch.float32
     frozen_dtype = teacher_dtype if args.freeze_discriminator_backbone else None
@@ -91,6 +93,7 @@ def main(args):
     if args.init_unet:
         teachers.check_init_unet(args.init_unet, config, args.unet_time_cond_proj_dim, **place)
     noise_scheduler = DDPMScheduler.from_config(config["scheduler"])
+    process = tscd_flags.check_score(args, config["unet"], noise_scheduler, accelerator)
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     nodes = segments.nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
@@ -126,6 +129,7 @@ def main(args):
     use_cached(train_data.cached, teacher.vae)  # cached latents need no encoder
     encoders.to_device(teacher, config, device, weight_dtype)  # VAE and text encoders
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
+    middle_w = (args.w_min + args.w_max) / 2  # of samples and scores
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with.
     unet = teachers.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
@@ -133,9 +137,12 @@ def main(args):
     if with_discriminator:
         latent_size = args.resolution // encoders.vae_scale_factor(config["vae"])
         discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype, device)
+    fake_unet = teachers.make_student(teacher.unet).to(device) if args.fake_lora_rank == 0 else None
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
+    if args.score_weights:
+        scores = matching.make_scores(teacher_unet, uncond, middle_w, fake_unet, **tscd_flags.fake_options(args))
     sampler = tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
-    trained = [unet, discriminator.encoder] if with_discriminator else [unet]
+    trained = [unet, *([discriminator.encoder] if with_discriminator else []), *([fake_unet] if fake_unet else [])]
     sharding.shard(accelerator, [unet, target_unet], plain=[teacher_unet])
     engine.apply_performance_flags(args, trained=trained, frozen=[target_unet, teacher_unet], vae=teacher.vae)
 
@@ -143,11 +150,16 @@ def main(args):
     optimizer = engine.make_optimizer(args, list(unet.parameters()), run.total_batch_size)
     lr_scheduler = engine.make_lr_scheduler(args, optimizer)
     modules, objects = {"target_unet": target_unet}, {"lr_scheduler": lr_scheduler}
-    if with_discriminator:  # outside accelerator.prepare, whose gradient clipping would unscale it with the student's
+    if with_discriminator:
         rates = {"learning_rate": args.adv_learning_rate, "head_learning_rate": args.adv_head_learning_rate}
-        d_optimizer, d_scaler = discriminator.make_optimizer(**rates, use_scaler=weight_dtype == torch.float16)
-        modules["discriminator"] = discriminator
-        objects |= {"discriminator_optimizer": d_optimizer, "discriminator_scaler": d_scaler}
+        adversary = adversarial.Adversary(discriminator, accelerator, **rates)
+        modules["discriminator"], objects = discriminator, objects | adversary.objects
+    if args.score_weights:
+        fake_optimizer = engine.make_optimizer(args, scores.trained, run.total_batch_size, args.fake_learning_rate)
+        options = {"process": process, "accelerator": accelerator, **tscd_flags.score_options(args, lr_scheduler)}
+        jumps = matching.Jumps(unet, solver, args.seed, middle_w, args.unet_time_cond_proj_dim)
+        score = matching.StageScore(jumps, scores, fake_optimizer, **options)
+        modules["fake_score"], objects = scores.trained, objects | score.objects
 
     # 6. Prepare, resume, trackers.
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -167,19 +179,17 @@ def main(args):
         network=network,
         shown=shown,
         scheduler=sampler,
-        guidance_scale=(args.w_min + args.w_max) / 2 + 1.0 if args.unet_time_cond_proj_dim else 1.0,
+        guidance_scale=middle_w + 1.0 if args.unet_time_cond_proj_dim else 1.0,
         teacher_unet=teacher_unet,
-        teacher_guidance_scale=(args.w_min + args.w_max) / 2 + 1.0,
+        teacher_guidance_scale=middle_w + 1.0,
     )
 
     # 7. The loop.
     batches, grid = itertools.chain([first_batch], batches), None
-    watch = adversarial.Watch()
     while run.goes_on:
-        stage = segments.stage_at(stages, run.global_step)
-        if stage.adv_weight and run.global_step == stage.start and accelerator.sync_gradients:
-            discriminator.reset(keyed_seed(args.seed, "discriminator", stage.index))
-            d_optimizer.state.clear()
+        stage, begins = segments.stage_at(stages, run.global_step), accelerator.sync_gradients  # an update
+        if stage.adv_weight and run.global_step == stage.start and begins:
+            adversary.begin(keyed_seed(args.seed, "discriminator", stage.index))
         batch = next(batches)
         with accelerator.accumulate(unet):
             # 7.1 Encode. All draws of a micro-batch are keyed by (seed, micro-batch): the same after a resume and for
@@ -233,7 +243,15 @@ def main(args):
                     target_output = target_unet(z_prev, timesteps, **w_cond, **cond).sample
                 target = solver.jump(target_output, z_prev, timesteps, end_timesteps)
 
-            # 7.9 Student: its jump from t to s.
+            # 7.9 Where the stage has a score: the fake one learns from what the student's k jumps make of fresh noise,
+            #     and distribution matching moves that; backward at once. Then the student's jump from t to s.
+            loss_score, score_logged = 0.0, {}
+            if stage.score_weight:
+                score.jumps.take(latents, cond, nodes[:: args.num_ddim_timesteps // stage.num_segments].flip(0))
+                loss_score, score_logged = score.loss(stage, run, batch["micro_batch"], begins)
+                if run.stopped:  # in the fake score's warm-up, of which nothing is kept
+                    break
+                accelerator.backward(loss_score)
             output = unet(noisy_latents, start_timesteps, **w_cond, **cond).sample
             model_pred = solver.jump(output, noisy_latents, start_timesteps, end_timesteps)
 
@@ -243,23 +261,15 @@ def main(args):
             loss, adv_logged = stage.mse_weight * loss_mse, {}
             if stage.adv_weight:
                 adv_generator = keyed_generator(args.seed, "adversarial", batch["micro_batch"], device)
-                adv_timesteps, q, adv_noise = adversarial.draw_renoising(
-                    alpha,
-                    end_timesteps=end_timesteps,
-                    top_timesteps=top_timesteps,
-                    shape=latents.shape,
-                    generator=adv_generator,
-                )
+                ends = {"end_timesteps": end_timesteps, "top_timesteps": top_timesteps}
+                renoising = adversarial.draw_renoising(alpha, **ends, shape=latents.shape, generator=adv_generator)
+                adv_timesteps, q, adv_noise = renoising
                 real = target
                 if stage.adv_real == "data":  # what the jump should look like: alpha_s z_0 + sigma_s eps'
                     real = adversarial.noise_data(solver, latents, end_timesteps, generator=adv_generator)
-                context = {
-                    "timesteps": adv_timesteps,
-                    "cond": cond,
-                    "noisy_latents": noisy_latents,
-                    "start_timesteps": start_timesteps,
-                    "conditional": stage.is_conditional(run.global_step, args.adv_unconditional_start),
-                }
+                context = {"timesteps": adv_timesteps, "cond": cond}
+                context |= {"noisy_latents": noisy_latents, "start_timesteps": start_timesteps}
+                context["conditional"] = stage.is_conditional(run.global_step, args.adv_unconditional_start)
             if stage.adv_weight and not stage.is_warmup(run.global_step):
                 mse_pred.retain_grad(), adv_pred.retain_grad()
                 with accelerator.autocast():
@@ -268,7 +278,7 @@ def main(args):
                 loss = loss + stage.adv_weight * adversarial.masked_mean(adv_losses, is_whole, count)
                 adv_logged["loss_adv"] = adversarial.masked_mean(adv_losses, is_whole)
             accelerator.backward(loss)
-            finite = run.update(optimizer, unet.parameters(), loss, batch["keys"])
+            finite = run.update(optimizer, unet.parameters(), loss + loss_score, batch["keys"])
             optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)  # of several, they stay in DDP's buckets
             if "loss_adv" in adv_logged and stage.mse_weight:
                 adv_logged["grad_norm_ratio"] = adv_pred.grad.norm() / mse_pred.grad.norm()
@@ -276,16 +286,9 @@ def main(args):
             #      The discriminator: softplus(-D(real)) + softplus(D(y^)), in every micro-batch too.
             if stage.adv_weight:
                 renoised = [q * x + adv_noise for x in (real, model_pred.detach())]
-                with discriminator.trainable():
-                    with accelerator.autocast():
-                        real_logits, fake_logits = discriminator(renoised, **context)
-                    d_losses = adversarial.discriminator_loss(real_logits, fake_logits)  # (B,)
-                    loss_discriminator = adversarial.masked_mean(d_losses, is_whole, count)
-                    d_scaler.scale(loss_discriminator / args.gradient_accumulation_steps).backward()
-                if accelerator.sync_gradients:
-                    run.guard.count_as_skipped_unless(updates.step_beside(d_optimizer, d_scaler, world_size))
-                adv_logged |= watch.note(stage, run.global_step, is_whole, d_losses, real_logits, fake_logits)
-        run.means.add({"loss": loss, "loss_mse": loss_mse})
+                over = {"mask": is_whole, "count": count, "stage": stage, "global_step": run.global_step}
+                adv_logged |= adversary.learn(renoised, guard=run.guard, **over, **context)
+        run.means.add({"loss": loss + loss_score, "loss_mse": loss_mse, **score_logged})
         run.means.add(adv_logged, weight=is_whole.sum())
         if not accelerator.sync_gradients:
             continue
@@ -295,8 +298,10 @@ def main(args):
         lr_scheduler.step()
         run.after_update()
         if run.logs:
-            accelerator.print(flags.spelled(watch.warning()), end="")
-            run.log({"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
+            watched, warnings = score.watch() if stage.score_weight else ({}, "")
+            warnings += adversary.watch.warning() if with_discriminator else ""
+            accelerator.print(flags.spelled(warnings), end="")
+            run.log(watched | {"stage": stage.index, "lr": lr_scheduler.get_last_lr()[0]})
         if run.global_step in (stage.end, args.max_train_steps):  # before the checkpoint: a resume goes on after it
             folder, grid = Path(args.output_dir, stage.name), None
             export.save_parts(folder, unet=shown["student"], scheduler=sampler)  # by every process

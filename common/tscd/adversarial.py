@@ -2,6 +2,7 @@
 
 import math
 
+from common.run import updates
 from common.schedules import append_dims
 
 import torch
@@ -97,3 +98,37 @@ class Watch:
             f"guess {GUESSING:.3f}), so that the adversarial part teaches nothing; {data}raise "
             "`adv_learning_rate` and `adv_head_learning_rate`, or save its time with `adv_weights`=0\n"
         )
+
+
+class Adversary:
+    """A discriminator that learns beside the student, by an optimizer and a GradScaler of its own: they are outside of
+    accelerator.prepare, whose gradient clipping would unscale them with the student's."""
+
+    def __init__(self, discriminator, accelerator, **rates):
+        self.discriminator, self.accelerator, self.watch = discriminator, accelerator, Watch()
+        use_scaler = accelerator.mixed_precision == "fp16"
+        self.optimizer, self.scaler = discriminator.make_optimizer(**rates, use_scaler=use_scaler)
+        self.objects = {"discriminator_optimizer": self.optimizer, "discriminator_scaler": self.scaler}
+
+    def begin(self, seed):
+        """A stage's discriminator: the teacher's encoder, a head drawn from `seed`."""
+        self.discriminator.reset(seed)
+        self.optimizer.state.clear()
+
+    def learn(self, samples, mask, count, stage, global_step, guard, **context):
+        """From a micro-batch: softplus(-D(real)) + softplus(D(y^)) over `mask`, and an update where one is complete.
+
+        samples: (real, y^), noised to one t*; context: as of `Discriminator`; guard: the `UpdateGuard` of the run.
+        Returns {name: scalar} for the log.
+        """
+        accelerator = self.accelerator
+        with self.discriminator.trainable():
+            with accelerator.autocast():
+                real_logits, fake_logits = self.discriminator(samples, **context)
+            losses = discriminator_loss(real_logits, fake_logits)  # (B,)
+            loss = masked_mean(losses, mask, count)
+            self.scaler.scale(loss / accelerator.gradient_accumulation_steps).backward()
+        if accelerator.sync_gradients:
+            finite = updates.step_beside(self.optimizer, self.scaler, accelerator.num_processes)
+            guard.count_as_skipped_unless(finite)
+        return self.watch.note(stage, global_step, mask, losses, real_logits, fake_logits)

@@ -1,6 +1,10 @@
 """The cross-checks of the two TSCD scripts' flags."""
 
 from common import flags
+from common.networks import lora
+from common.score import flags as score_flags
+from common.score.matching import check_engine
+from common.score.process import Process
 from common.tscd import segments
 
 weights = flags.numbers("list of numbers", flags.non_negative_float)
@@ -28,10 +32,17 @@ def add_adversarial_arguments(parser):
     add("--freeze_discriminator_backbone", action="store_true", help="train the discriminator's head alone")
 
 
+def add_score_arguments(parser):
+    """The group of distribution matching; see `tscd.matching`."""
+    group = parser.add_argument_group("score distillation")
+    group.add_argument("--score_weights", type=weights, help="of distribution matching, likewise; default: none")
+    score_flags.add_arguments(group)
+
+
 def check_stage_arguments(parser, args):
     """The cross-checks of TSCD's flags; fills in --max_train_steps where --stage_steps stand alone."""
     count = len(args.stage_segments)
-    for name in ("stage_steps", "mse_weights", "adv_weights"):
+    for name in ("stage_steps", "mse_weights", "adv_weights", "score_weights"):
         values = getattr(args, name)
         if values is not None and len(values) not in (1, count):
             listed = ",".join(f"{value:g}" for value in values)
@@ -41,6 +52,12 @@ def check_stage_arguments(parser, args):
     if args.adv_real == "data":
         reason = "--adv_real=data never shows the discriminator x_t, of which the data is no jump; drop one"
         parser.refuse_idle(["adv_unconditional_start"], reason)
+    if args.score_weights and any(args.score_weights):
+        score_flags.check_arguments(parser, args, getattr(args, "lora_rank", 0))
+    else:
+        reason = "without --score_weights there is no score; add them, or drop this"
+        parser.refuse_idle(score_flags.NAMES, reason)
+        vars(args).update(dict.fromkeys(("score_weights", *score_flags.NAMES)))  # as those of a run that knew none
     if args.w_min > args.w_max:
         parser.error(f"--w_min={args.w_min} is larger than --w_max={args.w_max}; swap them")
     if args.stage_steps and args.max_train_steps is None:
@@ -54,6 +71,24 @@ def resolve_adversary(args, saved):
         args.adv_real = saved.get("adv_real") if saved else default
 
 
+def check_score(args, unet_config, noise_scheduler, accelerator):
+    """The `Process` of scores, or UserError where distribution matching cannot be had; None without it. Needs no
+    weights."""
+    if not args.score_weights:
+        return None
+    check_engine(accelerator, "score_weights")
+    if args.fake_lora_rank:
+        modules = lora.parse_target_modules(getattr(args, "lora_target_modules", None))
+        lora.check_rank(unet_config, args.fake_lora_rank, modules, of="fake_lora_rank")
+    return Process(noise_scheduler)
+
+
+def fake_options(args):
+    """What `matching.make_scores` takes of the flags."""
+    has_lora = bool(getattr(args, "lora_rank", 0))
+    return {"rank": args.fake_lora_rank, "has_lora": has_lora, "recomputed": args.gradient_checkpointing}
+
+
 def resolve_stages(args, resumed):
     """The list of `segments.Stage` that the flags ask for, with the edges of the resumed run."""
     return segments.plan_stages(
@@ -65,4 +100,12 @@ def resolve_stages(args, resumed):
         loss_type=args.loss_type,
         edges=resumed.get("stage_edges"),
         adv_real=args.adv_real or "target",
+        score_weights=args.score_weights,
     )
+
+
+def score_options(args, lr_scheduler):
+    """What `matching.StageScore` takes of the flags."""
+    names = {"weight": "`score_weights`", "regression": "`mse_weights`", "guidance": "`w_max`"}
+    options = score_flags.options(args, lr_scheduler) | {"names": names | {"latents": "the batches' latents"}}
+    return options | {"fake_updates": args.fake_updates, "fake_warmup": args.fake_warmup}

@@ -28,6 +28,7 @@ class Stage(NamedTuple):
     mse_weight: float
     adv_weight: float
     adv_real: str
+    score_weight: float = 0.0
 
     @property
     def name(self):
@@ -42,7 +43,8 @@ class Stage(NamedTuple):
     def weights(self):
         """Those of the distance, in words."""
         real = f", real is the {self.adv_real}" if self.adv_weight else ""
-        return f"weights {self.mse_weight:g} (MSE), {self.adv_weight:g} (adversarial{real})"
+        score = f", {self.score_weight:g} (score)" if self.score_weight else ""
+        return f"weights {self.mse_weight:g} (MSE), {self.adv_weight:g} (adversarial{real}){score}"
 
     @property
     def top_prob(self):
@@ -72,12 +74,21 @@ def for_each(values, count):
 
 
 def plan_stages(
-    stage_segments, stage_steps, max_train_steps, mse_weights, adv_weights, loss_type, edges=None, adv_real="target"
+    stage_segments,
+    stage_steps,
+    max_train_steps,
+    mse_weights,
+    adv_weights,
+    loss_type,
+    edges=None,
+    adv_real="target",
+    score_weights=None,
 ):
     """The list of `Stage`s.
 
     stage_steps: [n] or one number for each stage; None: max_train_steps // stages for each, the rest to the last.
     mse_weights, adv_weights: likewise; None: the defaults by number of segments, loss type and adv_real.
+    score_weights: likewise; None: 0.
     edges: [start of stage 0, ..., end of the last], those of the run that is resumed: another max_train_steps must not
     move them. Raises UserError when stage_steps and max_train_steps disagree, or a stage has no weight.
     """
@@ -97,9 +108,12 @@ def plan_stages(
     defaults = [[table[max(key for key in table if key <= k)] for k in stage_segments] for table in tables]
     mse = for_each(mse_weights or defaults[0], count)
     adv = for_each(adv_weights or defaults[1], count)
-    stages = [Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i], adv_real) for i, k in enumerate(stage_segments)]
+    score = for_each(score_weights or [0.0], count)
+    stages = [
+        Stage(i, k, edges[i], edges[i + 1], mse[i], adv[i], adv_real, score[i]) for i, k in enumerate(stage_segments)
+    ]
     for stage in stages:
-        if stage.mse_weight == stage.adv_weight == 0:
+        if stage.mse_weight == stage.adv_weight == stage.score_weight == 0:
             raise UserError(
                 f"`mse_weights` and `adv_weights` are 0 in {stage.name}: it would train nothing; change one"
             )
@@ -108,8 +122,11 @@ def plan_stages(
 
 def heaviest_update(stages):
     """([a stage that does not end], an update in it) that takes as much as any of `stages`: past the warm-up, with a
-    discriminator that sees x_t too, where one has a discriminator."""
+    discriminator that sees x_t too where one has a discriminator, and with as many jumps as a stage with a score."""
     heaviest = max(stages, key=lambda stage: stage.adv_weight)
+    if scored := [stage for stage in stages if stage.score_weight]:
+        most = max(scored, key=lambda stage: stage.num_segments)
+        heaviest = heaviest._replace(score_weight=most.score_weight, num_segments=most.num_segments)
     return [heaviest._replace(start=0, end=sys.maxsize)], MAX_WARMUP_STEPS
 
 

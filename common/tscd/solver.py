@@ -1,5 +1,7 @@
 """How the student is stepped: in training, and by diffusers, which a card's code loads a stage into."""
 
+import itertools
+
 from common.networks.teachers import scheduler_like
 from common.results.export import teacher_code
 from common.schedules import append_dims, to_eps, to_x_0
@@ -38,6 +40,15 @@ class TrajectorySolver(DDIMSolver):
         r = alpha_s / torch.where(vanishes, 1.0, alpha_t)
         x_0 = to_x_0(model_output, z_t, alpha_t, sigma_t, self.prediction_type)
         return torch.where(vanishes, alpha_s * x_0 + sigma_s * eps, r * z_t + (sigma_s - r * sigma_t) * eps)
+
+    def roll_out(self, network, noise, timesteps, **cond):
+        """What the jumps of a network make of noise (B, ...), from the first to the last of `timesteps` (k + 1,): what
+        TCDScheduler makes in k steps with eta = 0. cond: keyword arguments of the network; float32, with gradients."""
+        z = noise
+        for start, end in itertools.pairwise(timesteps):
+            start, end = start.expand(len(z)), end.expand(len(z))
+            z = self.jump(network(z, start, **cond).sample, z, start, end)
+        return z
 
 
 def tcd_scheduler(scheduler_config, num_ddim_timesteps):

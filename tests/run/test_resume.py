@@ -11,6 +11,13 @@ import pytest
 from safetensors.torch import load_file
 
 SCORE = {"score_weight": 0.3, "fake_updates": 2, "fake_warmup": 1, "fake_learning_rate": 1e-3}
+STAGE_SCORE = {
+    "fake_lora_rank": 4,
+    "score_weights": "0,0.3",
+    "fake_updates": 2,
+    "fake_warmup": 1,
+    "fake_learning_rate": 1e-3,
+}
 VARIANTS = {
     "mid epoch, accumulation, workers, 8-bit Adam and cosine": (
         "lcm",
@@ -28,6 +35,11 @@ VARIANTS = {
         {"stage_steps": "3,1", "gradient_accumulation_steps": 2, "adv_real": "target"},
     ),
     "TSCD, real is data, from inside a stage": ("tscd", {"stage_steps": "3,1", "adv_real": "data"}),
+    "TSCD, a score, from inside a stage, accumulation": (
+        "tscd",
+        STAGE_SCORE | {"stage_steps": "1,3", "gradient_accumulation_steps": 2, "unet_time_cond_proj_dim": 32},
+    ),
+    "TSCD LoRA, a score on the same base": ("tscd_lora", STAGE_SCORE | {"adv_weights": 0, "lora_dropout": 0.3}),
     "TSCD LoRA, bf16, frozen discriminator": (
         "tscd_lora",
         {"mixed_precision": "bf16", "freeze_discriminator_backbone": True, "lora_dropout": 0.3},

@@ -43,6 +43,7 @@ def simulate(words, script=lcm, **wishes):
 
 
 BF16 = {"mixed_precision": "bf16"}
+STAGE_SCORE = {"score_weights": "0.3,0", "fake_updates": 2, "fake_lora_rank": 4}
 ROWS = {
     "lcm, accumulation, selective": (
         "lcm",
@@ -60,6 +61,12 @@ LONG_ROWS = {
     "lcm": ("lcm", {}),
     "lcm, 8-bit, full": ("lcm", BF16 | {"use_8bit_adam": True, "gradient_checkpointing": True}),
     "lcm LoRA, SDXL, 8-bit": ("lcm_lora", BF16 | {"use_8bit_adam": True, "pretrained_teacher_model": "sdxl"}),
+    "tscd LoRA, a score of k = 2": ("tscd_lora", STAGE_SCORE | BF16 | {"gradient_checkpointing": True}),
+    "tscd, a score by a LoRA on the teacher": (
+        "tscd",
+        STAGE_SCORE | BF16 | {"adv_weights": 0, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    ),
+    "tscd, a score by a copy": ("tscd", STAGE_SCORE | {"fake_lora_rank": 0}),
     "tscd, no discriminator, accumulation": ("tscd", {"adv_weights": 0, "gradient_accumulation_steps": 3}),
     "ct, ECT": ("ct", {"objective": "ect", "pretrain_steps": 1, "discretization_s_1": None}),
     "direct LoRA, int8": ("direct", {"lora_rank": 8, "quantize_base": "int8", **BF16}),

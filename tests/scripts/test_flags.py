@@ -250,6 +250,10 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
         (["--freeze_discriminator_backbone", "--adv_learning_rate=1"], "--adv_learning_rate: --freeze_discriminator"),
         (["--adv_real=data", "--adv_unconditional_start=1"], "--adv_unconditional_start: --adv_real=data never shows"),
         (["--adv_real=noise"], "--adv_real: invalid choice: 'noise'"),
+        (["--stage_segments=4,1", "--score_weights=1,2,3"], "--score_weights=1,2,3 has 3 numbers for 2 stages"),
+        (["--fake_updates=3"], "--fake_updates: without --score_weights there is no score; add them, or drop this"),
+        (["--score_weights=0", "--score_levels=2"], "--score_levels: without --score_weights there is no score"),
+        (["--score_weights=1", "--score_min_time=0.9", "--score_max_time=0.1"], "--score_min_time=0.9 must be below"),
     ],
 )
 def test_mistakes_about_stages(name, flags, sentence, capsys):

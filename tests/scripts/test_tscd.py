@@ -5,9 +5,11 @@ from pathlib import Path
 
 import train_tscd_distill_lora_sd_wds as tscd_lora
 import train_tscd_distill_sd_wds as tscd
+from common.errors import UserError
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import lora, teachers
-from common.run import checkpointing, simulation
+from common.run import checkpointing, preemption, simulation
+from common.score.matching import ScoreMatching, check_engine
 from common.tscd import adversarial
 from common.tscd import flags as tscd_flags
 from common.tscd import segments as segments_module
@@ -17,6 +19,7 @@ from tests.cases import digests, finished, micro_batches, one_sentence, scalars,
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiffusionPipeline, TCDScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -285,6 +288,59 @@ def test_the_discriminators_optimizer_is_not_accelerates_and_samples_have_a_card
     groups = saved["discriminator_optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [1e-6, 1e-3]
     assert all(float(state["step"]) == 1 for state in saved["discriminator_optimizer"]["state"].values())  # re-made
+
+
+# --- the score
+
+SCORE = {
+    "score_weights": "0,0.5",
+    "fake_updates": 1,
+    "fake_warmup": 2,
+    "fake_lora_rank": 4,
+    "fake_learning_rate": 1e-2,
+}
+
+
+@both
+def test_a_stages_score_is_logged_watched_and_on_its_card(tmp_path, flags, capsys, script):
+    """And trains in its stage alone; the stage before is what it is without one."""
+    train(flags(tmp_path / "a", script, adv_weights=0), script)
+    train(flags(tmp_path / "b", script, adv_weights=0, **SCORE), script)
+    for name in ("loss_fake", "score_gradient", "results_std", "fake_error"):
+        values = scalars(tmp_path / "b", name)
+        assert set(values) == {3, 4} and np.isfinite(list(values.values())).all()
+    a, b = (digests(tmp_path / name / "checkpoint-2") for name in "ab")
+    weights = "adapters.safetensors" if script is tscd_lora else "model.safetensors"
+    assert a[weights] == b[weights] and "fake_score.safetensors" in b and "fake_score.safetensors" not in a
+    a, b = (digests(tmp_path / name / "checkpoint-4") for name in "ab")
+    assert a[weights] != b[weights]
+    assert "0.5 (score)" in text_of(tmp_path / "b") and "(score)" not in text_of(tmp_path / "b" / "stage-0-k2")
+
+
+def test_a_stop_in_the_fake_scores_warm_up_ends_the_run_at_once(tmp_path, flags, monkeypatch):
+    out, done, train_fake = tmp_path / "out", [], ScoreMatching.train_fake
+
+    def stopped(self, micro_batch, number, count):
+        done.append(number)
+        (out / preemption.STOP).touch()
+        return train_fake(self, micro_batch, number, count)
+
+    monkeypatch.setattr(ScoreMatching, "train_fake", stopped)
+    with pytest.raises(SystemExit) as ended:
+        train(flags(out, tscd, adv_weights=0, **SCORE), tscd)
+    assert ended.value.code == preemption.EXIT_CODE and done == [-2]
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_score_that_cannot_be_had_is_refused_in_a_sentence(tmp_path, flags, capsys, monkeypatch):
+    sentence = one_sentence(capsys, train, flags(tmp_path, tscd, **SCORE | {"fake_lora_rank": 999}), tscd)
+    assert "--fake_lora_rank=999: the largest of the adapted layers has rank" in sentence
+    assert "--fake_lora_rank=0 copies all weights" in one_sentence(
+        capsys, tscd_lora.parse_args, flags(tmp_path, tscd_lora, **SCORE | {"fake_lora_rank": 0})
+    )
+    monkeypatch.setattr(Accelerator, "sharding", {}, raising=False)
+    with pytest.raises(UserError, match="`score_weights`: FSDP2 would have to split the networks of two scores"):
+        check_engine(Accelerator, "score_weights")
 
 
 # --- stages, resume, flags
