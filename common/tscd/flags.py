@@ -8,7 +8,6 @@ from common.score.process import Process
 from common.tscd import segments
 
 weights = flags.numbers("list of numbers", flags.non_negative_float)
-DEFAULT_REAL = "data"  # unless x_t is to be a condition
 
 
 def add_adversarial_arguments(parser):
@@ -19,16 +18,11 @@ def add_adversarial_arguments(parser):
     add(
         "--adv_real",
         choices=segments.ADV_REAL,
-        help=f"what the student's jump is told from: the target's jump, or noised data; default: {DEFAULT_REAL}",
+        help="what the student's jump is told from: the target's jump (default), or noised data",
     )
     add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
-    add(
-        "--adv_unconditional_start",
-        type=flags.fraction,
-        default=0.5,
-        help="share of a stage with x_t as a condition; given, it asks for --adv_real=target",
-    )
+    add("--adv_unconditional_start", type=flags.fraction, default=0.5, help="share of a stage with x_t as a condition")
     add("--freeze_discriminator_backbone", action="store_true", help="train the discriminator's head alone")
 
 
@@ -64,13 +58,6 @@ def check_stage_arguments(parser, args):
         args.max_train_steps = sum(segments.for_each(args.stage_steps, count))
 
 
-def resolve_adversary(args, saved):
-    """Fill in what is real to the discriminator. saved: the resumed run's flags; one of before `adv_real` has none."""
-    if args.adv_real is None:
-        default = "target" if "adv_unconditional_start" in flags.ArgumentParser.latest.typed else DEFAULT_REAL
-        args.adv_real = saved.get("adv_real") if saved else default
-
-
 def check_score(args, unet_config, noise_scheduler, accelerator):
     """The `Process` of scores, or UserError where distribution matching cannot be had; None without it. Needs no
     weights."""
@@ -99,7 +86,7 @@ def resolve_stages(args, resumed):
         adv_weights=args.adv_weights,
         loss_type=args.loss_type,
         edges=resumed.get("stage_edges"),
-        adv_real=args.adv_real or "target",
+        adv_real=args.adv_real or "target",  # none is what runs of before this flag have
         score_weights=args.score_weights,
     )
 

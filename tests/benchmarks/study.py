@@ -37,7 +37,7 @@ BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 100}
 HALF = {"max_train_steps": 400}  # of LCM's updates
 # TSCD's last stage alone, from the stage before it of a short run with seed 0
 LAST = {"stage_segments": 1, "stage_steps": 200, "learning_rate": 4e-4, "init_unet": "stage-2-k2"}
-DATA = {"adv_real": "data"}
+TARGET, DATA = {"adv_real": "target"}, {"adv_real": "data"}
 NO_ADVERSARY = {"adv_weight": None, "adv_images": None}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
@@ -97,11 +97,10 @@ STUDIES = {
     },
     "adversary": {
         "off": ("tscd", LAST | MSE),
-        "target": ("tscd", LAST),
+        "target": ("tscd", LAST | TARGET),
         "data, weight 0.01": ("tscd", LAST | DATA | {"adv_weights": 0.01}),
         "data, weight 0.03": ("tscd", LAST | DATA | {"adv_weights": 0.03}),
         "data, weight 0.1": ("tscd", LAST | DATA | {"adv_weights": 0.1}),
-        "data, weight 0.3": ("tscd", LAST | DATA | {"adv_weights": 0.3}),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),

@@ -30,10 +30,7 @@ VARIANTS = {
         "lcm_lora",
         {"mixed_precision": "bf16", "lora_dropout": 0.3, "dataloader_num_workers": 2, "train_batch_size": 5},
     ),
-    "TSCD, from inside a stage, accumulation, real is the target": (
-        "tscd",
-        {"stage_steps": "3,1", "gradient_accumulation_steps": 2, "adv_real": "target"},
-    ),
+    "TSCD, from inside a stage, accumulation": ("tscd", {"stage_steps": "3,1", "gradient_accumulation_steps": 2}),
     "TSCD, real is data, from inside a stage": ("tscd", {"stage_steps": "3,1", "adv_real": "data"}),
     "TSCD, a score, from inside a stage, accumulation": (
         "tscd",

@@ -11,7 +11,6 @@ from common.networks import lora, teachers
 from common.run import checkpointing, preemption, simulation
 from common.score.matching import ScoreMatching, check_engine
 from common.tscd import adversarial
-from common.tscd import flags as tscd_flags
 from common.tscd import segments as segments_module
 from common.tscd.discriminator import Discriminator
 from tests.cases import digests, finished, micro_batches, one_sentence, scalars, train, undo
@@ -230,7 +229,7 @@ def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, 
 def test_a_discriminator_that_sees_no_difference_is_told_of(tmp_path, flags, capsys, monkeypatch, script):
     """With the target as real and no rate it is blind; a line for each stage, and the way out in it."""
     monkeypatch.setattr(adversarial, "MIN_UPDATES", 2)
-    train(flags(tmp_path / "a", script, adv_real="target", adv_learning_rate=0, adv_head_learning_rate=0), script)
+    train(flags(tmp_path / "a", script, adv_learning_rate=0, adv_head_learning_rate=0), script)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: the discriminator")]
     assert [line.split(" sees no difference")[0].split()[-1] for line in lines] == ["stage-0-k2", "stage-1-k1"]
     assert all("pass --adv_real=data, raise --adv_learning_rate" in line for line in lines)
@@ -247,7 +246,7 @@ def test_the_ratio_of_the_gradients_is_the_one_at_the_students_output(tmp_path, 
 
 def test_without_adversarial_weights_there_is_no_discriminator_and_nothing_else_changes(tmp_path, flags, monkeypatch):
     """A run whose discriminator only warms up has, bit for bit, the student of a run without one."""
-    common = {"mse_weights": 1, "gradient_accumulation_steps": 2, "max_train_steps": 4, "adv_real": "target"}
+    common = {"mse_weights": 1, "gradient_accumulation_steps": 2, "max_train_steps": 4}
     train(flags(tmp_path / "a", tscd, **common, adv_weights="0,0"), tscd)
     monkeypatch.setattr(segments_module, "WARMUP_FRACTION", 1.0)
     train(flags(tmp_path / "b", tscd, **common, adv_weights="0.1"), tscd)
@@ -346,23 +345,6 @@ def test_a_score_that_cannot_be_had_is_refused_in_a_sentence(tmp_path, flags, ca
 # --- stages, resume, flags
 
 
-@pytest.mark.parametrize(
-    ("typed", "saved", "expected"),
-    [
-        ({}, {}, "data"),
-        ({"adv_unconditional_start": 1.0}, {}, "target"),  # x_t is a condition of the target alone
-        ({}, {"seed": 1}, None),  # a run that began before the flag, whose real was the target
-        ({}, {"adv_real": "target"}, "target"),
-        ({"adv_real": "data"}, {"adv_real": "target"}, "data"),  # which is then refused
-    ],
-)
-def test_what_is_real_by_default(tmp_path, flags, typed, saved, expected):
-    args = tscd.parse_args(flags(tmp_path, tscd, **typed))
-    tscd_flags.resolve_adversary(args, saved)
-    assert args.adv_real == expected
-    assert {stage.adv_real for stage in tscd_flags.resolve_stages(args, {})} == {expected or "target"}
-
-
 def test_a_shorter_and_an_extended_run_keep_the_stages_where_they_were(tmp_path, flags):
     train(flags(tmp_path, tscd, max_train_steps=4), tscd)
     train(flags(tmp_path, tscd, max_train_steps=3, **undo(tmp_path / "checkpoint-4")), tscd)
@@ -446,5 +428,5 @@ def test_the_plan_is_printed(tmp_path, flags, capsys, monkeypatch):
     monkeypatch.setattr(simulation, "begin", finished)
     train(flags(tmp_path / "out", tscd, dry_run=True), tscd)
     out = capsys.readouterr().out
-    assert "stage-1-k1" in out and "updates 2 to 4, sampling in 1" in out and "real is the data)" in out
+    assert "stage-1-k1" in out and "updates 2 to 4, sampling in 1" in out and "real is the target)" in out
     assert list(tmp_path.iterdir()) == []
