@@ -38,6 +38,7 @@ HALF = {"max_train_steps": 400}  # of LCM's updates
 # TSCD's last stage alone, from the stage before it of a short run with seed 0
 LAST = {"stage_segments": 1, "stage_steps": 200, "learning_rate": 4e-4, "init_unet": "stage-2-k2"}
 TARGET, DATA = {"adv_real": "target"}, {"adv_real": "data"}
+STAGE_SCORE = {"score_weights": 1, "fake_lora_rank": 0, "fake_learning_rate": 4e-4}  # the demo's for a score
 NO_ADVERSARY = {"adv_weight": None, "adv_images": None}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
@@ -101,6 +102,11 @@ STUDIES = {
         "data, weight 0.01": ("tscd", LAST | DATA | {"adv_weights": 0.01}),
         "data, weight 0.03": ("tscd", LAST | DATA | {"adv_weights": 0.03}),
         "data, weight 0.1": ("tscd", LAST | DATA | {"adv_weights": 0.1}),
+    },
+    "stage_score": {
+        "off": ("tscd", LAST | MSE),
+        "score, 100 updates": ("tscd", LAST | MSE | STAGE_SCORE | {"stage_steps": 100}),
+        "score": ("tscd", LAST | MSE | STAGE_SCORE),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),

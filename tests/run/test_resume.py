@@ -122,6 +122,7 @@ consistency.discretization_steps = told
 """
 OWN = {"ct": {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "eval_steps": 4, "eval_num_samples": 22}}
 OWN["ct"] |= {"eval_class_accuracy": True}
+OWN["tscd_lora"] = STAGE_SCORE | {"proportion_empty_prompts": 1}  # the fake score takes the captions at hand
 OWN["direct"] = SCORE | {"fake_lora_rank": 4}
 
 
