@@ -61,6 +61,7 @@ STUDIES = {
         "the same, the pairs for real": ("score", {"adv_images": None}),
         "the same, a fake LoRA": ("score", {"fake_lora_rank": 32, "fake_learning_rate": 2e-3}),
         "direct for 4 steps": ("direct", {}),
+        "start of the next": ("score_4_start", {}),
         "score from it, 4 steps": ("score_4", {}),
         "4 steps, no adversary": ("score_4", NO_ADVERSARY),
         "4 steps, prompts alone": ("score_4", {"regression_weight": 0.0}),

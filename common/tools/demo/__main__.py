@@ -160,17 +160,19 @@ METHODS |= {
     },
     "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
 }
-# Score distillation goes on from a regression that was stopped early. Both cost as much as direct_1.
+# Score distillation goes on from a regression that was stopped early. Both cost as much as 2,400 updates of LCM.
 METHODS["score_start"] = METHODS["direct_1"] | {"pairs": "pairs_some"}
 METHODS["score_start"]["flags"] = METHODS["direct_1"]["flags"] | {"max_train_steps": 1200}
 SCORE = {"learning_rate": 1e-4, "adam_beta1": 0.0, "adam_beta2": 0.99, "ema_decay": 0.98, "regression_weight": 0.1}
 SCORE |= {"score_weight": 1.0, "score_levels": 8, "fake_updates": 3, "fake_warmup": 100}
 SCORE |= {"fake_lora_rank": 0, "fake_learning_rate": 4e-4, "adv_weight": 0.2}
-SCORE_4 = {"regression_weight": 0.3, "fake_warmup": 20, "lr_warmup_steps": 5, "max_train_steps": 60, "ema_decay": 0.9}
+METHODS["score_4_start"] = DIRECT | {"pairs": "pairs_some", "flags": DIRECT["flags"] | {"max_train_steps": 300}}
+SCORE_4 = {"regression_weight": 0.2, "max_train_steps": 185}
 METHODS |= {
     "score": METHODS["score_start"]
     | {"start": "score_start", "flags": METHODS["score_start"]["flags"] | SCORE | {"max_train_steps": 320}},
-    "score_4": DIRECT | {"start": "direct", "flags": DIRECT["flags"] | SCORE | SCORE_4},
+    "score_4": METHODS["score_4_start"]
+    | {"start": "score_4_start", "flags": DIRECT["flags"] | SCORE | SCORE_4},
 }
 
 
