@@ -171,8 +171,7 @@ SCORE_4 = {"regression_weight": 0.2, "max_train_steps": 185}
 METHODS |= {
     "score": METHODS["score_start"]
     | {"start": "score_start", "flags": METHODS["score_start"]["flags"] | SCORE | {"max_train_steps": 320}},
-    "score_4": METHODS["score_4_start"]
-    | {"start": "score_4_start", "flags": DIRECT["flags"] | SCORE | SCORE_4},
+    "score_4": METHODS["score_4_start"] | {"start": "score_4_start", "flags": DIRECT["flags"] | SCORE | SCORE_4},
 }
 
 
