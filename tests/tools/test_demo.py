@@ -174,8 +174,9 @@ def test_rebuild_removes_the_demos_files_only(tmp_path, capsys):
 def test_the_command_names_a_script_and_flags_that_it_has(method, tmp_path, monkeypatch):
     monkeypatch.chdir(measuring.ROOT)
     recipe, teacher = demo.METHODS[method], measuring.TEACHERS["parity"]
+    more = {"init_student": recipe["start"]} if "start" in recipe else {}
     command = demo.training_command(
-        recipe, teacher, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", 3, recipe.get("start")
+        recipe, teacher, tmp_path / "teacher", tmp_path / "train", tmp_path / "student", 3, more
     )
     start = command.index(recipe["script"])
     assert (measuring.ROOT / recipe["script"]).is_file()
