@@ -134,8 +134,10 @@ def main(args):
     data = direct_flags.read_data(args)
     if args.quantize_base and data.config is None:
         raise UserError("--quantize_base: make the pairs first, with encode_pairs; they are checked by whole weights")
-    sources.check_vae(data, args.pretrained_teacher_model, weight_dtype, **place)
-    pairs_config, fingerprint = data.config, pairs.fingerprint(data)  # None where they are made below, of images
+    images = sources.RealImages(args.adv_images) if args.adv_images else None
+    for source in (data, images):
+        sources.check_vae(source, config, args.pretrained_teacher_model, weight_dtype, **place)
+    pairs_config = data.config  # None where they are made below, of images
     check_overrides(config["class"], args.student_kwargs, args.num_inference_steps)
     scheduler_class, scheduler_config = check_pairs(config, pairs_config, args.pairs_dir, args.teacher_lora)
     if args.student_scheduler:
@@ -148,10 +150,10 @@ def main(args):
         options = {"rank": args.fake_lora_rank, "has_regression": bool(args.regression_weight)}
         process = score.check(config, pairs_config, scheduler, args.score_kwargs, accelerator, **options)
     score_prompts = tables.read_prompts(args.score_prompts, "`score_prompts`") if args.score_prompts else []
-    images = sources.RealImages(args.adv_images) if args.adv_images else None
     run.check_flags()
+    fingerprints = pairs.fingerprints(data, score_prompts, images)
     if run.checkpoint:
-        pairs.check_same_pairs(run.checkpoint, run.resumed, fingerprint)
+        pairs.check_same_data(run.checkpoint, run.resumed, fingerprints)
     train_indices, held_out = pairs.split(len(data), args.num_held_out)
     order = pairs.PairOrder(len(train_indices), args.train_batch_size, args.data_seed)
     run.resolve_steps(len(train_indices))
@@ -202,15 +204,15 @@ def main(args):
         start_from(None if args.dry_run else args.init_student, pipelines.denoisers(pipeline))
         torch.nn.ModuleList(base).requires_grad_(True)
     repair = not (args.student_scheduler_kwargs or {"sigmas", "timesteps"} & args.student_kwargs.keys())
+    teacher = {"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": str(weight_dtype)[6:]}
+    teacher["teacher_lora"] = fusing.identity(args.teacher_lora)
     with accelerator.autocast(), simulation.before_updates(pipeline.components):
         kwargs, found = student_kwargs(pipeline, data, **asked, repair=repair, calls=calls)
-    accelerator.print("\n".join(notes + found))
-    if not args.dry_run:  # which encodes no image, but simulates it
-        teacher = {"model": args.pretrained_teacher_model, "revision": args.revision, "dtype": str(weight_dtype)[6:]}
-        teacher["teacher_lora"] = fusing.identity(args.teacher_lora)
-        with accelerator.autocast():
-            made_by = {"pipeline": pipeline, "kwargs": kwargs, "scheduler": config["scheduler"], "model": teacher}
-            data = sources.pairs_of(data, accelerator, folder=Path(args.output_dir, "pairs"), **made_by)
+        accelerator.print("\n".join(notes + found))
+        made_by = {"pipeline": pipeline, "kwargs": kwargs, "scheduler": config["scheduler"], "model": teacher}
+        data = sources.pairs_of(data, accelerator, folder=Path(args.output_dir, "pairs"), **made_by)
+        if images:
+            images = sources.pairs_of(images, accelerator, folder=Path(args.output_dir, "real"), like=data, **made_by)
     networks = networks_of(pipeline)
     if args.score_weight:  # the teacher and the fake score, beside the student or on its base
         others = {n: part for n, part in pipeline.components.items() if n not in pipelines.denoisers(pipeline)}
@@ -230,9 +232,6 @@ def main(args):
             shape = data.latents(measured[:1]).shape
             score.try_out(scores, data, process, shape=shape, **options)
             scores = scores.with_adversary(data, process, shape) if args.adv_weight else scores
-        if images:
-            images.pipeline = pipeline
-            sources.check_real(rollout, images, shape)
         untrained = None
         if not args.dry_run:  # which has no values to look at
             if not args.skip_pairs_check:
@@ -277,7 +276,7 @@ def main(args):
         networks=networks,
         modules=modules,
         objects=objects,
-        pairs_sha256=fingerprint,
+        **fingerprints,
     )
     micro_batch = run.resumed["data"].get("next_micro_batch", 0)
     shows = {"measured": measured, "shown": shown, "untrained": untrained, "averaged": averaged}

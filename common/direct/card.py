@@ -30,6 +30,9 @@ def write_card(args, pipeline, data, kwargs, files, run, result):
             f"Score distillation (2405.14867) of weight {args.score_weight:g}, with {args.fake_updates} updates of "
             f"the fake score for each of the student's, beside a regression of weight {args.regression_weight:g}."
         ]
+    if args.score_weight and args.adv_weight:
+        real = f"the images of `{args.adv_images}`" if args.adv_images else "the teacher's own results"
+        score += [f"An adversary of weight {args.adv_weight:g} tells its results from {real}."]
     by = "score distillation" if args.score_weight else "direct distillation"
     export.write_model_card(
         args.output_dir,

@@ -266,11 +266,29 @@ def fingerprint(data):
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def check_same_pairs(checkpoint, resumed, sha256):
-    """UserError when `checkpoint`, of state `resumed`, was trained on pairs of another fingerprint, whatever their
-    folder is called."""
-    if resumed.get("pairs_sha256", sha256) != sha256:
-        raise UserError(
-            f"`resume_from_checkpoint`={checkpoint} was trained on other pairs than `pairs_dir` or "
-            "`dataset_metadata_path` holds now; put them back, or name a new `output_dir`"
-        )
+KINDS = {  # of data: what a checkpoint calls their fingerprint
+    "pairs_sha256": "pairs than `pairs_dir` or `dataset_metadata_path` holds",
+    "score_prompts_sha256": "prompts than `score_prompts` holds",
+    "adv_images_sha256": "images than `adv_images` holds",
+}
+
+
+def fingerprints(data, score_prompts=(), images=None):
+    """{as of KINDS: the fingerprint} of all that a run is trained on. images: a `sources.TableImages`, or None."""
+    found = {"pairs_sha256": fingerprint(data)}
+    if score_prompts:
+        found["score_prompts_sha256"] = hashlib.sha256(json.dumps(score_prompts).encode()).hexdigest()
+    if images:
+        found["adv_images_sha256"] = hashlib.sha256(json.dumps(images.identity()).encode()).hexdigest()
+    return found
+
+
+def check_same_data(checkpoint, resumed, fingerprints):
+    """UserError when `checkpoint`, of state `resumed`, was trained on data of another fingerprint, whatever their
+    folder is called. What an older version did not write down is not compared."""
+    for name, sha256 in fingerprints.items():
+        if resumed.get(name, sha256) != sha256:
+            raise UserError(
+                f"`resume_from_checkpoint`={checkpoint} was trained on other {KINDS[name]} now; put them back, or "
+                "name a new `output_dir`"
+            )

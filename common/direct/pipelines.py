@@ -31,8 +31,8 @@ SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps")  # of a call
 
 def read_pipeline_config(name, revision=None, cache_dir=None, variant=None, teacher_lora=None):
     """What a pipeline consists of, without its weights: {"class", "denoisers": {name: (class, configuration)},
-    "scheduler": (class, configuration), "notes": [sentences]}. The class is that which makes images of text alone,
-    where another one has saved the same parts.
+    "scheduler": (class, configuration), "has_vae", "notes": [sentences]}. The class is that which makes images of text
+    alone, where another one has saved the same parts.
 
     name: a folder or hub repository in diffusers layout. teacher_lora: see `fusing`. Raises UserError when it is
     missing or partial, when its weights are damaged or pickles, when diffusers has no such pipeline, when its call
@@ -73,7 +73,13 @@ def read_pipeline_config(name, revision=None, cache_dir=None, variant=None, teac
     fusing.check(teacher_lora, used, configs)
     change = f"{flag}: a {pipeline_class.__name__} saved it, a {used.__name__} samples it here, from text alone"
     notes = [change] if sibling else []
-    return {"class": used, "denoisers": configs, "scheduler": scheduler, "notes": notes}
+    return {
+        "class": used,
+        "denoisers": configs,
+        "scheduler": scheduler,
+        "has_vae": "vae" in parts,
+        "notes": notes,
+    }
 
 
 def check_performance(denoisers, gradient_checkpointing, compiles, has_channels_last):

@@ -47,10 +47,13 @@ class Scores(NamedTuple):
         noisy = torch.zeros(shape, device=parameter.device)
         with torch.no_grad(), self.fake.networks(), adversary.noting(self.fake) as found:
             self.fake.ask(data.prompts[:1], noisy, process.at(0.5), **data.call_kwargs([0]))
-        if not found:
-            name = type(self.fake.pipeline).__name__
-            raise UserError(f"`adv_weight`: the denoiser of a {name} has no middle that gives features; drop it")
-        head = adversary.Head(adversary.features(found[-1], 1).shape[-1]).to(parameter.device)
+        name = type(self.fake.pipeline).__name__
+        try:
+            width = adversary.features(found[-1], 1).shape[-1]
+        except (LookupError, RuntimeError):
+            sentence = f"`adv_weight`: the denoiser of a {name} has no middle that gives features; drop it"
+            raise UserError(sentence) from None
+        head = adversary.Head(width).to(parameter.device)
         head.requires_grad_(False)
         return self._replace(trained=torch.nn.ParameterList([*self.trained, *head.parameters()]), head=head)
 

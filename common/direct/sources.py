@@ -21,7 +21,7 @@ from common.data.images import decode_caption, image_size, read_image
 from common.data.shards import SampleError, expand_shards, is_remote
 from common.direct import pairs, pipelines
 from common.direct.pairs import Pairs, PairShards
-from common.errors import UserError, blame, speaking_of
+from common.errors import CALL_ERRORS, UserError, blame, speaking_of
 from common.networks import encoders
 from common.results.export import versions
 from common.run import simulation
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 COLUMNS = ("image", "prompt", "seed")
+FLAT = 0.2  # variance of pixels in -1..1 of a picture with little in it; what has less counts as this
 DAMAGE = (tarfile.TarError, SampleError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # A shard, what is said of it, or what a task left that was killed at either.
 OF_A_SHARD = re.compile(r"(.+?)(\.tar|_stats\.json)(\.[0-9a-f]{32}\.tmp)?")
@@ -55,6 +56,9 @@ class TableImages(Pairs):
 
     flag: that names the table. base_flag: that of the folder of its images, None where that is the table's own.
     """
+
+    way_out = "use generate_pairs"
+    what = "the images are encoded once, into {}: pairs, which other runs can take as they are"
 
     def __init__(self, flag, metadata_path, base_flag=None, base_path=None, columns=COLUMNS[:2]):
         super().__init__()
@@ -100,15 +104,23 @@ class TableImages(Pairs):
             pixels.append(torch.from_numpy(array).permute(2, 0, 1).float() / 127.5 - 1.0)
         return torch.stack(pixels)
 
+    def identity(self):
+        """What tells this table from another, for the configuration of the pairs that are made of it."""
+        rows = repr([self.files, self.prompts, self.seeds, self.sizes])
+        contents = repr([os.path.getsize(self.base / file) for file in self.files])
+        names = {"table_sha256": rows, "image_bytes_sha256": contents}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in names.items()}
+
 
 class RealImages(TableImages):
     """Images that no pair needs, all of one size, for the adversary of `direct.score`."""
 
     way_out = "drop it: then the pairs are the real ones"
+    what = "the real images are encoded once, into {}"
 
     def __init__(self, metadata_path):
         super().__init__("adv_images", metadata_path)
-        self.seeds = [0] * len(self)  # of `check_encoding`, which makes something of their form
+        self.seeds = [0] * len(self)  # of their form on disk, and of what `check_encoding` makes
         if len(set(self.sizes)) > 1:
             raise UserError(f"{self.flag}: its images have {len(set(self.sizes))} sizes; give them that of the pairs")
 
@@ -145,13 +157,6 @@ class PairImages(TableImages):
                 f"{flag}: its images have {len(set(self.sizes))} sizes; pass `max_pixels` with `train_batch_size`=1"
             )
 
-    def identity(self):
-        """What tells this table from another, for the configuration of the pairs that are made of it."""
-        rows = repr([self.files, self.prompts, self.seeds, self.sizes])
-        contents = repr([os.path.getsize(self.base / file) for file in self.files])
-        names = {"table_sha256": rows, "image_bytes_sha256": contents}
-        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in names.items()}
-
     def _check_size(self, file, size, height, width, max_pixels):
         if height and size != (height, width):
             raise UserError(
@@ -167,6 +172,8 @@ class CachedPairs(Pairs):
 
     Raises UserError for shards that are incomplete or damaged, and for samples that cannot be pairs; loads no weights.
     """
+
+    way_out, what = TableImages.way_out, TableImages.what
 
     def __init__(self, spec, shards, manifest):
         super().__init__()
@@ -274,12 +281,17 @@ def open_pairs(spec):
     return CachedPairs(spec, shards, manifest)
 
 
-def check_vae(data, name, dtype, revision=None, cache_dir=None):
-    """UserError unless the teacher `name` has a VAE of the kind that made the latents of `data`, by their shape and
-    dtype; needs no weights. Nothing for pairs that are no CachedPairs.
+def check_vae(data, config, name, dtype, revision=None, cache_dir=None):
+    """UserError unless the teacher `name` has a VAE that can encode the images of `data`, or is of the kind that made
+    its latents, by their shape and dtype; needs no weights. Nothing for pairs in their own form.
 
-    dtype: what the run's VAE computes in; latents of a coarser one are refused.
+    config: the teacher's, as from `read_pipeline_config`. dtype: what the run's VAE computes in; latents of a coarser
+    one are refused.
     """
+    if isinstance(data, TableImages) and not config["has_vae"]:
+        raise UserError(
+            f"{data.flag}: a {config['class'].__name__} has no VAE, which images are encoded with; {data.way_out}"
+        )
     if not isinstance(data, CachedPairs):
         return
     try:
@@ -320,8 +332,9 @@ def encode_images(pipeline, pixels):
         encoded = (vae.float() if upcast else vae).encode(pixels.unsqueeze(2) if of_video else pixels)
     if upcast:
         vae.half()
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    return normalized(pipeline, latents.float())
+    if hasattr(encoded, "latent_dist"):
+        return normalized(pipeline, encoded.latent_dist.mode().float())
+    return normalized(pipeline, (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float())
 
 
 def normalized(pipeline, latents):
@@ -345,10 +358,11 @@ def normalized(pipeline, latents):
 @torch.no_grad()
 def check_encoding(rollout, data, indices, limit=0.5):
     """UserError unless the pipeline decodes the latents of images `indices`, which have one size, to these images, up
-    to `limit` of their variance; of a CachedPairs, to images that are encoded to the same latents. Returns the error.
+    to `limit` of their variance, or of FLAT; of a CachedPairs, to images that are encoded to the same latents.
+    Returns the error.
     """
     prompts, options = [data.prompts[i] for i in indices], rollout.kwargs | data.call_kwargs(indices)
-    latents, error = data.latents(indices), math.inf
+    latents, error = try_to_encode(data, indices), math.inf
     made = rollout(prompts, [data.seeds[i] for i in indices], **data.call_kwargs(indices))
     if latents.shape == made.shape:
         images = pipelines.decode(rollout.pipeline, latents.to(made.dtype), prompts, **options)
@@ -359,36 +373,44 @@ def check_encoding(rollout, data, indices, limit=0.5):
             else:
                 back = encode_images(rollout.pipeline, back).cpu()
             if there.shape == back.shape:
-                error = ((back - there).square().mean() / there.var()).item()
+                error = ((back - there).square().mean() / there.var().clamp(min=FLAT)).item()
     if not error <= limit:
         raise UserError(
             f"{data.flag}: {type(rollout.pipeline).__name__} cannot be given images instead of latents "
-            f"(encoded and decoded again they differ by {error:.2g} of their variance); "
-            f"{getattr(data, 'way_out', 'use generate_pairs')}"
+            f"(encoded and decoded again they differ by {error:.2g} of their variance); {data.way_out}"
         )
     return error
 
 
 @torch.no_grad()
-def check_real(rollout, images, shape):
-    """UserError unless images of a `RealImages` can stand beside latents of `shape` (1, ...), those of the pairs."""
-    found = images.latents([0]).shape
-    if found[1:] != shape[1:]:
+def try_to_encode(data, indices):
+    """Latents of images `indices`; UserError where the pipeline has none that are encoded as images are."""
+    what = f"{data.flag}: {type(data.pipeline).__name__} cannot be given images instead of latents"
+    with blame(what, *CALL_ERRORS, way_out=data.way_out):
+        return data.latents(indices)
+
+
+def check_like(images, others):
+    """UserError unless the first image can be encoded, and its latents stand beside those of other pairs, or None."""
+    found = list(try_to_encode(images, [0]).shape[1:])
+    wanted = list(others.latents([0]).shape[1:]) if others else found
+    if found != wanted:
         size = " x ".join(map(str, images.sizes[0]))
         raise UserError(
-            f"{images.flag}: images of {size} pixels become latents of {list(found[1:])}, and those of the pairs are "
-            f"{list(shape[1:])}; give them the pairs' size"
+            f"{images.flag}: images of {size} pixels become latents of {found}, and those of the pairs are {wanted}; "
+            f"give them the pairs' size, or, where that is a video's, {images.way_out}"
         )
-    if not simulation.is_on():  # where there are values
-        check_encoding(rollout, images, [0])
 
 
-def write_pairs(source, pipeline, kwargs, folder, scheduler, model, part=(0, 1), samples_per_shard=256, **shown):
+def write_pairs(
+    source, pipeline, kwargs, folder, scheduler, model, part=(0, 1), samples_per_shard=256, like=None, **shown
+):
     """Encode the pairs of `source` into `folder`, those of the shards of a task that are not there yet, whose number
     of all and configuration it returns: ([shards], config).
 
     pipeline, kwargs: as the student samples, for `check_encoding`. scheduler: (class, configuration) of the teacher.
-    model: {"model", "revision", "dtype"}, of the teacher. part: (index, count) of the task. shown: for `tqdm`.
+    model: {"model", "revision", "dtype"}, of the teacher. part: (index, count) of the task. like: as of `pairs_of`.
+    shown: for `tqdm`.
     UserError for a folder with pairs of something else, and for images that cannot be encoded.
     """
     source.pipeline = pipeline
@@ -407,6 +429,7 @@ def write_pairs(source, pipeline, kwargs, folder, scheduler, model, part=(0, 1),
     config |= source.identity()
     own, missing = pairs.missing_shards(folder, config, part)
     if pairs.missing_shards(folder, config)[1]:  # by every task, so that all of them end where it fails
+        check_like(source, like)
         check_encoding(pipelines.Rollout(pipeline, **kwargs), source, [0])
     pairs.write_config(folder, config, free=("versions", "model", "revision"))
     with tqdm(total=len(own), initial=len(own) - len(missing), unit="shard", smoothing=0.05, **shown) as progress:
@@ -429,14 +452,30 @@ def _encoded(source, indices, progress):
         progress.set_postfix(image=index, refresh=False)
 
 
-def pairs_of(source, accelerator, folder, **options):
+def pairs_of(source, accelerator, folder, like=None, **options):
     """The PairShards of a run: `source` itself where it is some, else what `write_pairs` makes of it in `folder`, by
-    all processes together. options: of `write_pairs`."""
+    all processes together; in a dry run, which writes nothing, `source` with latents that have no values.
+
+    like: other pairs, whose latents have the form that these must have. options: of `write_pairs`.
+    """
     if isinstance(source, PairShards):
         return source
-    accelerator.print(f"the images are encoded once, into {folder}: pairs, which other runs can take as they are")
+    if simulation.is_on():
+        source.pipeline = options["pipeline"]
+        check_like(source, like)
+        shapes, latents = {}, source.latents
+
+        def of_their_shape(indices):
+            size = source.sizes[indices[0]]
+            shapes[size] = shapes.get(size) or latents(indices[:1]).shape[1:]
+            return torch.empty(len(indices), *shapes[size])
+
+        source.latents = of_their_shape
+        return source
+    accelerator.print(source.what.format(folder))
     part, is_main = (accelerator.process_index, accelerator.num_processes), accelerator.is_main_process
-    _, config = write_pairs(source, folder=folder, part=part, desc="encoding", disable=not is_main, **options)
+    shown = {"desc": "encoding", "disable": not is_main}
+    _, config = write_pairs(source, folder=folder, part=part, like=like, **options, **shown)
     accelerator.wait_for_everyone()
     lock.wait_for(folder, lambda: not pairs.missing_shards(folder, config)[1])  # other nodes' shards
     return PairShards(folder)

@@ -53,7 +53,7 @@ def prepare_output_dir(output_dir, resume_from_checkpoint, dry_run=False):
     flag = f"`output_dir`={output_dir}"
     names = lock.contents(output_dir)
     skipped = [name for name in names if name.startswith(Path(SKIPPED).stem + ".")]  # of every rank
-    encoded = {"pairs", "embeddings", FOLDER}  # what is made before the first update
+    encoded = {"pairs", "real", "embeddings", FOLDER}  # what is made before the first update
     failed_start = CONFIG in names and names - encoded == {CONFIG, *skipped}
     if names and not failed_start and not resume_from_checkpoint:
         raise UserError(f"{flag} is not empty; name a new folder, or pass `resume_from_checkpoint`=latest to continue")

@@ -30,22 +30,19 @@ class Head(torch.nn.Module):
 
 def middle(network):
     """The module of a denoiser whose outputs are the features: a U-Net's middle block, else the middle one of its
-    longest list of blocks, the last of these: shorter ones refine text or latents before."""
+    longest list of blocks, the last of these: shorter ones refine text or latents before. None where it has none."""
     if isinstance(block := getattr(network, "mid_block", None), torch.nn.Module):
         return block
     lists = [module for module in network.children() if isinstance(module, torch.nn.ModuleList)]
-    blocks = max(reversed(lists), key=len)
-    return blocks[(len(blocks) - 1) // 2]
+    blocks = max(reversed(lists), key=len, default=())
+    return blocks[(len(blocks) - 1) // 2] if len(blocks) else None
 
 
 @contextlib.contextmanager
 def noting(asked):
     """A list, to which every call of the score's denoisers inside adds what their middle gives."""
-    found = []
-    hooks = [
-        middle(network).register_forward_hook(lambda module, inputs, output: found.append(output))
-        for network in asked.denoisers()
-    ]
+    found, middles = [], filter(None, map(middle, asked.denoisers()))
+    hooks = [module.register_forward_hook(lambda module, inputs, output: found.append(output)) for module in middles]
     try:
         yield found
     finally:

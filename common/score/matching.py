@@ -152,12 +152,12 @@ class ScoreMatching:
 
         Taken back at once, so that no activations of the fake score are kept beside the student's.
         """
-        noisy = noisy.detach().requires_grad_()
+        noisy, share = noisy.detach().requires_grad_(), ADV_SHARE / len(noisy)  # of the fake score's, to fit its scale
         with torch.enable_grad(), adversary.noting(self.scores.fake) as found:
             prediction = self.scores.fake.ask(noisy=noisy, level=level, **about)[0]
             loss = softplus(-self.scores.head(adversary.features(found[-1], len(noisy)))).sum()
-            (gradient,) = torch.autograd.grad(self.scaler.scale(loss), noisy)
-        size = self.scaler.scale(torch.ones((), device=noisy.device))  # fp16 would round small gradients to 0
+            (gradient,) = torch.autograd.grad(self.scaler.scale(share * loss), noisy)
+        size = share * self.scaler.scale(torch.ones((), device=noisy.device))  # fp16 would round small gradients to 0
         return prediction.detach(), loss.detach(), level.alpha * gradient / size
 
     def watch(self, latent_std):

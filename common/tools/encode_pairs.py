@@ -53,7 +53,7 @@ def main(args):
     teacher = pipelines.read_pipeline_config(args.pretrained_teacher_model, **own, **place)
     with speaking_of("IN", "pairs_dir"):
         source = read_source(args.dataset_metadata_path, args.dataset_base_path)
-        sources.check_vae(source, args.pretrained_teacher_model, dtype, **place)
+        sources.check_vae(source, teacher, args.pretrained_teacher_model, dtype, **place)
     for note in teacher["notes"]:
         print(note, flush=True)
     pairs.check_folder(args.output_dir)

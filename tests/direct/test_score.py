@@ -3,7 +3,7 @@
 import contextlib
 import types
 
-from common.direct import levels, pipelines, score
+from common.direct import levels, pipelines, score, sources
 from common.direct.student import teachers_calls
 from common.errors import UserError
 from common.keyed_random import keyed_seed
@@ -17,6 +17,7 @@ from tests.direct.test_pipelines import PROMPTS, Pairs, every_pipeline, student
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 
 class Engine:
@@ -219,6 +220,51 @@ def test_the_adversary_learns_to_tell_results_from_pairs(name, rank):
         made.noted += [torch.tensor([1.0, 0.5, 0.6])]
         losses.append(made.watch(1.0)[0]["loss_discriminator"])
     assert losses[0] > 1.2 and sum(losses[-10:]) / 10 < 1.0
+
+
+def test_a_denoiser_without_a_middle_is_refused(monkeypatch):
+    assert adversary.middle(torch.nn.Sequential(torch.nn.Linear(2, 2))) is None
+    monkeypatch.setattr(adversary, "middle", lambda network: None)
+    with pytest.raises(UserError, match="`adv_weight`: the denoiser of a StableDiffusionPipeline has no middle"):
+        make("SD1.5", adv_weight=0.5)
+
+
+KL = {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "latent_channels": 4}
+KL |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+VIDEO = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+TINY = {f"{x}_block_out_channels": (4,) * 4 for x in ("encoder", "decoder")}
+TINY |= {f"num_{x}_blocks": (1,) * 4 for x in ("encoder", "decoder")}
+
+
+@pytest.mark.parametrize(
+    ("name", "vae", "config", "sentence"),
+    [
+        ("Flux", diffusers.AutoencoderKL, KL, None),
+        ("SD1.5", diffusers.AutoencoderTiny, TINY, None),
+        ("Qwen-Image", diffusers.AutoencoderKLQwenImage, VIDEO, None),
+        (
+            "Wan",
+            diffusers.AutoencoderKLWan,
+            VIDEO,
+            r"become latents of \[4, 1, 8, 8\], and .* \[4, 2, 8, 8",
+        ),
+        ("LTX", diffusers.AutoencoderKLWan, VIDEO, "LTXPipeline cannot be given images instead of latents"),
+    ],
+)
+def test_images_stand_beside_results_or_are_refused(tmp_path, name, vae, config, sentence):
+    """Packed latents and frames: one sentence, which names the way out."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "table.jsonl").write_text('{"image": "a.png", "prompt": "a"}')
+    pipeline, kwargs, _ = student(name, 2)
+    pipeline.register_modules(vae=vae(**config))
+    images = sources.RealImages(tmp_path / "table.jsonl")
+    images.pipeline = pipeline
+    latents = pipelines.call(pipeline, PROMPTS[:1], [3], **kwargs)
+    results = types.SimpleNamespace(latents=lambda indices: latents)
+    if sentence is None:
+        return sources.check_like(images, results)
+    with pytest.raises(UserError, match=f"`adv_images`=.*{sentence}.*drop it: then the pairs are the real ones"):
+        sources.check_like(images, results)
 
 
 def test_half_precisions_scale_leaves_the_adversarys_gradient_what_it_is():

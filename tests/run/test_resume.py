@@ -123,7 +123,7 @@ consistency.discretization_steps = told
 OWN = {"ct": {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "eval_steps": 4, "eval_num_samples": 22}}
 OWN["ct"] |= {"eval_class_accuracy": True}
 OWN["tscd_lora"] = STAGE_SCORE | {"proportion_empty_prompts": 1}  # the fake score takes the captions at hand
-OWN["direct"] = SCORE | {"fake_lora_rank": 4}
+OWN["direct"] = SCORE | {"fake_lora_rank": 4, "adv_weight": 0.1}
 
 
 @pytest.mark.parametrize("name", soak_but("lcm", "tscd_lora", "ct", "direct"))
@@ -136,6 +136,7 @@ def test_two_processes_draw_different_noise_agree_resume_and_equal_one_process(
         changes["feature_network"] = request.getfixturevalue("classifier")
     if name == "direct":
         del changes["data_lanes"]
+        changes["adv_images"] = request.getfixturevalue("table") / "metadata.csv"
     script, last = SCRIPTS[name], tmp_path / "two" / "checkpoint-4"
     prelude = NO_DDP_LEFT + WATCHED * (name == "ct")
     done = run_processes(command(name, tmp_path / "two", **changes), script, 2, prelude)

@@ -477,23 +477,74 @@ def test_a_stop_in_the_fake_scores_warm_up_ends_the_run_at_once(tmp_path, flags,
     assert not list(out.glob("checkpoint-*")) and not (out / preemption.REQUEUE).exists()
 
 
-def test_an_adversary_takes_a_tables_images_for_real(tmp_path, flags, table, capsys):
-    """Dry, whole and resumed; and images that are none of the pairs' size."""
+def test_an_adversary_takes_a_tables_images_for_real(tmp_path, flags, table, capsys, monkeypatch):
+    """Dry, whole and resumed, encoded once; other images, prompts and weights; and none of the pairs' size."""
+    (tmp_path / "prompts.txt").write_text("a handwritten nine\n")
     own, out = SCORE | ADVERSARY | {"adv_images": table / "metadata.csv", "max_train_steps": 3}, tmp_path / "out"
+    own["score_prompts"] = tmp_path / "prompts.txt"
     run(flags(out, **own, dry_run=True))
     assert not out.exists()
     run(flags(out, **own, checkpointing_steps=2))
+    assert f"the real images are encoded once, into {out / 'real'}" in capsys.readouterr().out
+    stored, data = pairs.PairShards(out / "real"), sources.RealImages(table / "metadata.csv")
+    assert stored.prompts == data.prompts and stored.sizes == [(16, 16)] * NUM_PAIRS
+    card = (out / "README.md").read_text()
+    assert f"An adversary of weight 0.1 tells its results from the images of `{table / 'metadata.csv'}`." in card
     whole = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     told = scalars(out, "loss_discriminator")
     assert len(told) == 3 and all(1.0 < loss < 2.0 for loss in told.values())  # 2 ln 2 at the start
     shutil.rmtree(out / "checkpoint-3")
-    run(flags(out, **own, checkpointing_steps=2, resume_from_checkpoint="latest"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "encode_images", None)
+        run(flags(out, **own, checkpointing_steps=2, resume_from_checkpoint="latest"))
     again = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(whole[name], again[name]) for name in whole)  # the same computation, twice
+
+    resumed = own | {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    more = {"adv_weight": 0.2}, {"adv_weight": None, "adv_images": None}, {"adv_images": None}
+    for changes, name in zip(more, ("adv_weight", "adv_weight", "adv_images"), strict=True):
+        assert f"--{name} was" in one_sentence(capsys, run, flags(out, **resumed | changes))
+    (tmp_path / "prompts.txt").write_text("a handwritten five\n")
+    assert "on other prompts than --score_prompts holds now" in one_sentence(capsys, run, flags(out, **resumed))
+    (tmp_path / "prompts.txt").write_text("a handwritten nine\n")
+    Image.new("RGB", (16, 16)).save(table / "000000003.png")
+    assert "on other images than --adv_images holds now" in one_sentence(capsys, run, flags(out, **resumed))
     for path in table.glob("*.png"):
         Image.new("RGB", (24, 24)).save(path)
     capsys.readouterr()
     assert "give them the pairs' size" in one_sentence(capsys, run, flags(tmp_path / "b", **own, dry_run=True))
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ("file,prompt\na.png,a\n", "has no column image"),
+        ("image,prompt\na.png,a\nnone.png,b\n", "1 of 2 rows name no file, the first is 'none.png'"),
+        ("image,prompt\na.png,a\nwide.png,b\n", "its images have 2 sizes; give them that of the pairs"),
+        ("image,prompt\na.png,a\ntext.png,b\n", "text.png cannot be read"),
+        ("image,prompt\n", "holds no row below its first"),
+    ],
+)
+def test_tables_of_real_images_that_are_wrong(tmp_path, flags, capsys, monkeypatch, table, sentence):
+    (tmp_path / "text.png").write_text("no image")
+    for name, size in (("a.png", (16, 16)), ("wide.png", (24, 16))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "m.csv").write_text(table)
+    own = SCORE | ADVERSARY | {"adv_images": tmp_path / "m.csv", "dry_run": True}
+    refused(flags(tmp_path / "out", **own), f"--adv_images={tmp_path / 'm.csv'}", capsys, monkeypatch)
+    refused(flags(tmp_path / "out", **own), sentence, capsys, monkeypatch)
+
+
+def test_a_teacher_without_a_vae_takes_no_images(tmp_path, flags, table, direct_teacher, capsys, monkeypatch):
+    (tmp_path / "bare").mkdir()
+    saved_as("StableDiffusionPipeline", direct_teacher(), tmp_path / "bare", vae=[None, None])
+    own = {"pretrained_teacher_model": tmp_path / "bare", "dry_run": True}
+    for words, way_out in (
+        (flags(tmp_path / "out", **own, **SCORE, **ADVERSARY, adv_images=table / "metadata.csv"), "drop it: then"),
+        (from_table(flags, table, tmp_path / "out", **own), "use generate_pairs"),
+    ):
+        sentence = f"metadata.csv: a StableDiffusionPipeline has no VAE, which images are encoded with; {way_out}"
+        refused(words, sentence, capsys, monkeypatch)
 
 
 def test_a_pipeline_that_cannot_be_given_images_is_refused(direct_teacher, table):
@@ -504,6 +555,8 @@ def test_a_pipeline_that_cannot_be_given_images_is_refused(direct_teacher, table
     rollout = pipelines.Rollout(pipeline, guidance_scale=1.0, num_inference_steps=4)
     pipeline.scheduler, _ = probes.student_scheduler(DDIMScheduler, dict(pipeline.scheduler.config))
     assert sources.check_encoding(rollout, data, [0, 1]) < 0.5
+    Image.new("RGB", (16, 16)).save(table / data.files[2])
+    assert sources.check_encoding(rollout, data, [2]) < 0.5  # of one colour, without variance
     encode = pipeline.vae.encode
     pipeline.vae.encode = lambda pixels: encode(-pixels)
     with pytest.raises(UserError, match="cannot be given images instead of latents"):
