@@ -256,14 +256,11 @@ def main(args):
         for_results, for_loss = direct_flags.score_options(args, lr_scheduler)
         asked_about = score.Prompts(data, len(train_indices), score_prompts)
         results = score.Results(student=rollout, process=process, data=asked_about, images=images, **for_results)
-        matching = ScoreMatching(
-            results=results,
-            process=process,
-            scores=scores,
-            optimizer=engine.make_optimizer(args, list(scores.trained), run.total_batch_size, args.fake_learning_rate),
-            accelerator=accelerator,
-            **for_loss,
+        fake_optimizer = engine.make_optimizer(
+            args, list(scores.trained), run.total_batch_size, args.fake_learning_rate
         )
+        trains = {"scores": scores, "optimizer": fake_optimizer, "accelerator": accelerator}
+        matching = ScoreMatching(results=results, process=process, **trains, **for_loss)
         modules["fake_score"] = scores.trained
         objects |= {"fake_optimizer": matching.optimizer, "fake_scaler": matching.scaler}
 
@@ -272,12 +269,7 @@ def main(args):
     rollout, optimizer = accelerator.prepare(rollout, optimizer)
     if args.lora_rank:
         lora.register_adapter_checkpointing(accelerator, rollout)
-    run.register(
-        networks=networks,
-        modules=modules,
-        objects=objects,
-        **fingerprints,
-    )
+    run.register(networks=networks, modules=modules, objects=objects, **fingerprints)
     micro_batch = run.resumed["data"].get("next_micro_batch", 0)
     shows = {"measured": measured, "shown": shown, "untrained": untrained, "averaged": averaged}
     validation = PairValidation(run, student, data, network=network, **shows)
