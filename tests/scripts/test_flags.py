@@ -17,6 +17,7 @@ from common.data.shards import expand_shards
 from common.direct import flags as direct_flags
 from common.flags import command_line, public_args, resolve_teacher_defaults
 from common.run import engine, screen, training_data, training_run
+from common.score import flags as score_flags
 from common.tscd import flags as tscd_flags
 from tests.cases import SD_SCRIPTS, one_sentence
 
@@ -179,9 +180,9 @@ def test_help_runs_and_every_flag_is_read_somewhere(name, capsys):
     if name == "train_cm_ct_unconditional":
         flags, modules = flags - {"prediction_type"}, [*modules, ct_flags, ct_card]
     elif "tscd" in name:
-        modules.append(tscd_flags)
+        modules += [tscd_flags, score_flags]
     elif "direct" in name:
-        modules.append(direct_flags)
+        modules += [direct_flags, score_flags]
     source = "".join(open(module.__file__).read() for module in modules)
     dead = [flag for flag in flags if not re.search(rf"args\.{flag}\b|\"{flag}\"[,)\]]", source)]
     assert len(flags) > 55 and not dead
