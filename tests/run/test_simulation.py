@@ -167,14 +167,14 @@ def test_a_score_on_the_students_base_adds_an_adapter(tmp_path):
     """Two scores and their training take no second base: at most 1.25 times the regression's peak, here and, as a
     soak, of 20 billion weights."""
     words = tiny_qwen(tmp_path, 64)
-    alone, both = (
-        simulate([*words, *own], SCRIPTS["direct"], updates=1)
-        for own in ([], ["--score_weight=1", "--fake_updates=1"])
+    own = ["--score_weight=1", "--fake_updates=1"]
+    alone, both, opposed = (
+        simulate([*words, *own], SCRIPTS["direct"], updates=1) for own in ([], own, [*own, "--adv_weight=0.1"])
     )
     # the fake score's adapter, of which no tensor is frozen for want of a gradient
     assert 2 * alone.trained <= both.trained < 2.3 * alone.trained and both.frozen == alone.frozen and not both.waits
     assert both.parts["optimizer states"] == pytest.approx(2 * alone.parts["optimizer states"], rel=0.2)
-    assert alone.peak < both.peak < 1.25 * alone.peak and both.flops > 1.5 * alone.flops
+    assert alone.peak < both.peak < opposed.peak < 1.25 * alone.peak and both.flops > 1.5 * alone.flops
 
 
 @pytest.mark.soak
