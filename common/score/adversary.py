@@ -3,7 +3,7 @@
 As in DMD2 (2405.14867, Section 4.3). A head reads the fake score's features of x_tau, in the middle of its denoiser:
 
     student:              softplus(-D(x_tau))
-    fake score and head:  softplus(-D(z_tau)) + softplus(D(x_tau)),   z: the pair's latents.
+    fake score and head:  softplus(-D(z_tau)) + softplus(D(x_tau)),   z: real latents, of pairs or images.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import torch
 
 
 class Head(torch.nn.Module):
-    """float32 logits (B,) for "this is the pairs'" from features (B, tokens, width): each token by itself, their mean.
+    """float32 logits (B,) for "this is real" from features (B, tokens, width): each token by itself, their mean.
 
     The same weights for a seed; the run's own random state stays what it is.
     """

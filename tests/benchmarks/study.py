@@ -54,7 +54,7 @@ STUDIES = {
     "score": {
         "its start, direct for 1 step": ("score_start", {}),
         "score from it": ("score", {}),
-        "the same, prompts alone": ("score", {"regression_weight": 0.0}),
+        "the same, prompts alone": ("score", NO_ADVERSARY | {"regression_weight": 0.0}),
         "the same, no fake update before": ("score", {"fake_warmup": 0}),
         "the same, no adversary": ("score", NO_ADVERSARY | {"max_train_steps": 350}),
         "the same, its weight 0.5": ("score", {"adv_weight": 0.5}),
