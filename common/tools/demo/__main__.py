@@ -160,7 +160,7 @@ METHODS |= {
     },
     "direct_lora": DIRECT | {"flags": DIRECT["flags"] | {"lora_rank": 16, "learning_rate": 2e-3}},
 }
-# Score distillation goes on from a regression that was stopped early. Cost: 487 and 459 thousand passes, see docs/measured.md.
+# Score distillation goes on from a regression that was stopped early; what both cost: docs/measured.md.
 METHODS["score_start"] = METHODS["direct_1"] | {"pairs": "pairs_some"}
 METHODS["score_start"]["flags"] = METHODS["direct_1"]["flags"] | {"max_train_steps": 1200}
 SCORE = {"learning_rate": 1e-4, "adam_beta1": 0.0, "adam_beta2": 0.99, "ema_decay": 0.98, "regression_weight": 0.1}
