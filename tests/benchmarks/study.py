@@ -35,10 +35,12 @@ SAME = {name: TSCD[name] for name in ("learning_rate", "lr_scheduler", "lr_warmu
 MSE = {"adv_weights": 0}
 BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 100}
 HALF = {"max_train_steps": 400}  # of LCM's updates
-# TSCD's last stage alone, from the stage before it of a short run with seed 0
-LAST = {"stage_segments": 1, "stage_steps": 200, "learning_rate": 4e-4, "init_unet": "stage-2-k2"}
-TARGET, DATA = {"adv_real": "target"}, {"adv_real": "data"}
-STAGE_SCORE = {"score_weights": 1, "fake_lora_rank": 0, "fake_learning_rate": 4e-4}  # the demo's for a score
+# TSCD's last stage alone, and the one before it, from the stages before them of the demo's recipe with that seed
+LAST = {"stage_segments": 1, "stage_steps": 400, "learning_rate": 2e-4, "init_unet": "stage-2-k2"}
+TWO_STEPS = LAST | {"stage_segments": 2, "init_unet": "stage-1-k4"}
+DATA = {"adv_real": "data"}
+FAKE = ("score_levels", "fake_updates", "fake_warmup", "fake_lora_rank", "fake_learning_rate")
+STAGE_SCORE = MSE | {"stage_steps": 250, "score_weights": 1} | {name: demo.SCORE[name] for name in FAKE}
 NO_ADVERSARY = {"adv_weight": None, "adv_images": None}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
@@ -99,15 +101,19 @@ STUDIES = {
     },
     "adversary": {
         "off": ("tscd", LAST | MSE),
-        "target": ("tscd", LAST | TARGET),
+        "target": ("tscd", LAST),
         "data, weight 0.01": ("tscd", LAST | DATA | {"adv_weights": 0.01}),
-        "data, weight 0.03": ("tscd", LAST | DATA | {"adv_weights": 0.03}),
+        "data, weight 0.03": ("tscd", LAST | DATA),
         "data, weight 0.1": ("tscd", LAST | DATA | {"adv_weights": 0.1}),
+        "2 steps, off": ("tscd", TWO_STEPS | MSE),
+        "2 steps, target": ("tscd", TWO_STEPS),
+        "2 steps, data, weight 0.015": ("tscd", TWO_STEPS | DATA),
     },
     "stage_score": {
         "off": ("tscd", LAST | MSE),
-        "score, 100 updates": ("tscd", LAST | MSE | STAGE_SCORE | {"stage_steps": 100}),
-        "score": ("tscd", LAST | MSE | STAGE_SCORE),
+        "score": ("tscd", LAST | STAGE_SCORE),
+        "score, lr 1e-4": ("tscd", LAST | STAGE_SCORE | {"learning_rate": 1e-4}),
+        "score, MSE weight 0.1": ("tscd", LAST | STAGE_SCORE | {"mse_weights": 0.1}),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),
@@ -150,9 +156,9 @@ def train(method, changes, seed, folder, output_dir, teacher):
         if not (flags["init_student"] / "README.md").exists():
             train(start, {}, seed, flags["init_student"], output_dir, teacher)
     if "init_unet" in changes:
-        start = folder.with_name(folder_name("tscd", SHORT, 0))
+        start = folder.with_name(folder_name("tscd", {}, seed))
         if not (start / "README.md").exists():
-            train("tscd", SHORT, 0, start, output_dir, teacher)
+            train("tscd", {}, seed, start, output_dir, teacher)
         flags["init_unet"] = start / changes["init_unet"]
     if recipe["script"] == demo.DIRECT["script"]:
         flags["pairs_dir"] = demo.generate_pairs(recipe, teacher, teacher_dir, data_dir / "train", output_dir, 0)
