@@ -4,9 +4,11 @@ import io
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import train_cm_ct_unconditional as ct
 from common.ct.data import open_images
+from common.errors import UserError
 from common.tools.demo import __main__ as demo
 from common.tools.demo import consistency as ct_demo
 from common.tools.demo import digits, dit, measuring, stable_diffusion
@@ -152,6 +154,16 @@ def test_parts_are_built_once_and_never_half(tmp_path, capsys):
     measuring.build_once(tmp_path / "part", fail)
     assert (tmp_path / "part" / "weights").read_text() == "whole" and not (tmp_path / "part.tmp").exists()
     assert "reused" in capsys.readouterr().out
+
+
+def test_what_runs_beside_the_demo_is_waited_for_and_its_failure_is_told(tmp_path):
+    with measuring.beside(Path.write_text, tmp_path / "made", "text"):
+        assert not (tmp_path / "made").exists()  # its process has to import torch first
+    assert (tmp_path / "made").read_text() == "text"
+    with measuring.beside(lambda path, make: make(), tmp_path / "made", lambda: None):  # there: here, so no pickle
+        pass
+    with pytest.raises(UserError, match="exit code 1"), measuring.beside(Path.write_text, tmp_path / "no" / "f", ""):
+        pass
 
 
 def test_rebuild_removes_the_demos_files_only(tmp_path, capsys):

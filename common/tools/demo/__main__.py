@@ -12,6 +12,7 @@ step is a smear, and blur and lost digits show. Those of all other teachers name
 several seeds; the numbers of one run say that a method works, not by how much it beats another.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -32,6 +33,7 @@ from common.tools.demo.measuring import (
     TEACHER_STEPS,
     TEACHERS,
     Judge,
+    beside,
     build_once,
     label,
     launch,
@@ -213,22 +215,31 @@ def main(args):
     # 3. Data, classifier, teacher.
     shards_dir, teacher_dir = output_dir / teacher.shards, output_dir / teacher.folder
     build_once(shards_dir, lambda folder: digits.write_shards(folder, args.seed, teacher.captions))
-    build_once(output_dir / "classifier", lambda folder: stable_diffusion.build_classifier(folder, seed=args.seed))
-    build_once(teacher_dir, lambda folder: teacher.build(folder, args.seed))
+    classifier = output_dir / "classifier"
+    with beside(build_once, classifier, functools.partial(stable_diffusion.build_classifier, seed=args.seed)):
+        build_once(teacher_dir, lambda folder: teacher.build(folder, args.seed))
     prompts = digits.canonical_prompts(len(teacher.captions.words), teacher.captions)
     (output_dir / f"{teacher.shards.replace('shards', 'prompts')}.txt").write_text("\n".join(prompts) + "\n")
-    judge = Judge(output_dir / "classifier")
+    judge = Judge(classifier)
 
-    # 4. The teacher, measured once.
-    measure_once(
-        output_dir / f"{teacher.folder}_metrics",
-        lambda: measure_teacher(judge, teacher_dir, TEACHER_STEPS, args.seed, teacher),
-    )
-    if args.teacher_only:
-        write_report(output_dir)
-        return
+    # 4. The teacher, measured once, while the student is trained.
+    measured = functools.partial(measure_teacher, judge, teacher_dir, TEACHER_STEPS, args.seed, teacher)
+    with beside(measure_once, output_dir / f"{teacher.folder}_metrics", measured):
+        if not args.teacher_only:
+            student_dir = train_student(args, teacher, teacher_dir, shards_dir, output_dir)
 
-    # 5. The student.
+    # 5. The student, and the report.
+    if not args.teacher_only:
+        measured = functools.partial(
+            measure_student, judge, student_dir, teacher_dir, METHODS[args.method], args.seed, teacher
+        )
+        measure_once(student_dir / "metrics", measured)
+    write_report(output_dir)
+    print(f"finished in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def train_student(args, teacher, teacher_dir, shards_dir, output_dir):
+    """Trains what is not there: pairs, the student that the method begins with, its own. Returns its folder."""
     recipe, start = METHODS[args.method], None
     for method in filter(None, (recipe.get("start"), args.method)):
         student_dir = output_dir / teacher.folder.replace("teacher", method)
@@ -240,13 +251,7 @@ def main(args):
                 data_dir = generate_pairs(METHODS[method], teacher, teacher_dir, data_dir, output_dir, args.seed)
             train(METHODS[method], teacher, teacher_dir, data_dir, student_dir, args.seed, start)
         start = student_dir
-    measure_once(
-        student_dir / "metrics", lambda: measure_student(judge, student_dir, teacher_dir, recipe, args.seed, teacher)
-    )
-
-    # 6. The report.
-    write_report(output_dir)
-    print(f"finished in {time.perf_counter() - started:.0f} s", flush=True)
+    return student_dir
 
 
 def open_output_dir(output_dir, seed, rebuild):

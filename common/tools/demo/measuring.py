@@ -1,14 +1,18 @@
 """How the demo measures teachers and students: samples, and a judge that was trained on other digits."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from common.direct import probes
 from common.errors import UserError
@@ -87,6 +91,34 @@ def measure_once(path, measure):
     np.save(path.with_suffix(".npy"), images)
     with whole(path.with_suffix(".json")) as unfinished:
         unfinished.write_text(json.dumps(results, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def beside(once, path, make):
+    """Runs once(path, make) in a process of its own, on another core and without bars; waits for it where it leaves.
+
+    once: `build_once` or `measure_once`; make can be pickled. What is there needs no process.
+    """
+    if path.exists() or path.with_suffix(".json").exists():
+        once(path, make)
+        yield
+        return
+    process = multiprocessing.get_context("spawn").Process(target=_uninterrupted, args=(once, path, make), daemon=True)
+    print(f"{path} is made beside what follows, on another core", flush=True)
+    with mock.patch.dict(os.environ, TQDM_DISABLE="1"):  # read where tqdm is imported
+        process.start()
+    try:
+        yield
+        process.join()
+    finally:
+        process.kill()
+    if process.exitcode:
+        raise UserError(f"a part of the demo ended with exit code {process.exitcode}; its own message is above")
+
+
+def _uninterrupted(once, path, make):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the demo ends this process
+    once(path, make)
 
 
 def launch_words(script):
