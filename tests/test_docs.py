@@ -284,6 +284,13 @@ def run(line):
         subprocess_run(words, check=True)
 
 
+@contextlib.contextmanager
+def in_turn(once, path, make):
+    """What stands in for the demo's second process, which knows of no patch."""
+    once(path, make)
+    yield
+
+
 subprocess_run = subprocess.run  # the tests' own, whatever stands in for the demo's
 
 
@@ -307,6 +314,7 @@ def quick():
         patch.setattr(measuring, "NUM_SETS", 1)
         patch.setattr(measuring, "STUDENT_STEPS", (1,))
         patch.setattr(demo, "TEACHER_STEPS", (4, 1))
+        patch.setattr(demo, "beside", in_turn)
         patch.setattr(plan, "RECOMPUTED", ("none",))
         for name, number in {"SHARDS": 4, "SAMPLES": 40, "WORKERS": 2, "DISTINCT": 4}.items():
             patch.setattr(remote, name, number)
