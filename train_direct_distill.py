@@ -261,7 +261,7 @@ def main(args):
         )
         trains = {"scores": scores, "optimizer": fake_optimizer, "accelerator": accelerator}
         matching = ScoreMatching(results=results, process=process, **trains, **for_loss)
-        modules["fake_score"] = scores.trained
+        modules["fake_score"] = networks["the fake score"] = scores.trained
         objects |= {"fake_optimizer": matching.optimizer, "fake_scaler": matching.scaler}
 
     # 6. Prepare, resume, trackers.

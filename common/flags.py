@@ -229,7 +229,7 @@ def add_data_arguments(parser, text=True):
     free(
         "--shard_cache_gb", type=positive_float, help="size at which the cache drops shards that were not read lately"
     )
-    free("--max_skip_ratio", type=fraction, default=0.2, help="share of unreadable samples at which the run stops")
+    free("--max_skip_ratio", type=fraction, default=0.2, help="the run stops above this share of unreadable samples")
 
 
 def add_training_arguments(parser, output_dir, tracker_project_name, samples="prompts"):

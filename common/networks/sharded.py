@@ -54,6 +54,17 @@ def _rows(tensor):
     return slice(start, min(start + size, tensor.shape[0]))
 
 
+def total_norm(parameters):
+    """The norm of all gradients, a scalar tensor, the same on all processes where they are split."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([part(gradient) for gradient in gradients])
+    if any(is_split(gradient) for gradient in gradients):
+        squares = norm.square()
+        torch.distributed.all_reduce(squares)
+        norm = squares.sqrt()
+    return norm
+
+
 def is_sharded(module):
     """Whether weights of a module are split."""
     reshard(module)

@@ -273,6 +273,8 @@ class Progress:
         if "samples_read" in self.values:
             done += "; samples: {samples_read} read, {samples_skipped} skipped".format_map(self.values)
             done += " (skipped_samples.jsonl)" if self.values["samples_skipped"] else ""
+        if skipped := self.values.get("updates_skipped"):
+            done += f"; {skipped} updates skipped (nonfinite_updates.jsonl)"
         lines = {"done": done, "result": f"{args.output_dir}: README.md says how to use it, sample_grid.png shows it"}
         if quality:
             lines["quality"] = spelled(quality)

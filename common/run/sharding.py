@@ -15,7 +15,6 @@ from common.ema import part
 from common.errors import UserError
 from common.networks import outlines, performance, sharded
 from common.run import simulation
-from common.run.updates import total_norm
 
 import torch
 from accelerate import Accelerator
@@ -115,7 +114,7 @@ class ShardingAccelerator(Accelerator):
         """Norm and clipping of parts; the norm, a plain scalar tensor, is the same on all."""
         parameters = list(parameters)
         self.unscale_gradients(self.optimizer)  # of fp16
-        norm = total_norm(parameters)
+        norm = sharded.total_norm(parameters)
         gradients = [part(p.grad) for p in parameters if p.grad is not None]
         if gradients:  # none are kept in a simulation
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

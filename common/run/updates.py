@@ -9,7 +9,8 @@ from pathlib import Path
 
 from common.ema import part
 from common.errors import UserError
-from common.networks.sharded import is_split
+from common.networks.sharded import is_split, total_norm
+from common.run.screen import say
 
 import torch
 from accelerate.utils import gather_object
@@ -19,20 +20,9 @@ MAX_PENDING = 1_000  # updates after which the host asks in any case
 MAX_KEYS = 64  # sample keys in the sentence that ends a run
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REPAIR = (
-    "take other weights or another `mixed_precision`; if training made them so, resume from an earlier checkpoint "
-    "with a lower `learning_rate`"
+    "take other weights or another `mixed_precision`; if training made them so, start anew with a lower "
+    "`learning_rate` in another `output_dir`"
 )
-
-
-def total_norm(parameters):
-    """The norm of all gradients, a scalar tensor, the same on all processes where they are split."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([part(gradient) for gradient in gradients])
-    if any(is_split(gradient) for gradient in gradients):
-        squares = norm.square()
-        torch.distributed.all_reduce(squares)
-        norm = squares.sqrt()
-    return norm
 
 
 def step_if(finite, optimizer):
@@ -154,12 +144,18 @@ class UpdateGuard:
         if self.accelerator.is_main_process:
             with open(self.log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.global_step, "keys": keys}) + "\n")
+            if self.num_skipped == 1:
+                say(
+                    f"WARNING: step {self.global_step} changed nothing, its loss or gradient is not finite: "
+                    f"{LOG} lists the samples of such updates"
+                )
         if self.in_a_row >= self.limit:
             raise UserError(
                 f"`max_nonfinite_steps`={self.limit}: the loss or its gradient was not finite in {self.in_a_row} "
                 f"updates in a row, the last is step {self.global_step} with the samples "
-                f"{', '.join(keys[:MAX_KEYS])}; lower `learning_rate` or remove the samples that {LOG} lists, the "
-                "checkpoints before it are whole"
+                f"{', '.join(keys[:MAX_KEYS])}; start anew with a lower `learning_rate` in another `output_dir`, "
+                f"or remove the samples that {LOG} lists and go on with another `data_seed`; "
+                "the checkpoints before it are whole"
             )
 
 

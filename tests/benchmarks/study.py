@@ -196,6 +196,14 @@ def measured(method, changes, seed, folder, output_dir, teacher, judge):
     return json.loads(path.read_text())["rows"]
 
 
+def build_teacher(output_dir, name):
+    """The demo's teacher of that name, built and measured where it is not there."""
+    teacher = measuring.TEACHERS[name]
+    if not (output_dir / f"{teacher.folder}_metrics.json").exists():
+        demo.main(demo.parse_args([f"--output_dir={output_dir}", f"--teacher={name}", "--teacher_only"]))
+    return teacher
+
+
 def line(name, runs):
     """A row of the table: the distances at all numbers of steps, and the rest at the fewest."""
     cells = []
@@ -233,9 +241,7 @@ def main():
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    teacher = measuring.TEACHERS[args.teacher]
-    if not (args.demo / f"{teacher.folder}_metrics.json").exists():
-        demo.main(demo.parse_args([f"--output_dir={args.demo}", f"--teacher={args.teacher}", "--teacher_only"]))
+    teacher = build_teacher(args.demo, args.teacher)
     judge, folder = measuring.Judge(args.demo / "classifier"), args.output_dir / args.teacher
     folder.mkdir(parents=True, exist_ok=True)
     table = []

@@ -301,7 +301,7 @@ def body(folder):
     # Updates, norm, clipping and average are those of one process.
     for step in range(2):
         accelerator.backward(output(prepared).square().mean())
-        norm = updates.total_norm(net.parameters())
+        norm = sharded.total_norm(net.parameters())
         assert norm.item() == pytest.approx(norms[step], rel=1e-5)
         finite = guard.step(prepared_optimizer, net.parameters(), 1e9 if step == 0 else 0.1, torch.tensor(1.0), ["a"])
         assert finite

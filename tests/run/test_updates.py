@@ -108,11 +108,12 @@ def test_gradients_are_clipped(tmp_path):
     torch.testing.assert_close((1 - parameter.data).norm(), torch.tensor(0.5), rtol=1e-4, atol=0)
 
 
-def test_the_limit_is_of_updates_in_a_row(tmp_path):
+def test_the_limit_is_of_updates_in_a_row(tmp_path, capsys):
     guard, _, update = guarded(tmp_path, limit=3)
     for factor in (NAN, NAN, 1.0, INF, INF):
         update(factor)
     assert guard.count() == 4
+    assert capsys.readouterr().out.count("WARNING: step 1 changed nothing") == 1
     update(NAN)
     with pytest.raises(UserError, match="max_nonfinite_steps`=3: .* in 3 updates in a row.* step 6 .*samples key nan"):
         guard.count()
