@@ -11,7 +11,7 @@ student equals the teacher at step 0; the teacher runs before the student, which
 
 To change the method, copy this file and edit step 7. Another solver: 7.7 and the line of 3 that makes it; one that
 asks the teacher twice makes 7.6 a function of (z, t). With v_prediction alpha may be 0 at the last timestep.
-Another objective: 3 (schedule), 4 (student, target, sampler), 6 (what is saved and sampled), 7, 8, `write_card`.
+Another objective: flags, 3 (schedule), 4 (student, target, sampler), 6 (what is saved, sampled), 7, 8, `write_card`.
 `python -m tests.made tiny` makes tiny/teacher and tiny/shards/train to try the copy on.
 """
 
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     flags.add_data_arguments(parser)
     flags.add_training_arguments(parser, output_dir="lcm-xl-distilled", tracker_project_name="text2image-fine-tune")
     group = parser.add_argument_group("method")
-    add, free = group.add_argument, group.add_free
+    add, free = group.add_argument, group.add_free  # free: may change where a run resumes
     add("--init_unet", type=flags.path, help="start from an earlier student (its folder) instead of from the teacher")
     add("--w_min", type=flags.non_negative_float, help="smallest guidance w, guidance_scale is w + 1; SD: 5, SDXL: 3")
     add("--w_max", type=flags.non_negative_float, default=15.0, help="largest guidance w")
@@ -134,8 +134,8 @@ def main(args):
     uncond = encoders.uncond_conditioning(teacher)  # what the U-Net is told without a caption, for one sample
 
     # 4. Student and target, float32, computing under autocast; the scheduler they are sampled with. Without w it is
-    #    `teachers.make_student(teacher.unet)` and no timestep_cond, sampled by `teacher.scheduler`. Where it predicts
-    #    x_0: `DDIMScheduler.from_config(config["scheduler"], prediction_type="sample")`, and the same in `to_x_0`.
+    #    `teachers.make_student(teacher.unet)` and no timestep_cond, sampled by `teacher.scheduler`. Where its output
+    #    is x_0: `DDIMScheduler.from_config(config["scheduler"], prediction_type="sample")`, and the same in `to_x_0`.
     unet = teachers.make_student(teacher.unet, args.unet_time_cond_proj_dim, args.init_unet, **place)
     target_unet = copy.deepcopy(unet).requires_grad_(False).to(device)
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the student has its float32 weights
