@@ -9,8 +9,9 @@ student equals the teacher at step 0; the teacher runs before the student, which
         --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm --mixed_precision=fp16 \\
         --learning_rate=1e-6 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
 
-To change the method, copy this file and edit step 7. Another solver: 7.7 and the line of 3 that makes it; one that
-asks the teacher twice makes 7.6 a function of (z, t). With v_prediction alpha may be 0 at the last timestep.
+To change the method, copy this file and edit step 7. Another solver: 7.7. One that asks the teacher twice makes 7.6 a
+function of (z, t), and calls `solver.step` again with the mean of both x_0 and eps = (z - alpha x_0) / sigma, z and
+alpha, sigma of the start: there alpha may be 0, sigma is not. Say it in `write_card`.
 Another objective: flags, 3 (schedule), 4 (student, target, sampler), 6 (what is saved, sampled), 7, 8, `write_card`.
 `python -m tests.made tiny` makes tiny/teacher and tiny/shards/train to try the copy on.
 """
@@ -211,12 +212,12 @@ def main(args):
                 pred_eps = to_eps(guided, noisy_latents, alpha_start, sigma_start, prediction_type)
 
                 # 7.7 One DDIM step down to t_n: z_{t_n} = alpha_{t_n} x_0 + sigma_{t_n} eps.
+                alpha_t, sigma_t = (append_dims(x[timesteps], 4) for x in (alpha, sigma))
                 z_prev = solver.step(pred_x_0, pred_eps, timesteps)  # (B, 4, h, w)
 
                 # 7.8 Target: f(z_{t_n}, t_n, c, w) of the EMA network.
                 with accelerator.autocast():
                     target_output = target_unet(z_prev, timesteps, timestep_cond=timestep_cond, **cond).sample
-                alpha_t, sigma_t = (append_dims(x[timesteps], 4) for x in (alpha, sigma))
                 target_x_0 = to_x_0(target_output.float(), z_prev, alpha_t, sigma_t, prediction_type)
                 target = c_skip * z_prev + c_out * target_x_0
 

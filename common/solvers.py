@@ -15,7 +15,8 @@ class DDIMSolver:
     def step(self, pred_x_0, pred_eps, end_timesteps):
         """z_s = alpha_s x_0 + sigma_s eps at s = end_timesteps (B,) int64; x_0, eps and the result (B, ...) float32.
 
-        The start enters through x_0 and eps, which may be of any number of evaluations of the teacher.
+        The start enters through x_0 and eps alone: alpha x_0 + sigma eps is the start, also where x_0 is a mean over
+        several evaluations of the teacher.
         """
         alpha_s = append_dims(self.alpha[end_timesteps], pred_x_0.ndim)
         sigma_s = append_dims(self.sigma[end_timesteps], pred_x_0.ndim)

@@ -107,7 +107,7 @@ STUDIES = {
         "data, weight 0.1": ("tscd", LAST | DATA | {"adv_weights": 0.1}),
         "2 steps, off": ("tscd", TWO_STEPS | MSE),
         "2 steps, target": ("tscd", TWO_STEPS),
-        "2 steps, data, weight 0.015": ("tscd", TWO_STEPS | DATA),
+        "2 steps, data, weight 0.015": ("tscd", TWO_STEPS | DATA | {"adv_weights": 0.015}),
     },
     "stage_score": {
         "off": ("tscd", LAST | MSE),
