@@ -24,6 +24,7 @@ from common.data.shards import expand_shards
 from common.data.stream import TrainingData
 from common.run import checkpointing, simulation
 from common.run.preemption import Stopper
+from common.score.matching import ScoreMatching
 
 import accelerate
 import pytest
@@ -174,6 +175,19 @@ def stop_after(monkeypatch, folder, step):
         return check(self)
 
     monkeypatch.setattr(Stopper, "check", checked)
+
+
+def stop_in_warm_up(monkeypatch, folder):
+    """The next update of the fake score leaves a STOP file; returns the list of the numbers of those that are done."""
+    done, train_fake = [], ScoreMatching.train_fake
+
+    def stopped(self, micro_batch, number, count):
+        done.append(number)
+        Path(folder, "STOP").touch()
+        return train_fake(self, micro_batch, number, count)
+
+    monkeypatch.setattr(ScoreMatching, "train_fake", stopped)
+    return done
 
 
 def finished(args, accelerator, batch=None):

@@ -14,9 +14,8 @@ from common.direct import pairs, pipelines, probes, sources, student
 from common.direct.student import check_same_weights
 from common.errors import UserError
 from common.run import checkpointing, preemption, simulation
-from common.score.matching import ScoreMatching
 from common.tools.demo import dit
-from tests.cases import digests, finished, one_sentence, scalars, train
+from tests.cases import digests, finished, one_sentence, scalars, stop_in_warm_up, train
 from tests.fork_server import run_processes
 from tests.made import NUM_PAIRS, members
 
@@ -462,14 +461,8 @@ def test_images_of_several_sizes_need_max_pixels(tmp_path, flags, table, capsys)
 
 
 def test_a_stop_in_the_fake_scores_warm_up_ends_the_run_at_once(tmp_path, flags, capsys, monkeypatch):
-    out, done, train_fake = tmp_path / "out", [], ScoreMatching.train_fake
-
-    def stopped(self, micro_batch, number, count):
-        done.append(number)
-        (out / preemption.STOP).touch()
-        return train_fake(self, micro_batch, number, count)
-
-    monkeypatch.setattr(ScoreMatching, "train_fake", stopped)
+    out = tmp_path / "out"
+    done = stop_in_warm_up(monkeypatch, out)
     with pytest.raises(SystemExit) as ended:
         run(flags(out, **SCORE, fake_warmup=50))
     assert ended.value.code == preemption.EXIT_CODE and done == [-50]

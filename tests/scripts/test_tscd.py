@@ -9,11 +9,11 @@ from common.errors import UserError
 from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import lora, teachers
 from common.run import checkpointing, preemption, simulation
-from common.score.matching import ScoreMatching, check_engine
+from common.score.matching import check_engine
 from common.tscd import adversarial
 from common.tscd import segments as segments_module
 from common.tscd.discriminator import Discriminator
-from tests.cases import digests, finished, micro_batches, one_sentence, scalars, train, undo
+from tests.cases import digests, finished, micro_batches, one_sentence, scalars, stop_in_warm_up, train, undo
 
 import numpy as np
 import pytest
@@ -317,14 +317,8 @@ def test_a_stages_score_is_logged_watched_and_on_its_card(tmp_path, flags, capsy
 
 
 def test_a_stop_in_the_fake_scores_warm_up_ends_the_run_at_once(tmp_path, flags, monkeypatch):
-    out, done, train_fake = tmp_path / "out", [], ScoreMatching.train_fake
-
-    def stopped(self, micro_batch, number, count):
-        done.append(number)
-        (out / preemption.STOP).touch()
-        return train_fake(self, micro_batch, number, count)
-
-    monkeypatch.setattr(ScoreMatching, "train_fake", stopped)
+    out = tmp_path / "out"
+    done = stop_in_warm_up(monkeypatch, out)
     with pytest.raises(SystemExit) as ended:
         train(flags(out, tscd, adv_weights=0, **SCORE), tscd)
     assert ended.value.code == preemption.EXIT_CODE and done == [-2]
