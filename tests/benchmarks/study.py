@@ -11,6 +11,7 @@ the seeds. Finished runs are kept and not run again, also where another study ha
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -176,7 +177,8 @@ def train(method, changes, seed, folder, output_dir, teacher):
 
 def folder_name(method, changes, seed):
     said = changes.items() if method else [("steps", steps) for steps in changes]
-    return "-".join([method or "teacher", *(f"{name}={value}" for name, value in said), f"seed={seed}"])
+    name = "-".join([method or "teacher", *(f"{name}={value}" for name, value in said), f"seed={seed}"])
+    return name if len(name) < 200 else f"{method}-{hashlib.sha256(name.encode()).hexdigest()[:16]}-seed={seed}"
 
 
 def measured(method, changes, seed, folder, output_dir, teacher, judge):
