@@ -103,6 +103,7 @@ def main(args):
     nodes = segments.nodes(args.num_ddim_timesteps, args.stage_segments, num_train_timesteps).to(device)  # (N + 1,)
     shards = expand_shards(args.train_shards_path_or_url)
     run = TrainingRun(args, accelerator)
+    tscd_flags.resolve_real(args, run.resumed)
     network = load_feature_network(args, device)
     run.resolve_data(training_data.images_in_folder(shards))
 

@@ -18,7 +18,7 @@ def add_adversarial_arguments(parser):
     add(
         "--adv_real",
         choices=segments.ADV_REAL,
-        help="what the student's jump is told from: the target's jump (default), or noised data",
+        help="what the student's jump is told from: noised data (default), or the target's jump",
     )
     add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
@@ -43,8 +43,8 @@ def check_stage_arguments(parser, args):
             parser.error(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
     if args.freeze_discriminator_backbone:
         parser.refuse_idle(["adv_learning_rate"], "--freeze_discriminator_backbone trains the head alone; drop one")
-    if args.adv_real == "data":
-        reason = "--adv_real=data never shows the discriminator x_t, of which the data is no jump; drop one"
+    if args.adv_real != "target":
+        reason = "only with --adv_real=target does the discriminator see x_t, of which data is no jump; add it"
         parser.refuse_idle(["adv_unconditional_start"], reason)
     if args.score_weights and any(args.score_weights):
         score_flags.check_arguments(parser, args, getattr(args, "lora_rank", 0))
@@ -76,6 +76,15 @@ def fake_options(args):
     return {"rank": args.fake_lora_rank, "has_lora": has_lora, "recomputed": args.gradient_checkpointing}
 
 
+def resolve_real(args, resumed):
+    """Fill in `adv_real`. It stays None, and means the target, in a run of before this flag."""
+    saved = resumed["args"].get("adv_real")
+    if resumed["args"] and saved is None:
+        args.adv_real = None if args.adv_real == "target" else args.adv_real
+    elif args.adv_real is None:
+        args.adv_real = saved or "data"
+
+
 def resolve_stages(args, resumed):
     """The list of `segments.Stage` that the flags ask for, with the edges of the resumed run."""
     return segments.plan_stages(
@@ -86,7 +95,7 @@ def resolve_stages(args, resumed):
         adv_weights=args.adv_weights,
         loss_type=args.loss_type,
         edges=resumed.get("stage_edges"),
-        adv_real=args.adv_real or "target",  # none is what runs of before this flag have
+        adv_real=args.adv_real or "target",
         score_weights=args.score_weights,
     )
 

@@ -39,7 +39,7 @@ HALF = {"max_train_steps": 400}  # of LCM's updates
 # TSCD's last stage alone, and the one before it, from the stages before them of the demo's recipe with that seed
 LAST = {"stage_segments": 1, "stage_steps": 400, "learning_rate": 2e-4, "init_unet": "stage-2-k2"}
 TWO_STEPS = LAST | {"stage_segments": 2, "init_unet": "stage-1-k4"}
-DATA = {"adv_real": "data"}
+TARGET = {"adv_real": "target"}
 FAKE = ("score_levels", "fake_updates", "fake_warmup", "fake_lora_rank", "fake_learning_rate")
 STAGE_SCORE = MSE | {"stage_steps": 250, "score_weights": 1} | {name: demo.SCORE[name] for name in FAKE}
 NO_ADVERSARY = {"adv_weight": None, "adv_images": None}
@@ -102,13 +102,12 @@ STUDIES = {
     },
     "adversary": {
         "off": ("tscd", LAST | MSE),
-        "target": ("tscd", LAST),
-        "data, weight 0.01": ("tscd", LAST | DATA | {"adv_weights": 0.01}),
-        "data, weight 0.03": ("tscd", LAST | DATA),
-        "data, weight 0.1": ("tscd", LAST | DATA | {"adv_weights": 0.1}),
-        "2 steps, off": ("tscd", TWO_STEPS | MSE),
-        "2 steps, target": ("tscd", TWO_STEPS),
-        "2 steps, data, weight 0.015": ("tscd", TWO_STEPS | DATA | {"adv_weights": 0.015}),
+        "target": ("tscd", LAST | TARGET),
+        "data, no weight": ("tscd", LAST | {"adv_weights": 1e-9}),
+        "data, weight 0.03": ("tscd", LAST),
+        "data, weight 0.1": ("tscd", LAST | {"adv_weights": 0.1}),
+        "2 steps, target": ("tscd", TWO_STEPS | TARGET),
+        "2 steps, data, weight 0.015": ("tscd", TWO_STEPS | {"adv_weights": 0.015}),
     },
     "stage_score": {
         "off": ("tscd", LAST | MSE),

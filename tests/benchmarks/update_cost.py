@@ -28,7 +28,7 @@ from tests.benchmarks import study  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 STAGE = {"stage_segments": 1, "stage_steps": None}
-ALWAYS = STAGE | {"adv_weights": 0.1, "adv_unconditional_start": 1.0}
+ALWAYS = STAGE | {"adv_weights": 0.1, "adv_real": "target", "adv_unconditional_start": 1.0}
 HEAD = {"freeze_discriminator_backbone": True, "adv_learning_rate": None}
 NO_START = {"fake_warmup": 0}  # which is no update's cost
 FAKE_LORA = {"fake_lora_rank": 32, "fake_learning_rate": 2e-3}

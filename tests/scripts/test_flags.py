@@ -249,7 +249,7 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
         (["--w_min=6"], "--w_min=6.0 is larger than --w_max=5.0; swap them"),
         (["--boundary_prob=2"], "--boundary_prob: must be between 0 and 1"),
         (["--freeze_discriminator_backbone", "--adv_learning_rate=1"], "--adv_learning_rate: --freeze_discriminator"),
-        (["--adv_real=data", "--adv_unconditional_start=1"], "--adv_unconditional_start: --adv_real=data never shows"),
+        (["--adv_unconditional_start=1"], "--adv_unconditional_start: only with --adv_real=target"),
         (["--adv_real=noise"], "--adv_real: invalid choice: 'noise'"),
         (["--stage_segments=4,1", "--score_weights=1,2,3"], "--score_weights=1,2,3 has 3 numbers for 2 stages"),
         (["--fake_updates=3"], "--fake_updates: without --score_weights there is no score; add them, or drop this"),
@@ -451,3 +451,21 @@ def test_an_update_that_half_precision_does_not_resolve_is_said(monkeypatch, rat
 def test_processes_wait_for_hours(tmp_path):
     args = script(SCRIPTS[0]).parse_args([*REQUIRED, f"--output_dir={tmp_path}"])
     assert engine.make_accelerator(args).init_handler.timeout == datetime.timedelta(hours=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "saved", "resolved"),
+    [
+        (None, {}, "data"),
+        ("target", {}, "target"),
+        (None, {"seed": 1}, None),  # a run of before the flag, whose real was the target
+        ("target", {"seed": 1}, None),
+        ("data", {"seed": 1}, "data"),  # refused where flags are compared
+        (None, {"seed": 1, "adv_real": "target"}, "target"),
+        (None, {"seed": 1, "adv_real": "data"}, "data"),
+    ],
+)
+def test_what_is_real_stays_what_it_was(given, saved, resolved):
+    args = argparse.Namespace(adv_real=given)
+    tscd_flags.resolve_real(args, {"args": saved})
+    assert args.adv_real == resolved

@@ -176,9 +176,9 @@ def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "changes"),
     [
-        (tscd, {"adv_unconditional_start": 1.0}),
-        (tscd_lora, {"adv_unconditional_start": 0.0}),
-        (tscd, {"adv_real": "data"}),
+        (tscd, {"adv_real": "target", "adv_unconditional_start": 1.0}),
+        (tscd_lora, {"adv_real": "target", "adv_unconditional_start": 0.0}),
+        (tscd, {}),
         (tscd_lora, {"adv_real": "data"}),
     ],
     ids=["conditional", "unconditional", "data", "data, LoRA"],
@@ -186,7 +186,7 @@ def test_pure_noise_at_the_last_timestep(tmp_path, flags, monkeypatch):
 def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, changes):
     """softplus of the logits of both sides, noised from s to the same t*, over the samples that end their segment."""
     options = {"stage_segments": 2, "boundary_prob": 0.5, "adv_weights": 0.3, "mse_weights": 2, "max_train_steps": 1}
-    is_data = "adv_real" in changes
+    is_data = changes.get("adv_real") != "target"
     top_prob = 0.5 if is_data else 0
     train(flags(tmp_path, script, **options, **changes), script)
     with torch.no_grad():
@@ -229,7 +229,8 @@ def test_the_first_adversarial_losses(tmp_path, flags, teacher, shards, script, 
 def test_a_discriminator_that_sees_no_difference_is_told_of(tmp_path, flags, capsys, monkeypatch, script):
     """With the target as real and no rate it is blind; a line for each stage, and the way out in it."""
     monkeypatch.setattr(adversarial, "MIN_UPDATES", 2)
-    train(flags(tmp_path / "a", script, adv_learning_rate=0, adv_head_learning_rate=0), script)
+    flat = {"adv_real": "target", "adv_learning_rate": 0, "adv_head_learning_rate": 0}
+    train(flags(tmp_path / "a", script, **flat), script)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: the discriminator")]
     assert [line.split(" sees no difference")[0].split()[-1] for line in lines] == ["stage-0-k2", "stage-1-k1"]
     assert all("pass --adv_real=data, raise --adv_learning_rate" in line for line in lines)
@@ -249,7 +250,7 @@ def test_without_adversarial_weights_there_is_no_discriminator_and_nothing_else_
     common = {"mse_weights": 1, "gradient_accumulation_steps": 2, "max_train_steps": 4}
     train(flags(tmp_path / "a", tscd, **common, adv_weights="0,0"), tscd)
     monkeypatch.setattr(segments_module, "WARMUP_FRACTION", 1.0)
-    train(flags(tmp_path / "b", tscd, **common, adv_weights="0.1"), tscd)
+    train(flags(tmp_path / "b", tscd, **common, adv_weights="0.1", adv_real="target"), tscd)
     a, b = (digests(tmp_path / name / "checkpoint-4") for name in "ab")
     assert "discriminator.safetensors" in b and "discriminator.safetensors" not in a
     same = a.keys() - {"objects.pt"}
@@ -422,5 +423,5 @@ def test_the_plan_is_printed(tmp_path, flags, capsys, monkeypatch):
     monkeypatch.setattr(simulation, "begin", finished)
     train(flags(tmp_path / "out", tscd, dry_run=True), tscd)
     out = capsys.readouterr().out
-    assert "stage-1-k1" in out and "updates 2 to 4, sampling in 1" in out and "real is the target)" in out
+    assert "stage-1-k1" in out and "updates 2 to 4, sampling in 1" in out and "real is the data)" in out
     assert list(tmp_path.iterdir()) == []
