@@ -9,9 +9,10 @@ the teacher runs before the student.
         --train_shards_path_or_url="shards/{00000..00099}.tar" --output_dir=lcm_lora --mixed_precision=fp16 \\
         --learning_rate=1e-4 --loss_type=huber --adam_weight_decay=0 --max_train_steps=1000 --train_batch_size=12
 
-To change the method, copy this file and edit step 7. Another solver: 7.7. One that asks the teacher twice makes 7.6 a
-function of (z, t), and calls `solver.step` again with the mean of both x_0 and eps = (z - alpha x_0) / sigma, z and
-alpha, sigma of the start: there alpha may be 0, sigma is not. Say it in `write_card`.
+To change the method, copy this file and edit step 7. Another solver: 7.7, and its name in `write_card`. One that asks
+the teacher twice (Heun's method in alpha / sigma): 7.6 becomes a function of (z, t, w, cond) before the loop. x_0 is
+then the mean of both x_0; eps follows from it at the start, (z - alpha x_0) / sigma, where alpha may be 0 and sigma is
+not; and `solver.step` is called again.
 Another objective: flags, 3 (schedule), 4 (student, target, sampler), 6 (what is saved, sampled), 7, 8, `write_card`.
 `python -m tests.made tiny` makes a teacher and shards to try the copy on.
 """
