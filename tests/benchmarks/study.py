@@ -36,12 +36,13 @@ SAME = {name: TSCD[name] for name in ("learning_rate", "lr_scheduler", "lr_warmu
 MSE = {"adv_weights": 0}
 BF16, SHORT = {"mixed_precision": "bf16"}, {"stage_steps": 100}
 HALF = {"max_train_steps": 400}  # of LCM's updates
-# TSCD's last stage alone, and the one before it, from the stages before them of the demo's recipe with that seed
+# TSCD's last stage alone, and the one before it, from the stages before them of a run with that seed
 LAST = {"stage_segments": 1, "stage_steps": 400, "learning_rate": 2e-4, "init_unet": "stage-2-k2"}
 TWO_STEPS = LAST | {"stage_segments": 2, "init_unet": "stage-1-k4"}
 TARGET = {"adv_real": "target"}
 FAKE = ("score_levels", "fake_updates", "fake_warmup", "fake_lora_rank", "fake_learning_rate")
-STAGE_SCORE = MSE | {"stage_steps": 250, "score_weights": 1} | {name: demo.SCORE[name] for name in FAKE}
+SLOW = {name: demo.SCORE[name] for name in ("learning_rate", "adam_beta1", "adam_beta2")}
+STAGE_SCORE = SLOW | {"stage_steps": 250, "score_weights": 1} | {name: demo.SCORE[name] for name in FAKE}
 NO_ADVERSARY = {"adv_weight": None, "adv_images": None}
 # {study: {name: (method, or None for the teacher; changes of its flags, or the teacher's numbers of steps)}}
 STUDIES = {
@@ -50,6 +51,7 @@ STUDIES = {
         "LCM": ("lcm", {}),
         "LCM LoRA": ("lcm_lora", {}),
         "TSCD": ("tscd", {}),
+        "TSCD, adv_real=target": ("tscd", TARGET),
         "TSCD LoRA": ("tscd_lora", {}),
         "direct for 4 steps": ("direct", {}),
         "direct for 1 step": ("direct_1", {}),
@@ -104,16 +106,19 @@ STUDIES = {
         "off": ("tscd", LAST | MSE),
         "target": ("tscd", LAST | TARGET),
         "data, no weight": ("tscd", LAST | {"adv_weights": 1e-9}),
-        "data, weight 0.03": ("tscd", LAST),
-        "data, weight 0.1": ("tscd", LAST | {"adv_weights": 0.1}),
+        "data, weight 0.03": ("tscd", LAST | {"adv_weights": 0.03}),
+        "data, weight 0.1": ("tscd", LAST),
+        "data, weight 0.3": ("tscd", LAST | {"adv_weights": 0.3}),
+        "data, weight 1": ("tscd", LAST | {"adv_weights": 1.0}),
         "2 steps, target": ("tscd", TWO_STEPS | TARGET),
         "2 steps, data, weight 0.015": ("tscd", TWO_STEPS | {"adv_weights": 0.015}),
+        "2 steps, data, weight 0.1": ("tscd", TWO_STEPS | {"adv_weights": 0.1}),
     },
     "stage_score": {
         "off": ("tscd", LAST | MSE),
-        "score": ("tscd", LAST | STAGE_SCORE),
-        "score, lr 1e-4": ("tscd", LAST | STAGE_SCORE | {"learning_rate": 1e-4}),
-        "score, MSE weight 0.1": ("tscd", LAST | STAGE_SCORE | {"mse_weights": 0.1}),
+        "data": ("tscd", LAST),
+        "score": ("tscd", LAST | STAGE_SCORE | MSE),
+        "score and data": ("tscd", LAST | STAGE_SCORE),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),
@@ -156,9 +161,9 @@ def train(method, changes, seed, folder, output_dir, teacher):
         if not (flags["init_student"] / "README.md").exists():
             train(start, {}, seed, flags["init_student"], output_dir, teacher)
     if "init_unet" in changes:
-        start = folder.with_name(folder_name("tscd", {}, seed))
+        start = folder.with_name(folder_name("tscd", TARGET, seed))
         if not (start / "README.md").exists():
-            train("tscd", {}, seed, start, output_dir, teacher)
+            train("tscd", TARGET, seed, start, output_dir, teacher)
         flags["init_unet"] = start / changes["init_unet"]
     if recipe["script"] == demo.DIRECT["script"]:
         flags["pairs_dir"] = demo.generate_pairs(recipe, teacher, teacher_dir, data_dir / "train", output_dir, 0)

@@ -39,7 +39,7 @@ VARIANTS = {
         "TSCD, conditional discriminator (k = 4, 2, 1, first half)": ("tscd", ALWAYS),
         "TSCD, unconditional discriminator (second half)": ("tscd", ALWAYS | {"adv_unconditional_start": 0.0}),
         "TSCD, conditional, frozen backbone": ("tscd", ALWAYS | HEAD),
-        "TSCD, `--score_weights`, 3 fake updates": ("tscd", study.STAGE_SCORE | STAGE | NO_START),
+        "TSCD, `--score_weights`, 3 fake updates": ("tscd", study.STAGE_SCORE | study.MSE | STAGE | NO_START),
         "LCM LoRA": ("lcm_lora", {}),
         "TSCD LoRA without a discriminator": ("tscd_lora", STAGE | study.MSE),
         "TSCD LoRA, conditional discriminator": ("tscd_lora", ALWAYS),
