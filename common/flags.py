@@ -253,7 +253,7 @@ def add_training_arguments(parser, output_dir, tracker_project_name, samples="pr
     add("--adam_weight_decay", type=non_negative_float, default=1e-2)
     add("--adam_epsilon", type=positive_float, default=1e-8)
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradients are clipped to this norm")
-    free("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many updates of NaN in a row")
+    free("--max_nonfinite_steps", type=positive_int, default=10, help="stop after so many skipped updates in a row")
 
     group = parser.add_argument_group("machine")
     add, free = group.add_argument, group.add_free

@@ -1,7 +1,7 @@
-"""Updates whose loss or gradient is not finite: skipped, counted, and the end of a run that has no others.
+"""Updates whose gradients are not finite: skipped and counted; too many in a row end the run.
 
-Whether an update is skipped is decided on the device. The host asks at log entries and checkpoints only, so no step
-waits for it (8-bit optimizers excepted, which cannot skip on their own).
+Whether an update is skipped is decided on the device. The host asks at log entries, at checkpoints and after 1,000
+updates, so no step waits for it (optimizers that are not fused excepted, as those of 8 bits: they cannot skip).
 """
 
 import json
@@ -81,10 +81,10 @@ class UpdateGuard:
         """After each backward: clip to max_grad_norm (None: do not) and update, once the gradients are complete.
 
         loss: the micro-batch's; keys: its samples'. Returns the 0-dim bool tensor that `ema_update` takes: false
-        where the update was skipped; None between updates. With a GradScaler, that one decides, and what it skips for
-        the size of its scale alone does not count.
+        where the update was skipped; None between updates. A GradScaler decides by itself. What it
+        skips with a finite loss counts only where its scale is below 1: above, it looks for a smaller one.
         """
-        if len(self.pending) >= MAX_PENDING:  # not at a step's end: `count_as_skipped_unless` may follow
+        if len(self.pending) >= MAX_PENDING:  # here, as `count_as_skipped_unless` may follow a step
             self.count()
         self.keys += keys
         self.losses_finite = loss.detach().isfinite() & self.losses_finite
@@ -119,7 +119,7 @@ class UpdateGuard:
         """How many updates were skipped, over all starts of the run; called by all processes at the same step.
 
         Lists the samples of new ones in nonfinite_updates.jsonl. Raises UserError with `limit` of them in a row, and
-        with the first one where weights are not finite: no other update can be.
+        with the first of a row if weights are not finite: then no other update can be finite.
         """
         if not self.pending:
             return self.num_skipped
@@ -146,7 +146,7 @@ class UpdateGuard:
                 file.write(json.dumps({"step": self.global_step, "keys": keys}) + "\n")
             if self.num_skipped == 1:
                 say(
-                    f"WARNING: step {self.global_step} changed nothing, its loss or gradient is not finite: "
+                    f"WARNING: step {self.global_step} changed nothing, its gradient is not finite: "
                     f"{LOG} lists the samples of such updates"
                 )
         if self.in_a_row >= self.limit:
