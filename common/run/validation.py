@@ -59,6 +59,8 @@ def describe(args):
     networks = " of each network" if getattr(args, "use_ema", False) else ""
     times = -(-args.max_train_steps // args.eval_steps)
     text = f"{number} samples{networks} in {steps} steps every {args.eval_steps} updates, {times} times"
+    if hasattr(args, "stage_segments"):
+        text += "; at the end of each stage"
     if hasattr(args, "eval_prompts"):
         text += f"; and once {number} of the teacher in {TEACHER_STEPS} steps"
     return text

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.keyed_random import keyed_generator, keyed_seed
-from common.run import updates
+from common.run import screen, updates
 from common.score import adversary
 from common.score.process import Process
 
@@ -227,6 +227,8 @@ class ScoreMatching:
         micro-batch, on as many samples as that has; negative numbers before the first one. Returns the mean of its
         loss."""
         accelerator, losses = self.accelerator, []
+        if number < 0 and number % 10 == 0 and accelerator.is_main_process:
+            screen.say(f"the fake score warms up: {-number} updates before the student's first")
         processes = accelerator.num_processes
         size = processes * accelerator.gradient_accumulation_steps
         first = micro_batch * count + number * size + accelerator.process_index

@@ -123,6 +123,7 @@ def main(args):
     print(
         f"{updates} updates take {hours:.3g} GPU-hours, {hours / args.processes:.3g} hours on "
         f"{folders.count(args.processes, 'card')}, at {args.mfu:.0%} of {args.gpu_tflops:g} TFLOPS"
+        + ("" if typed.mixed_precision in ("fp16", "bf16") else ", which is bfloat16's: float32 takes longer")
     )
     draw(result, args.gpu_memory, args.picture)
     together = ["--config_file=docs/fsdp2.yaml"] if args.fsdp2 else ["--multi_gpu"] if args.processes > 1 else []
