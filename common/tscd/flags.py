@@ -18,7 +18,7 @@ def add_adversarial_arguments(parser):
     add(
         "--adv_real",
         choices=segments.ADV_REAL,
-        help="what the student's jump is told from: noised data (default), or the target's jump",
+        help="what the student's jump is told from: noised data, or the target's jump (default of a LoRA)",
     )
     add("--adv_learning_rate", type=flags.non_negative_float, default=1e-6, help="of the discriminator's encoder")
     add("--adv_head_learning_rate", type=flags.non_negative_float, default=1e-5, help="of the discriminator's head")
@@ -43,7 +43,7 @@ def check_stage_arguments(parser, args):
             parser.error(f"--{name}={listed} has {len(values)} numbers for {count} stages; give one, or {count}")
     if args.freeze_discriminator_backbone:
         parser.refuse_idle(["adv_learning_rate"], "--freeze_discriminator_backbone trains the head alone; drop one")
-    if args.adv_real != "target":
+    if (args.adv_real or default_real(args)) == "data":
         reason = "only with --adv_real=target does the discriminator see x_t, of which data is no jump; add it"
         parser.refuse_idle(["adv_unconditional_start"], reason)
     if args.score_weights and any(args.score_weights):
@@ -76,13 +76,18 @@ def fake_options(args):
     return {"rank": args.fake_lora_rank, "has_lora": has_lora, "recomputed": args.gradient_checkpointing}
 
 
+def default_real(args):
+    """What was nearer to the data over three seeds: docs/measured.md."""
+    return "target" if getattr(args, "lora_rank", 0) else "data"
+
+
 def resolve_real(args, resumed):
     """Fill in `adv_real`. It stays None, and means the target, in a run of before this flag."""
     saved = resumed["args"].get("adv_real")
     if resumed["args"] and saved is None:
         args.adv_real = None if args.adv_real == "target" else args.adv_real
     elif args.adv_real is None:
-        args.adv_real = saved or "data"
+        args.adv_real = saved or default_real(args)
 
 
 def resolve_stages(args, resumed):

@@ -11,7 +11,7 @@ import torch
 MSE_WEIGHTS = {1: 0.25, 2: 0.5, 4: 1.0}
 ADV_WEIGHTS = {
     "target": {"l2": {1: 0.1, 2: 0.05, 4: 0.01, 8: 0.0}, "huber": {1: 0.2, 2: 0.1, 4: 0.05, 8: 0.0}},
-    "data": {"l2": {1: 0.015, 2: 0.0}, "huber": {1: 0.03, 2: 0.0}},  # three times as much can be worse
+    "data": {"l2": {1: 0.05, 2: 0.0}, "huber": {1: 0.1, 2: 0.0}},  # three times as much is worse
 }
 MAX_WARMUP_STEPS, WARMUP_FRACTION = 200, 0.1
 ADV_REAL = tuple(ADV_WEIGHTS)  # what the discriminator calls real

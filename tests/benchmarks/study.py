@@ -39,7 +39,7 @@ HALF = {"max_train_steps": 400}  # of LCM's updates
 # TSCD's last stage alone, and the one before it, from the stages before them of a run with that seed
 LAST = {"stage_segments": 1, "stage_steps": 400, "learning_rate": 2e-4, "init_unet": "stage-2-k2"}
 TWO_STEPS = LAST | {"stage_segments": 2, "init_unet": "stage-1-k4"}
-TARGET = {"adv_real": "target"}
+TARGET, DATA = {"adv_real": "target"}, {"adv_real": "data"}
 FAKE = ("score_levels", "fake_updates", "fake_warmup", "fake_lora_rank", "fake_learning_rate")
 SLOW = {name: demo.SCORE[name] for name in ("learning_rate", "adam_beta1", "adam_beta2")}
 STAGE_SCORE = SLOW | {"stage_steps": 250, "score_weights": 1} | {name: demo.SCORE[name] for name in FAKE}
@@ -104,15 +104,14 @@ STUDIES = {
     "adversary": {
         "all stages, target": ("tscd", TARGET),
         "all stages, data": ("tscd", {}),
-        "all stages, data, weight 0.1": ("tscd", {"adv_weights": "0,0,0,0.1"}),
-        "LoRA, target": ("tscd_lora", TARGET),
-        "LoRA, data": ("tscd_lora", {}),
-        "LoRA, data, weight 0.1": ("tscd_lora", {"adv_weights": "0,0,0,0.1"}),
+        "LoRA, target": ("tscd_lora", {}),
+        "LoRA, data": ("tscd_lora", DATA),
+        "LoRA, data, weight 0.03": ("tscd_lora", DATA | {"adv_weights": "0,0,0,0.03"}),
         "off": ("tscd", LAST | MSE),
         "target": ("tscd", LAST | TARGET),
         "data, no weight": ("tscd", LAST | {"adv_weights": 1e-9}),
-        "data, weight 0.03": ("tscd", LAST),
-        "data, weight 0.1": ("tscd", LAST | {"adv_weights": 0.1}),
+        "data, weight 0.03": ("tscd", LAST | {"adv_weights": 0.03}),
+        "data, weight 0.1": ("tscd", LAST),
         "data, weight 0.3": ("tscd", LAST | {"adv_weights": 0.3}),
         "data, weight 1": ("tscd", LAST | {"adv_weights": 1.0}),
         "2 steps, target": ("tscd", TWO_STEPS | TARGET),
@@ -121,9 +120,9 @@ STUDIES = {
     },
     "stage_score": {
         "off": ("tscd", LAST | MSE),
-        "data, weight 0.1": ("tscd", LAST | {"adv_weights": 0.1}),
+        "data": ("tscd", LAST),
         "score": ("tscd", LAST | STAGE_SCORE | MSE),
-        "score and data, weight 0.1": ("tscd", LAST | STAGE_SCORE | {"adv_weights": 0.1}),
+        "score and data": ("tscd", LAST | STAGE_SCORE),
     },
     "lcm": {
         "demo (800 steps, lr 1e-4)": ("lcm", {}),

@@ -249,7 +249,7 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(name, flags, sentence, cap
         (["--w_min=6"], "--w_min=6.0 is larger than --w_max=5.0; swap them"),
         (["--boundary_prob=2"], "--boundary_prob: must be between 0 and 1"),
         (["--freeze_discriminator_backbone", "--adv_learning_rate=1"], "--adv_learning_rate: --freeze_discriminator"),
-        (["--adv_unconditional_start=1"], "--adv_unconditional_start: only with --adv_real=target"),
+        (["--adv_real=data", "--adv_unconditional_start=1"], "--adv_unconditional_start: only with --adv_real=target"),
         (["--adv_real=noise"], "--adv_real: invalid choice: 'noise'"),
         (["--stage_segments=4,1", "--score_weights=1,2,3"], "--score_weights=1,2,3 has 3 numbers for 2 stages"),
         (["--fake_updates=3"], "--fake_updates: without --score_weights there is no score; add them, or drop this"),
@@ -469,3 +469,6 @@ def test_what_is_real_stays_what_it_was(given, saved, resolved):
     args = argparse.Namespace(adv_real=given)
     tscd_flags.resolve_real(args, {"args": saved})
     assert args.adv_real == resolved
+    args = argparse.Namespace(adv_real=given, lora_rank=4)
+    tscd_flags.resolve_real(args, {"args": saved})
+    assert args.adv_real == ("target" if not given and not saved else resolved)
