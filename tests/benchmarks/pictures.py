@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # {label: the demo's methods, the students of which make its rows}
 METHODS = {"LCM": ["lcm"], "LCM LoRA": ["lcm_lora"], "TSCD": ["tscd"], "TSCD LoRA": ["tscd_lora"]}
-METHODS |= {"direct": ["direct", "direct_1"], "score": ["score"]}
+METHODS |= {"direct": ["direct", "direct_1"], "score": ["score_4", "score"]}
 SHOWN = {"teacher": (50, 4, 1), "student": (4, 2, 1)}
 COLOURS = ["#444444", "#d1495b", "#edae49", "#00798c", "#66a182", "#7b4b94", "#2b59c3"]
 SCALE, GAP, LEFT = 3, 4, 170
