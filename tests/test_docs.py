@@ -208,6 +208,7 @@ LEFT_OUT = {  # what of the blocks cannot run here, and why
     r"^pip ": "it installs",
     r"-m pytest tests$": "it is this suite",
     r"train_\w+\.py \.\.\.$": "it starts several processes, as tests/soak does; its words are checked above",
+    r"--method score": "it goes on from the start that it trains; tests/tools/test_demo.py checks its words",
     r"--suite gpu": "it needs a GPU; tests/soak/test_benchmarks.py runs it on a tiny shape",
     r"^import ray": "it needs ray; tests/tools/test_encode_shards.py runs the page's lines with a stand-in",
 }
