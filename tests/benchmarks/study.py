@@ -97,9 +97,9 @@ STUDIES = {
         "LCM, float32": ("lcm", HALF),
         "LCM, bf16": ("lcm", HALF | BF16 | {"float32_end_layers": False}),
         "LCM, bf16, end layers float32": ("lcm", HALF | BF16),
-        "TSCD, float32": ("tscd", SHORT),
-        "TSCD, bf16": ("tscd", SHORT | BF16 | {"float32_end_layers": False}),
-        "TSCD, bf16, end layers float32": ("tscd", SHORT | BF16),
+        "TSCD, float32": ("tscd", SHORT | TARGET),
+        "TSCD, bf16": ("tscd", SHORT | TARGET | BF16 | {"float32_end_layers": False}),
+        "TSCD, bf16, end layers float32": ("tscd", SHORT | TARGET | BF16),
     },
     "adversary": {
         "all stages, target": ("tscd", TARGET),
@@ -145,9 +145,9 @@ STUDIES = {
         "Huber only, boundary_prob 1": ("tscd", MSE),
         "Huber only, boundary_prob 0.5": ("tscd", MSE | {"boundary_prob": 0.5}),
         "Huber only, boundary_prob 0": ("tscd", MSE | {"boundary_prob": 0.0}),
-        "adversarial, boundary_prob 1": ("tscd", {}),
-        "adversarial, boundary_prob 0.5": ("tscd", {"boundary_prob": 0.5}),
-        "adversarial, boundary_prob 0": ("tscd", {"boundary_prob": 0.0}),
+        "adversarial, boundary_prob 1": ("tscd", TARGET),
+        "adversarial, boundary_prob 0.5": ("tscd", TARGET | {"boundary_prob": 0.5}),
+        "adversarial, boundary_prob 0": ("tscd", TARGET | {"boundary_prob": 0.0}),
     },
 }  # fmt: skip
 
