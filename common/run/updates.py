@@ -136,7 +136,7 @@ class UpdateGuard:
             if self.in_a_row == 1 and not looked:
                 looked = gather_object([broken_weights(self.networks) or ""])  # one process may have met it alone
                 if found := next(filter(None, looked), None):
-                    raise UserError(f"step {self.global_step} has no finite loss or gradient: {found}; {REPAIR}")
+                    raise UserError(f"step {self.global_step} has no finite gradient: {found}; {REPAIR}")
             self._report(gather_object(list(keys)))
         return self.num_skipped
 
