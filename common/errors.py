@@ -3,6 +3,8 @@
 import contextlib
 import re
 
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
 
 class UserError(Exception):
     """A user's mistake: one sentence that says what is wrong and the way out. Scripts print it and exit with code 2.
@@ -78,9 +80,21 @@ def _unsigned(query):
     return "?" + "&".join(kept) if kept else ""
 
 
+UNREACHED = {  # by what the hub's client raised: diffusers calls all of it a file that the repository lacks
+    OfflineModeIsEnabled: "it is not in the hub's cache, and HF_HUB_OFFLINE forbids to download it",
+    LocalEntryNotFoundError: "the hub cannot be reached, and it is not in its cache, which `hf download` fills",
+    HFValidationError: "no such folder, and a name on the hub reads owner/name",
+}
+
+
 def line_of(error):
-    """The first line of what a library says."""
-    return str(error).strip().split("\n")[0]
+    """The first line of what a library says; of the hub, whether it was asked at all."""
+    kinds, cause = set(), isinstance(error, OSError) and error
+    while cause:
+        kinds.add(type(cause))
+        cause = cause.__cause__ or cause.__context__
+    unreached = (sentence for kind, sentence in UNREACHED.items() if kind in kinds)
+    return next(unreached, str(error).strip().split("\n")[0])
 
 
 def first_line(error):

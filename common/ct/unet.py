@@ -89,11 +89,8 @@ def _load_config(flag, name, revision, cache_dir):
             config = json.loads(tables.read_text(name, flag))
     else:
         options = {"revision": revision, "cache_dir": cache_dir, "subfolder": _subfolder(name)}
-        try:
+        with blame(f"{flag}: neither a U-Net's folder nor a model that the hub gives", OSError, ValueError):
             config = dict(UNet2DModel.load_config(name, **options))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{flag}: neither a U-Net's folder nor a model that the hub gives ({reason})") from None
     if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UserError(f"{flag} is not the configuration of a UNet2DModel")
     return {key: value for key, value in config.items() if not key.startswith("_")}

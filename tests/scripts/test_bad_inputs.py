@@ -192,8 +192,15 @@ FULL = {"no such start": (lambda w: {"init_unet": "/nope"}, "--init_unet=/nope: 
 LORA = {"a rank that no layer has": (lambda w: {"lora_rank": 6400},
                                      "--lora_rank=6400: the largest of the adapted layers has rank 64")}  # fmt: skip
 TEACHERS = {  # of direct distillation as well
-    "no such teacher": (lambda w: {"pretrained_teacher_model": "/nope"}, f"{TEACHER}/nope: neither"),
-    "a hub name offline": (lambda w: {"pretrained_teacher_model": "some/model"}, f"{TEACHER}some/mod"),
+    "no such teacher": (
+        lambda w: {"pretrained_teacher_model": "/nope"},
+        f"{TEACHER}/nope: neither a folder nor a model that the hub gives (no such folder",
+    ),
+    "a hub name offline": (
+        lambda w: {"pretrained_teacher_model": "some/model"},
+        f"{TEACHER}some/model: neither a folder nor a model that the hub gives (it is not in the "
+        "hub's cache, and HF_HUB_OFFLINE forbids to download it)",
+    ),
 } | spoiled(
     "teacher",
     {
