@@ -215,9 +215,9 @@ def main(args):
             images = sources.pairs_of(images, accelerator, folder=Path(args.output_dir, "real"), like=data, **made_by)
     networks = networks_of(pipeline)
     if args.score_weight:  # the teacher and the fake score, beside the student or on its base
-        others = {n: part for n, part in pipeline.components.items() if n not in pipelines.denoisers(pipeline)}
         options = {"student_kwargs": kwargs, "teacher_kwargs": teacher_kwargs, "is_lora": bool(args.lora_rank)}
-        options["load_denoisers"] = lambda dtype: pipelines.denoisers(load(dtype or weight_dtype, **others).to(device))
+        of_teacher = functools.partial(score.load_denoisers, load, pipeline, accelerator=accelerator)
+        options["load_denoisers"] = lambda dtype: of_teacher(dtype or weight_dtype)
         scores = score.make_scores(pipeline, args.fake_lora_rank, **options)
         teacher_copy, fake_copy = scores.pipelines  # by these names a dry run calls what is no part of the student
         networks, base = networks | scores.copies, [*base, *scores.copies.values()]
@@ -255,7 +255,8 @@ def main(args):
     if args.score_weight:
         for_results, for_loss = direct_flags.score_options(args, lr_scheduler)
         asked_about = score.Prompts(data, len(train_indices), score_prompts)
-        results = score.Results(student=rollout, process=process, data=asked_about, images=images, **for_results)
+        about = {"data": asked_about, "images": images, "is_split": hasattr(accelerator, "sharding")}
+        results = score.Results(student=rollout, process=process, **about, **for_results)
         fake_optimizer = engine.make_optimizer(
             args, list(scores.trained), run.total_batch_size, args.fake_learning_rate
         )

@@ -143,9 +143,9 @@ def main(args):
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the discriminator has its float32 weights
     lora.add_lora(teacher_unet, **lora_options, dropout=args.lora_dropout, init_lora=args.init_lora)
     unet = teacher_unet.train()
+    sharding.shard(accelerator, [], plain=[unet])
     if args.score_weights:
         scores = matching.make_scores(unet, uncond, middle_w, **tscd_flags.fake_options(args))
-    sharding.shard(accelerator, [], plain=[unet])
     teacher_forward = sharded.plain_forward(teacher_unet)  # without the autocast that accelerate puts around it
     sampler = tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
     trained = [unet, *([discriminator.encoder] if with_discriminator else [])]

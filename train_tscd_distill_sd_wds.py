@@ -139,11 +139,11 @@ def main(args):
         discriminator = Discriminator(teacher.unet, latent_size, frozen_dtype, device)
     fake_unet = teachers.make_student(teacher.unet).to(device) if args.fake_lora_rank == 0 else None
     teacher_unet = teacher.unet.to(device, teacher_dtype)  # after the others have its float32 weights
-    if args.score_weights:
-        scores = matching.make_scores(teacher_unet, uncond, middle_w, fake_unet, **tscd_flags.fake_options(args))
     sampler = tcd_scheduler(config["scheduler"], args.num_ddim_timesteps)
     trained = [unet, *([discriminator.encoder] if with_discriminator else []), *([fake_unet] if fake_unet else [])]
     sharding.shard(accelerator, [unet, target_unet], plain=[teacher_unet])
+    if args.score_weights:
+        scores = matching.make_scores(teacher_unet, uncond, middle_w, fake_unet, **tscd_flags.fake_options(args))
     engine.apply_performance_flags(args, trained=trained, frozen=[target_unet, teacher_unet], vae=teacher.vae)
 
     # 5. Optimizer and learning rate.

@@ -60,16 +60,19 @@ class _OneLevel(_Standing):
 
 
 class _UpTo(_Standing):
-    """The scheduler itself up to a step, of which it keeps the prediction; before it there are no gradients."""
+    """The scheduler itself up to a step, of which it keeps the prediction; before it there are no gradients, nor after
+    it, where the call goes on."""
 
-    def __init__(self, scheduler, step, grad_mode):
+    def __init__(self, scheduler, step, grad_mode, goes_on):
         super().__init__(scheduler)
-        self.last, self.number, self.grad_mode = step, 0, grad_mode
+        self.last, self.number, self.grad_mode, self.goes_on = step, 0, grad_mode, goes_on
 
     def step(self, model_output, timestep, sample, **options):
         if self.number == self.last:
             scale = getattr(self.scheduler, "scale_model_input", None)
-            self.keep(model_output, scale(sample, timestep) if scale else sample)
+            with contextlib.suppress(_Reached) if self.goes_on else contextlib.nullcontext():
+                self.keep(model_output, scale(sample, timestep) if scale else sample)
+            torch.set_grad_enabled(False)
         answer = self.scheduler.step(model_output, timestep, sample, **options)
         self.number += 1
         if self.number == self.last:
@@ -99,10 +102,13 @@ def ask(pipeline, prompts, noisy, level, **kwargs):
     return _caught(pipeline, stand_in, prompts, [0] * len(prompts), **options)
 
 
-def result_of_step(pipeline, process, prompts, seeds, step, **kwargs):
-    """The x_0 that a step of a call, counted from 0, predicts: float32 (B, ...), with gradients through it alone."""
+def result_of_step(pipeline, process, prompts, seeds, step, goes_on=False, **kwargs):
+    """The x_0 that a step of a call, counted from 0, predicts: float32 (B, ...), with gradients through it alone.
+
+    goes_on: the call does all of its steps, so that its denoiser is asked as often whatever the step is.
+    """
     grad_mode = torch.is_grad_enabled()
-    stand_in = _UpTo(pipeline.scheduler, step, grad_mode)
+    stand_in = _UpTo(pipeline.scheduler, step, grad_mode, goes_on)
     try:
         torch.set_grad_enabled(grad_mode and step == 0)
         prediction, noisy = _caught(pipeline, stand_in, prompts, seeds, **kwargs)

@@ -20,7 +20,7 @@ from common.direct.tasks import arguments as call_arguments
 from common.errors import CALL_ERRORS, UserError, blame
 from common.keyed_random import keyed_seed
 from common.networks import lora
-from common.run import simulation
+from common.run import sharding, simulation
 from common.score import adversary, matching
 from common.score.process import Process
 
@@ -98,6 +98,17 @@ def make_scores(pipeline, rank, *, is_lora, load_denoisers, student_kwargs, teac
     return Scores(real, fake, trained)
 
 
+def load_denoisers(load, pipeline, dtype, accelerator):
+    """{name: denoiser} of the teacher once more, on the device, its weights split where the student's are.
+
+    load(dtype, **parts): the teacher's pipeline; its other parts are those of `pipeline`.
+    """
+    names = denoisers(pipeline)
+    networks = denoisers(load(dtype, **{n: part for n, part in pipeline.components.items() if n not in names}))
+    sharding.shard(accelerator, [], plain=list(networks.values()))
+    return {name: network.to(accelerator.device) for name, network in networks.items()}
+
+
 def check(config, pairs_config, scheduler, kwargs, accelerator, *, rank, has_regression):
     """The `Process` of a scheduler, or UserError where distribution matching cannot be had; needs no weights.
 
@@ -123,7 +134,12 @@ def check(config, pairs_config, scheduler, kwargs, accelerator, *, rank, has_reg
             raise UserError(f"`score_kwargs`: {key} comes from the pairs and the script; leave it out")
         if key not in takes:
             raise UserError(f"`score_kwargs`: the call of {name} has no {key}")
-    matching.check_engine(accelerator, "score_weight")
+    matching.check_engine(accelerator, rank)
+    if len(networks) > 1 and hasattr(accelerator, "sharding"):
+        raise UserError(
+            f"`score_weight`: a step of a {name} trains one of its {len(networks)} denoisers, and processes of FSDP2 "
+            "have to train the same one; drop it, or use `distributed_type: MULTI_GPU`"
+        )
     if len(networks) > 1 and accelerator.num_processes > 1 and not has_regression:
         raise UserError(
             f"`regression_weight`=0: a step of a {name} trains one of its {len(networks)} denoisers, and several "
@@ -210,6 +226,7 @@ class Results:
     through: str  # what of its call x_0 comes from: "step", one that is drawn, or "call", all of them
     seed: int
     images: Pairs | None = None  # what is real to the adversary; None: the pairs
+    is_split: bool = False  # its weights are, so that all processes ask its denoiser equally often: in all its steps
 
     def __post_init__(self):
         numbers = {"score": len(self.data.prompts), "fake": len(self.data.prompts)}
@@ -227,7 +244,7 @@ class Results:
         if self.through == "call":
             return rollout(seeds=seeds, **about).float(), indices
         step = Random(keyed_seed(self.seed, f"{name} step", micro_batch)).randrange(self.num_steps)
-        options = self.student.kwargs | about | {"seeds": seeds, "step": step}
+        options = self.student.kwargs | about | {"seeds": seeds, "step": step, "goes_on": self.is_split}
         x_0 = rollout(again=lambda: result_of_step(self.student.pipeline, self.process, **options))
         return x_0, indices
 

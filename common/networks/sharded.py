@@ -79,6 +79,14 @@ def reshard(*modules):
                 module.reshard()
 
 
+def gather_for_backward(network, tensors):
+    """Let a backward pass that begins at tensors inside of a network find its weights, which FSDP2 gathers where one
+    comes from its output; called by every process. Nothing for a network that is not split."""
+    for tensor in tensors if isinstance(network, FSDPModule) else ():
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: network.unshard())
+
+
 def plain_forward(network):
     """The network's forward as it is now, without what is put around it later (autocast), its weights gathered."""
     forward = network.forward

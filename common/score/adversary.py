@@ -8,6 +8,8 @@ As in DMD2 (2405.14867, Section 4.3). A head reads the fake score's features of 
 
 import contextlib
 
+from common.networks import sharded
+
 import torch
 
 
@@ -41,8 +43,13 @@ def middle(network):
 @contextlib.contextmanager
 def noting(asked):
     """A list, to which every call of the score's denoisers inside adds what their middle gives."""
-    found, middles = [], filter(None, map(middle, asked.denoisers()))
-    hooks = [module.register_forward_hook(lambda module, inputs, output: found.append(output)) for module in middles]
+    found, middles = [], {middle(network): network for network in asked.denoisers()}
+
+    def note(module, inputs, output):
+        found.append(output)
+        sharded.gather_for_backward(middles[module], _tensors(output))
+
+    hooks = [module.register_forward_hook(note) for module in middles if module]
     try:
         yield found
     finally:
@@ -53,7 +60,10 @@ def noting(asked):
 def features(output, batch_size):
     """(B, tokens, width) of what a middle module gives: a tensor (B, C, ...) of convolutions, or tensors (B, T, C) of
     a transformer, whose tokens of image and text stand one after another. Frames that stand in B become tokens."""
-    tensors = [output] if torch.is_tensor(output) else [x for x in output if torch.is_tensor(x) and x.ndim >= 3]
-    tokens = [x if x.ndim == 3 else x.flatten(2).transpose(1, 2) for x in tensors]
+    tokens = [x if x.ndim == 3 else x.flatten(2).transpose(1, 2) for x in _tensors(output)]
     width = tokens[-1].shape[-1]
     return torch.cat([x.reshape(batch_size, -1, width) for x in tokens if x.shape[-1] == width], dim=1)
+
+
+def _tensors(output):
+    return [output] if torch.is_tensor(output) else [x for x in output if torch.is_tensor(x) and x.ndim >= 3]

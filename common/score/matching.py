@@ -247,10 +247,10 @@ class ScoreMatching:
         return torch.stack(losses).mean()
 
 
-def check_engine(accelerator, weight):
-    """UserError where weights are split; weight: the parameter of the loss's."""
-    if hasattr(accelerator, "sharding"):
+def check_engine(accelerator, fake_lora_rank):
+    """UserError where weights are split and the fake score is a whole copy, whose states are kept by each process."""
+    if hasattr(accelerator, "sharding") and not fake_lora_rank:
         raise UserError(
-            f"`{weight}`: FSDP2 would have to split the networks of two scores besides; drop it, or use "
-            "`distributed_type: MULTI_GPU`"
+            "`fake_lora_rank`=0: FSDP2 splits the student and the teacher, and no second network that is trained; "
+            "give it a rank, as 64, or use `distributed_type: MULTI_GPU`"
         )

@@ -63,7 +63,7 @@ def check_score(args, unet_config, noise_scheduler, accelerator):
     weights."""
     if not args.score_weights:
         return None
-    check_engine(accelerator, "score_weights")
+    check_engine(accelerator, args.fake_lora_rank)
     if args.fake_lora_rank:
         modules = lora.parse_target_modules(getattr(args, "lora_target_modules", None))
         lora.check_rank(unet_config, args.fake_lora_rank, modules, of="fake_lora_rank")
@@ -73,7 +73,8 @@ def check_score(args, unet_config, noise_scheduler, accelerator):
 def fake_options(args):
     """What `matching.make_scores` takes of the flags."""
     has_lora = bool(getattr(args, "lora_rank", 0))
-    return {"rank": args.fake_lora_rank, "has_lora": has_lora, "recomputed": args.gradient_checkpointing}
+    options = {"rank": args.fake_lora_rank, "has_lora": has_lora, "seed": args.seed}
+    return options | {"recomputed": args.gradient_checkpointing}
 
 
 def default_real(args):

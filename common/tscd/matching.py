@@ -9,7 +9,7 @@ on in no other place, or beside the student's adapter on one base; or a whole co
 import contextlib
 from typing import NamedTuple
 
-from common.keyed_random import keyed_generator
+from common.keyed_random import keyed_generator, keyed_seed
 from common.networks import encoders, lora, performance
 from common.run import simulation
 from common.schedules import guidance_scale_embedding
@@ -59,8 +59,8 @@ class Scores(NamedTuple):
     head: None = None  # there is no adversary
 
 
-def make_scores(teacher_unet, uncond, w, fake_unet=None, *, rank, has_lora, recomputed="none"):
-    """The `Scores` of a run.
+def make_scores(teacher_unet, uncond, w, fake_unet=None, *, rank, has_lora, seed, recomputed="none"):
+    """The `Scores` of a run; their adapters are the same for a seed, however the networks were made.
 
     has_lora: the student is an adapter of the teacher's U-Net, and the fake score becomes a second one, of `rank`.
     Else the fake score is the only adapter, or fake_unet, a copy. recomputed: as in `performance.recompute`.
@@ -69,10 +69,13 @@ def make_scores(teacher_unet, uncond, w, fake_unet=None, *, rank, has_lora, reco
         real, fake, trained = Asked(teacher_unet, None, uncond, w), Asked(fake_unet, None), fake_unet.parameters()
     else:
         adapter = FAKE if has_lora else lora.ADAPTER
-        if has_lora:
-            lora.add_second(teacher_unet, rank, FAKE)
-        else:
-            lora.add_lora(teacher_unet, rank, rank)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(keyed_seed(seed, "fake score"))
+            if has_lora:
+                lora.add_second(teacher_unet, rank, FAKE)
+            else:
+                lora.add_lora(teacher_unet, rank, rank)
+        if not has_lora:
             performance.recompute(teacher_unet, recomputed)
             for layer in teacher_unet._lora_layers:
                 layer._active_adapter = []  # the teacher, wherever `adapter_on` says nothing else

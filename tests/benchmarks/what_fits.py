@@ -238,6 +238,7 @@ ONE = {  # flags, processes, whether these split
     "LoRA, stepwise, nf4, 8-bit Adam": (
         ["--lora_rank=64", *STEPWISE, "--quantize_base=nf4", "--use_8bit_adam"], 1, False),
     "all weights, stepwise, FSDP2 on 8": (["--lora_rank=0", *STEPWISE], 8, True),
+    "all weights, stepwise, score, FSDP2 on 8": (["--lora_rank=0", *STEPWISE, "--score_weight=1"], 8, True),
 }  # fmt: skip
 BLOCKS = {"qwen": ({"num_layers": 1}, 60), "flux": ({"num_layers": 1, "num_single_layers": 2}, 19)}  # of a step, steps
 FEW = 2, 4

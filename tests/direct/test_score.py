@@ -178,6 +178,22 @@ def test_only_one_step_has_gradients_and_only_the_fake_score_is_trained_by_its_l
     assert all(p.grad is None for p in rollout.parameters())
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_call_that_goes_on_asks_as_often_whatever_the_step_and_gives_the_same(step):
+    """As processes that split weights need it, each of which may draw another step."""
+    rollout, made = make("SD3")
+    count, given = [], (rollout.pipeline, made.process, PROMPTS, [3, 4], step)
+    rollout.pipeline.transformer.register_forward_pre_hook(lambda *_: count.append(torch.is_grad_enabled()))
+    weights, found = list(rollout.parameters()), []
+    for goes_on in (False, True):
+        count.clear()
+        x_0 = levels.result_of_step(*given, goes_on=goes_on, **rollout.kwargs)
+        assert count == [number == step for number in range(2 if goes_on else step + 1)]
+        assert torch.is_grad_enabled()
+        found.append([x_0, *torch.autograd.grad(x_0.square().sum(), weights, allow_unused=True)])
+    assert all(a is None and b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(("name", "is_lora"), [(n, False) for n in tiny.PIPELINES] + [(n, True) for n in ON_ONE_BASE])
 def test_the_adversarys_gradient_is_that_of_the_formula(name, is_lora):
     """Of softplus(-D(alpha x_0 + sigma eps)), by differences of a loss that is asked for here, along its gradient."""
@@ -399,15 +415,15 @@ def test_gradients_through_the_whole_call_are_those_of_its_result():
 # --- what cannot be had, and what goes wrong
 
 
-def check(name, processes=1, has_regression=True, sharding=None, guidance_scale=2.0):
+def check(name, processes=1, has_regression=True, sharding=None, guidance_scale=2.0, rank=4):
     pipeline = tiny.make(name)
     config = {"class": type(pipeline), "denoisers": {}}
     for part, network in pipelines.denoisers(pipeline).items():
         config["denoisers"][part] = type(network), dict(network.config)
     engine = types.SimpleNamespace(num_processes=processes)
-    if sharding:
+    if sharding is not None:
         engine.sharding = sharding
-    options = {"rank": 4, "has_regression": has_regression}
+    options = {"rank": rank, "has_regression": has_regression}
     made_by = {"kwargs": {"guidance_scale": guidance_scale} if guidance_scale else {}}
     return score.check(config, made_by, pipeline.scheduler, {}, engine, **options)
 
@@ -418,8 +434,11 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(monkeypatch):
         UserError, match="`regression_weight`=0: a step of a WanPipeline trains one of its 2 denoisers"
     ):
         check("Wan2.2", processes=2, has_regression=False)
-    with pytest.raises(UserError, match="`score_weight`: FSDP2 would have to split"):
-        check("SD3", sharding={"reshard_after_forward": True})
+    assert check("SD3", sharding={}).kind == "flow"
+    with pytest.raises(UserError, match="`fake_lora_rank`=0: FSDP2 splits the student and the teacher, and no second"):
+        check("SD3", sharding={}, rank=0)
+    with pytest.raises(UserError, match="one of its 2 denoisers, and processes of FSDP2 have to train the same one"):
+        check("Wan2.2", sharding={})
     with pytest.raises(UserError, match="`score_kwargs`: pairs of images do not say how the teacher was guided"):
         check("SD3", guidance_scale=None)
     monkeypatch.setattr(score, "call_arguments", lambda pipeline_class: {"prompt", "generator"})

@@ -160,3 +160,18 @@ def test_a_run_is_that_of_one_process_and_each_goes_on_from_the_other(tmp_path, 
     done = run_processes(flags(one, **both, **undo(one / "checkpoint-4")), lcm, 2, FSDP2)
     assert done.returncode == 0 and "at step 2" in done.stdout, done.stderr[-4000:]
     check()
+
+
+def test_a_students_score_beside_split_weights_is_that_of_one_process(tmp_path, direct_flags):
+    """Each process draws another step of the student's call, and an adversary's backward pass begins half-way in a
+    network. A large eps, so that Adam magnifies no rounding."""
+    own = {"train_batch_size": 2, "adam_epsilon": 1e-3, "score_weight": 1, "adv_weight": 0.2}
+    own |= {"fake_lora_rank": 4, "fake_updates": 1, "fake_warmup": 1, "fake_learning_rate": 1e-3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run_processes(direct_flags(two, "dit", **own), direct, 2, FSDP2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    train(direct_flags(one, "dit", **own, gradient_accumulation_steps=2), direct)
+    assert scalars(two, "loss") == pytest.approx(scalars(one, "loss"), rel=1e-5)
+    for name in ("checkpoint-4/fake_score.safetensors", "transformer/diffusion_pytorch_model.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5

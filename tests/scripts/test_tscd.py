@@ -333,8 +333,9 @@ def test_a_score_that_cannot_be_had_is_refused_in_a_sentence(tmp_path, flags, ca
         capsys, tscd_lora.parse_args, flags(tmp_path, tscd_lora, **SCORE | {"fake_lora_rank": 0})
     )
     monkeypatch.setattr(Accelerator, "sharding", {}, raising=False)
-    with pytest.raises(UserError, match="`score_weights`: FSDP2 would have to split the networks of two scores"):
-        check_engine(Accelerator, "score_weights")
+    check_engine(Accelerator, 4)
+    with pytest.raises(UserError, match="`fake_lora_rank`=0: FSDP2 splits the student and the teacher, and no second"):
+        check_engine(Accelerator, 0)
 
 
 # --- stages, resume, flags

@@ -19,6 +19,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+SCORE = {"fake_lora_rank": 4, "fake_updates": 2, "fake_warmup": 2, "fake_learning_rate": 1e-3}
+SCORES = {f"{name} score": {"score_weight": 1, "adv_weight": 0.2} for name in ("direct", "direct lora")}
+SCORES |= {f"{name} score": {"score_weights": "0.5,1", "boundary_prob": 1} for name in ("tscd", "tscd_lora")}
+CASES = CASES | {
+    name: CASES[name.removesuffix(" score")]._replace(flags=CASES[name.removesuffix(" score")].flags | own | SCORE)
+    for name, own in SCORES.items()
+}
 KILLED = 10  # times a case
 STEPS = {"max_train_steps": 20, "checkpointing_steps": 10, "train_batch_size": 2}
 KEEPS = FSDP2.replace("'true'}", "'false'}")  # a block's weights from its forward to its backward pass

@@ -52,7 +52,8 @@ def make(config=SD, kind="lora", prediction_type="epsilon", k=2, w_dim=None, **o
         student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=w_dim)
     uncond = cond_of(config, 1)
     fake_unet = make_unet(config) if kind == "copy" else None
-    scores = matching.make_scores(teacher, uncond, W, rank=4, has_lora=kind == "second", fake_unet=fake_unet)
+    of_fake = {"rank": 4, "has_lora": kind == "second", "seed": 1}
+    scores = matching.make_scores(teacher, uncond, W, fake_unet, **of_fake)
     score = matching.StageScore(
         matching.Jumps(student, solver, 1, W, w_dim),
         scores,
