@@ -68,7 +68,8 @@ def run(made):
 
 
 def distances(a, b):
-    """(relative difference of losses, of a weight or average, of a discriminator's weight), the largest ones."""
+    """(relative difference of losses, of a weight or average, of one beside, of a discriminator or fake score), the
+    largest ones."""
     losses, others = scalars(a, "loss"), scalars(b, "loss")
     assert losses.keys() == others.keys()
     names = {path.relative_to(a) for path in a.rglob("*.safetensors")}
@@ -77,15 +78,16 @@ def distances(a, b):
     for name in names:
         x, y = load_file(a / name), load_file(b / name)
         assert x.keys() == y.keys()
-        kind = name.name == "discriminator.safetensors"  # its rate is 1e-3
+        kind = name.name in ("discriminator.safetensors", "fake_score.safetensors")  # their rate is 1e-3
         found[kind] = max(found[kind], *((x[k].double() - y[k].double()).abs().max().item() for k in x))
     return max(abs(losses[k] / others[k] - 1) for k in losses), found[False], found[True]
 
 
 def check(a, b):
-    loss, weight, discriminator = distances(a, b)
-    print(f"{a} {b}: losses {loss:.1e}, weights {weight:.1e}, discriminator {discriminator:.1e}")
-    assert loss < 1e-4 and weight < 2e-5 and discriminator < 1e-3
+    """Adam turns rounding into whole steps; what a network beside took of them, the losses through it show."""
+    loss, weight, beside = distances(a, b)
+    print(f"{a} {b}: losses {loss:.1e}, weights {weight:.1e}, beside {beside:.1e}")
+    assert loss < (1e-3 if beside else 1e-4) and weight < 2e-5 and beside < 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -114,9 +116,9 @@ def test_losses_and_weights_are_equal_where_adam_magnifies_no_rounding(tmp_path,
     times as much in it: 2.8e-6 was the most."""
     for folder, processes, prelude in (("one", 1, ""), ("two", 2, FSDP2)):
         run(name, tmp_path / folder, processes, prelude, adam_epsilon=1e-3, checkpointing_steps=20)
-    loss, weight, discriminator = distances(tmp_path / "two", tmp_path / "one")
-    print(f"{name}: losses {loss:.1e}, weights {weight:.1e}, discriminator {discriminator:.1e}")
-    assert loss < 5e-6 and weight < 1e-5 and discriminator < 1e-3
+    loss, weight, beside = distances(tmp_path / "two", tmp_path / "one")
+    print(f"{name}: losses {loss:.1e}, weights {weight:.1e}, beside {beside:.1e}")
+    assert loss < 5e-6 and weight < 1e-5 and beside < 1e-3
 
 
 @pytest.mark.parametrize("name", ["ct", "direct"])
