@@ -80,8 +80,9 @@ def check_lora():
     tensors, gradients = lora.adapter_tensors(whole), lora.adapter_tensors(split)
     for name, tensor in tensors.items():
         gradient = sharded.whole(gradients[name].grad)
-        # skip connections add gradients in bfloat16, 2^-8 apart, in another order
-        assert (gradient - tensor.grad).norm() <= 3e-2 * tensor.grad.norm(), name
+        # gradients are added in bfloat16, 2^-8 apart, in another order on each processor: 0.03 was the most; a sum for
+        # a mean, or a part that lacks, is 0.5 or more
+        assert (gradient - tensor.grad).norm() <= 1e-1 * tensor.grad.norm(), name
     assert all(p.grad is None for name, p in split.named_parameters() if ".lora_" not in name)
     assert differ(lora.saved_tensors(split), lora.saved_tensors(whole)) == 0
     assert differ(pipelines.merged_weights(split).state_dict(), pipelines.merged_weights(whole).state_dict()) == 0
