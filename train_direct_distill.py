@@ -216,8 +216,8 @@ def main(args):
     networks = networks_of(pipeline)
     if args.score_weight:  # the teacher and the fake score, beside the student or on its base
         options = {"student_kwargs": kwargs, "teacher_kwargs": teacher_kwargs, "is_lora": bool(args.lora_rank)}
-        of_teacher = functools.partial(score.load_denoisers, load, pipeline, accelerator=accelerator)
-        options["load_denoisers"] = lambda dtype: of_teacher(dtype or weight_dtype)
+        more = functools.partial(score.load_denoisers, load, pipeline, accelerator)
+        options["load_denoisers"] = lambda dtype: more(dtype or weight_dtype)
         scores = score.make_scores(pipeline, args.fake_lora_rank, **options)
         teacher_copy, fake_copy = scores.pipelines  # by these names a dry run calls what is no part of the student
         networks, base = networks | scores.copies, [*base, *scores.copies.values()]

@@ -32,7 +32,6 @@ class _Standing:
 
     def keep(self, prediction, sample):
         self.caught = prediction.float(), sample.float()
-        raise _Reached
 
 
 class _OneLevel(_Standing):
@@ -57,6 +56,7 @@ class _OneLevel(_Standing):
 
     def step(self, model_output, timestep, sample, **_):
         self.keep(model_output, sample)
+        raise _Reached
 
 
 class _UpTo(_Standing):
@@ -70,8 +70,9 @@ class _UpTo(_Standing):
     def step(self, model_output, timestep, sample, **options):
         if self.number == self.last:
             scale = getattr(self.scheduler, "scale_model_input", None)
-            with contextlib.suppress(_Reached) if self.goes_on else contextlib.nullcontext():
-                self.keep(model_output, scale(sample, timestep) if scale else sample)
+            self.keep(model_output, scale(sample, timestep) if scale else sample)
+            if not self.goes_on:
+                raise _Reached
             torch.set_grad_enabled(False)
         answer = self.scheduler.step(model_output, timestep, sample, **options)
         self.number += 1

@@ -98,7 +98,7 @@ def make_scores(pipeline, rank, *, is_lora, load_denoisers, student_kwargs, teac
     return Scores(real, fake, trained)
 
 
-def load_denoisers(load, pipeline, dtype, accelerator):
+def load_denoisers(load, pipeline, accelerator, dtype):
     """{name: denoiser} of the teacher once more, on the device, its weights split where the student's are.
 
     load(dtype, **parts): the teacher's pipeline; its other parts are those of `pipeline`.
